@@ -1,0 +1,58 @@
+"""The tree of errors. Every mistake a user can make ends in one of these; an invariant of ours is an `assert`.
+
+    PosttrainError            one line: where · what was found · what is allowed · what to do
+    ├── RecipeError           a setting, a reference between stages, a command-line value
+    ├── DataError             a data file or one of its rows
+    ├── ModelError            a base model, its weights, its tokenizer or its chat template
+    ├── AdapterError          an adapter that does not belong to this base, or is damaged
+    ├── ArtifactError         a run folder, a manifest, a checkpoint
+    │   └── RunLockedError    another process works on the same run
+    └── TrainingError         training cannot go on
+        └── NonFiniteError    a loss or gradient is not finite; nothing was updated
+
+`Interrupted` is no mistake: SIGTERM or Ctrl-C came, the state was saved, the exit code is 0.
+"""
+
+
+class PosttrainError(Exception):
+    """A user's mistake, told by one formula so that it can be acted on. Exit code 2."""
+
+    def __init__(self, where: str, found: str, *, allowed: str = "", do: str = "") -> None:
+        self.where, self.found, self.allowed, self.do = where, found, allowed, do
+        super().__init__(" · ".join(part for part in (where, found, allowed, do) if part))
+
+
+class RecipeError(PosttrainError):
+    """A setting or a reference that the recipe cannot have."""
+
+
+class DataError(PosttrainError):
+    """A data file, or rows of it, that cannot be trained on."""
+
+
+class ModelError(PosttrainError):
+    """A base model that cannot be loaded as it stands."""
+
+
+class AdapterError(PosttrainError):
+    """An adapter that is damaged or was trained on another base."""
+
+
+class ArtifactError(PosttrainError):
+    """A run folder, manifest or checkpoint that cannot be used or written."""
+
+
+class RunLockedError(ArtifactError):
+    """Another process is working on the same run folder."""
+
+
+class TrainingError(PosttrainError):
+    """Training cannot go on."""
+
+
+class NonFiniteError(TrainingError):
+    """A loss or gradient norm is not finite; the optimiser step was not taken."""
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to stop and its state is saved
+    """The run was asked to stop; everything done so far is on disk."""

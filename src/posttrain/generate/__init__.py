@@ -1,0 +1,1 @@
+"""Generation: one engine for samples, chat and evaluation."""

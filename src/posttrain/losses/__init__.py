@@ -1,0 +1,1 @@
+"""Loss functions: pure functions of tensors, the equation beside the lines."""

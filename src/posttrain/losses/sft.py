@@ -1,0 +1,18 @@
+"""Supervised fine-tuning: the negative log-likelihood of the demonstrations' tokens.
+
+    L = - (1 / N) sum_i log p(t_i),   N = targets of the whole optimiser step, over all its micro-batches
+
+The normaliser belongs to the step, not to the micro-batch: a mean of means would weight a token by how its batch was cut.
+
+N: targets.
+"""
+
+from torch import Tensor
+
+from posttrain.losses.output import LossOutput
+
+
+def sft_loss(logprobs_N: Tensor, *, step_targets: int) -> LossOutput:  # noqa: N803
+    """Sum of -log p over the micro-batch's targets divided by the targets of the whole step."""
+    total = -logprobs_N.sum()
+    return LossOutput(total / step_targets, {"sft/nll": total.detach(), "sft/targets": total.new_tensor(len(logprobs_N))})

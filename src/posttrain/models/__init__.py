@@ -1,0 +1,1 @@
+"""Base models, adapters, attention over packed segments, and log-probabilities of targets."""

@@ -1,0 +1,283 @@
+"""Attention over packed segments: each token sees its own segment up to itself and the whole of its segment's ancestors.
+
+One function is registered with transformers' attention interface, so every causal model that the interface serves works,
+sliding windows included. On a CPU it runs once a segment: no work between segments, no padding, cost the sum of squares.
+On a GPU the same table becomes a block mask for flex attention. With a cache, each packed token is one row of a decoding
+batch and sees that row's cached keys.
+
+T: packed tokens, H: query heads, K: key/value heads, G = H / K, D: head width, L: segment length, S: keys seen, R: rows.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional
+from transformers.masking_utils import AttentionMaskInterface
+
+ATTENTION_NAME = "posttrain_segments"
+
+
+class Span(NamedTuple):
+    """Tokens [start, start + length) of the packed batch, and the spans of all ancestors, oldest first."""
+
+    start: int
+    length: int
+    ancestors: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def keys(self) -> int:
+        """How many keys the last token of the span sees."""
+        return self.length + sum(length for _, length in self.ancestors)
+
+
+class KeyValueCache:
+    """Keys and values of the rows of a decoding batch, preallocated: [R, K, capacity, D] a layer."""
+
+    def __init__(self, rows: int, capacity: int) -> None:
+        self.rows, self.capacity = rows, capacity
+        self.lengths_R = torch.zeros(rows, dtype=torch.long)
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The tensors of one layer; made at the first use, when the shapes are known."""
+        if index not in self._layers:
+            shape = (self.rows, like.shape[0], self.capacity, like.shape[-1])
+            self._layers[index] = (like.new_zeros(shape), like.new_zeros(shape))
+        return self._layers[index]
+
+    def keep(self, rows_R: Tensor) -> None:  # noqa: N803
+        """Drop all rows but these, in this order."""
+        self.rows = len(rows_R)
+        self.lengths_R = self.lengths_R[rows_R]
+        self._layers = {i: (k[rows_R], v[rows_R]) for i, (k, v) in self._layers.items()}
+
+
+class Segments:
+    """The table of segments of one packed batch, handed to the attention function through the model's forward."""
+
+    def __init__(self, spans: tuple[Span, ...], *, cache: KeyValueCache | None = None, decoding: bool = False) -> None:
+        self.spans, self.cache, self.decoding = spans, cache, decoding
+        self.masks: dict[tuple[int, int, int], Tensor] = {}
+        self.block_masks: dict[int, Any] = {}
+
+    def mask(self, length: int, keys: int, window: int, like: Tensor) -> Tensor | None:
+        """Additive mask [L, S] of a span, or None where plain causality says it all. Made once a batch and shape."""
+        if length == keys and (not window or window >= keys):
+            return None
+        key = (length, keys, window)
+        if key not in self.masks:
+            query_L = torch.arange(keys - length, keys, device=like.device)[:, None]
+            key_S = torch.arange(keys, device=like.device)[None]
+            seen = key_S <= query_L
+            if window:
+                seen &= key_S > query_L - window
+            self.masks[key] = torch.zeros(length, keys, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))
+        return self.masks[key]
+
+
+def register_attention() -> None:
+    """Make the packed-segment attention known to transformers under ATTENTION_NAME."""
+    transformers.AttentionInterface.register(ATTENTION_NAME, segment_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """The segment table is the mask."""
+    return None
+
+
+def segment_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float,
+    segments: Segments, dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' attention signature: query [1, H, T, D], key and value [1, K, T, D] -> ([1, T, H, D], None)."""
+    assert dropout == 0.0, "attention dropout would make a policy differ from its own samples"
+    window = sliding_window or 0
+    q, k, v = query[0], key[0], value[0]
+    if segments.decoding:
+        out = _decode(module, q, k, v, scaling, segments, window, softcap)
+    else:
+        if segments.cache is not None:
+            _fill(segments.cache, int(module.layer_idx), k, v, segments.spans)  # type: ignore[arg-type]
+        if softcap is not None:
+            out = _reference(q, k, v, scaling, segments, window, softcap)
+        elif q.is_cuda:
+            out = flex(q, k, v, scaling, segments, window)
+        else:
+            out = _SegmentAttention.apply(q, k, v, scaling, segments, window)  # type: ignore[no-untyped-call]
+    return out.transpose(0, 1)[None], None
+
+
+def _pieces(span: Span) -> tuple[tuple[int, int], ...]:
+    return (*span.ancestors, (span.start, span.length))
+
+
+def _gather(x: Tensor, span: Span) -> Tensor:
+    """Rows of the span and its ancestors [K, S, D]."""
+    if not span.ancestors:
+        return x[:, span.start : span.start + span.length]
+    return torch.cat([x[:, s : s + n] for s, n in _pieces(span)], dim=1)
+
+
+class _SegmentAttention(torch.autograd.Function):
+    """One fused attention a segment, gradients written in place: slices of autograd would fill T zeros a segment.
+
+    The query heads of a key/value head are a batch of their own beside an expanded (not copied) key.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments, window: int) -> Tensor:
+        heads, total, width = q.shape
+        groups = heads // k.shape[0]
+        out = torch.zeros_like(q)
+        sums: list[Tensor] = []
+        for span in segments.spans:
+            args, mask = _span_inputs(q, k, v, span, groups, segments, window)
+            part, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                *args, 0.0, mask is None, attn_mask=mask, scale=scale
+            )
+            out[:, span.start : span.start + span.length] = part.reshape(heads, span.length, width)
+            sums.append(log_sum)
+        ctx.save_for_backward(q, k, v, out)
+        ctx.sums, ctx.scale, ctx.segments, ctx.window = sums, scale, segments, window
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        q, k, v, out = ctx.saved_tensors
+        groups = q.shape[0] // k.shape[0]
+        grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for span, log_sum in zip(ctx.segments.spans, ctx.sums, strict=True):
+            args, mask = _span_inputs(q, k, v, span, groups, ctx.segments, ctx.window)
+            rows = slice(span.start, span.start + span.length)
+            shape = args[0].shape
+            part_q, part_k, part_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grads[0][:, rows].reshape(shape), *args, out[:, rows].reshape(shape), log_sum, 0.0, mask is None,
+                attn_mask=mask, scale=ctx.scale,
+            )  # fmt: skip
+            grad_q[:, rows] = part_q.reshape(q.shape[0], span.length, -1)
+            _scatter(grad_k, part_k.sum(1), span)
+            _scatter(grad_v, part_v.sum(1), span)
+        return grad_q, grad_k, grad_v, None, None, None
+
+
+def _span_inputs(
+    q: Tensor, k: Tensor, v: Tensor, span: Span, groups: int, segments: Segments, window: int
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
+    """Query [K, G, L, D], key and value [K, G, S, D] of one span, and its mask."""
+    kv_heads, width = k.shape[0], k.shape[2]
+    part_q = q[:, span.start : span.start + span.length].reshape(kv_heads, groups, span.length, width)
+    part_k = _gather(k, span)[:, None].expand(kv_heads, groups, span.keys, width)
+    part_v = _gather(v, span)[:, None].expand(kv_heads, groups, span.keys, width)
+    return (part_q, part_k, part_v), segments.mask(span.length, span.keys, window, q)
+
+
+def _scatter(grad: Tensor, part: Tensor, span: Span) -> None:
+    """Add gradients [K, S, D] where their keys came from."""
+    offset = 0
+    for start, length in _pieces(span):
+        grad[:, start : start + length] += part[:, offset : offset + length]
+        offset += length
+
+
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments, window: int, softcap: float | None = None
+) -> Tensor:
+    """The same attention by plain operations: for soft-capped models, and to compare against."""
+    groups = q.shape[0] // k.shape[0]
+    out = torch.zeros_like(q)
+    for span in segments.spans:
+        rows = slice(span.start, span.start + span.length)
+        keys = _gather(k, span).repeat_interleave(groups, 0)
+        values = _gather(v, span).repeat_interleave(groups, 0)
+        scores = q[:, rows] @ keys.transpose(1, 2) * scale
+        if softcap:
+            scores = torch.tanh(scores / softcap) * softcap
+        mask = segments.mask(span.length, span.keys, window, q)
+        if mask is None:
+            mask = torch.full((span.length, span.keys), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
+        weights = torch.softmax((scores + mask).float(), -1).to(q.dtype)
+        out = torch.index_copy(out, 1, torch.arange(rows.start, rows.stop, device=q.device), weights @ values)
+    return out
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments, window: int) -> Tensor:
+    """The same attention by flex attention with a block mask built from the table: one kernel for the whole batch."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # noqa: PLC0415 - slow to import
+
+    total = q.shape[1]
+    if window not in segments.block_masks:
+        owner_T, position_T, sees = _token_table(segments, total, q.device)
+
+        def visible(batch: Tensor, head: Tensor, query: Tensor, other: Tensor) -> Tensor:
+            seen = sees[owner_T[query], owner_T[other]] & (position_T[other] <= position_T[query])
+            return seen & (position_T[other] > position_T[query] - window) if window else seen
+
+        segments.block_masks[window] = create_block_mask(visible, None, None, total, total, device=str(q.device))
+    run = torch.compile(flex_attention, dynamic=False) if q.is_cuda else flex_attention
+    out: Tensor = run(
+        q[None], k[None], v[None], block_mask=segments.block_masks[window], scale=scale, enable_gqa=q.shape[0] != k.shape[0]
+    )  # type: ignore[assignment]
+    return out[0]
+
+
+def _token_table(segments: Segments, total: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """For each packed token its span and position, and for each pair of spans whether the first sees the second.
+
+    Filler tokens form a span of their own that sees itself, since a row without any key has no softmax.
+    """
+    spans = segments.spans
+    owner_T = torch.full((total,), len(spans), dtype=torch.long)
+    position_T = torch.arange(total)
+    sees = torch.eye(len(spans) + 1, dtype=torch.bool)
+    by_start = {span.start: index for index, span in enumerate(spans)}
+    for index, span in enumerate(spans):
+        rows = slice(span.start, span.start + span.length)
+        owner_T[rows] = index
+        position_T[rows] = torch.arange(span.keys - span.length, span.keys)
+        for start, _ in span.ancestors:
+            sees[index, by_start[start]] = True
+    return owner_T.to(device), position_T.to(device), sees.to(device)
+
+
+def _fill(cache: KeyValueCache, layer: int, k: Tensor, v: Tensor, spans: tuple[Span, ...]) -> None:
+    """Prefill: the keys and values of span i become the first entries of row i."""
+    keys, values = cache.layer(layer, k)
+    for row, span in enumerate(spans):
+        rows = slice(span.start, span.start + span.length)
+        keys[row, :, : span.length] = k[:, rows]
+        values[row, :, : span.length] = v[:, rows]
+
+
+def _decode(
+    module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments, window: int, softcap: float | None
+) -> Tensor:
+    """One new token a row: append its key and value, attend to the row's cache. q [H, R, D] -> [H, R, D]."""
+    cache = segments.cache
+    assert cache is not None
+    keys, values = cache.layer(int(module.layer_idx), k)  # type: ignore[arg-type]
+    rows_R = torch.arange(cache.rows, device=q.device)
+    lengths_R = cache.lengths_R.to(q.device)
+    keys[rows_R, :, lengths_R] = k.transpose(0, 1)
+    values[rows_R, :, lengths_R] = v.transpose(0, 1)
+    longest = int(cache.lengths_R.max()) + 1
+    if window not in segments.block_masks:
+        place_S = torch.arange(longest, device=q.device)
+        seen = place_S[None] <= lengths_R[:, None]
+        if window:
+            seen &= place_S[None] > lengths_R[:, None] - window
+        segments.block_masks[window] = seen[:, None, None]
+    mask = segments.block_masks[window]
+    heads, width = q.shape[0], q.shape[2]
+    # The G query heads of a key/value head stand where a query sequence would: no key is repeated.
+    grouped = q.transpose(0, 1).reshape(cache.rows, k.shape[0], heads // k.shape[0], width)
+    if softcap is None:
+        out = functional.scaled_dot_product_attention(
+            grouped, keys[:, :, :longest], values[:, :, :longest], attn_mask=mask, scale=scale
+        )
+    else:
+        scores = torch.tanh(grouped @ keys[:, :, :longest].transpose(2, 3) * scale / softcap) * softcap
+        out = torch.softmax(scores.masked_fill(~mask, float("-inf")).float(), -1).to(q.dtype) @ values[:, :, :longest]
+    return out.reshape(cache.rows, heads, width).transpose(0, 1)

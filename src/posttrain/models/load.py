@@ -1,0 +1,277 @@
+"""Base models in memory; the only file that imports transformers.
+
+A base is loaded from safetensors, frozen, its linear layers wrapped so that adapters can be named per segment, and its
+attention replaced by the packed-segment function of `models/attention.py`. Remote code is never run, pickles are never
+read. Full logits never exist in training: `hidden` stops before the head, `models/logprobs.py` goes on from there.
+
+T: packed tokens, D: width, V: vocabulary.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from posttrain.artifacts import fsync_tree, write_json
+from posttrain.data.chat import ChatFormat, load_chat_format
+from posttrain.errors import ModelError
+from posttrain.models.attention import ATTENTION_NAME, Segments, register_attention
+from posttrain.models.lora import AdapterSet, LoraShape
+from posttrain.models.source import BaseModelFolder, locate_base
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+class HuggingFaceTokenizer:
+    """The tokenizer behind `data/chat.py`'s protocol."""
+
+    def __init__(self, folder: Path) -> None:
+        self.inner = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        self._ids = {token.content: index for index, token in self.inner.added_tokens_decoder.items()}
+        self._plain = self._without_control_tokens()
+
+    def _without_control_tokens(self) -> Any:
+        """A tokenizer that takes '<eos>' as letters: the same vocabulary with its added tokens not parsed."""
+        import tokenizers  # noqa: PLC0415 - part of transformers
+
+        state = json.loads(self.inner.backend_tokenizer.to_str())
+        state["added_tokens"] = []
+        return tokenizers.Tokenizer.from_str(json.dumps(state))
+
+    def encode(self, text: str, *, plain: bool) -> list[int]:
+        """Ids of a text without added tokens."""
+        backend = self._plain if plain else self.inner.backend_tokenizer
+        return list(backend.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int], *, special: bool) -> str:
+        """Text of ids."""
+        return str(self.inner.decode(list(ids), skip_special_tokens=not special))
+
+    def token_id(self, token: str) -> int | None:
+        """Id of a whole token."""
+        found = self._ids.get(token)
+        return found if found is not None else self.inner.get_vocab().get(token)
+
+    @property
+    def bos(self) -> str | None:
+        """Text of BOS."""
+        return self.inner.bos_token
+
+    @property
+    def eos(self) -> str | None:
+        """Text of EOS."""
+        return self.inner.eos_token
+
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        """Texts parsed as control tokens."""
+        return tuple(self._ids)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The model's own template."""
+        template = self.inner.chat_template
+        return template if isinstance(template, str) else None
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer itself puts a BOS in front."""
+        ids = self.inner("a").input_ids
+        return self.inner.bos_token_id is not None and ids[:1] == [self.inner.bos_token_id]
+
+
+class BaseModel:
+    """One frozen base with named adapters in memory."""
+
+    def __init__(self, source: BaseModelFolder, model: Any, tokenizer: HuggingFaceTokenizer, chat: ChatFormat) -> None:
+        self.source, self.model, self.tokenizer, self.chat = source, model, tokenizer, chat
+        self.device: torch.device = next(model.parameters()).device
+        self.dtype: torch.dtype = next(model.parameters()).dtype
+        self.adapters = AdapterSet(model, source.weights_hash)
+        config = model.config.get_text_config()
+        self.softcap: float | None = config.to_dict().get("final_logit_softcapping")
+        self.context: int = int(config.max_position_embeddings)
+
+    @property
+    def head_VD(self) -> Tensor:  # noqa: N802 - shape letters
+        """Weight of the language-model head."""
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight
+
+    def hidden(self, ids_T: Tensor, positions_T: Tensor, segments: Segments, adapter: str) -> Tensor:  # noqa: N803
+        """Last hidden states [T, D] of a packed batch, all segments with one adapter ("base" for none)."""
+        with self.adapters.use(adapter):
+            return self.forward(ids_T, positions_T, segments)
+
+    def forward(self, ids_T: Tensor, positions_T: Tensor, segments: Segments) -> Tensor:  # noqa: N803
+        """Last hidden states [T, D] with whatever adapter routing is in force."""
+        out = self.model.base_model(
+            input_ids=ids_T[None].to(self.device),
+            position_ids=positions_T[None].to(self.device),
+            use_cache=False,
+            segments=segments,
+        )
+        hidden: Tensor = out.last_hidden_state[0]
+        return hidden
+
+    def identity(self) -> dict[str, str]:
+        """What a manifest says about the base."""
+        return {
+            "model": self.source.model,
+            "weights_hash": self.source.weights_hash,
+            "tokenizer_hash": self.source.tokenizer_hash,
+            "template": self.chat.template_name,
+            "template_hash": self.chat.fingerprint,
+        }
+
+
+def native_bfloat16() -> bool:
+    """Whether this processor multiplies bf16 matrices in hardware (AVX512-BF16, AMX or ARM BF16)."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device a recipe asks for. Raises ModelError for cuda where there is none."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ModelError('[base] device = "cuda"', "no CUDA device here", allowed="auto or cpu")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def load_base(model: str, *, template: str = "auto", dtype: str = "auto", device: str = "auto", full: bool = False) -> BaseModel:
+    """Load a base model, frozen, with its renderer. `full` keeps float32 weights that can be trained.
+
+    Raises ModelError for anything that cannot be loaded, naming what to do.
+    """
+    source = locate_base(model)
+    where = f'[base] model = "{model}"'
+    _refuse_remote_code(source.folder, where)
+    register_attention()
+    kind = choose_device(device)
+    weights_dtype = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and native_bfloat16()) else torch.float32
+    if full:
+        weights_dtype = torch.float32
+    try:
+        inner = transformers.AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=weights_dtype, attn_implementation=ATTENTION_NAME, trust_remote_code=False,
+            use_safetensors=True, local_files_only=True,
+        )  # fmt: skip
+        tokenizer = HuggingFaceTokenizer(source.folder)
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        first_line = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise ModelError(where, f"cannot be loaded: {first_line}", do="check that the files are whole") from None
+    inner.requires_grad_(False)
+    inner.eval()
+    inner.to(kind)
+    return BaseModel(source, inner, tokenizer, load_chat_format(tokenizer, template))
+
+
+def load_chat(source: BaseModelFolder, template: str) -> ChatFormat:
+    """Only the renderer of a base, without its weights: enough to check data."""
+    return load_chat_format(HuggingFaceTokenizer(source.folder), template)
+
+
+def _refuse_remote_code(folder: Path, where: str) -> None:
+    for name in ("config.json", "tokenizer_config.json"):
+        path = folder / name
+        if path.exists() and "auto_map" in json.loads(path.read_text(encoding="utf-8")):
+            raise ModelError(where, f"{name} asks for code of its own (auto_map)", allowed="architectures that transformers has", do="remove auto_map if the architecture is a standard one")
+
+
+def lora_shape(model: BaseModel, targets: Any) -> dict[str, tuple[int, int]]:
+    """Names and (inputs, outputs) of the linear layers that `targets` selects."""
+    return LoraShape.select(model.model, targets)
+
+
+def convert_gguf(gguf: Path, target: Path, *, model: str) -> None:
+    """Turn a GGUF into a folder with bf16 safetensors, config and tokenizer; whole or not at all.
+
+    Quantised blocks are expanded to float32 and stored in bfloat16, so that every machine starts from the same weights.
+    """
+    where = f'[base] model = "{model}"'
+    try:
+        import gguf as _gguf  # noqa: F401, PLC0415 - transformers needs it and says so badly
+    except ImportError:
+        raise ModelError(where, "the package gguf is not installed", do='pip install gguf (or "posttrain[quickstart]")') from None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, local_files_only=True, trust_remote_code=False
+        )
+        # Saving what came out of a GGUF directly is refused; the same weights in a model made from the config are not.
+        rebuilt = type(loaded)(loaded.config).to(torch.bfloat16)
+        rebuilt.load_state_dict(loaded.state_dict())
+        rebuilt.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        write_json(partial / "source.json", {"model": model, "file": gguf.name})
+        fsync_tree(partial)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(partial, target)
+    except (ValueError, KeyError, OSError, RuntimeError, IndexError, TypeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ModelError(where, f"the GGUF cannot be read: {str(error)[:200]}", do="check that the file is whole and of a supported architecture") from None
+
+
+def fetch_from_hub(model: str) -> Path:
+    """A snapshot of safetensors, config and tokenizer of a hub id. Raises ModelError where the hub cannot be reached."""
+    import huggingface_hub  # noqa: PLC0415 - part of transformers
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            model, allow_patterns=["*.safetensors", "*.json", "tokenizer.model"], ignore_patterns=["original/*"]
+        )
+    except Exception as error:  # noqa: BLE001 - the hub's errors have no common ancestor
+        raise ModelError(
+            f'[base] model = "{model}"', f"cannot be fetched from the hub ({type(error).__name__})",
+            do="check the name and the network, or give a folder, a .gguf file or a package",
+        ) from None  # fmt: skip
+    return Path(folder)
+
+
+def make_random_tiny(target: Path) -> None:
+    """A tiny Llama with random weights and a byte-level vocabulary, for tests and dry runs; always the same weights."""
+    import tokenizers  # noqa: PLC0415 - part of transformers
+
+    specials = ["<pad>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({t: i for i, t in enumerate([*specials, *alphabet])}, []))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.add_special_tokens(specials)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
+    config = transformers.LlamaConfig(
+        vocab_size=len(specials) + len(alphabet), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.08)
+    torch.set_rng_state(state)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    write_json(partial / "source.json", {"model": "random:tiny"})
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(partial, target)
+
+

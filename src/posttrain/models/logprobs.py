@@ -1,0 +1,99 @@
+"""Log-probabilities of target tokens, without ever holding logits for more than a few rows.
+
+    log p(t | h) = z_t - log sum_v exp z_v,   z = W h          d log p / d h = W_t - sum_v p_v W_v
+
+The head runs only at positions that predict a target, in chunks of rows. With a frozen head the gradient with respect to
+the hidden state is formed in the forward pass, while the chunk's logits are there: backward is a multiplication by a
+number a row. With a trained head the chunk is computed again in backward.
+
+N: targets, D: width, V: vocabulary. Log-sum-exp in float32.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Logits held at once: 32 Mi float32 numbers, 128 MiB; a chunk then still fills the cores at a vocabulary of 262k.
+CHUNK_LOGITS = 32 * 2**20
+
+
+def target_logprobs(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, *, softcap: float | None = None) -> Tensor:  # noqa: N803
+    """log p of each target [N], float32, differentiable in the hidden states and, where it is trained, in the head."""
+    if softcap is not None:
+        return _plain(hidden_ND, head_VD, target_N, softcap)
+    if head_VD.requires_grad:
+        return _TrainedHead.apply(hidden_ND, head_VD, target_N)  # type: ignore[no-any-return, no-untyped-call]
+    return _FrozenHead.apply(hidden_ND, head_VD, target_N)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _plain(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, softcap: float) -> Tensor:  # noqa: N803
+    """For soft-capped heads: chunks by plain operations."""
+    parts = []
+    for rows in _chunks(len(target_N), head_VD.shape[0]):
+        logits = torch.tanh((hidden_ND[rows] @ head_VD.T).float() / softcap) * softcap
+        parts.append(torch.log_softmax(logits, -1).gather(1, target_N[rows, None])[:, 0])
+    return torch.cat(parts) if parts else hidden_ND.new_zeros(0, dtype=torch.float32)
+
+
+def _chunks(total: int, vocabulary: int) -> list[slice]:
+    size = max(16, CHUNK_LOGITS // vocabulary)
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def _log_softmax_(logits: Tensor, target_n: Tensor) -> Tensor:
+    """Turn float32 logits [n, V] into probabilities in place; return log p of the targets [n]."""
+    at_target_n = logits.gather(1, target_n[:, None])[:, 0]
+    top_n1 = logits.amax(1, keepdim=True)
+    total_n1 = logits.sub_(top_n1).exp_().sum(1, keepdim=True)
+    logits.div_(total_n1)
+    return at_target_n - (top_n1 + total_n1.log())[:, 0]
+
+
+class _FrozenHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> Tensor:  # noqa: N803
+        logprobs_N = hidden_ND.new_empty(len(target_N), dtype=torch.float32)
+        wants_grad = ctx.needs_input_grad[0]
+        slope_ND = torch.empty_like(hidden_ND) if wants_grad else None
+        for rows in _chunks(len(target_N), head_VD.shape[0]):
+            logits = (hidden_ND[rows] @ head_VD.T).float()
+            if slope_ND is None:
+                logprobs_N[rows] = logits.gather(1, target_N[rows, None])[:, 0] - logits.logsumexp(1)
+                continue
+            logprobs_N[rows] = _log_softmax_(logits, target_N[rows])
+            torch.sub(head_VD[target_N[rows]], logits.to(head_VD.dtype) @ head_VD, out=slope_ND[rows])
+        if slope_ND is not None:
+            ctx.save_for_backward(slope_ND)
+        return logprobs_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (slope_ND,) = ctx.saved_tensors
+        return slope_ND * grads[0].to(slope_ND.dtype)[:, None], None, None
+
+
+class _TrainedHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> Tensor:  # noqa: N803
+        ctx.save_for_backward(hidden_ND, head_VD, target_N)
+        logprobs_N = hidden_ND.new_empty(len(target_N), dtype=torch.float32)
+        for rows in _chunks(len(target_N), head_VD.shape[0]):
+            logits = (hidden_ND[rows] @ head_VD.T).float()
+            logprobs_N[rows] = logits.gather(1, target_N[rows, None])[:, 0] - logits.logsumexp(1)
+        return logprobs_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        hidden_ND, head_VD, target_N = ctx.saved_tensors
+        grad_hidden, grad_head = torch.zeros_like(hidden_ND), torch.zeros_like(head_VD)
+        for rows in _chunks(len(target_N), head_VD.shape[0]):
+            logits = (hidden_ND[rows] @ head_VD.T).float()
+            _log_softmax_(logits, target_N[rows])
+            # d log p / d z = onehot - p, times the incoming gradient of the row
+            logits.mul_(-grads[0][rows, None].float())
+            logits.scatter_add_(1, target_N[rows, None], grads[0][rows, None].float())
+            slope = logits.to(head_VD.dtype)
+            grad_hidden[rows] = slope @ head_VD
+            grad_head.addmm_(slope.T, hidden_ND[rows])
+        return grad_hidden, grad_head, None

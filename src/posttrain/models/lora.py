@@ -1,0 +1,264 @@
+"""Low-rank adapters (Hu et al. 2021): several by name on one base, chosen for a whole batch or per span of rows.
+
+    y = x W^T + scale * (x A^T) B^T,   A: [R, inputs],  B: [outputs, R],  scale = alpha / R  (rsLoRA: alpha / sqrt(R))
+
+A starts uniform in +-1/sqrt(inputs), B at zero, so a new adapter is the base exactly. Adapter weights are float32; the
+products run in the type of the activations. Files are PEFT's format to the letter (`adapter_model.safetensors`,
+`adapter_config.json`); the metadata carries the hash of the base, and another base is refused.
+
+T: tokens, R: rank.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from posttrain.errors import AdapterError, RecipeError
+
+ATTENTION_PARENTS = ("self_attn", "attn", "attention")
+MLP_PARENTS = ("mlp", "feed_forward", "ffn")
+
+
+class LoraSettings(NamedTuple):
+    """The shape of an adapter."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: str | tuple[str, ...]
+    scaling: str
+
+    @property
+    def scale(self) -> float:
+        """What the low-rank product is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
+
+
+class LoraAdapter:
+    """One adapter: for each adapted layer its A and B, float32. `rows` holds trained embedding rows, if any."""
+
+    def __init__(self, name: str, settings: LoraSettings, weights: dict[str, tuple[nn.Parameter, nn.Parameter]]) -> None:
+        self.name, self.settings, self.weights = name, settings, weights
+        self.training = False
+        self.token_ids: tuple[int, ...] = ()
+        self.token_rows: nn.Parameter | None = None
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Trainable tensors by PEFT's names, in a fixed order."""
+        named: dict[str, nn.Parameter] = {}
+        for layer, (a, b) in self.weights.items():
+            named[f"base_model.model.{layer}.lora_A.weight"] = a
+            named[f"base_model.model.{layer}.lora_B.weight"] = b
+        return named
+
+    def requires_grad_(self, on: bool) -> None:
+        """Make the adapter trainable, or freeze it."""
+        self.training = on
+        for parameter in self.parameters().values():
+            parameter.requires_grad_(on)
+
+
+class LoraShape:
+    """Which linear layers of a model an adapter covers."""
+
+    @staticmethod
+    def select(model: nn.Module, targets: str | tuple[str, ...]) -> dict[str, tuple[int, int]]:
+        """Names and (inputs, outputs) of the selected layers; the head is never one of them.
+
+        Raises RecipeError when nothing, or a name that is not there, is selected.
+        """
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLinear) or _is_linear(n, m)}
+        chosen = {n: m for n, m in layers.items() if _matches(n, targets)}
+        last_names = sorted({n.rsplit(".", 1)[-1] for n in layers})
+        unknown = [t for t in targets if t not in last_names] if isinstance(targets, tuple) else []
+        if unknown or not chosen:
+            raise RecipeError("recipe · [adapter] targets", f"no layer {', '.join(unknown) or targets}", allowed=f"there is: {', '.join(last_names)}")
+        return {n: (int(m.in_features), int(m.out_features)) for n, m in chosen.items()}  # type: ignore[arg-type]
+
+
+def _is_linear(name: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and not name.endswith(("lm_head", ".base")) and name != "lm_head"
+
+
+def _matches(name: str, targets: str | tuple[str, ...]) -> bool:
+    path = name.split(".")
+    if isinstance(targets, tuple):
+        return path[-1] in targets
+    parents = {"attention": ATTENTION_PARENTS, "mlp": MLP_PARENTS}.get(targets)
+    return parents is None or any(part in parents for part in path[:-1])
+
+
+def count_parameters(shapes: dict[str, tuple[int, int]], rank: int) -> int:
+    """Trainable parameters of an adapter: rank times the sum of inputs and outputs over its layers."""
+    return sum(rank * (inputs + outputs) for inputs, outputs in shapes.values())
+
+
+class Span(NamedTuple):
+    """Rows [start, stop) of the packed batch that one adapter serves; None is the base."""
+
+    start: int
+    stop: int
+    adapter: LoraAdapter | None
+
+
+class Routing:
+    """Which adapter each row of the batch in flight uses; every wrapped layer looks here."""
+
+    def __init__(self) -> None:
+        self.whole: LoraAdapter | None = None
+        self.spans: tuple[Span, ...] = ()
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer that adds the product of whatever adapter is routed to."""
+
+    def __init__(self, base: nn.Linear, name: str, routing: Routing) -> None:
+        super().__init__()
+        self.base, self.name, self.routing = base, name, routing
+        self.in_features, self.out_features = base.in_features, base.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight."""
+        return self.base.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., inputs] -> [..., outputs]."""
+        if self.routing.spans:
+            return self._forward_spans(x)
+        adapter = self.routing.whole
+        pair = adapter.weights.get(self.name) if adapter else None
+        if adapter is None or pair is None:
+            return functional.linear(x, self.base.weight, self.base.bias)
+        scale = adapter.settings.scale
+        if adapter.training and adapter.settings.dropout:
+            y = functional.linear(x, self.base.weight, self.base.bias)
+            return y + _low_rank(functional.dropout(x, adapter.settings.dropout), pair, scale)
+        y: Tensor = _LoraProduct.apply(x, self.base.weight, self.base.bias, pair[0], pair[1], scale)  # type: ignore[no-untyped-call]
+        return y
+
+    def _forward_spans(self, x: Tensor) -> Tensor:
+        y = functional.linear(x, self.base.weight, self.base.bias)
+        parts = []
+        for start, stop, adapter in self.routing.spans:
+            part = y[:, start:stop]
+            if adapter is not None and self.name in adapter.weights:
+                part = part + _low_rank(x[:, start:stop], adapter.weights[self.name], adapter.settings.scale)
+            parts.append(part)
+        return torch.cat(parts, dim=1)
+
+
+def _low_rank(x: Tensor, pair: tuple[nn.Parameter, nn.Parameter], scale: float) -> Tensor:
+    a, b = pair
+    return functional.linear(functional.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scale
+
+
+class _LoraProduct(torch.autograd.Function):
+    """The adapted product with a frozen weight: saves the input and its projection, and nothing of width `outputs`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        projected_TR = flat @ a.to(x.dtype).T
+        y = functional.linear(flat, weight, bias)
+        y.addmm_(projected_TR, b.to(x.dtype).T, alpha=scale)
+        ctx.save_for_backward(flat, projected_TR, weight, a, b)
+        ctx.scale, ctx.shape = scale, x.shape
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        flat, projected_TR, weight, a, b = ctx.saved_tensors
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        grad_TR = grad @ b.to(grad.dtype) * ctx.scale
+        grad_a = (grad_TR.T @ flat).to(a.dtype) if ctx.needs_input_grad[3] else None
+        grad_b = (grad.T @ projected_TR).to(b.dtype) * ctx.scale if ctx.needs_input_grad[4] else None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ weight).addmm_(grad_TR, a.to(grad.dtype)).view(ctx.shape)
+        return grad_x, None, None, grad_a, grad_b, None
+
+
+class AdapterSet:
+    """The named adapters on one base, and the routing that chooses among them."""
+
+    def __init__(self, model: nn.Module, weights_hash: str) -> None:
+        self._model, self.weights_hash = model, weights_hash
+        self._adapters: dict[str, LoraAdapter] = {}
+        self.routing = Routing()
+        _wrap_linears(model, self.routing)
+
+    def __contains__(self, name: str) -> bool:
+        return name == "base" or name in self._adapters
+
+    def names(self) -> tuple[str, ...]:
+        """The adapters in memory, without the base."""
+        return tuple(self._adapters)
+
+    def get(self, name: str) -> LoraAdapter:
+        """An adapter by name. Raises AdapterError where it is not loaded."""
+        if name not in self._adapters:
+            raise AdapterError(f'adapter "{name}"', "is not loaded", allowed=f"there is: base, {', '.join(self._adapters)}".rstrip(", "))
+        return self._adapters[name]
+
+    def create(self, name: str, settings: LoraSettings, *, seed: int) -> LoraAdapter:
+        """A new adapter that equals the base: A uniform in +-1/sqrt(inputs), B zero."""
+        generator = torch.Generator().manual_seed(seed)
+        weights = {}
+        for layer, (inputs, outputs) in LoraShape.select(self._model, settings.targets).items():
+            bound = 1 / math.sqrt(inputs)
+            a = torch.empty(settings.rank, inputs).uniform_(-bound, bound, generator=generator)
+            weights[layer] = (nn.Parameter(a.to(self._device())), nn.Parameter(torch.zeros(outputs, settings.rank, device=self._device())))
+        return self.add(LoraAdapter(name, settings, weights))
+
+    def add(self, adapter: LoraAdapter) -> LoraAdapter:
+        """Keep an adapter under its name, frozen."""
+        adapter.requires_grad_(False)
+        self._adapters[adapter.name] = adapter
+        return adapter
+
+    def copy(self, source: str, name: str) -> LoraAdapter:
+        """A copy of an adapter under another name."""
+        original = self.get(source)
+        weights = {n: (nn.Parameter(a.detach().clone()), nn.Parameter(b.detach().clone())) for n, (a, b) in original.weights.items()}
+        return self.add(LoraAdapter(name, original.settings, weights))
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter."""
+        self._adapters.pop(name, None)
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[None]:
+        """Everything inside runs with one adapter ("base" for none)."""
+        before = self.routing.whole, self.routing.spans
+        self.routing.whole = None if name == "base" else self.get(name)
+        self.routing.spans = ()
+        try:
+            yield
+        finally:
+            self.routing.whole, self.routing.spans = before
+
+    @contextmanager
+    def use_spans(self, spans: list[tuple[int, int, str]]) -> Iterator[None]:
+        """Rows of the batch use different adapters: (start, stop, name) that cover it in order."""
+        before = self.routing.whole, self.routing.spans
+        self.routing.spans = tuple(Span(s, e, None if n == "base" else self.get(n)) for s, e, n in spans)
+        try:
+            yield
+        finally:
+            self.routing.whole, self.routing.spans = before
+
+    def _device(self) -> torch.device:
+        return next(self._model.parameters()).device
+
+
+def _wrap_linears(model: nn.Module, routing: Routing) -> None:
+    for name, module in list(model.named_modules()):
+        if _is_linear(name, module):
+            parent_name, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent_name), child, LoraLinear(module, name, routing))  # type: ignore[arg-type]

@@ -1,0 +1,282 @@
+"""Every setting of a run: typed, frozen, documented, and checked as a whole before a weight is read.
+
+A recipe is TOML. Stages are `[[stage]]` tables told apart by `kind`; a stage names earlier stages, and the kind of
+artifact it needs is checked here. The string under each field feeds `--help` and `docs/configuration.md`.
+"""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from posttrain.errors import RecipeError
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
+# Names of folders inside a run, and of the base itself: a stage may not take them.
+RESERVED_NAMES = frozenset({"base", "evaluate", "runs", "report", "con", "nul", "aux", "prn"})
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Base(_Settings):
+    """The pretrained model that everything starts from."""
+
+    model: str
+    """A hub id, a folder, a `.gguf` file, `package:gemma3-270m`, `package:smollm2-135m-instruct` or `random:tiny`."""
+    template: str = "auto"
+    """Chat template: `auto` (the model's own), `gemma`, `chatml`, `llama3` or `plain`."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Type of the frozen weights; `auto` is bfloat16 where the processor multiplies it natively, else float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; `auto` takes a CUDA device where there is one."""
+
+
+class Adapter(_Settings):
+    """What is trained on top of the frozen base."""
+
+    kind: Literal["lora", "full"] = "lora"
+    """`lora` trains low-rank matrices; `full` trains and stores every weight."""
+    rank: Annotated[int, Field(ge=1, le=4096)] = 16
+    """Rank R of the low-rank matrices."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Scale: the low-rank product is multiplied by alpha / R."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the adapter's inputs set to zero while training."""
+    targets: Literal["all", "attention", "mlp"] | tuple[str, ...] = "all"
+    """Linear layers that get an adapter: `all`, `attention`, `mlp`, or a list of layer names such as `q_proj`."""
+    scaling: Literal["standard", "rslora"] = "standard"
+    """`standard` scales by alpha / R, `rslora` by alpha / sqrt(R) (Kalajdzievski 2023)."""
+    train_tokens: tuple[str, ...] = ()
+    """Tokens whose embedding rows are trained beside the adapter, for template tokens that the base never saw."""
+
+
+class Source(_Settings):
+    """One of several data files that are mixed."""
+
+    path: str
+    """A file (.jsonl .json .parquet .csv), a `save_to_disk` folder, a hub dataset id, or `starter/<file>`."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of this source's rows that is used: 0.5 takes half of them, 2 takes each twice."""
+
+
+class _Stage(_Settings):
+    name: Name
+    """Name of the stage, its folder and its policy."""
+    init: Name | Literal["base"] = "base"
+    """The policy that training starts from: `base` or an earlier stage."""
+
+
+class _Training(_Stage):
+    data: str | tuple[Source, ...]
+    """A data file, or a list of `{path, weight}` to mix."""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the data; fractions are allowed."""
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
+    """Peak learning rate. LoRA wants about ten times the rate of full fine-tuning."""
+    batch: Annotated[int, Field(ge=1)] = 16
+    """Rows (conversations or pairs) of one optimiser step."""
+    max_tokens: Annotated[int, Field(ge=8)] = 1024
+    """Longest row in tokens; longer rows are cut (SFT) or dropped (pairs), counted and shown."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up (cosine and linear end at a tenth of the peak)."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the steps in which the learning rate rises from zero."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay."""
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest norm of the whole gradient; 0 turns clipping off."""
+    validation: Annotated[float, Field(ge=0, lt=0.5)] = 0.05
+    """Share of the prompts (by a hash of the first user turn) that is kept for the validation loss."""
+    keep: Literal["best", "last"] = "last"
+    """Which weights are published: of the lowest validation loss, or of the last step."""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Stop after so many validations without a new best; 0 never stops early."""
+    validate_every: Annotated[int, Field(ge=0)] = 0
+    """Optimiser steps between validations; 0 validates at the end only (with patience: four times an epoch)."""
+    checkpoint_every: Annotated[int, Field(ge=0)] = 0
+    """Optimiser steps between checkpoints; 0 leaves it to `checkpoint_minutes`."""
+    checkpoint_minutes: Annotated[float, Field(gt=0)] = 2.0
+    """Minutes between checkpoints."""
+    allow_dropped: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of the rows that may be dropped (too long, empty, duplicate sides) before it is an error."""
+
+
+class SftStage(_Training):
+    """Supervised fine-tuning on demonstrations."""
+
+    kind: Literal["sft"]
+    """Stage kind."""
+
+
+class DpoStage(_Training):
+    """Direct preference optimisation against a fixed reference."""
+
+    kind: Literal["dpo"]
+    """Stage kind."""
+    reference: Name | Literal["init", "base"] = "init"
+    """The policy that the log-ratios are taken against; `init` is the policy that training starts from."""
+    loss: Literal["sigmoid", "robust", "ipo", "hinge"] = "sigmoid"
+    """`sigmoid` (DPO, and cDPO with label smoothing), `robust` (rDPO), `ipo` or `hinge` (SLiC)."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How strongly the policy is held to the reference; its unit depends on the loss."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Assumed share of flipped labels (`sigmoid` and `robust` only)."""
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-5
+    """Peak learning rate; a tenth of SFT's."""
+
+
+Stage = Annotated[SftStage | DpoStage, Field(discriminator="kind")]
+
+
+class Evaluation(_Settings):
+    """What the base and every policy are measured on."""
+
+    suites: tuple[str, ...] = ("starter",)
+    """Names of built-in suites, or paths of suite files (TOML)."""
+    limit: Annotated[int, Field(ge=0)] = 0
+    """Items of each task that are used, the first ones; 0 uses all."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=8192)] = 64
+    """Longest answer in tokens; an answer that has not stopped by then counts as not stopping."""
+    samples: tuple[str, ...] = ()
+    """Prompts that every policy answers side by side in the report; none takes the six of the starter suite."""
+
+
+class Recipe(_Settings):
+    """A whole run."""
+
+    name: Name
+    """Name of the run and of its folder."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of everything random: same seed, same run."""
+    base: Base
+    """The pretrained model."""
+    adapter: Adapter = Adapter()
+    """What is trained on top of it."""
+    stage: tuple[Stage, ...]
+    """The stages, in order."""
+    evaluation: Evaluation = Evaluation()
+    """What is measured."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Where metrics go besides metrics.jsonl."""
+
+
+def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read and check a recipe; `overrides` are `stage.field=value` or `table.field=value` with TOML values.
+
+    Raises RecipeError naming the place, what was found, what is allowed and what to do.
+    """
+    where = path.name
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(where, f"there is no file {path}", do="give the path of a recipe (.toml)") from None
+    except IsADirectoryError:
+        raise RecipeError(where, f"{path} is a folder", do="give the path of a recipe (.toml)") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(where, f"not UTF-8 text (byte {error.start})", do="save the file as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(where, f"not TOML: {error}", do="correct that line") from None
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_recipe(raw, where)
+
+
+def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Check a recipe that is already a table: every setting, then every reference between stages."""
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise _explain(error, raw, where) from None
+    _check_references(recipe, where)
+    return recipe
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError("--set", f'"{override}"', allowed="STAGE.FIELD=VALUE", do="for instance --set dpo.beta=0.2")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string: --set sft.data=my.jsonl
+    target: Any = raw
+    stages = raw.get("stage", [])
+    named = [s for s in stages if isinstance(s, dict) and s.get("name") == keys[0]] if isinstance(stages, list) else []
+    if named and len(keys) > 1:
+        target, keys = named[0], keys[1:]
+    elif len(keys) > 1 and keys[0] not in Recipe.model_fields:
+        names = ", ".join([str(s.get("name")) for s in stages if isinstance(s, dict)] + ["base", "adapter", "evaluation"])
+        raise RecipeError("--set", f'"{keys[0]}" is neither a stage nor a table', allowed=f"there is: {names}")
+    for key in keys[:-1]:
+        target = target.setdefault(key, {}) if isinstance(target, dict) else None
+    if not isinstance(target, dict):
+        raise RecipeError("--set", f'"{path}" does not lead to a setting', allowed="STAGE.FIELD=VALUE")
+    target[keys[-1]] = value
+
+
+def _explain(error: ValidationError, raw: dict[str, Any], where: str) -> RecipeError:
+    """Turn pydantic's first complaint into the error formula; say how many more there are."""
+    first = error.errors(include_url=False)[0]
+    place, fields = _place(first["loc"], raw)
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    key = str(first["loc"][-1]) if first["loc"] else ""
+    if first["type"] == "extra_forbidden":
+        return RecipeError(f"{where} · {place}", f'unknown setting "{key}"{more}', allowed=f"there is: {', '.join(fields)}")
+    if first["type"] == "missing":
+        return RecipeError(f"{where} · {place}", f'"{key}" is missing{more}', do="add it")
+    if first["type"].startswith("union_tag"):
+        found = first["input"].get("kind", "none") if isinstance(first["input"], dict) else first["input"]
+        return RecipeError(f"{where} · {place}", f'kind = "{found}"{more}', allowed="there is: sft, dpo")
+    found = f"{key} = {str(first['input'])[:80]!r}" if isinstance(first["input"], str) else f"{key} = {first['input']}"
+    return RecipeError(f"{where} · {place}", f"{found[:120]}{more}", allowed=first["msg"][0].lower() + first["msg"][1:])
+
+
+def _place(loc: tuple[int | str, ...], raw: dict[str, Any]) -> tuple[str, list[str]]:
+    """Words for where in the recipe a complaint lies, and the settings that exist there."""
+    tables: dict[str, type[BaseModel]] = {"base": Base, "adapter": Adapter, "evaluation": Evaluation}
+    if loc and loc[0] == "stage" and len(loc) > 1 and isinstance(loc[1], int):
+        stage = raw["stage"][loc[1]] if loc[1] < len(raw["stage"]) else {}
+        stage = stage if isinstance(stage, dict) else {}
+        model = {"sft": SftStage, "dpo": DpoStage}.get(str(stage.get("kind")), SftStage)
+        return f'stage "{stage.get("name", loc[1] + 1)}"', list(model.model_fields)
+    if loc and loc[0] in tables and len(loc) > 1:
+        return f"[{loc[0]}]", list(tables[str(loc[0])].model_fields)
+    return "top level", list(Recipe.model_fields)
+
+
+def _check_references(recipe: Recipe, where: str) -> None:
+    if not recipe.stage:
+        raise RecipeError(where, "no stage", do="add a [[stage]] table")
+    seen: list[str] = []
+    for stage in recipe.stage:
+        place = f'{where} · stage "{stage.name}"'
+        if stage.name in RESERVED_NAMES:
+            raise RecipeError(place, f'the name "{stage.name}" is reserved', do="choose another name")
+        if stage.name in seen:
+            raise RecipeError(place, "a second stage of that name", do="give each stage a name of its own")
+        _check_policy(place, "init", stage.init, ("base",), seen)
+        if isinstance(stage, DpoStage):
+            _check_policy(place, "reference", stage.reference, ("init", "base"), seen)
+            if stage.label_smoothing and stage.loss not in ("sigmoid", "robust"):
+                raise RecipeError(place, f'label_smoothing with loss = "{stage.loss}"', allowed="sigmoid or robust", do="remove it")
+            if stage.loss == "robust" and not stage.label_smoothing:
+                raise RecipeError(place, 'loss = "robust" without label_smoothing', allowed="0 < label_smoothing < 0.5", do="set it")
+        seen.append(stage.name)
+    if recipe.adapter.kind == "full" and recipe.adapter.train_tokens:
+        raise RecipeError(f"{where} · [adapter]", 'train_tokens with kind = "full"', do="remove it: every row is trained")
+
+
+def _check_policy(place: str, field: str, name: str, special: tuple[str, ...], seen: list[str]) -> None:
+    if name not in special and name not in seen:
+        there = ", ".join([*special, *seen])
+        raise RecipeError(place, f'{field} = "{name}" is not an earlier policy stage', allowed=f"there is: {there}")
+
+
+def slug(text: str) -> str:
+    """A file-system-safe name made of `text`."""
+    return re.sub(r"[^a-z0-9_.-]+", "-", text.lower()).strip("-.") or "unnamed"

@@ -1,0 +1,66 @@
+"""The records that flow between the parts: plain frozen data, no behaviour, no torch.
+
+`Message` and `Conversation` are what SFT learns from, `PreferencePair` what DPO learns from, `Rollout` what a policy
+answered, `Score` what an evaluation made of it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Role = Literal["system", "user", "assistant"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A demonstration: at least one assistant turn; every assistant turn is learned from."""
+
+    id: str
+    messages: tuple[Message, ...]
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """Two completions of one prompt, the first preferred. `prompt` ends before an assistant turn."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    source: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled completion. `logprobs[i]` is log p(completion_ids[i]) under the distribution sampled from."""
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    ended: bool
+    adapter: str
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One evaluation item answered by one policy. `value` is in the measure's own unit (share, nats, tokens)."""
+
+    item: str
+    task: str
+    measure: str
+    policy: str
+    value: float
+    answer: str = ""
+    prompt: str = ""
+    detail: dict[str, float | str | bool] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""Training stages over one optimiser loop."""
