@@ -1,0 +1,175 @@
+"""Policies on disk: adapters in PEFT's format, full weights as safetensors; both carry the hash of their base.
+
+`adapter_config.json` and `adapter_model.safetensors` are what PEFT and vLLM read. The base's hash lies in the safetensors
+metadata; an adapter of another base is refused, since it would load without a complaint and answer nonsense.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from posttrain.artifacts import write_json
+from posttrain.errors import AdapterError
+from posttrain.models.load import BaseModel
+from posttrain.models.lora import LoraAdapter, LoraSettings, LoraShape
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+FULL_WEIGHTS = "model.safetensors"
+PREFIX = "base_model.model."
+TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
+
+
+def save_adapter(folder: Path, adapter: LoraAdapter, base: BaseModel) -> None:
+    """Write one adapter in PEFT's format, float32."""
+    tensors = {n: p.detach().cpu().contiguous() for n, p in adapter.parameters().items()}
+    save_file(tensors, str(folder / ADAPTER_WEIGHTS), metadata={"format": "pt", **_identity(base)})
+    write_json(folder / ADAPTER_CONFIG, _peft_config(adapter, base))
+
+
+def _identity(base: BaseModel) -> dict[str, str]:
+    names = {"weights_hash": "base_weights_hash", "tokenizer_hash": "tokenizer_hash", "template_hash": "template_hash"}
+    identity = base.identity()
+    return {stored: identity[name] for name, stored in names.items()}
+
+
+def _peft_config(adapter: LoraAdapter, base: BaseModel) -> dict[str, Any]:
+    settings = adapter.settings
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base.source.model,
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": settings.dropout,
+        "use_rslora": settings.scaling == "rslora",
+        "target_modules": sorted({layer.rsplit(".", 1)[-1] for layer in adapter.weights}),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
+    if adapter.token_ids:
+        config["trainable_token_indices"] = {"embed_tokens": list(adapter.token_ids)}
+    return config
+
+
+def load_adapter(folder: Path, name: str, base: BaseModel, *, require_hash: bool = True) -> LoraAdapter:
+    """Read an adapter and keep it in memory under `name`.
+
+    Raises AdapterError when it is damaged, has other shapes, or belongs to another base; with `require_hash` also when it
+    does not say which base it belongs to (as an adapter written by another tool does not).
+    """
+    where = f"adapter {folder}"
+    config = _read_config(folder, where)
+    settings = LoraSettings(
+        int(config["r"]), float(config["lora_alpha"]), 0.0, tuple(sorted(config["target_modules"])),
+        "rslora" if config.get("use_rslora") else "standard",
+    )  # fmt: skip
+    tensors, metadata = _read_tensors(folder / ADAPTER_WEIGHTS, where)
+    check_base(metadata.get("base_weights_hash"), base, where, require_hash=require_hash)
+    token_rows = {n: t for n, t in tensors.items() if n.endswith(TOKEN_ROWS)}
+    weights = _match(tensors, LoraShape.select(base.model, settings.targets), settings.rank, where, base.device)
+    adapter = LoraAdapter(name, settings, weights)
+    for rows in token_rows.values():
+        indices = config["trainable_token_indices"]
+        adapter.token_ids = tuple(next(iter(indices.values())) if isinstance(indices, dict) else indices)
+        adapter.token_rows = nn.Parameter(rows.float().to(base.device))
+    return base.adapters.add(adapter)
+
+
+def _read_config(folder: Path, where: str) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterError(where, f"no {ADAPTER_CONFIG}", do="give a folder in PEFT's format") from None
+    except ValueError:
+        raise AdapterError(where, f"{ADAPTER_CONFIG} is not JSON", do="fetch the adapter again") from None
+    missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in config]
+    if config.get("peft_type") != "LORA" or missing:
+        raise AdapterError(where, f"peft_type {config.get('peft_type')!r}, missing {missing}", allowed="a LoRA adapter of PEFT's format")
+    refused = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication") if config.get(key)]
+    if refused or not isinstance(config["target_modules"], list):
+        raise AdapterError(where, f"uses {', '.join(refused) or 'a pattern as target_modules'}", allowed="plain LoRA with a list of layers")
+    return dict(config)
+
+
+def _read_tensors(path: Path, where: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError:
+        raise AdapterError(where, f"no {path.name}", do="give a folder in PEFT's format") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(where, f"{path.name} is damaged ({str(error)[:80]})", do="fetch or train the adapter again") from None
+
+
+def check_base(found: str | None, base: BaseModel, where: str, *, require_hash: bool) -> None:
+    """Refuse weights that were trained on another base. Raises AdapterError."""
+    if found is None and not require_hash:
+        return
+    if found != base.source.weights_hash:
+        trained_on = f"was trained on base {found[:12]}" if found else "does not say which base it was trained on"
+        raise AdapterError(where, f"{trained_on}, not on {base.source.model} ({base.source.weights_hash[:12]})", do="load it on its own base")
+
+
+def _match(
+    tensors: dict[str, torch.Tensor], shapes: dict[str, tuple[int, int]], rank: int, where: str, device: torch.device
+) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    weights = {}
+    wanted = set()
+    for layer, (inputs, outputs) in shapes.items():
+        pair = []
+        for letter, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
+            name = f"{PREFIX}{layer}.lora_{letter}.weight"
+            wanted.add(name)
+            tensor = tensors.get(name)
+            if tensor is None or tuple(tensor.shape) != shape:
+                found = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
+                raise AdapterError(where, f"{name} {found}", allowed=f"shape {shape}", do="load it on its own base")
+            pair.append(nn.Parameter(tensor.float().to(device), requires_grad=False))
+        weights[layer] = (pair[0], pair[1])
+    extra = [n for n in tensors if n not in wanted and not n.endswith(TOKEN_ROWS)]
+    if extra:
+        raise AdapterError(where, f"unknown tensor {extra[0]} ({len(extra)} of them)", do="load it on its own base")
+    return weights
+
+
+def full_state(base: BaseModel) -> dict[str, nn.Parameter]:
+    """Every weight by transformers' own name; tied weights once."""
+    return {name.replace(".base.", "."): p for name, p in base.model.named_parameters()}
+
+
+def save_full(folder: Path, base: BaseModel) -> None:
+    """Write all weights and the model's config, so that the folder loads in transformers."""
+    tensors = {n: p.detach().cpu().contiguous() for n, p in full_state(base).items()}
+    save_file(tensors, str(folder / FULL_WEIGHTS), metadata={"format": "pt", **_identity(base)})
+    base.model.config.save_pretrained(folder)
+    base.tokenizer.inner.save_pretrained(folder)
+
+
+def load_full(path: Path, base: BaseModel, *, own: bool = False) -> None:
+    """Put the weights of a file into the model in place; `own` reads the base's own files, which carry no hash."""
+    where = f"weights {path}"
+    tensors, metadata = _read_tensors(path, where)
+    if not own:
+        check_base(metadata.get("base_weights_hash"), base, where, require_hash=True)
+    state = full_state(base)
+    with torch.no_grad():
+        for name, parameter in state.items():
+            if name not in tensors or tensors[name].shape != parameter.shape:
+                raise AdapterError(where, f"{name} is missing or has another shape", do="load it on its own base")
+            parameter.copy_(tensors[name])
+
+
+def load_policy(folder: Path, name: str, base: BaseModel) -> None:
+    """Make a finished stage's policy available under `name`: an adapter in memory, or full weights in place."""
+    if (folder / ADAPTER_WEIGHTS).exists():
+        load_adapter(folder, name, base)
+    else:
+        load_full(folder / FULL_WEIGHTS, base)

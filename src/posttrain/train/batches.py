@@ -1,0 +1,67 @@
+"""From rows to packed batches on the device, shared by the training stages and by reference log-probabilities.
+
+B: rows, N: targets.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from posttrain.data.packing import PackedBatch, Segment, pack, row_segments, tree_segments
+from posttrain.data.prepare import PairRow, TrainRow
+from posttrain.models.attention import Segments, Span
+from posttrain.models.load import BaseModel
+from posttrain.models.logprobs import target_logprobs
+
+# Tokens computed at once. On a CPU a thousand rows already fill the cores, and memory grows with this number.
+MICRO_TOKENS = {"cpu": 1024, "cuda": 16384}
+
+
+class DeviceBatch(NamedTuple):
+    """A packed batch as tensors."""
+
+    ids_T: Tensor
+    positions_T: Tensor
+    segments: Segments
+    source_N: Tensor
+    target_N: Tensor
+    row_N: Tensor
+    rows: int
+    tokens: int
+
+
+def to_device(batch: PackedBatch, device: torch.device) -> DeviceBatch:
+    """Tensors of a packed batch."""
+    segments = Segments(tuple(Span(*span) for span in batch.spans))
+    numbers = [torch.tensor(x, dtype=torch.long, device=device) for x in (batch.ids, batch.positions, batch.source_N, batch.target_N, batch.row_N)]
+    ids, positions, source, target, row = numbers
+    return DeviceBatch(ids, positions, segments, source, target, row, batch.rows, batch.tokens)
+
+
+def pack_rows(rows: Sequence[TrainRow], device: torch.device) -> DeviceBatch:
+    """Conversations side by side."""
+    segments: list[Segment] = []
+    for index, row in enumerate(rows):
+        segments += row_segments(row.ids, row.trained, index)
+    return to_device(pack(segments, len(rows)), device)
+
+
+def pack_pairs(pairs: Sequence[PairRow], device: torch.device) -> DeviceBatch:
+    """Pairs as trees: row 2i is the chosen completion of pair i, row 2i + 1 the rejected one."""
+    segments: list[Segment] = []
+    for index, pair in enumerate(pairs):
+        segments += tree_segments(pair.prompt_ids, [pair.chosen_ids, pair.rejected_ids], first_row=2 * index, index=len(segments))
+    return to_device(pack(segments, 2 * len(pairs)), device)
+
+
+def batch_logprobs(base: BaseModel, batch: DeviceBatch, policy: str) -> Tensor:
+    """log p of every target of the batch [N] under a policy, float32."""
+    hidden_TD = base.hidden(batch.ids_T, batch.positions_T, batch.segments, policy)
+    return target_logprobs(hidden_TD[batch.source_N], base.head_VD, batch.target_N, softcap=base.softcap)
+
+
+def sum_by_row(logprobs_N: Tensor, batch: DeviceBatch) -> Tensor:  # noqa: N803
+    """Sum of the targets' log-probabilities of each row [B]."""
+    return logprobs_N.new_zeros(batch.rows).index_add(0, batch.row_N, logprobs_N)

@@ -1,0 +1,300 @@
+"""The one optimiser loop: order of the data, accumulation, AdamW, schedule, clipping, validation, checkpoints, guards.
+
+Which rows step s sees is a pure function of (seed, s), so the position in the data is the step number. A step is either
+whole or did not happen: a checkpoint holds the state between two steps, and a resumed run repeats the very same numbers.
+A loss or gradient that is not finite stops the run before the optimiser moves. A stage brings its own `TrainTask`.
+"""
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.artifacts import write_json
+from posttrain.errors import Interrupted, NonFiniteError
+from posttrain.losses.output import LossOutput
+from posttrain.progress import Metrics, Progress, Tracker
+from posttrain.train.checkpoint import Checkpoint, load_newest, save_checkpoint
+
+ADAM_EPSILON = 1e-8
+FINAL_RATE = 0.1  # of the peak, where cosine and linear schedules end
+
+
+class MicroBatch(NamedTuple):
+    """Part of a step that is computed at once: a stage's own payload, its tokens, and the ids of its rows."""
+
+    payload: Any
+    tokens: int
+    row_ids: tuple[str, ...]
+
+
+class TrainTask(NamedTuple):
+    """What a stage gives the loop. Metrics of `loss` are sums; `summarise` turns a step's sums into metrics."""
+
+    rows: int
+    parameters: dict[str, nn.Parameter]
+    micro_batches: Callable[[Sequence[int]], list[MicroBatch]]
+    loss: Callable[[MicroBatch, Sequence[MicroBatch]], LossOutput]
+    summarise: Callable[[dict[str, float]], dict[str, float]]
+    validate: Callable[[], dict[str, float]] | None
+    validation_metric: str
+
+
+class LoopSettings(NamedTuple):
+    """The optimiser's settings; see recipe.py for what each means."""
+
+    epochs: float
+    batch: int
+    learning_rate: float
+    schedule: str
+    warmup: float
+    weight_decay: float
+    clip: float
+    keep: str
+    patience: int
+    validate_every: int
+    checkpoint_every: int
+    checkpoint_minutes: float
+    seed: int
+
+
+class FitResult(NamedTuple):
+    """What a finished loop says of itself."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    metrics: dict[str, float]
+
+
+class StopSignal:
+    """SIGTERM or Ctrl-C asks the loop to save and end; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            os._exit(128 + number)
+        self.asked = True
+
+    @contextmanager
+    def installed(self) -> Iterator["StopSignal"]:
+        """Listen while inside."""
+        previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def total_steps(rows: int, settings: LoopSettings) -> int:
+    """Optimiser steps of a run: the last step of the data may be smaller than a batch."""
+    return max(1, math.ceil(rows * settings.epochs / settings.batch))
+
+
+def step_rows(step: int, rows: int, settings: LoopSettings) -> list[int]:
+    """Row indices of one step: epochs are seeded permutations laid end to end; the end of the run cuts the last one."""
+    first, last = step * settings.batch, min((step + 1) * settings.batch, max(1, math.ceil(rows * settings.epochs)))
+    chosen = []
+    for position in range(first, last):
+        epoch, offset = divmod(position, rows)
+        chosen.append(_permutation(epoch, rows, settings.seed)[offset])
+    return chosen
+
+
+_permutations: dict[tuple[int, int, int], list[int]] = {}
+
+
+def _permutation(epoch: int, rows: int, seed: int) -> list[int]:
+    key = (epoch, rows, seed)
+    if key not in _permutations:
+        _permutations.clear()
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        _permutations[key] = torch.randperm(rows, generator=generator).tolist()
+    return _permutations[key]
+
+
+def learning_rate(step: int, steps: int, settings: LoopSettings) -> float:
+    """Rate of a step (counted from 0): linear warm-up, then the schedule down to a tenth of the peak."""
+    warmup = math.ceil(steps * settings.warmup)
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    done = (step - warmup) / max(1, steps - warmup)
+    fall = 0.5 * (1 + math.cos(math.pi * done)) if settings.schedule == "cosine" else 1 - done
+    return settings.learning_rate * (FINAL_RATE + (1 - FINAL_RATE) * fall)
+
+
+class _Run:
+    """State of one loop between steps; everything here is in the checkpoint."""
+
+    def __init__(self, task: TrainTask, settings: LoopSettings) -> None:
+        self.task, self.settings = task, settings
+        self.steps = total_steps(task.rows, settings)
+        self.optimiser = torch.optim.AdamW(
+            list(task.parameters.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay, eps=ADAM_EPSILON
+        )
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.best, self.since_best = math.inf, 0
+        self.best_weights: dict[str, Tensor] = {}
+        self.last_metrics: dict[str, float] = {}
+
+    def checkpoint(self) -> Checkpoint:
+        tensors = {f"weight/{n}": p.detach().cpu() for n, p in self.task.parameters.items()}
+        for name, parameter in self.task.parameters.items():
+            for key, value in self.optimiser.state[parameter].items():
+                tensors[f"adam/{key}/{name}"] = value.detach().cpu()
+        tensors |= {f"best/{n}": t for n, t in self.best_weights.items()}
+        tensors["random/torch"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["random/cuda"] = torch.cuda.get_rng_state()
+        state = {
+            "step": self.step, "tokens": self.tokens, "seconds": self.seconds, "metrics": self.last_metrics,
+            "best": None if math.isinf(self.best) else self.best, "since_best": self.since_best,
+        }  # fmt: skip
+        return Checkpoint(tensors, state)
+
+    def restore(self, saved: Checkpoint) -> None:
+        with torch.no_grad():
+            for name, parameter in self.task.parameters.items():
+                parameter.copy_(saved.tensors[f"weight/{name}"])
+        for name, parameter in self.task.parameters.items():
+            found = {k.split("/")[1]: t for k, t in saved.tensors.items() if k.startswith("adam/") and k.split("/", 2)[2] == name}
+            # AdamW keeps its step count on the CPU; the moments lie where the weights do.
+            self.optimiser.state[parameter] = {k: t if k == "step" else t.to(parameter.device) for k, t in found.items()}
+        self.best_weights = {n[5:]: t for n, t in saved.tensors.items() if n.startswith("best/")}
+        torch.set_rng_state(saved.tensors["random/torch"])
+        if "random/cuda" in saved.tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(saved.tensors["random/cuda"])
+        state = saved.state
+        self.step, self.tokens, self.seconds = int(state["step"]), int(state["tokens"]), float(state["seconds"])
+        self.best = math.inf if state["best"] is None else float(state["best"])
+        self.since_best, self.last_metrics = int(state["since_best"]), dict(state["metrics"])
+
+
+def fit(
+    task: TrainTask, settings: LoopSettings, folder: Path, *, label: str, stop: StopSignal, trackers: tuple[Tracker, ...] = ()
+) -> FitResult:
+    """Train `task.parameters` in place, resuming from `folder`/checkpoints where there are any.
+
+    Raises NonFiniteError before a bad step, Interrupted after a checkpoint when asked to stop.
+    """
+    run = _Run(task, settings)
+    checkpoints = folder / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(settings.seed)
+    saved = load_newest(checkpoints)
+    if saved is not None:
+        run.restore(saved)
+    metrics = Metrics(folder / "metrics.jsonl", resume_step=run.step, trackers=trackers)
+    progress = Progress(label, run.steps, done=run.step)
+    last_save = time.monotonic()
+    try:
+        while run.step < run.steps:
+            shown, step_tokens = _one_step(run, folder)
+            run.step += 1
+            finished = _validate_if_due(run, shown)
+            run.last_metrics = shown
+            metrics.log(run.step, shown)
+            headline = next(k for k in shown if k.endswith("/loss"))
+            progress.update(tokens=step_tokens, loss=shown[headline])
+            due = time.monotonic() - last_save > settings.checkpoint_minutes * 60
+            due |= settings.checkpoint_every > 0 and run.step % settings.checkpoint_every == 0
+            if due or stop.asked or finished:
+                save_checkpoint(checkpoints, run.step, run.checkpoint())
+                last_save = time.monotonic()
+            if finished:
+                break
+            if stop.asked:
+                raise Interrupted(f"{label}: stopped after step {run.step} of {run.steps}; run the same command to go on")
+    finally:
+        metrics.close()
+    _publish_choice(run)
+    return FitResult(run.step, run.tokens, run.seconds, run.last_metrics)
+
+
+def _one_step(run: _Run, folder: Path) -> tuple[dict[str, float], int]:
+    """One optimiser step over its micro-batches; returns its metrics and tokens."""
+    started = time.monotonic()
+    task, settings = run.task, run.settings
+    micros = task.micro_batches(step_rows(run.step, task.rows, settings))
+    sums: dict[str, float] = {}
+    run.optimiser.zero_grad(set_to_none=True)
+    for micro in micros:
+        out = task.loss(micro, micros)
+        if not math.isfinite(float(out.loss)):
+            _refuse_step(run, folder, "the loss", micro.row_ids)
+        out.loss.backward()  # type: ignore[no-untyped-call]
+        for name, value in out.metrics.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    norm = _gradient_norm(task.parameters)
+    if not math.isfinite(norm):
+        _refuse_step(run, folder, "the gradient", tuple(i for m in micros for i in m.row_ids))
+    if settings.clip and norm > settings.clip:
+        for parameter in task.parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.mul_(settings.clip / norm)
+    rate = learning_rate(run.step, run.steps, settings)
+    for group in run.optimiser.param_groups:
+        group["lr"] = rate
+    run.optimiser.step()
+    tokens = sum(m.tokens for m in micros)
+    seconds = time.monotonic() - started
+    run.tokens += tokens
+    run.seconds += seconds
+    shown = task.summarise(sums)
+    shown |= {"train/learning_rate": rate, "train/grad_norm": norm, "train/epoch": (run.step + 1) * settings.batch / task.rows}
+    shown |= {"time/step": seconds, "time/tokens_per_second": tokens / seconds}
+    return shown, tokens
+
+
+def _gradient_norm(parameters: dict[str, nn.Parameter]) -> float:
+    """Euclidean norm of the whole gradient, summed in float64 in a fixed order."""
+    squares = [p.grad.double().square().sum() for p in parameters.values() if p.grad is not None]
+    return math.sqrt(float(torch.stack(squares).sum())) if squares else 0.0
+
+
+def _refuse_step(run: _Run, folder: Path, what: str, row_ids: tuple[str, ...]) -> None:
+    write_json(folder / "nonfinite.json", {"step": run.step + 1, "what": what, "rows": list(row_ids)})
+    shown = ", ".join(row_ids[:8]) + (f" and {len(row_ids) - 8} more" if len(row_ids) > 8 else "")
+    raise NonFiniteError(
+        f"step {run.step + 1}", f"{what} is not finite; the step was not taken", allowed=f"rows of this batch: {shown}",
+        do="look at these rows, or lower learning_rate; the last checkpoint is whole",
+    )  # fmt: skip
+
+
+def _validate_if_due(run: _Run, shown: dict[str, float]) -> bool:
+    """Validate where it is due, remember the best; True when the run is over (last step or patience)."""
+    settings, task = run.settings, run.task
+    over = run.step >= run.steps
+    every = settings.validate_every or (max(1, round(task.rows / settings.batch / 4)) if settings.patience else 0)
+    if task.validate is None or not (over or (every and run.step % every == 0)):
+        return over
+    found = task.validate()
+    shown |= found
+    if found[task.validation_metric] < run.best:
+        run.best, run.since_best = found[task.validation_metric], 0
+        if settings.keep == "best":
+            run.best_weights = {n: p.detach().cpu().clone() for n, p in task.parameters.items()}
+    else:
+        run.since_best += 1
+    return over or bool(settings.patience and run.since_best >= settings.patience)
+
+
+def _publish_choice(run: _Run) -> None:
+    """Leave in the parameters what the stage publishes: the best weights, or the last."""
+    if run.settings.keep == "best" and run.best_weights:
+        with torch.no_grad():
+            for name, parameter in run.task.parameters.items():
+                parameter.copy_(run.best_weights[name])
