@@ -153,23 +153,52 @@ def save_full(folder: Path, base: BaseModel) -> None:
     base.tokenizer.inner.save_pretrained(folder)
 
 
-def load_full(path: Path, base: BaseModel, *, own: bool = False) -> None:
-    """Put the weights of a file into the model in place; `own` reads the base's own files, which carry no hash."""
+def load_full(path: Path, base: BaseModel) -> None:
+    """Put the weights of a finished full stage into the model in place. Raises AdapterError on another base."""
     where = f"weights {path}"
     tensors, metadata = _read_tensors(path, where)
-    if not own:
-        check_base(metadata.get("base_weights_hash"), base, where, require_hash=True)
-    state = full_state(base)
+    check_base(metadata.get("base_weights_hash"), base, where, require_hash=True)
+    _copy_into(base, tensors, where)
+
+
+def reload_base(base: BaseModel) -> None:
+    """Put the base's own weights back into the model in place."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(base.source.folder.glob("*.safetensors")):
+        tensors |= _read_tensors(path, f"base {path}")[0]
+    _copy_into(base, tensors, f"base {base.source.folder}")
+
+
+def _copy_into(base: BaseModel, tensors: dict[str, torch.Tensor], where: str) -> None:
     with torch.no_grad():
-        for name, parameter in state.items():
+        for name, parameter in full_state(base).items():
             if name not in tensors or tensors[name].shape != parameter.shape:
                 raise AdapterError(where, f"{name} is missing or has another shape", do="load it on its own base")
             parameter.copy_(tensors[name])
 
 
-def load_policy(folder: Path, name: str, base: BaseModel) -> None:
-    """Make a finished stage's policy available under `name`: an adapter in memory, or full weights in place."""
-    if (folder / ADAPTER_WEIGHTS).exists():
-        load_adapter(folder, name, base)
-    else:
-        load_full(folder / FULL_WEIGHTS, base)
+class Policies:
+    """The policies of a run by name. Adapters share the memory of the base; full weights take its place in turn."""
+
+    def __init__(self, base: BaseModel, run: Path) -> None:
+        self.base, self.run = base, run
+        self._in_place = "base"
+
+    def activate(self, name: str) -> str:
+        """Make a policy answer; returns the adapter name to route to ("base" for full weights, now in place)."""
+        if name == "base" or (self.run / name / FULL_WEIGHTS).exists():
+            if self._in_place != name:
+                if name == "base":
+                    reload_base(self.base)
+                else:
+                    load_full(self.run / name / FULL_WEIGHTS, self.base)
+                self._in_place = name
+            return "base"
+        if name not in self.base.adapters:
+            load_adapter(self.run / name, name, self.base)
+        return name
+
+    def forget(self, name: str) -> None:
+        """A stage has trained or replaced this policy: what is in memory is not what is on disk."""
+        self.base.adapters.remove(name)
+        self._in_place = "changed"

@@ -148,6 +148,7 @@ class _Run:
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.best, self.since_best = math.inf, 0
         self.best_weights: dict[str, Tensor] = {}
+        self.finished = False
         self.last_metrics: dict[str, float] = {}
 
     def checkpoint(self) -> Checkpoint:
@@ -161,7 +162,7 @@ class _Run:
             tensors["random/cuda"] = torch.cuda.get_rng_state()
         state = {
             "step": self.step, "tokens": self.tokens, "seconds": self.seconds, "metrics": self.last_metrics,
-            "best": None if math.isinf(self.best) else self.best, "since_best": self.since_best,
+            "best": None if math.isinf(self.best) else self.best, "since_best": self.since_best, "finished": self.finished,
         }  # fmt: skip
         return Checkpoint(tensors, state)
 
@@ -180,7 +181,8 @@ class _Run:
         state = saved.state
         self.step, self.tokens, self.seconds = int(state["step"]), int(state["tokens"]), float(state["seconds"])
         self.best = math.inf if state["best"] is None else float(state["best"])
-        self.since_best, self.last_metrics = int(state["since_best"]), dict(state["metrics"])
+        self.since_best, self.finished = int(state["since_best"]), bool(state["finished"])
+        self.last_metrics = dict(state["metrics"])
 
 
 def fit(
@@ -201,22 +203,20 @@ def fit(
     progress = Progress(label, run.steps, done=run.step)
     last_save = time.monotonic()
     try:
-        while run.step < run.steps:
+        while not run.finished:
             shown, step_tokens = _one_step(run, folder)
             run.step += 1
-            finished = _validate_if_due(run, shown)
+            run.finished = _validate_if_due(run, shown)
             run.last_metrics = shown
             metrics.log(run.step, shown)
             headline = next(k for k in shown if k.endswith("/loss"))
             progress.update(tokens=step_tokens, loss=shown[headline])
             due = time.monotonic() - last_save > settings.checkpoint_minutes * 60
             due |= settings.checkpoint_every > 0 and run.step % settings.checkpoint_every == 0
-            if due or stop.asked or finished:
+            if due or stop.asked or run.finished:
                 save_checkpoint(checkpoints, run.step, run.checkpoint())
                 last_save = time.monotonic()
-            if finished:
-                break
-            if stop.asked:
+            if stop.asked and not run.finished:
                 raise Interrupted(f"{label}: stopped after step {run.step} of {run.steps}; run the same command to go on")
     finally:
         metrics.close()

@@ -1,0 +1,299 @@
+"""Rules that decide whether an answer obeyed an instruction: no judge, no model, no torch.
+
+Where it stands: `starter/evaluation/instructions.jsonl` gives each prompt a list of checks such as
+`{"kind": "bullets", "n": 3}`; the evaluation asks the policy once and calls `check` for each of them.
+An item is obeyed when all its checks pass, so the measure is a share of prompts, as in IFEval (Zhou et al. 2023).
+
+What it leaves out: whether the answer is true or good. The checks look at form, counts, given words and the language;
+a closed answer ("yes", "geese") is the only content that they know. An answer without a visible character passes
+nothing, whatever the kind. One trailing newline is dropped first, since many models end a turn with one.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+Item = Mapping[str, Any]  # one check as read from JSON: "kind" and that kind's parameters
+
+_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+|(?<=\d)[.,]\d+)*")
+_BULLET = re.compile(r"\s*[-*•]\s+(\S.*)")
+_NUMBER = re.compile(r"\s*(\d{1,3})[.)]\s+(\S.*)")
+_TABLE_RULE = re.compile(r"\s*\|?(\s*:?-+:?\s*\|)*\s*:?-+:?\s*\|?\s*")
+_FENCE = re.compile(r"```(?:json)?\s*\n(.*)\n\s*```", re.DOTALL)
+# A full stop inside these does not end a sentence.
+_ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|Prof|St|vs|etc|e\.g|i\.e|a\.m|p\.m|U\.S|U\.K)\.(?=\s+\S)")
+_CLOSERS = r"[\"'”’»)\]*]*"
+_END = re.compile(rf"[.!?…]+{_CLOSERS}(?=\s+[^\sa-zà-ÿ]|\s*$)")
+_FINISHED = re.compile(rf"[.!?…]{_CLOSERS}\s*$")
+_WRAPPING = " \t\r\n.,;:!?¡¿\"'“”‘’«»*_`()[]"
+
+# Function words and greetings. A word may belong to several languages; the language with most words wins, a tie is none.
+FUNCTION_WORDS: dict[str, frozenset[str]] = {
+    "en": frozenset(
+        "the a an of and to in is are was were be it that this these with for on at by from as or but not you your he "
+        "she they we my his her their our have has had will would can there which who what because hello thanks i do "
+        "does did so if me some when".split()
+    ),
+    "es": frozenset(
+        "el la los las un una unos unas de del y e que en es son está están estoy hay con por para no se su sus mi mis "
+        "tu lo al más pero como muy me te le gusta este esta esto porque yo él ella nosotros tiene tengo cuando donde "
+        "hoy hola gracias o ser fue era".split()
+    ),
+    "fr": frozenset(
+        "le la les un une des de du et que qui en est sont dans avec pour pas ne se sa son ses mon ma mes ton ta au aux "
+        "plus mais comme très je tu il elle nous vous ils elles on ce cette ces car où il y a c'est j'ai d'un d'une "
+        "aujourd'hui bonjour merci sur sous été ou fait".split()
+    ),
+    "de": frozenset(
+        "der die das den dem des ein eine einen einem einer und ist sind war in im am zu zum zur mit für auf von vom "
+        "nicht sich sein seine ihr ihre mein meine ich du er sie es wir man kann hat haben aber wie sehr auch bei beim "
+        "oder wenn weil wird dass hallo danke guten kauft".split()
+    ),
+    "it": frozenset(
+        "il lo la i gli le un uno una di del della dei delle dello e che in è sono nel nella con per non si suo sua "
+        "mio mia al alla ai più ma come molto mi ti ho ha questo questa perché io lui lei noi c'è anche quando dove "
+        "sul sulla dal ciao grazie era un'".split()
+    ),
+}
+# Letters that only one of the five writes (or nearly so) count as much as a word.
+_LETTERS = {"es": "ñ¿¡", "fr": "çœêëîûâ", "de": "ßäü", "it": "ìò"}
+
+
+def words(text: str) -> list[str]:
+    """The words of `text`; a hyphen, an apostrophe and a decimal point hold a word together."""
+    return _WORD.findall(text)
+
+
+def detect_language(text: str) -> str | None:
+    """The code of the language with most function words in `text`: en, es, fr, de, it, or None at a tie or at none."""
+    parts = [word.replace("’", "'").casefold() for word in words(text)]
+    # "l'eau" and "un'ora": the article before the apostrophe counts too.
+    parts += [part.partition("'")[0] for part in parts if "'" in part]
+    counts = {code: sum(part in known for part in parts) for code, known in FUNCTION_WORDS.items()}
+    for code, letters in _LETTERS.items():
+        counts[code] += sum(letter in letters for letter in text.lower())
+    best = max(counts.values())
+    winners = [code for code, count in counts.items() if count == best]
+    return winners[0] if best > 0 and len(winners) == 1 else None
+
+
+def _lines(answer: str) -> list[str]:
+    return [line for line in answer.splitlines() if line.strip()]
+
+
+def _bare(text: str) -> str:
+    """Compare what was said, not how it was wrapped: no case, quotes, end marks or doubled spaces."""
+    return " ".join(text.casefold().replace("’", "'").split()).strip(_WRAPPING)
+
+
+def _has(word: str, answer: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", answer, re.IGNORECASE) is not None
+
+
+def _list_lines(answer: str) -> list[str]:
+    """The lines of a list; one introducing line that ends with a colon may stand before it."""
+    found = _lines(answer)
+    return found[1:] if len(found) > 1 and found[0].rstrip(" *").endswith(":") else found
+
+
+def _max_words(answer: str, item: Item) -> bool:
+    return 1 <= len(words(answer)) <= item["n"]
+
+
+def _min_words(answer: str, item: Item) -> bool:
+    return len(words(answer)) >= item["n"]
+
+
+def _word_count(answer: str, item: Item) -> bool:
+    return len(words(answer)) == item["n"]
+
+
+def _one_of(answer: str, item: Item) -> bool:
+    return _bare(answer) in {_bare(value) for value in item["values"]}
+
+
+def _pattern(answer: str, item: Item) -> bool:
+    return re.fullmatch(item["pattern"], answer.strip()) is not None
+
+
+def _line_count(answer: str, item: Item) -> bool:
+    return len(_lines(answer)) == item["n"]
+
+
+def _bullets(answer: str, item: Item) -> bool:
+    found = _list_lines(answer)
+    return len(found) == item["n"] and all(_BULLET.fullmatch(line) for line in found)
+
+
+def _numbered(answer: str, item: Item) -> bool:
+    matches = [_NUMBER.fullmatch(line) for line in _list_lines(answer)]
+    return [int(match[1]) if match else None for match in matches] == list(range(1, item["n"] + 1))
+
+
+def _comma_items(answer: str, item: Item) -> bool:
+    parts = answer.strip().split(",")
+    return len(_lines(answer)) == 1 and len(parts) == item["n"] and all(words(part) for part in parts)
+
+
+def _sentences(answer: str, item: Item) -> bool:
+    if _FINISHED.search(answer) is None:  # a continuation cut off in mid-sentence is not a sentence
+        return False
+    text = _ABBREVIATION.sub("abbreviation", answer)
+    count = 0
+    for line in _lines(text):
+        # What follows the last end mark of a line (a heading, a list item) counts as a sentence of its own.
+        count += sum(1 for part in _END.split(line) if words(part))
+    return count == item["n"]
+
+
+def _json_keys(answer: str, item: Item) -> bool:
+    fenced = _FENCE.fullmatch(answer.strip())
+    try:
+        value = json.loads(fenced[1] if fenced else answer)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and set(value) == set(item["keys"]) and all(v not in ("", None) for v in value.values())
+
+
+def _starts_with(answer: str, item: Item) -> bool:
+    return answer.lstrip().startswith(item["text"])
+
+
+def _ends_with(answer: str, item: Item) -> bool:
+    return answer.rstrip(" ").endswith(item["text"])
+
+
+def _includes(answer: str, item: Item) -> bool:
+    return all(_has(word, answer) for word in item["words"])
+
+
+def _includes_any(answer: str, item: Item) -> bool:
+    return any(_has(word, answer) for word in item["words"])
+
+
+def _avoids(answer: str, item: Item) -> bool:
+    return bool(words(answer)) and not _includes_any(answer, item)
+
+
+def _without(answer: str, item: Item) -> bool:
+    return bool(words(answer)) and not set(answer) & set(item["characters"])
+
+
+def _uppercase(answer: str, item: Item) -> bool:
+    return answer.isupper()
+
+
+def _lowercase(answer: str, item: Item) -> bool:
+    return answer.islower()
+
+
+def _quoted(answer: str, item: Item) -> bool:
+    text = answer.strip()
+    return len(words(text)) > 0 and text[0] in '"“' and text[-1] in '"”'
+
+
+def _language(answer: str, item: Item) -> bool:
+    return detect_language(answer) == item["code"]
+
+
+def _items_start_with(answer: str, item: Item) -> bool:
+    parts = [re.sub(r"^\s*(?:[-*•]|\d+[.)]|and\b)?\s*", "", part) for part in re.split(r"[,\n]", answer)]
+    return all(part.casefold().startswith(item["letter"].casefold()) for part in parts if part)
+
+
+def _table(answer: str, item: Item) -> bool:
+    """A Markdown table and nothing else: a header, a rule of dashes, then `rows` rows of `columns` cells."""
+    found = _lines(answer)
+    if len(found) != item["rows"] + 2 or _TABLE_RULE.fullmatch(found[1]) is None:
+        return False
+    cells = [line.strip().removeprefix("|").removesuffix("|").split("|") for line in found]
+    return all("|" in line for line in found) and all(len(row) == item["columns"] for row in cells)
+
+
+class Kind(NamedTuple):
+    """One kind of check: what decides it (answer, check) and the parameters that it takes."""
+
+    passes: Callable[[str, Item], bool]
+    parameters: Mapping[str, type]
+
+
+KINDS: dict[str, Kind] = {
+    "max_words": Kind(_max_words, {"n": int}),
+    "min_words": Kind(_min_words, {"n": int}),
+    "word_count": Kind(_word_count, {"n": int}),
+    "one_of": Kind(_one_of, {"values": list}),
+    "pattern": Kind(_pattern, {"pattern": str}),
+    "lines": Kind(_line_count, {"n": int}),
+    "bullets": Kind(_bullets, {"n": int}),
+    "numbered": Kind(_numbered, {"n": int}),
+    "comma_items": Kind(_comma_items, {"n": int}),
+    "sentences": Kind(_sentences, {"n": int}),
+    "json_keys": Kind(_json_keys, {"keys": list}),
+    "starts_with": Kind(_starts_with, {"text": str}),
+    "ends_with": Kind(_ends_with, {"text": str}),
+    "includes": Kind(_includes, {"words": list}),
+    "includes_any": Kind(_includes_any, {"words": list}),
+    "avoids": Kind(_avoids, {"words": list}),
+    "without": Kind(_without, {"characters": str}),
+    "uppercase": Kind(_uppercase, {}),
+    "lowercase": Kind(_lowercase, {}),
+    "quoted": Kind(_quoted, {}),
+    "language": Kind(_language, {"code": str}),
+    "items_start_with": Kind(_items_start_with, {"letter": str}),
+    "table": Kind(_table, {"columns": int, "rows": int}),
+}
+
+
+def check(item: Item, answer: str) -> bool:
+    """Whether `answer` passes the check `item`. ValueError if the check itself cannot be used."""
+    passes = _usable(item).passes
+    text = answer.removesuffix("\n")
+    return bool(text.strip()) and passes(text, item)
+
+
+def unknown_kinds(items: Iterable[Item]) -> list[str]:
+    """The kinds named in `items` that do not exist, sorted, each once."""
+    return sorted({str(item.get("kind")) for item in items} - set(KINDS))
+
+
+def _usable(item: Item) -> Kind:
+    """The kind of a check whose parameters are all there and of the right type."""
+    kind = KINDS.get(item["kind"]) if isinstance(item.get("kind"), str) else None
+    if kind is None:
+        raise ValueError(f"check · kind {item.get('kind')!r} is not known · allowed: {', '.join(KINDS)}")
+    where = f"check {item['kind']!r}"
+    given = set(item) - {"kind"}
+    if given != set(kind.parameters):
+        names = ", ".join(kind.parameters) or "no parameters"
+        raise ValueError(f"{where} · has the parameters {sorted(given)} · allowed: {names}")
+    for name, wanted in kind.parameters.items():
+        if not _is(item[name], wanted):
+            raise ValueError(f"{where} · {name} = {item[name]!r} · allowed: {_ALLOWED[wanted]}")
+    _known_values(where, item)
+    return kind
+
+
+_ALLOWED: dict[type, str] = {
+    int: "a whole number of at least 1",
+    str: "a text that is not empty",
+    list: "a list of texts that are not empty",
+}
+
+
+def _is(value: object, wanted: type) -> bool:
+    if wanted is int:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if wanted is list:
+        return isinstance(value, list) and bool(value) and all(isinstance(part, str) and part for part in value)
+    return isinstance(value, str) and value != ""
+
+
+def _known_values(where: str, item: Item) -> None:
+    if item["kind"] == "language" and item["code"] not in FUNCTION_WORDS:
+        raise ValueError(f"{where} · code = {item['code']!r} · allowed: {', '.join(FUNCTION_WORDS)}")
+    if item["kind"] == "pattern":
+        try:
+            re.compile(item["pattern"])
+        except re.error as error:
+            raise ValueError(f"{where} · pattern = {item['pattern']!r} · allowed: a regular expression ({error})") from error

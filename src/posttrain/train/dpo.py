@@ -1,0 +1,162 @@
+"""The dpo stage: preference pairs in, a policy out, held to a fixed reference.
+
+Both completions of a pair hang below one prompt, which is computed once. The reference's log-probabilities are computed
+before the first step, when policy and reference are at rest, and kept: the reference cannot move, and full fine-tuning
+needs no second model.
+
+B: pairs, N: targets.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from posttrain.data.formats import read_preferences
+from posttrain.data.packing import split_by_tokens
+from posttrain.data.prepare import PairRow, prepare_pairs
+from posttrain.errors import Interrupted
+from posttrain.losses.dpo import PairLogprobs, dpo_loss
+from posttrain.losses.output import LossOutput
+from posttrain.models.load import BaseModel
+from posttrain.progress import Progress
+from posttrain.recipe import DpoStage
+from posttrain.train.batches import MICRO_TOKENS, DeviceBatch, batch_logprobs, pack_pairs, sum_by_row
+from posttrain.train.loop import MicroBatch, StopSignal, TrainTask
+from posttrain.train.stage import StageContext, StageResult, TrainedPolicy, fit_stage, start_policy
+
+REFERENCE_FILE = "reference.safetensors"
+# Nats by which the chosen completions may fall below the reference before the stage warns of displacement.
+DISPLACEMENT_NATS = 1.0
+
+
+class ReferencedBatch(NamedTuple):
+    """A packed batch of pairs and the reference's log-probability of each of its targets [N]."""
+
+    batch: DeviceBatch
+    reference_N: Tensor
+
+
+def train_dpo(context: StageContext, stage: DpoStage) -> StageResult:
+    """Train on preference pairs. Raises DataError for data that cannot be trained on."""
+    base = context.base
+    read = read_preferences(stage.data, seed=context.recipe.seed)
+    prepared = prepare_pairs(
+        read, base.chat, max_tokens=stage.max_tokens, validation=stage.validation, allow_dropped=stage.allow_dropped,
+        evaluation_prompts=context.evaluation_prompts,
+    )  # fmt: skip
+    name = stage.init if stage.reference == "init" else stage.reference
+    rows = [*prepared.train, *prepared.validation]
+    reference = reference_logprobs(base, context.policies.activate(name), rows, context.folder, context.stop)
+    policy = start_policy(context, stage)
+    task = dpo_task(base, policy, stage, prepared.train, prepared.validation, reference)
+    return fit_stage(context, stage, policy, task, prepared.report, check=_displacement)
+
+
+def dpo_task(
+    base: BaseModel, policy: TrainedPolicy, stage: DpoStage, train: Sequence[PairRow], held_out: Sequence[PairRow],
+    reference: dict[str, Tensor],
+) -> TrainTask:  # fmt: skip
+    """DPO as the loop sees it."""
+
+    def micro_batches(indices: Sequence[int]) -> list[MicroBatch]:
+        return _micro_batches(base, [train[i] for i in indices], reference)
+
+    def pair_loss(micro: MicroBatch, step_pairs: int) -> LossOutput:
+        batch, reference_N = micro.payload
+        logprobs_N = batch_logprobs(base, batch, policy.routing)
+        chosen_B, rejected_B = sum_by_row(logprobs_N, batch).view(-1, 2).unbind(1)
+        reference_chosen_B, reference_rejected_B = sum_by_row(reference_N, batch).view(-1, 2).unbind(1)
+        pairs = PairLogprobs(chosen_B, rejected_B, reference_chosen_B, reference_rejected_B)
+        out = dpo_loss(pairs, beta=stage.beta, loss=stage.loss, label_smoothing=stage.label_smoothing, step_pairs=step_pairs)
+        ratio_N = (reference_N - logprobs_N).detach()
+        extra = {"pairs": ratio_N.new_tensor(len(chosen_B)), "tokens": ratio_N.new_tensor(len(ratio_N))}
+        # k3 (Schulman 2020) on the data's own completions: a distance to the reference where the data lies, not a KL of samples
+        return LossOutput(out.loss, out.metrics | extra | {"dpo/kl": (ratio_N.exp() - 1 - ratio_N).sum()})
+
+    def loss(micro: MicroBatch, step: Sequence[MicroBatch]) -> LossOutput:
+        return pair_loss(micro, sum(m.payload.batch.rows // 2 for m in step))
+
+    @torch.no_grad()
+    def validate() -> dict[str, float]:
+        sums: dict[str, float] = {}
+        for micro in _micro_batches(base, held_out, reference):
+            for key, value in pair_loss(micro, len(held_out)).metrics.items():
+                sums[key] = sums.get(key, 0.0) + float(value)
+        found = summarise(sums)
+        return {f"dpo/validation_{k[4:]}": found[k] for k in ("dpo/loss", "dpo/accuracy", "dpo/margin")}
+
+    return TrainTask(
+        len(train), policy.parameters, micro_batches, loss, summarise, validate if held_out else None, "dpo/validation_loss"
+    )
+
+
+def summarise(sums: dict[str, float]) -> dict[str, float]:
+    """Means of a step: the KL a token, everything else a pair."""
+    means = {k: v / sums["pairs"] for k, v in sums.items() if k.startswith("dpo/") and k != "dpo/kl"}
+    return {**means, "dpo/kl": sums["dpo/kl"] / sums["tokens"]}
+
+
+def _micro_batches(base: BaseModel, pairs: Sequence[PairRow], reference: dict[str, Tensor]) -> list[MicroBatch]:
+    batches = []
+    for group in split_by_tokens([_length(p) for p in pairs], MICRO_TOKENS[base.device.type]):
+        chosen = [pairs[i] for i in group]
+        batch = pack_pairs(chosen, base.device)
+        reference_N = torch.cat([reference[p.id] for p in chosen]).to(base.device)
+        batches.append(MicroBatch(ReferencedBatch(batch, reference_N), batch.tokens, tuple(p.id for p in chosen)))
+    return batches
+
+
+def _length(pair: PairRow) -> int:
+    return len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
+
+
+@torch.no_grad()
+def reference_logprobs(
+    base: BaseModel, policy: str, pairs: Sequence[PairRow], folder: Path, stop: StopSignal
+) -> dict[str, Tensor]:
+    """The reference's log-probability of every target of every pair: id -> [chosen tokens, then rejected tokens].
+
+    Kept in the stage's folder, so that a resumed stage reads what it trained against.
+    """
+    path = folder / REFERENCE_FILE
+    known = _read_reference(path)
+    if known is not None and known.keys() >= {p.id for p in pairs}:
+        return known
+    found: dict[str, Tensor] = {}
+    progress = Progress("reference", len(pairs))
+    for group in split_by_tokens([_length(p) for p in pairs], MICRO_TOKENS[base.device.type]):
+        chosen = [pairs[i] for i in group]
+        batch = pack_pairs(chosen, base.device)
+        lengths = [len(p.chosen_ids) + len(p.rejected_ids) for p in chosen]
+        parts = batch_logprobs(base, batch, policy).cpu().split(lengths)
+        found |= {p.id: part.clone() for p, part in zip(chosen, parts, strict=True)}
+        progress.update(len(chosen), tokens=batch.tokens)
+        if stop.asked:
+            raise Interrupted("stopped while computing the reference; run the same command to go on")
+    temporary = path.with_suffix(".partial")
+    save_file(found, str(temporary))
+    temporary.replace(path)
+    return found
+
+
+def _read_reference(path: Path) -> dict[str, Tensor] | None:
+    try:
+        return load_file(str(path)) if path.exists() else None
+    except (SafetensorError, OSError):
+        return None  # torn by a kill: it is computed again, to the same numbers
+
+
+def _displacement(metrics: dict[str, float]) -> tuple[str, ...]:
+    """Likelihood displacement (Razin et al. 2024): the margin grows while the chosen completions become unlikely."""
+    fallen = metrics.get("dpo/chosen_log_ratio", 0.0)
+    if fallen > -DISPLACEMENT_NATS:
+        return ()
+    return (
+        f"likelihood displacement: the chosen completions ended {-fallen:.1f} nats less likely than under the reference; "
+        "lower learning_rate or epochs, or raise beta",
+    )

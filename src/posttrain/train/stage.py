@@ -1,0 +1,91 @@
+"""What all training stages share: where the policy starts, how it is trained, and what is left on disk."""
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from posttrain.artifacts import write_json
+from posttrain.models.files import Policies, full_state, save_adapter, save_full
+from posttrain.models.load import BaseModel
+from posttrain.models.lora import LoraSettings
+from posttrain.progress import Tracker
+from posttrain.recipe import DpoStage, Recipe, SftStage
+from posttrain.train.loop import FitResult, LoopSettings, StopSignal, TrainTask, fit
+
+
+class StageContext(NamedTuple):
+    """All that a training stage may touch."""
+
+    base: BaseModel
+    policies: Policies
+    recipe: Recipe
+    folder: Path
+    stop: StopSignal
+    trackers: tuple[Tracker, ...] = ()
+    evaluation_prompts: Collection[str] = ()
+
+
+class StageResult(NamedTuple):
+    """What the manifest says of a finished stage."""
+
+    fit: FitResult
+    data_report: dict[str, Any]
+    warnings: tuple[str, ...] = ()
+
+
+class TrainedPolicy(NamedTuple):
+    """The policy in training: the name to route to, its parameters, and how it is written."""
+
+    routing: str
+    parameters: dict[str, nn.Parameter]
+    save: Callable[[Path], None]
+
+
+def lora_settings(recipe: Recipe) -> LoraSettings:
+    """The adapter's shape from the recipe."""
+    adapter = recipe.adapter
+    return LoraSettings(adapter.rank, adapter.alpha, adapter.dropout, adapter.targets, adapter.scaling)
+
+
+def start_policy(context: StageContext, stage: SftStage | DpoStage) -> TrainedPolicy:
+    """The init policy as something to train: a fresh adapter, a copy of one, or the whole model in place."""
+    base = context.base
+    if context.recipe.adapter.kind == "full":
+        context.policies.activate(stage.init)
+        base.model.requires_grad_(True)
+        return TrainedPolicy("base", full_state(base), lambda folder: save_full(folder, base))
+    name = f"{stage.name} in training"
+    if stage.init == "base":
+        adapter = base.adapters.create(name, lora_settings(context.recipe), seed=context.recipe.seed)
+    else:
+        adapter = base.adapters.copy(context.policies.activate(stage.init), name)
+        adapter.settings = adapter.settings._replace(dropout=context.recipe.adapter.dropout)
+    adapter.requires_grad_(True)
+    return TrainedPolicy(name, adapter.parameters(), lambda folder: save_adapter(folder, adapter, base))
+
+
+def fit_stage(
+    context: StageContext, stage: SftStage | DpoStage, policy: TrainedPolicy, task: TrainTask, report: dict[str, Any],
+    check: Callable[[dict[str, float]], tuple[str, ...]] | None = None,
+) -> StageResult:  # fmt: skip
+    """Train, then write the policy into the stage's folder. `check` may turn the final metrics into warnings."""
+    write_json(context.folder / "data_report.json", report)
+    try:
+        result = fit(task, loop_settings(stage, context.recipe.seed), context.folder, label=stage.name, stop=context.stop, trackers=context.trackers)
+        policy.save(context.folder)
+    finally:
+        context.base.model.requires_grad_(False)
+        context.policies.forget(policy.routing)
+    return StageResult(result, report, check(result.metrics) if check else ())
+
+
+def loop_settings(stage: SftStage | DpoStage, seed: int) -> LoopSettings:
+    """The loop's settings from a stage's."""
+    return LoopSettings(
+        epochs=stage.epochs, batch=stage.batch, learning_rate=stage.learning_rate, schedule=stage.schedule,
+        warmup=stage.warmup, weight_decay=stage.weight_decay, clip=stage.clip, keep=stage.keep, patience=stage.patience,
+        validate_every=stage.validate_every, checkpoint_every=stage.checkpoint_every,
+        checkpoint_minutes=stage.checkpoint_minutes, seed=seed,
+    )  # fmt: skip
