@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from posttrain.errors import RecipeError
@@ -141,6 +142,8 @@ class Evaluation(_Settings):
     """Items of each task that are used, the first ones; 0 uses all."""
     max_new_tokens: Annotated[int, Field(ge=1, le=8192)] = 64
     """Longest answer in tokens; an answer that has not stopped by then counts as not stopping."""
+    sample_tokens: Annotated[int, Field(ge=1, le=8192)] = 128
+    """Longest answer to a sample prompt in tokens."""
     samples: tuple[str, ...] = ()
     """Prompts that every policy answers side by side in the report; none takes the six of the starter suite."""
 
@@ -193,6 +196,11 @@ def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
         raise _explain(error, raw, where) from None
     _check_references(recipe, where)
     return recipe
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe as TOML with every override applied: what a run folder keeps."""
+    return tomli_w.dumps(recipe.model_dump(mode="json", exclude_unset=True))
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

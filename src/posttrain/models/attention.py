@@ -38,6 +38,8 @@ class KeyValueCache:
     def __init__(self, rows: int, capacity: int) -> None:
         self.rows, self.capacity = rows, capacity
         self.lengths_R = torch.zeros(rows, dtype=torch.long)
+        # The row that each span of a prefill goes to.
+        self.filling: list[int] = list(range(rows))
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,9 +245,9 @@ def _token_table(segments: Segments, total: int, device: torch.device) -> tuple[
 
 
 def _fill(cache: KeyValueCache, layer: int, k: Tensor, v: Tensor, spans: tuple[Span, ...]) -> None:
-    """Prefill: the keys and values of span i become the first entries of row i."""
+    """Prefill: the keys and values of span i become the first entries of row `cache.filling[i]`."""
     keys, values = cache.layer(layer, k)
-    for row, span in enumerate(spans):
+    for row, span in zip(cache.filling, spans, strict=False):
         rows = slice(span.start, span.start + span.length)
         keys[row, :, : span.length] = k[:, rows]
         values[row, :, : span.length] = v[:, rows]

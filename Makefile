@@ -1,0 +1,56 @@
+# `make quickstart` aligns a real model; `make test` runs every test; `make check` is what CI runs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+SHELL = /bin/bash
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: quickstart setup dev test test-all check lint types format docs bench-setup clean
+
+quickstart: setup
+	$(BIN)/posttrain run recipes/quickstart.toml
+
+setup: $(VENV)/.setup
+
+$(VENV)/.setup: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { echo "posttrain needs Python 3.11 to 3.13; found $$($(PYTHON) -V). Run: make PYTHON=python3.12 …"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	PYTHON=$(BIN)/python scripts/install-torch
+	$(BIN)/pip install -q -c constraints.txt -e ".[quickstart]"
+	touch $@
+
+dev: $(VENV)/.dev
+
+$(VENV)/.dev: $(VENV)/.setup
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+test: dev
+	$(BIN)/pytest
+
+test-all: dev
+	$(BIN)/pytest -m "not gpu and not network"
+
+lint: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: dev
+	$(BIN)/mypy
+
+check: lint types test
+
+format: dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: dev
+	$(BIN)/python docs/make_configuration.py
+
+bench-setup: dev
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	PYTHON=.venv-peers/bin/python scripts/install-torch
+	.venv-peers/bin/pip install -q -c benchmarks/constraints.txt -r benchmarks/requirements.txt
+
+clean:
+	rm -rf $(VENV) .venv-peers .pytest_cache .mypy_cache .ruff_cache dist build

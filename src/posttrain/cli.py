@@ -1,0 +1,213 @@
+"""The command `posttrain`: verbs, thin. Each verb parses, calls one function and prints; the work is elsewhere.
+
+Exit codes: 0 all well (also: stopped on request, state saved), 2 a mistake that the user can mend, 1 a defect of ours.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain import __version__
+from posttrain.errors import Interrupted, PosttrainError
+
+Verb = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parsed = build_parser().parse_args(arguments)
+    verb: Verb = parsed.verb
+    try:
+        return verb(parsed)
+    except PosttrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return 0
+    except BrokenPipeError:  # the reader of our output went away: `posttrain show … | head`
+        sys.stderr.close()
+        return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All verbs with their help."""
+    parser = argparse.ArgumentParser(
+        prog="posttrain", description="From a pretrained base model to an aligned assistant, with its cost measured."
+    )
+    parser.add_argument("--version", action="version", version=f"posttrain {__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    _add_run(verbs)
+    _add_reading(verbs)
+    _add_models(verbs)
+    _add_data(verbs)
+    return parser
+
+
+def _verb(verbs: Any, name: str, verb: Verb, about: str, example: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name, help=about, description=about, epilog=f"example: {example}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(verb=verb)
+    return parser
+
+
+def _add_run(verbs: Any) -> None:
+    run = _verb(verbs, "run", _run, "run or resume a whole recipe", "posttrain run recipes/quickstart.toml")
+    run.add_argument("recipe", type=Path, help="a recipe (.toml)")
+    run.add_argument("--out", type=Path, help="run folder (default: runs/<name of the recipe>)")
+    run.add_argument("--set", action="append", default=[], metavar="STAGE.FIELD=VALUE", help="change a setting, e.g. dpo.beta=0.2")
+    run.add_argument("--until", metavar="STAGE", help="stop after this stage and its evaluation")
+    run.add_argument("--dry-run", action="store_true", help="check everything and print the plan")
+    run.add_argument("--json", action="store_true", help="print the scorecard (or the plan) as JSON")
+
+
+def _add_reading(verbs: Any) -> None:
+    report = _verb(verbs, "report", _report, "write report.html again", "posttrain report runs/quickstart")
+    report.add_argument("run", type=Path)
+    show = _verb(verbs, "show", _show, "a run's scorecard, or a stage's manifest and lineage", "posttrain show runs/quickstart/dpo")
+    show.add_argument("target", type=Path, metavar="RUN[/STAGE]")
+    show.add_argument("--json", action="store_true", help="print JSON")
+    compare = _verb(
+        verbs, "compare", _compare, "paired comparison of two policies that were evaluated on the same items",
+        "posttrain compare runs/quickstart/sft runs/quickstart/dpo",
+    )  # fmt: skip
+    compare.add_argument("a", type=Path, metavar="RUN/STAGE")
+    compare.add_argument("b", type=Path, metavar="RUN/STAGE")
+    compare.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_models(verbs: Any) -> None:
+    chat = _verb(verbs, "chat", _chat, "talk to a model or to a stage of a run", "posttrain chat runs/quickstart/dpo")
+    chat.add_argument("target", metavar="MODEL_OR_RUN/STAGE")
+    chat.add_argument("--compare", metavar="A,B,…", help="answer with several stages side by side, e.g. base,sft,dpo")
+    chat.add_argument("--system", default="", help="a system message")
+    chat.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
+    chat.add_argument("--max-new-tokens", type=int, default=256)
+    chat.add_argument("--seed", type=int, default=0)
+    chat.add_argument("--template", default="auto", help="chat template of a model without one (a run knows its own)")
+    evaluate = _verb(
+        verbs, "evaluate", _evaluate, "score a model or a stage of a run on suites", "posttrain evaluate runs/quickstart/dpo --suite starter"
+    )
+    evaluate.add_argument("target", metavar="MODEL_OR_RUN/STAGE")
+    evaluate.add_argument("--suite", action="append", metavar="NAME_OR_FILE", help="default: starter")
+    evaluate.add_argument("--limit", type=int, default=0, help="first items of each task only; 0 is all")
+    evaluate.add_argument("--max-new-tokens", type=int, default=64)
+    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--template", default="auto", help="chat template of a model without one (a run knows its own)")
+    evaluate.add_argument("--out", type=Path, help="also write scores.jsonl and scorecard.json into this folder")
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+    merge = _verb(
+        verbs, "merge", _merge, "fold an adapter into its base: a model folder for any tool", "posttrain merge runs/quickstart/dpo --out merged"
+    )
+    merge.add_argument("target", metavar="RUN/STAGE")
+    merge.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
+
+
+def _add_data(verbs: Any) -> None:
+    data = verbs.add_parser("data", help="look at data before training on it")
+    kinds = data.add_subparsers(required=True, metavar="VERB")
+    check = _verb(
+        kinds, "check", _data_check, "what training would really see of a data file",
+        "posttrain data check my.jsonl --recipe recipes/quickstart.toml",
+    )  # fmt: skip
+    check.add_argument("file", help="a file, a folder, a hub id or starter/<file>")
+    check.add_argument("--recipe", type=Path, help="take the base, its template and the stage's limits from here")
+    check.add_argument("--stage", help="the stage whose limits count (default: the first that takes this kind of data)")
+    check.add_argument("--model", default="random:tiny", help="tokenizer to use without a recipe")
+    check.add_argument("--template", default="auto", help="chat template to use without a recipe")
+    check.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from posttrain.pipeline import check_until, run_folder, run_recipe  # noqa: PLC0415 - `--help` must be instant
+    from posttrain.recipe import load_recipe, to_toml  # noqa: PLC0415
+
+    recipe = load_recipe(options.recipe, tuple(options.set))
+    run = run_folder(recipe, options.out)
+    if options.dry_run:
+        from posttrain.estimate import describe  # noqa: PLC0415
+
+        check_until(recipe, options.until)
+        plan, text = describe(recipe, run, until=options.until)
+        print(json.dumps(plan, indent=2) if options.json else text)
+        return 0
+    outcome = run_recipe(recipe, to_toml(recipe), run, until=options.until)
+    if options.json:
+        print(json.dumps(outcome.scorecard, indent=2))
+        return 0
+    if not outcome.worked:
+        print(f"{run}: nothing to do, every stage is finished")
+    print(outcome.table)
+    print(f"report: {outcome.report}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from posttrain.report.render import write_report  # noqa: PLC0415
+
+    print(f"report: {write_report(options.run)}")
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from posttrain.report.show import show  # noqa: PLC0415
+
+    found, text = show(options.target)
+    print(json.dumps(found, indent=2, ensure_ascii=False) if options.json else text)
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from posttrain.report.show import compare  # noqa: PLC0415
+
+    found, text = compare(options.a, options.b)
+    print(json.dumps(found, indent=2) if options.json else text)
+    return 0
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from posttrain.serve.chat import chat  # noqa: PLC0415
+    from posttrain.generate.engine import SamplingSettings  # noqa: PLC0415
+    from posttrain.models.target import open_target  # noqa: PLC0415
+
+    settings = SamplingSettings(options.max_new_tokens, options.temperature, 1.0, options.seed, False)
+    beside = tuple(name.strip() for name in (options.compare or "").split(",") if name.strip())
+    return chat(open_target(options.target, template=options.template), settings, system=options.system, beside=beside)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from posttrain.evaluate.target import evaluate_target  # noqa: PLC0415
+    from posttrain.models.target import open_target  # noqa: PLC0415
+
+    scorecard, table = evaluate_target(
+        open_target(options.target, template=options.template), tuple(options.suite or ["starter"]), limit=options.limit,
+        max_new_tokens=options.max_new_tokens, seed=options.seed, out=options.out,
+    )  # fmt: skip
+    print(json.dumps(scorecard, indent=2) if options.json else table)
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from posttrain.models.merge import merge_target  # noqa: PLC0415
+    from posttrain.models.target import open_target  # noqa: PLC0415
+
+    print(f"merged model: {merge_target(open_target(options.target), options.out)}")
+    return 0
+
+
+def _data_check(options: argparse.Namespace) -> int:
+    from posttrain.data.doctor import check_file  # noqa: PLC0415
+
+    report, text = check_file(
+        options.file, recipe=options.recipe, stage=options.stage, model=options.model, template=options.template
+    )
+    print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

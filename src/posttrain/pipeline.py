@@ -1,0 +1,240 @@
+"""The order of the stages: the only file that knows it. A plan is walked step by step; each step leaves one artifact.
+
+    recipe -> plan -> [evaluate base] -> stage -> [evaluate it] -> ... -> scorecard.json -> report.html
+
+Nothing heavy is imported until a step is due, so a finished run answers in a second. A step is built in a hidden sibling
+folder that remembers what it works for; a kill leaves that folder, and the next run goes on from its checkpoints.
+"""
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from posttrain import __version__
+from posttrain.artifacts import publish, run_lock, write_bytes, write_json, write_jsonl
+from posttrain.errors import ArtifactError, RecipeError
+from posttrain.evaluate.scorecard import StageScores, build_scorecard, format_table, load_scores
+from posttrain.plan import Plan, Step, make_plan, partial_folder, unfinished
+from posttrain.recipe import Recipe
+from posttrain.report.render import write_report
+
+if TYPE_CHECKING:
+    from posttrain.models.files import Policies
+    from posttrain.train.loop import StopSignal
+
+WORKING_ON = "working_on.json"
+# What a stage needs only while it works: not part of the artifact.
+SCRATCH = ("checkpoints", "reference.safetensors", WORKING_ON)
+
+
+class RunOutcome(NamedTuple):
+    """What `run_recipe` did."""
+
+    worked: int
+    scorecard: dict[str, Any]
+    report: Path
+    table: str
+
+
+def run_folder(recipe: Recipe, out: Path | None) -> Path:
+    """Where a recipe's run lives."""
+    return out if out is not None else Path("runs") / recipe.name
+
+
+def check_until(recipe: Recipe, until: str | None) -> None:
+    """Raises RecipeError for a stage that is not there."""
+    names = [stage.name for stage in recipe.stage]
+    if until is not None and until not in names:
+        raise RecipeError("--until", f'"{until}" is not a stage', allowed=f"there is: {', '.join(names)}")
+
+
+def run_recipe(recipe: Recipe, recipe_text: str, run: Path, *, until: str | None = None) -> RunOutcome:
+    """Make every artifact of a recipe that is not there yet, then the scorecard and the report.
+
+    Raises PosttrainError for whatever the user can mend, Interrupted when asked to stop (state is saved).
+    """
+    check_until(recipe, until)
+    with run_lock(run):
+        plan = make_plan(recipe, run, until=until)
+        if plan.due:
+            write_bytes(run / "recipe.toml", recipe_text.encode())
+            _work(plan)
+        return _finish(plan)
+
+
+def _work(plan: Plan) -> None:
+    """Load the base once, then do what is due."""
+    say(f"loading {plan.recipe.base.model}")
+    from posttrain.models.files import Policies  # noqa: PLC0415 - torch is loaded only when there is work
+    from posttrain.models.load import load_base  # noqa: PLC0415
+    from posttrain.train.loop import StopSignal  # noqa: PLC0415
+
+    recipe = plan.recipe
+    with StopSignal().installed() as stop:
+        settings = recipe.base
+        base = load_base(
+            settings.model, template=settings.template, dtype=settings.dtype, device=settings.device,
+            full=recipe.adapter.kind == "full",
+        )  # fmt: skip
+        policies = Policies(base, plan.run)
+        for warning in base_warnings(policies):
+            say(f"warning: {warning}")
+        for step in plan.due:
+            started = time.monotonic()
+            folder = _open_partial(step)
+            extra = _train(plan, step, folder, policies, stop) if step.stage else _evaluate(plan, step, folder, policies, stop)
+            for name in SCRATCH:
+                _remove(folder / name)
+            publish(folder, step.folder, _manifest(plan, step, policies, extra, time.monotonic() - started))
+
+
+def base_warnings(policies: "Policies") -> list[str]:
+    """What a user should know of the base before hours are spent on it."""
+    from posttrain.models.tokens import untrained_template_tokens  # noqa: PLC0415
+
+    return untrained_template_tokens(policies.base)
+
+
+def _open_partial(step: Step) -> Path:
+    """The hidden folder that a step is built in; one that worked for something else is thrown away."""
+    folder = partial_folder(step.folder)
+    if unfinished(step.folder) != step.fingerprint:
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(str(folder), error.strerror or str(error), do="choose another folder with --out") from error
+    write_json(folder / WORKING_ON, {"fingerprint": step.fingerprint})
+    return folder
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _train(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: "StopSignal") -> dict[str, Any]:
+    """Train one stage; returns what its manifest says beyond the plan."""
+    from posttrain.progress import open_trackers  # noqa: PLC0415
+    from posttrain.train.dpo import train_dpo  # noqa: PLC0415
+    from posttrain.train.sft import train_sft  # noqa: PLC0415
+    from posttrain.train.stage import StageContext  # noqa: PLC0415
+
+    stage = step.stage
+    assert stage is not None
+    say(f"{step.kind} {step.name}: {step.why}")
+    trackers = open_trackers(
+        plan.recipe.trackers, folder=plan.run, run=plan.recipe.name, stage=step.name, settings=step.settings
+    )
+    context = StageContext(policies.base, policies, plan.recipe, folder, stop, trackers, plan.evaluation_prompts)
+    result = train_sft(context, stage) if stage.kind == "sft" else train_dpo(context, stage)
+    for warning in result.warnings:
+        say(f"warning: {warning}")
+    return {
+        "steps": result.fit.steps, "tokens": result.fit.tokens, "train_seconds": round(result.fit.seconds, 1),
+        "metrics": result.fit.metrics, "warnings": list(result.warnings),
+    }  # fmt: skip
+
+
+def _evaluate(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: "StopSignal") -> dict[str, Any]:
+    """Score one policy on every task and let it answer the sample prompts."""
+    from posttrain.evaluate.run import answer_samples, evaluate_policy, write_scores  # noqa: PLC0415
+
+    recipe = plan.recipe
+    adapter = policies.activate(step.policy)
+    scores = evaluate_policy(
+        policies.base, adapter, step.policy, plan.tasks, max_new_tokens=recipe.evaluation.max_new_tokens, seed=recipe.seed,
+        label=f"evaluate {step.policy}", stop=stop,
+    )  # fmt: skip
+    write_scores(folder / "scores.jsonl", scores)
+    samples = answer_samples(
+        policies.base, adapter, recipe.evaluation.samples or sample_prompts(plan), seed=recipe.seed,
+        max_new_tokens=recipe.evaluation.sample_tokens,
+    )  # fmt: skip
+    write_jsonl(folder / "samples.jsonl", samples)
+    return {"items": len(scores)}
+
+
+def sample_prompts(plan: Plan) -> tuple[str, ...]:
+    """The prompts that every policy answers side by side."""
+    from posttrain.evaluate.suites import sample_prompts as of_tasks  # noqa: PLC0415
+
+    return of_tasks(plan.tasks)
+
+
+def _manifest(plan: Plan, step: Step, policies: "Policies", extra: dict[str, Any], seconds: float) -> dict[str, Any]:
+    kind = "scores" if step.kind == "evaluate" else ("weights" if plan.recipe.adapter.kind == "full" else "adapter")
+    report = partial_folder(step.folder) / "data_report.json"
+    rows = json.loads(report.read_text(encoding="utf-8")).get("rows") if report.exists() else None
+    return {
+        "kind": kind, "name": step.name, "stage": step.kind, "policy": step.policy, "fingerprint": step.fingerprint,
+        "settings": step.settings, "inputs": step.inputs, "base": policies.base.identity(), "data": step.data, "rows": rows,
+        **environment(policies.base.device.type, str(policies.base.dtype)), "seed": plan.recipe.seed, "seconds": round(seconds, 1), **extra,
+    }  # fmt: skip
+
+
+def environment(device: str, dtype: str) -> dict[str, Any]:
+    """Versions and machine: what a reader needs to run it again."""
+    libraries = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
+    return {
+        "version": __version__, "commit": _commit(), "libraries": {name: version(name) for name in libraries},
+        "python": platform.python_version(), "machine": platform.machine(), "device": device, "dtype": dtype.removeprefix("torch."),
+    }  # fmt: skip
+
+
+def _commit() -> str | None:
+    """The commit of a checkout that this package runs from, or None."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _finish(plan: Plan) -> RunOutcome:
+    """Scorecard and report from what lies on disk; rewritten only when something changed."""
+    scored = [step for step in plan.steps if step.kind == "evaluate"]
+    stages = []
+    for step in scored:
+        kind, parent = stage_kind(plan.recipe, step.policy)
+        stages.append(StageScores(step.policy, kind, parent, load_scores(step.folder / "scores.jsonl")))
+    worked = len(plan.due)
+    path, report = plan.run / "scorecard.json", plan.run / "report.html"
+    marks = [step.fingerprint for step in plan.steps]
+    scorecard = _read_scorecard(path)
+    if worked or scorecard is None or scorecard.get("fingerprints") != marks:
+        scorecard = {**build_scorecard(plan.recipe.name, stages, plan.tasks), "fingerprints": marks}
+        write_json(path, scorecard)
+        report.unlink(missing_ok=True)
+    if not report.exists():
+        write_report(plan.run)
+    return RunOutcome(worked, scorecard, report, format_table(scorecard))
+
+
+def _read_scorecard(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def stage_kind(recipe: Recipe, policy: str) -> tuple[str, str | None]:
+    """The kind of a policy's stage and the policy that it started from."""
+    for stage in recipe.stage:
+        if stage.name == policy:
+            return stage.kind, stage.init
+    return "base", None
+
+
+def say(text: str) -> None:
+    """One line of what is going on, on standard error."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,154 @@
+"""What a run will do, before it does anything: every step with its fingerprint, and whether it stands, resumes or is due.
+
+Where it stands: `pipeline.py` walks the steps that are planned here; `--dry-run` prints them. No torch: a run that has
+nothing to do must say so in a second. A step's fingerprint is a hash of its settings, of what goes in, and of the version
+of its code; a published artifact with the same fingerprint is skipped.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from posttrain.artifacts import fingerprint, read_manifest
+from posttrain.data.chat import TEMPLATES
+from posttrain.data.sources import data_hashes
+from posttrain.evaluate.suites import Task, evaluation_prompts, load_suites, suite_fingerprint
+from posttrain.models.source import BaseModelFolder, locate_base
+from posttrain.recipe import DpoStage, Recipe, Stage
+
+# Raise a number when the code of that kind of step would make something else of the same input.
+CODE_VERSION = {"sft": 1, "dpo": 1, "evaluate": 1}
+EVALUATIONS = "evaluate"
+# Settings that change when or how often work is saved or where it runs, but not what comes out.
+_NO_EFFECT = frozenset({"name", "checkpoint_every", "checkpoint_minutes"})
+
+Status = Literal["done", "resume", "due"]
+
+
+class Step(NamedTuple):
+    """One artifact to make: a policy, or the scores of one."""
+
+    name: str
+    kind: str
+    policy: str
+    stage: Stage | None
+    folder: Path
+    fingerprint: str
+    # Fingerprints of the artifacts that go in, by name.
+    inputs: dict[str, str]
+    data: dict[str, str]
+    settings: dict[str, Any]
+    status: Status
+    why: str
+
+
+class Plan(NamedTuple):
+    """All steps of a run in order."""
+
+    run: Path
+    recipe: Recipe
+    source: BaseModelFolder
+    tasks: tuple[Task, ...]
+    evaluation_prompts: frozenset[str]
+    steps: tuple[Step, ...]
+
+    @property
+    def due(self) -> tuple[Step, ...]:
+        """The steps that will be worked on."""
+        return tuple(step for step in self.steps if step.status != "done")
+
+
+def partial_folder(folder: Path) -> Path:
+    """Where a step is built before it is published."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def make_plan(recipe: Recipe, run: Path, *, until: str | None = None) -> Plan:
+    """The steps of a recipe in a run folder. Raises PosttrainError for a base, a suite or data that is not there."""
+    tasks = load_suites(recipe.evaluation.suites, limit=recipe.evaluation.limit)
+    # Training leaves out rows that any evaluation asks, also those beyond the limit.
+    prompts = evaluation_prompts(load_suites(recipe.evaluation.suites, limit=0))
+    source = locate_base(recipe.base.model)
+    base_print = fingerprint(_base_identity(recipe, source))
+    known = {"base": base_print}
+    steps = [_evaluation_step(recipe, run, tasks, "base", base_print)]
+    for stage in recipe.stage:
+        step = _training_step(recipe, run, stage, known, prompts)
+        known[stage.name] = step.fingerprint
+        steps += [step, _evaluation_step(recipe, run, tasks, stage.name, step.fingerprint)]
+        if stage.name == until:
+            break
+    return Plan(run, recipe, source, tasks, prompts, tuple(steps))
+
+
+def _base_identity(recipe: Recipe, source: BaseModelFolder) -> list[str]:
+    base = recipe.base
+    return [source.weights_hash, source.tokenizer_hash, base.template, TEMPLATES.get(base.template, ""), base.dtype]
+
+
+def _training_step(recipe: Recipe, run: Path, stage: Stage, known: dict[str, str], prompts: frozenset[str]) -> Step:
+    names = {stage.init}
+    if isinstance(stage, DpoStage):
+        names.add(stage.init if stage.reference == "init" else stage.reference)
+    inputs = {name: known[name] for name in sorted(names)}
+    data = data_hashes(stage.data)
+    settings = {
+        "stage": stage.model_dump(mode="json", exclude=set(_NO_EFFECT)),
+        "adapter": recipe.adapter.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "evaluation_prompts": fingerprint(sorted(prompts)),
+        "code": CODE_VERSION[stage.kind],
+    }
+    mark = fingerprint({"settings": settings, "inputs": {**inputs, "base": known["base"]}, "data": data})
+    status, why = _status(run / stage.name, mark, settings, inputs, data)
+    return Step(stage.name, stage.kind, stage.name, stage, run / stage.name, mark, inputs, data, settings, status, why)
+
+
+def _evaluation_step(recipe: Recipe, run: Path, tasks: tuple[Task, ...], policy: str, policy_print: str) -> Step:
+    settings = {
+        "suites": suite_fingerprint(tasks),
+        "max_new_tokens": recipe.evaluation.max_new_tokens,
+        "samples": list(recipe.evaluation.samples),
+        "seed": recipe.seed,
+        "code": CODE_VERSION["evaluate"],
+    }
+    mark = fingerprint({"settings": settings, "policy": policy_print})
+    folder = run / EVALUATIONS / policy
+    status, why = _status(folder, mark, settings, {policy: policy_print}, {})
+    return Step(f"evaluate {policy}", "evaluate", policy, None, folder, mark, {policy: policy_print}, {}, settings, status, why)
+
+
+def _status(
+    folder: Path, mark: str, settings: dict[str, Any], inputs: dict[str, str], data: dict[str, str]
+) -> tuple[Status, str]:
+    manifest = read_manifest(folder)
+    if manifest is not None and manifest["fingerprint"] == mark:
+        return "done", "its manifest matches"
+    if unfinished(folder) == mark:
+        return "resume", "an unfinished one is there"
+    if manifest is None:
+        return "due", "not made yet"
+    changed = _differences(manifest.get("settings", {}), settings)
+    changed += [f"input {name}" for name, value in inputs.items() if manifest.get("inputs", {}).get(name) != value]
+    changed += [f"data {name}" for name, value in data.items() if manifest.get("data", {}).get(name) != value]
+    return "due", f"changed: {', '.join(changed[:4]) or 'the base or its template'}"
+
+
+def unfinished(folder: Path) -> str | None:
+    """The fingerprint that an unfinished step works for, if there is one."""
+    try:
+        found = json.loads((partial_folder(folder) / "working_on.json").read_text(encoding="utf-8"))
+        return str(found["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _differences(before: Any, after: Any, path: str = "") -> list[str]:
+    """Dotted names of the settings that differ, with both values where they are short."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        names = sorted(before.keys() | after.keys())
+        return [d for n in names for d in _differences(before.get(n), after.get(n), f"{path}.{n}".lstrip("."))]
+    if before == after:
+        return []
+    values = f" {before} → {after}"
+    return [path.removeprefix("stage.") + (values if len(values) < 40 else "")]
