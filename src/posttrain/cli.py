@@ -200,10 +200,17 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _data_check(options: argparse.Namespace) -> int:
-    from posttrain.data.doctor import check_file  # noqa: PLC0415
+    from posttrain.data.doctor import check_rows, plan_check  # noqa: PLC0415
+    from posttrain.evaluate.suites import evaluation_prompts, load_suites  # noqa: PLC0415
+    from posttrain.models.load import load_chat  # noqa: PLC0415
+    from posttrain.models.source import locate_base  # noqa: PLC0415
+    from posttrain.recipe import load_recipe  # noqa: PLC0415
 
-    report, text = check_file(
-        options.file, recipe=options.recipe, stage=options.stage, model=options.model, template=options.template
+    recipe = load_recipe(options.recipe) if options.recipe else None
+    check = plan_check(options.file, recipe, options.stage, model=options.model, template=options.template)
+    suites = recipe.evaluation.suites if recipe else ("starter",)
+    report, text = check_rows(
+        check, load_chat(locate_base(check.model), check.template), evaluation_prompts=evaluation_prompts(load_suites(suites, limit=0))
     )
     print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else text)
     return 0

@@ -28,32 +28,37 @@ _END = re.compile(rf"[.!?…]+{_CLOSERS}(?=\s+[^\sa-zà-ÿ]|\s*$)")
 _FINISHED = re.compile(rf"[.!?…]{_CLOSERS}\s*$")
 _WRAPPING = " \t\r\n.,;:!?¡¿\"'“”‘’«»*_`()[]"
 
-# Function words and greetings. A word may belong to several languages; the language with most words wins, a tie is none.
+
+def _words_of(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Function words and greetings. A word may belong to several languages; that with most words wins, a tie is none.
 FUNCTION_WORDS: dict[str, frozenset[str]] = {
-    "en": frozenset(
+    "en": _words_of(
         "the a an of and to in is are was were be it that this these with for on at by from as or but not you your he "
         "she they we my his her their our have has had will would can there which who what because hello thanks i do "
-        "does did so if me some when".split()
+        "does did so if me some when"
     ),
-    "es": frozenset(
+    "es": _words_of(
         "el la los las un una unos unas de del y e que en es son está están estoy hay con por para no se su sus mi mis "
         "tu lo al más pero como muy me te le gusta este esta esto porque yo él ella nosotros tiene tengo cuando donde "
-        "hoy hola gracias o ser fue era".split()
+        "hoy hola gracias o ser fue era"
     ),
-    "fr": frozenset(
-        "le la les un une des de du et que qui en est sont dans avec pour pas ne se sa son ses mon ma mes ton ta au aux "
-        "plus mais comme très je tu il elle nous vous ils elles on ce cette ces car où il y a c'est j'ai d'un d'une "
-        "aujourd'hui bonjour merci sur sous été ou fait".split()
+    "fr": _words_of(
+        "le la les un une des de du et que qui en est sont dans avec pour pas ne se sa son ses mon ma mes ton ta "
+        "au aux plus mais comme très je tu il elle nous vous ils elles on ce cette ces car où il y a c'est j'ai d'un "
+        "d'une aujourd'hui bonjour merci sur sous été ou fait"
     ),
-    "de": frozenset(
+    "de": _words_of(
         "der die das den dem des ein eine einen einem einer und ist sind war in im am zu zum zur mit für auf von vom "
         "nicht sich sein seine ihr ihre mein meine ich du er sie es wir man kann hat haben aber wie sehr auch bei beim "
-        "oder wenn weil wird dass hallo danke guten kauft".split()
+        "oder wenn weil wird dass hallo danke guten kauft"
     ),
-    "it": frozenset(
+    "it": _words_of(
         "il lo la i gli le un uno una di del della dei delle dello e che in è sono nel nella con per non si suo sua "
         "mio mia al alla ai più ma come molto mi ti ho ha questo questa perché io lui lei noi c'è anche quando dove "
-        "sul sulla dal ciao grazie era un'".split()
+        "sul sulla dal ciao grazie era un'"
     ),
 }
 # Letters that only one of the five writes (or nearly so) count as much as a word.
@@ -98,15 +103,15 @@ def _list_lines(answer: str) -> list[str]:
 
 
 def _max_words(answer: str, item: Item) -> bool:
-    return 1 <= len(words(answer)) <= item["n"]
+    return bool(1 <= len(words(answer)) <= item["n"])
 
 
 def _min_words(answer: str, item: Item) -> bool:
-    return len(words(answer)) >= item["n"]
+    return bool(len(words(answer)) >= item["n"])
 
 
 def _word_count(answer: str, item: Item) -> bool:
-    return len(words(answer)) == item["n"]
+    return bool(len(words(answer)) == item["n"])
 
 
 def _one_of(answer: str, item: Item) -> bool:
@@ -118,7 +123,7 @@ def _pattern(answer: str, item: Item) -> bool:
 
 
 def _line_count(answer: str, item: Item) -> bool:
-    return len(_lines(answer)) == item["n"]
+    return bool(len(_lines(answer)) == item["n"])
 
 
 def _bullets(answer: str, item: Item) -> bool:
@@ -144,7 +149,7 @@ def _sentences(answer: str, item: Item) -> bool:
     for line in _lines(text):
         # What follows the last end mark of a line (a heading, a list item) counts as a sentence of its own.
         count += sum(1 for part in _END.split(line) if words(part))
-    return count == item["n"]
+    return bool(count == item["n"])
 
 
 def _json_keys(answer: str, item: Item) -> bool:
@@ -153,7 +158,9 @@ def _json_keys(answer: str, item: Item) -> bool:
         value = json.loads(fenced[1] if fenced else answer)
     except (ValueError, RecursionError):
         return False
-    return isinstance(value, dict) and set(value) == set(item["keys"]) and all(v not in ("", None) for v in value.values())
+    return (
+        isinstance(value, dict) and set(value) == set(item["keys"]) and all(v not in ("", None) for v in value.values())
+    )
 
 
 def _starts_with(answer: str, item: Item) -> bool:
@@ -194,7 +201,7 @@ def _quoted(answer: str, item: Item) -> bool:
 
 
 def _language(answer: str, item: Item) -> bool:
-    return detect_language(answer) == item["code"]
+    return bool(detect_language(answer) == item["code"])
 
 
 def _items_start_with(answer: str, item: Item) -> bool:
@@ -296,4 +303,6 @@ def _known_values(where: str, item: Item) -> None:
         try:
             re.compile(item["pattern"])
         except re.error as error:
-            raise ValueError(f"{where} · pattern = {item['pattern']!r} · allowed: a regular expression ({error})") from error
+            raise ValueError(
+                f"{where} · pattern = {item['pattern']!r} · allowed: a regular expression ({error})"
+            ) from error

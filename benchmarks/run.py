@@ -1,0 +1,107 @@
+"""The races of posttrain against what a user would run instead: `python benchmarks/run.py sft|dpo|growth|quickstart`.
+
+Each race prints one JSON object. Both sides are processes of their own, so that peak memory is each side's own; the peer runs in
+`.venv-peers` (`make bench-setup`). Both get the same token ids in the same order, the same initial adapter (ours, written in
+PEFT's format), the same learning rate. Losses must agree within 1 % over the first ten steps, else the race does not count.
+Absolute seconds on a shared CPU mean little; the ratio of one run is the figure.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+PEERS = ROOT / ".venv-peers/bin/python"
+# The peer's settings that are tried; the first is the one whose losses are compared step by step.
+SETTINGS = {
+    "sft": ("bf16-padded", "bf16-grouped", "bf16-packed", "fp32-padded"),
+    "dpo": ("bf16-precomputed", "bf16", "fp32-precomputed"),
+}
+WARM_UP = 2
+
+
+def side(python: Path | str, script: str, *arguments: str) -> dict[str, Any]:
+    """Run one side and read the JSON object on its last line."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run([str(python), str(HERE / script), *arguments], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{script} {' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def speed(found: dict[str, Any]) -> dict[str, Any]:
+    """Units a second after the warm-up: median, and the slowest and fastest step."""
+    rates = [u / s for u, s in zip(found["units"][WARM_UP:], found["seconds"][WARM_UP:], strict=True)]
+    total = sum(found["units"][WARM_UP:]) / sum(found["seconds"][WARM_UP:])
+    return {
+        "per_second": round(total, 2), "min": round(min(rates), 2), "median": round(statistics.median(rates), 2),
+        "max": round(max(rates), 2), "steps": len(rates), "peak_gib": round(found["peak_gib"], 2), "setting": found["setting"],
+    }  # fmt: skip
+
+
+def against_trl(race: str, steps: int, data: Path, rows: int) -> dict[str, Any]:
+    """One training race against TRL, in every setting that we found for it."""
+    if not PEERS.exists():
+        raise SystemExit("the peers are not installed: make bench-setup")
+    with tempfile.TemporaryDirectory() as folder:
+        side(sys.executable, "workload.py", race, folder, str(data), str(steps), str(rows))
+        ours = side(sys.executable, "ours.py", race, folder)
+        peers = []
+        for index, setting in enumerate(SETTINGS[race]):
+            peers.append(side(PEERS, "trl_peer.py", race, folder, setting, str(steps if index == 0 else WARM_UP + 2)))
+            print(json.dumps(speed(peers[-1])), file=sys.stderr)
+    worst = max(abs(a - b) / abs(b) for a, b in zip(ours["losses"][:10], peers[0]["losses"][:10], strict=True))
+    our_speed, their_speeds = speed(ours), [speed(p) for p in peers]
+    best = max(their_speeds, key=lambda s: float(s["per_second"]))
+    return {
+        "race": race, "unit": "tokens" if race == "sft" else "pairs", "ours": our_speed, "peer": best,
+        "ratio": round(our_speed["per_second"] / best["per_second"], 2),
+        "memory_ratio": round(our_speed["peak_gib"] / best["peak_gib"], 3),
+        "losses_agree": worst <= 0.01, "largest_loss_difference": round(worst, 5), "compared_steps": min(10, steps),
+        "losses": {"ours": ours["losses"][:10], "peer": peers[0]["losses"][:10]}, "peer_settings": their_speeds, "runs": 1,
+        "versions": {"ours": ours["versions"], "peer": peers[0]["versions"]},
+    }  # fmt: skip
+
+
+def quickstart(recipe: Path) -> dict[str, Any]:
+    """The whole quickstart from an empty run folder, the base already in the cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = side(sys.executable, "ours.py", "quickstart", folder, str(recipe))
+    return {
+        "race": "quickstart", "ours": found, "peer": None, "ratio": None, "memory_ratio": None, "losses_agree": None,
+        "bar": {"minutes": 10, "gib": 4}, "versions": {"ours": found["versions"]},
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Run one race and print its JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("race", choices=["sft", "dpo", "growth", "quickstart"])
+    parser.add_argument("--steps", type=int, default=12, help="optimiser steps a side, the first two are warm-up")
+    parser.add_argument("--rows", type=int, default=0, help="rows a step (default: 16 for sft, 8 pairs for dpo)")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data", help="folder of the public data sets")
+    parser.add_argument("--recipe", type=Path, default=ROOT / "recipes/quickstart.toml")
+    parser.add_argument("--out", type=Path, help="also write the JSON object here")
+    options = parser.parse_args()
+    if options.race in SETTINGS:
+        result = against_trl(options.race, options.steps, options.data, options.rows or (16 if options.race == "sft" else 8))
+    elif options.race == "growth":
+        result = side(sys.executable, "growth.py")
+    else:
+        result = quickstart(options.recipe)
+    text = json.dumps(result, indent=2)
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

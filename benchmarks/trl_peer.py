@@ -1,0 +1,97 @@
+"""TRL's side of a race, in its own environment: the same ids, order, adapter and rate. Arguments: race folder setting steps."""
+
+import json
+import resource
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+
+class Clock(TrainerCallback):
+    """Seconds of each optimiser step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.started = 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):  # noqa: ANN001, ANN003, ANN201, D102
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):  # noqa: ANN001, ANN003, ANN201, D102
+        self.seconds.append(time.perf_counter() - self.started)
+
+
+class PreparedDPOTrainer(DPOTrainer):
+    """DPO on rows that are tokenised already."""
+
+    def _prepare_dataset(self, dataset, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN202
+        return dataset
+
+
+def main() -> None:
+    """Train and print one JSON object."""
+    race, folder, setting, steps = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+    work = json.loads((folder / "workload.json").read_text())
+    rows = work["train"][: steps * work["rows"]]
+    dtype = torch.bfloat16 if setting.startswith("bf16") else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=dtype)
+    model = PeftModel.from_pretrained(model, str(folder / "adapter"), is_trainable=True)
+    tokenizer = AutoTokenizer.from_pretrained(work["model"])
+    # Smaller batches pad less and fit the caches better; the optimiser step is the same.
+    micro = 4
+    # A packed row holds about four of the data's: a quarter of the accumulation is the same step.
+    accumulation = max(1, work["rows"] // micro // (4 if "packed" in setting else 1))
+    shared = dict(
+        output_dir=str(folder / "trl"), per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation,
+        max_steps=steps, learning_rate=work["rate"], lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0,
+        max_grad_norm=1.0, bf16=dtype == torch.bfloat16, gradient_checkpointing=False, logging_steps=1, report_to="none",
+        save_strategy="no", use_cpu=True, seed=0, disable_tqdm=True, max_length=1024, dataloader_num_workers=0,
+        train_sampling_strategy="group_by_length" if "grouped" in setting else "sequential",
+    )  # fmt: skip
+    clock = Clock()
+    if race == "sft":
+        data = [
+            {"input_ids": r["ids"], "labels": [i if t else -100 for i, t in zip(r["ids"], r["trained"], strict=True)]} for r in rows
+        ]
+        packed = dict(packing=True, padding_free=True) if "packed" in setting else {}
+        trainer = SFTTrainer(
+            model, SFTConfig(**shared, **packed), train_dataset=Dataset.from_list(data), processing_class=tokenizer, callbacks=[clock]
+        )
+        units = [sum(len(r["ids"]) for r in rows[s * work["rows"] : (s + 1) * work["rows"]]) for s in range(steps)]
+        if "sequential" not in shared["train_sampling_strategy"] or packed:
+            # the order differs: every step is charged the mean of what was trained on
+            units = [mean_length(trainer) * micro * accumulation] * steps
+    else:
+        data = [{"prompt_ids": r["prompt_ids"], "chosen_ids": r["chosen_ids"], "rejected_ids": r["rejected_ids"]} for r in rows]
+        started = time.perf_counter()
+        trainer = PreparedDPOTrainer(
+            model, args=DPOConfig(**shared, beta=work["beta"], precompute_ref_log_probs="precomputed" in setting),
+            train_dataset=Dataset.from_list(data), processing_class=tokenizer, callbacks=[clock],
+        )  # fmt: skip
+        before = (time.perf_counter() - started) / steps if "precomputed" in setting else 0.0
+        units = [work["rows"]] * steps
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    seconds = clock.seconds if race == "sft" else [s + before for s in clock.seconds]
+    print(json.dumps({
+        "losses": losses, "units": units[: len(seconds)], "seconds": seconds, "setting": f"{setting}, {micro} rows a device batch",
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "versions": {name: version(name) for name in ("trl", "transformers", "peft", "torch")},
+    }))  # fmt: skip
+
+
+def mean_length(trainer: SFTTrainer) -> float:
+    """Mean real tokens of a row as the trainer holds it."""
+    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    return sum(lengths) / len(lengths)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""What both sides of a race train on: token ids in step order, one initial adapter, the model folder. Arguments: race folder data steps rows."""
+
+import json
+import sys
+from pathlib import Path
+
+from posttrain.data.formats import read_demonstrations, read_preferences
+from posttrain.data.prepare import prepare_demonstrations, prepare_pairs
+from posttrain.models.files import save_adapter
+from posttrain.models.load import load_base
+from posttrain.models.lora import LoraSettings
+from posttrain.recipe import Source
+
+MODEL = "package:smollm2-135m-instruct"
+LORA = LoraSettings(16, 32.0, 0.0, "all", "standard")
+RATE = 2e-4
+DEMONSTRATIONS = ("oasst_threads", "self_instruct_seeds", "dolly_subset")
+
+
+def main() -> None:
+    """Write `workload.json` and the adapter's folder."""
+    race, folder, data, steps, rows = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
+    base = load_base(MODEL)
+    keywords = {"max_tokens": 1024, "validation": 0.0, "allow_dropped": 1.0, "evaluation_prompts": frozenset[str]()}
+    if race == "sft":
+        sources = tuple(Source(path=str(data / f"demonstrations/{name}.jsonl")) for name in DEMONSTRATIONS)
+        prepared = prepare_demonstrations(read_demonstrations(sources, seed=0), base.chat, **keywords)
+    else:
+        prepared = prepare_pairs(read_preferences(str(data / "preferences/oasst_pairs.jsonl"), seed=0), base.chat, **keywords)
+    # a fixed stride through the rows mixes the sources the same way for both sides
+    order = sorted(range(len(prepared.train)), key=lambda i: (i * 7919) % 104729)
+    chosen = [prepared.train[i]._asdict() for i in order[: steps * rows]]
+    assert len(chosen) == steps * rows, f"only {len(chosen)} rows"
+    adapter = base.adapters.create("initial", LORA, seed=0)
+    (folder / "adapter").mkdir()
+    save_adapter(folder / "adapter", adapter, base)
+    settings = {"race": race, "model": str(base.source.folder), "rows": rows, "steps": steps, "rate": RATE, "beta": 0.1}
+    (folder / "workload.json").write_text(json.dumps({**settings, "train": chosen}))
+    print(json.dumps({"rows": len(chosen)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""`posttrain data check`: a file rendered exactly as a stage of a recipe would render it, with the numbers about it.
+
+Where it stands: it calls what the training stages call, so that it cannot show anything else than training sees; only
+the limit on dropped rows is lifted, since looking at a bad file is the point.
+"""
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+from posttrain.data.chat import ChatFormat
+from posttrain.data.formats import DEMONSTRATION_LAYOUTS, PREFERENCE_LAYOUTS, kind_of, read_demonstrations, read_preferences
+from posttrain.data.prepare import PreparedPairs, PreparedRows, prepare_demonstrations, prepare_pairs
+from posttrain.data.report import format_report
+from posttrain.data.sources import read_rows
+from posttrain.errors import DataError, RecipeError
+from posttrain.recipe import DpoStage, Recipe, SftStage, Stage
+
+
+class Check(NamedTuple):
+    """What to look at, and as which stage."""
+
+    stage: Stage
+    seed: int
+    model: str
+    template: str
+
+
+def prepare_stage(
+    stage: Stage, chat: ChatFormat, *, seed: int, evaluation_prompts: Collection[str], allow_dropped: float | None = None
+) -> PreparedRows | PreparedPairs:
+    """A stage's rows as it will train on them. Raises DataError as the stage would."""
+    allowed = stage.allow_dropped if allow_dropped is None else allow_dropped
+    keywords: dict[str, Any] = {
+        "max_tokens": stage.max_tokens, "validation": stage.validation, "allow_dropped": allowed,
+        "evaluation_prompts": evaluation_prompts,
+    }  # fmt: skip
+    if isinstance(stage, SftStage):
+        return prepare_demonstrations(read_demonstrations(stage.data, seed=seed), chat, **keywords)
+    return prepare_pairs(read_preferences(stage.data, seed=seed), chat, **keywords)
+
+
+def plan_check(file: str, recipe: Recipe | None, stage_name: str | None, *, model: str, template: str) -> Check:
+    """Which stage's limits and which base's renderer a file is looked at with. Raises DataError or RecipeError."""
+    columns = list(read_rows(file)[0].value)
+    kind = kind_of(columns)
+    if kind is None:
+        raise DataError(
+            f'data "{file}"', f"columns {', '.join(columns)}", allowed=f"{DEMONSTRATION_LAYOUTS} · {PREFERENCE_LAYOUTS}",
+            do="rename the columns",
+        )  # fmt: skip
+    if recipe is None:
+        made: Stage = SftStage(kind="sft", name="check", data=file) if kind == "sft" else DpoStage(kind="dpo", name="check", data=file)
+        if model == "random:tiny" and template == "auto":
+            template = "gemma"
+        return Check(made, 0, model, template)
+    fitting = [s for s in recipe.stage if s.kind == kind]
+    if stage_name is not None:
+        fitting = [s for s in recipe.stage if s.name == stage_name]
+    if not fitting or fitting[0].kind != kind:
+        there = ", ".join(s.name for s in recipe.stage if s.kind == kind) or f"no {kind} stage"
+        found = f'"{stage_name}"' if stage_name else f"no {kind} stage in the recipe"
+        raise RecipeError("--stage", f"{found} for this {kind} data", allowed=f"there is: {there}")
+    return Check(fitting[0].model_copy(update={"data": file}), recipe.seed, recipe.base.model, recipe.base.template)
+
+
+def check_rows(check: Check, chat: ChatFormat, *, evaluation_prompts: Collection[str] = ()) -> tuple[dict[str, Any], str]:
+    """The report as data and as text."""
+    prepared = prepare_stage(check.stage, chat, seed=check.seed, evaluation_prompts=evaluation_prompts, allow_dropped=1.0)
+    kind = "demonstrations" if check.stage.kind == "sft" else "preference pairs"
+    title = f"{kind} as {check.model} ({chat.template_name} template) would train on them"
+    report = prepared.report
+    dropped = sum(report["dropped"].values())
+    text = format_report(report, title)
+    if dropped > check.stage.allow_dropped * report["rows"]:
+        text += f"\n\nwarning: {dropped} of {report['rows']} rows dropped; training refuses more than {check.stage.allow_dropped:.0%}"
+    return report, text

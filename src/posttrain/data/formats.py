@@ -1,0 +1,281 @@
+"""Rows of any common layout become `Conversation` and `PreferencePair`; the layout is recognised by its columns and said.
+
+    demonstrations   messages · prompt+completion (text or messages) · ShareGPT conversations · Alpaca
+    preferences      prompt+chosen+rejected · chosen+rejected with an implicit prompt · hh-rlhf transcripts
+                     each side text or messages
+
+A row that cannot be learned from is a `Problem` with its number and reason, never silently repaired.
+"""
+
+import random
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
+
+from posttrain.data.sources import RawRow, as_sources, data_hashes, read_rows
+from posttrain.errors import DataError
+from posttrain.recipe import Source
+from posttrain.records import ROLES, Conversation, Message, PreferencePair, Role
+
+R = TypeVar("R", Conversation, PreferencePair)
+_SHAREGPT_ROLES: dict[str, Role] = {
+    "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
+    "bing": "assistant", "bard": "assistant",
+}  # fmt: skip
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+DEMONSTRATION_LAYOUTS = "messages · prompt+completion · conversations (ShareGPT) · instruction+output (Alpaca)"
+PREFERENCE_LAYOUTS = "prompt+chosen+rejected · chosen+rejected (implicit prompt, or hh-rlhf transcripts)"
+
+
+class Problem(NamedTuple):
+    """A row that is left out, and why."""
+
+    source: str
+    number: int
+    reason: str
+
+
+class SourceInfo(NamedTuple):
+    """What was read from one source."""
+
+    path: str
+    layout: str
+    rows: int
+    sha256: str
+
+
+class Demonstrations(NamedTuple):
+    """Conversations that can be learned from, and the rows that cannot."""
+
+    records: tuple[Conversation, ...]
+    problems: tuple[Problem, ...]
+    sources: tuple[SourceInfo, ...]
+
+
+class Preferences(NamedTuple):
+    """Pairs that can be learned from, and the rows that cannot."""
+
+    records: tuple[PreferencePair, ...]
+    problems: tuple[Problem, ...]
+    sources: tuple[SourceInfo, ...]
+
+
+class _BadRow(Exception):
+    """A row that cannot be learned from; its text is the reason."""
+
+
+def kind_of(columns: Iterable[str]) -> str | None:
+    """"dpo" for preferences, "sft" for demonstrations, None for neither, by the names of the columns."""
+    names = set(columns)
+    if {"chosen", "rejected"} <= names:
+        return "dpo"
+    known = ({"messages"}, {"prompt", "completion"}, {"conversations"}, {"instruction", "output"})
+    return "sft" if any(wanted <= names for wanted in known) else None
+
+
+def read_demonstrations(data: str | tuple[Source, ...], *, seed: int) -> Demonstrations:
+    """Conversations of all sources, mixed by weight. Raises DataError for files and layouts that cannot be read."""
+    records: list[Conversation] = []
+    problems: list[Problem] = []
+    infos: list[SourceInfo] = []
+    for source, rows, sha256 in _sources(data):
+        layout, convert = _demonstration_layout(source.path, rows)
+        found: list[Conversation] = []
+        for row in rows:
+            try:
+                found.append(Conversation(_row_id(source.path, row), convert(row.value), source.path))
+            except _BadRow as bad:
+                problems.append(Problem(source.path, row.number, str(bad)))
+        infos.append(SourceInfo(source.path, layout, len(rows), sha256))
+        records += [Conversation(name, r.messages, r.source) for r, name in _weighted(found, source, seed)]
+    return Demonstrations(_unique_ids(records), tuple(problems), tuple(infos))
+
+
+def read_preferences(data: str | tuple[Source, ...], *, seed: int) -> Preferences:
+    """Pairs of all sources, mixed by weight. Raises DataError for files and layouts that cannot be read."""
+    records: list[PreferencePair] = []
+    problems: list[Problem] = []
+    infos: list[SourceInfo] = []
+    for source, rows, sha256 in _sources(data):
+        layout = _preference_layout(source.path, rows)
+        found: list[PreferencePair] = []
+        for row in rows:
+            try:
+                prompt, chosen, rejected = _pair(row.value)
+                reason = str(row.value.get("reason") or "")
+                found.append(PreferencePair(_row_id(source.path, row), prompt, chosen, rejected, source.path, reason))
+            except _BadRow as bad:
+                problems.append(Problem(source.path, row.number, str(bad)))
+        infos.append(SourceInfo(source.path, layout, len(rows), sha256))
+        records += [
+            PreferencePair(name, r.prompt, r.chosen, r.rejected, r.source, r.reason) for r, name in _weighted(found, source, seed)
+        ]
+    return Preferences(_unique_ids(records), tuple(problems), tuple(infos))
+
+
+def _sources(data: str | tuple[Source, ...]) -> Iterable[tuple[Source, list[RawRow], str]]:
+    hashes = data_hashes(data)
+    for source in as_sources(data):
+        yield source, read_rows(source.path), hashes[source.path]
+
+
+def _row_id(path: str, row: RawRow) -> str:
+    own = row.value.get("id")
+    return own if isinstance(own, str) and own else f"{path.rsplit('/', 1)[-1].rsplit('.', 1)[0]}-{row.number}"
+
+
+def _weighted(records: list[R], source: Source, seed: int) -> list[tuple[R, str]]:
+    """Weight 0.5 takes a seeded half in file order, 2.5 takes each twice and half of them once more; copies get ids of their own."""
+    whole, part = divmod(source.weight, 1.0)
+    taken = [(r, r.id if copy == 0 else f"{r.id}#{copy + 1}") for copy in range(int(whole)) for r in records]
+    chosen = sorted(random.Random(f"{seed}|{source.path}").sample(range(len(records)), round(part * len(records))))
+    suffix = f"#{int(whole) + 1}" if whole else ""
+    return taken + [(records[i], records[i].id + suffix) for i in chosen]
+
+
+def _unique_ids(records: list[R]) -> tuple[R, ...]:
+    """Rows of different files may share an id; the later one gets a number."""
+    seen: dict[str, int] = {}
+    found: list[R] = []
+    for record in records:
+        seen[record.id] = seen.get(record.id, 0) + 1
+        found.append(record if seen[record.id] == 1 else replace(record, id=f"{record.id}~{seen[record.id]}"))
+    return tuple(found)
+
+
+# --- demonstrations ---------------------------------------------------------------------------------------------------
+
+
+def _demonstration_layout(path: str, rows: list[RawRow]) -> tuple[str, Callable[[dict[str, Any]], tuple[Message, ...]]]:
+    columns = set(rows[0].value)
+    if "messages" in columns:
+        return "messages", lambda row: _conversation(_messages(row.get("messages"), "messages"))
+    if {"prompt", "completion"} <= columns:
+        return "prompt+completion", _prompt_completion
+    if "conversations" in columns:
+        return "ShareGPT conversations", lambda row: _conversation(_sharegpt(row.get("conversations")))
+    if {"instruction", "output"} <= columns:
+        return "Alpaca", _alpaca
+    hint = "this is a preference file: use it in a dpo stage" if {"chosen", "rejected"} <= columns else "rename the columns"
+    raise DataError(f'data "{path}"', f"columns {', '.join(sorted(columns))}", allowed=DEMONSTRATION_LAYOUTS, do=hint)
+
+
+def _prompt_completion(row: dict[str, Any]) -> tuple[Message, ...]:
+    return _conversation((*_side(row.get("prompt"), "user", "prompt"), *_side(row.get("completion"), "assistant", "completion")))
+
+
+def _alpaca(row: dict[str, Any]) -> tuple[Message, ...]:
+    instruction, extra = _string(row.get("instruction"), "instruction"), row.get("input") or ""
+    prompt = f"{instruction}\n\n{_string(extra, 'input')}" if extra else instruction
+    return _conversation((Message("user", prompt), Message("assistant", _string(row.get("output"), "output"))))
+
+
+def _sharegpt(turns: Any) -> tuple[Message, ...]:
+    if not isinstance(turns, list):
+        raise _BadRow("conversations is not a list")
+    found = []
+    for turn in turns:
+        if not isinstance(turn, dict) or turn.get("from") not in _SHAREGPT_ROLES:
+            raise _BadRow("a turn without a known from (human, gpt, system)")
+        found.append(Message(_SHAREGPT_ROLES[turn["from"]], _string(turn.get("value"), "value")))
+    return tuple(found)
+
+
+def _conversation(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """A conversation that can be learned from: an assistant turn, and someone before it."""
+    while messages and messages[-1].role != "assistant":
+        messages = messages[:-1]  # a last question without an answer teaches nothing
+    if not any(m.role == "assistant" for m in messages):
+        raise _BadRow("no assistant turn")
+    if messages[0].role == "assistant":
+        raise _BadRow("begins with an assistant turn")
+    if any(not m.content.strip() for m in messages if m.role != "system"):
+        raise _BadRow("empty text")
+    return messages
+
+
+# --- preferences ------------------------------------------------------------------------------------------------------
+
+
+def _preference_layout(path: str, rows: list[RawRow]) -> str:
+    first = rows[0].value
+    if not {"chosen", "rejected"} <= set(first):
+        hint = "this is a demonstration file: use it in an sft stage" if kind_of(first) == "sft" else "rename the columns"
+        raise DataError(f'data "{path}"', f"columns {', '.join(sorted(first))}", allowed=PREFERENCE_LAYOUTS, do=hint)
+    if "prompt" in first:
+        return "prompt+chosen+rejected" + (" (messages)" if isinstance(first["chosen"], list) else " (text)")
+    if isinstance(first["chosen"], str):
+        return "hh-rlhf transcripts" if _HH_TURN.match(first["chosen"]) else "chosen+rejected (text, implicit prompt)"
+    return "chosen+rejected (messages, implicit prompt)"
+
+
+def _pair(row: dict[str, Any]) -> tuple[tuple[Message, ...], tuple[Message, ...], tuple[Message, ...]]:
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if row.get("prompt") is not None:
+        prompt = _side(row["prompt"], "user", "prompt")
+        sides = _side(chosen, "assistant", "chosen"), _side(rejected, "assistant", "rejected")
+        sides = (_without_prompt(sides[0], prompt), _without_prompt(sides[1], prompt))
+    else:
+        both = _whole(chosen, "chosen"), _whole(rejected, "rejected")
+        shared = 0
+        while shared < min(map(len, both)) - 1 and both[0][shared] == both[1][shared]:
+            shared += 1
+        prompt, sides = both[0][:shared], (both[0][shared:], both[1][shared:])
+    for name, side in (("chosen", sides[0]), ("rejected", sides[1])):
+        if len(side) != 1 or side[0].role != "assistant":
+            raise _BadRow(f"{name} is not one assistant turn after the prompt")
+        if not side[0].content.strip():
+            raise _BadRow(f"{name} is empty")
+    if not prompt or prompt[-1].role == "assistant" or not prompt[-1].content.strip():
+        raise _BadRow("no prompt that ends before the assistant speaks")
+    if sides[0] == sides[1]:
+        raise _BadRow("chosen equals rejected")
+    return prompt, sides[0], sides[1]
+
+
+def _without_prompt(side: tuple[Message, ...], prompt: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Some files repeat the prompt in both sides."""
+    return side[len(prompt) :] if len(side) > len(prompt) and side[: len(prompt)] == prompt else side
+
+
+def _whole(value: Any, name: str) -> tuple[Message, ...]:
+    """A whole conversation given as messages, as a transcript, or as plain text (which has no prompt to find)."""
+    if isinstance(value, str):
+        return _transcript(value, name)
+    return _messages(value, name)
+
+
+def _transcript(text: str, name: str) -> tuple[Message, ...]:
+    parts = _HH_TURN.split(text)
+    if len(parts) < 3 or parts[0].strip():
+        raise _BadRow(f'{name} is text without a prompt column and not a "Human: … Assistant: …" transcript')
+    turns = zip(parts[1::2], parts[2::2], strict=True)
+    return tuple(Message("user" if who == "Human" else "assistant", said.strip()) for who, said in turns)
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def _side(value: Any, role: Role, name: str) -> tuple[Message, ...]:
+    """Text is one turn of `role`; a transcript and a list of messages are what they say."""
+    if isinstance(value, str):
+        return _transcript(value, name) if _HH_TURN.match(value) else (Message(role, value),)
+    return _messages(value, name)
+
+
+def _messages(value: Any, name: str) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise _BadRow(f"{name} is not a list of messages")
+    found = []
+    for turn in value:
+        if not isinstance(turn, dict) or turn.get("role") not in ROLES:
+            raise _BadRow(f"{name} has a turn without a role of {', '.join(ROLES)}")
+        found.append(Message(turn["role"], _string(turn.get("content"), "content")))
+    return tuple(found)
+
+
+def _string(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise _BadRow(f"{name} is not text but {type(value).__name__}")
+    return value

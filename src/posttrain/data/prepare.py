@@ -1,0 +1,222 @@
+"""From records to rows of token ids that training sees, with a report of everything that was cut, dropped or left out.
+
+    record -> contamination check -> rendering -> length limit -> training or validation by a hash of the first user turn
+
+Nothing is lost silently: each row ends in training, in validation, or in a counted reason. More than `allow_dropped` of the
+rows dropped is an error. A demonstration that is too long is cut at the end; a pair that is too long is dropped, since
+cutting one side would change which answer is better.
+"""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+from posttrain.data.chat import ChatFormat
+from posttrain.data.formats import Demonstrations, Preferences, Problem, SourceInfo
+from posttrain.data.report import describe_rows
+from posttrain.errors import DataError
+from posttrain.records import Message
+
+# Words in a row that also stand in an evaluation prompt and make the row contaminated (13, as in GPT-3's report, app. C).
+OVERLAP_WORDS = 13
+_WORD = re.compile(r"\w+")
+
+
+class TrainRow(NamedTuple):
+    """A conversation as ids, and for each id whether it is a target."""
+
+    id: str
+    ids: list[int]
+    trained: list[bool]
+
+
+class PairRow(NamedTuple):
+    """A preference pair as ids; both completions end with the turn's end token."""
+
+    id: str
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+
+class PreparedRows(NamedTuple):
+    """Demonstrations ready for training."""
+
+    train: list[TrainRow]
+    validation: list[TrainRow]
+    report: dict[str, Any]
+
+
+class PreparedPairs(NamedTuple):
+    """Pairs ready for training."""
+
+    train: list[PairRow]
+    validation: list[PairRow]
+    report: dict[str, Any]
+
+
+class Contamination:
+    """Whether a text repeats an evaluation prompt: the whole of it, or a run of 13 words."""
+
+    def __init__(self, prompts: Collection[str]) -> None:
+        words = [_WORD.findall(p.lower()) for p in prompts]
+        self._whole = {" ".join(w) for w in words if w}
+        self._runs = {run for w in words for run in _runs(w)}
+
+    def found(self, messages: Sequence[Message]) -> bool:
+        """Whether any user turn is an evaluation prompt or shares a run of words with one."""
+        for message in messages:
+            if message.role == "user":
+                words = _WORD.findall(message.content.lower())
+                if " ".join(words) in self._whole or (self._runs and any(run in self._runs for run in _runs(words))):
+                    return True
+        return False
+
+
+def _runs(words: list[str]) -> list[str]:
+    return [" ".join(words[i : i + OVERLAP_WORDS]) for i in range(len(words) - OVERLAP_WORDS + 1)]
+
+
+def in_validation(messages: Sequence[Message], share: float) -> bool:
+    """Whether a row is held out: by its first user turn alone, so that one prompt never stands on both sides."""
+    first = next((m.content for m in messages if m.role == "user"), "")
+    digest = hashlib.sha256(first.strip().encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def prepare_demonstrations(
+    read: Demonstrations, chat: ChatFormat, *, max_tokens: int, validation: float, allow_dropped: float,
+    evaluation_prompts: Collection[str],
+) -> PreparedRows:  # fmt: skip
+    """Render, cut and split demonstrations. Raises DataError when too many rows are dropped or none is left."""
+    contamination = Contamination(evaluation_prompts)
+    sides: tuple[list[TrainRow], list[TrainRow]] = ([], [])
+    problems = list(read.problems)
+    truncated, contaminated, uncut, ended = 0, 0, 0, 0
+    for record in read.records:
+        if contamination.found(record.messages):
+            contaminated += 1
+            continue
+        encoded = chat.encode(record.messages)
+        if len(encoded.ids) > max_tokens:
+            truncated += 1
+        else:
+            uncut += 1
+            ended += encoded.ids[-1] in chat.end_ids and encoded.trained[-1]
+        row = TrainRow(record.id, encoded.ids[:max_tokens], encoded.trained[:max_tokens])
+        if not any(row.trained):
+            problems.append(Problem(record.source, 0, f"no trained token within max_tokens = {max_tokens}"))
+            continue
+        sides[in_validation(record.messages, validation)].append(row)
+    _refuse(problems, len(read.records), read, sides[0], allow_dropped)
+    rows = [*sides[0], *sides[1]]
+    report = describe_rows([len(r.ids) for r in rows], sum(sum(r.trained) for r in rows)) | _counts(read.sources, problems)
+    report |= {
+        "kind": "sft", "train_rows": len(sides[0]), "validation_rows": len(sides[1]), "truncated": truncated,
+        "contaminated": contaminated, "duplicates": _duplicates([tuple(r.ids) for r in rows]), "max_tokens": max_tokens,
+        "ends_trained": ended / uncut if uncut else None,
+        "examples": [{"id": r.id, "pieces": pieces(chat, r.ids, r.trained)} for r in _spread(sides[0])],
+    }  # fmt: skip
+    return PreparedRows(sides[0], sides[1], report)
+
+
+def prepare_pairs(
+    read: Preferences, chat: ChatFormat, *, max_tokens: int, validation: float, allow_dropped: float,
+    evaluation_prompts: Collection[str],
+) -> PreparedPairs:  # fmt: skip
+    """Render and split preference pairs. Raises DataError when too many rows are dropped or none is left."""
+    contamination = Contamination(evaluation_prompts)
+    sides: tuple[list[PairRow], list[PairRow]] = ([], [])
+    problems = list(read.problems)
+    contaminated = 0
+    for record in read.records:
+        if contamination.found(record.prompt):
+            contaminated += 1
+            continue
+        row = PairRow(
+            record.id, chat.encode_prompt(record.prompt), chat.encode_completion(record.prompt, record.chosen),
+            chat.encode_completion(record.prompt, record.rejected),
+        )  # fmt: skip
+        if len(row.prompt_ids) + max(len(row.chosen_ids), len(row.rejected_ids)) > max_tokens:
+            problems.append(Problem(record.source, 0, f"longer than max_tokens = {max_tokens}"))
+        elif row.chosen_ids == row.rejected_ids:
+            problems.append(Problem(record.source, 0, "chosen equals rejected once rendered"))
+        else:
+            sides[in_validation(record.prompt, validation)].append(row)
+    _refuse(problems, len(read.records), read, sides[0], allow_dropped)
+    rows = [*sides[0], *sides[1]]
+    completions = [side for r in rows for side in (r.chosen_ids, r.rejected_ids)]
+    lengths = [len(r.prompt_ids) + len(r.chosen_ids) + len(r.rejected_ids) for r in rows]
+    report = describe_rows(lengths, sum(map(len, completions))) | _counts(read.sources, problems)
+    report |= {
+        "kind": "dpo", "train_rows": len(sides[0]), "validation_rows": len(sides[1]), "truncated": 0,
+        "contaminated": contaminated, "duplicates": _duplicates([(tuple(r.prompt_ids), tuple(r.chosen_ids), tuple(r.rejected_ids)) for r in rows]),
+        "max_tokens": max_tokens, "ends_trained": sum(c[-1] in chat.end_ids for c in completions) / len(completions),
+        "mean_chosen_tokens": sum(len(r.chosen_ids) for r in rows) / len(rows),
+        "mean_rejected_tokens": sum(len(r.rejected_ids) for r in rows) / len(rows),
+        "chosen_longer": sum(len(r.chosen_ids) > len(r.rejected_ids) for r in rows) / len(rows),
+        "examples": [_pair_example(chat, r) for r in _spread(sides[0])],
+    }  # fmt: skip
+    return PreparedPairs(sides[0], sides[1], report)
+
+
+def _refuse(
+    problems: list[Problem], kept: int, read: Demonstrations | Preferences, train: Sequence[Any], allow_dropped: float
+) -> None:
+    """Too many rows dropped, or none left, ends the stage before it begins."""
+    where = "data " + ", ".join(f'"{s.path}"' for s in read.sources)
+    total = kept + len(read.problems)
+    reasons = "; ".join(f"{count} rows: {reason}{_first(problems, reason)}" for reason, count in _reasons(problems).items())
+    if not train:
+        raise DataError(where, f"no row left to train on ({reasons or 'all held out or contaminated'})", do="look at `posttrain data check`")
+    if len(problems) > allow_dropped * total:
+        raise DataError(
+            where, f"{len(problems)} of {total} rows cannot be trained on ({reasons})", allowed=f"{allow_dropped:.0%} (allow_dropped)",
+            do="mend the rows, or raise allow_dropped in the recipe",
+        )  # fmt: skip
+
+
+def _reasons(problems: list[Problem]) -> dict[str, int]:
+    return dict(Counter(p.reason for p in problems).most_common())
+
+
+def _first(problems: list[Problem], reason: str) -> str:
+    numbers = [p.number for p in problems if p.reason == reason and p.number][:3]
+    return f" (first: row {', '.join(map(str, numbers))})" if numbers else ""
+
+
+def _counts(sources: Sequence[SourceInfo], problems: list[Problem]) -> dict[str, Any]:
+    return {
+        "sources": [s._asdict() for s in sources],
+        "formats": sorted({s.layout for s in sources}),
+        "rows": sum(s.rows for s in sources),
+        "dropped": _reasons(problems),
+    }
+
+
+def _duplicates(rows: Sequence[Any]) -> int:
+    """Rows that equal an earlier one."""
+    return len(rows) - len(set(rows))
+
+
+def _spread(rows: Sequence[Any]) -> list[Any]:
+    """Three rows from the beginning, the middle and the end."""
+    return [rows[i] for i in sorted({0, len(rows) // 2, len(rows) - 1})] if rows else []
+
+
+def pieces(chat: ChatFormat, ids: Sequence[int], trained: Sequence[bool]) -> list[dict[str, Any]]:
+    """The text of a row cut where the mask changes, control tokens shown."""
+    found: list[dict[str, Any]] = []
+    start = 0
+    for index in range(1, len(ids) + 1):
+        if index == len(ids) or trained[index] != trained[start]:
+            found.append({"text": chat.decode(ids[start:index], special=True), "trained": trained[start]})
+            start = index
+    return found
+
+
+def _pair_example(chat: ChatFormat, row: PairRow) -> dict[str, Any]:
+    parts = (("prompt", row.prompt_ids, False), ("chosen", row.chosen_ids, True), ("rejected", row.rejected_ids, True))
+    return {"id": row.id, "pieces": [{"label": n, "text": chat.decode(i, special=True), "trained": t} for n, i, t in parts]}

@@ -1,0 +1,123 @@
+"""The plan of a run with rows, tokens and a time, before anything is spent (`posttrain run --dry-run`).
+
+The data is rendered as training would render it; the model is only counted. The time is arithmetic over a speed that is
+measured here and now by a few matrix products:
+
+    training a token   6 P operations (forward 2 P, backward 4 P) less 2 P where the weights are frozen, P of the body
+    a target           4 V D with a frozen head (logits and their gradient), 6 V D with a trained one
+    a decoded token    2 (P + V D)
+
+It leaves out attention, loading and the report, so it is a lower bound with a factor for what is not a product.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from posttrain.data.doctor import prepare_stage
+from posttrain.models.load import choose_device, load_chat, native_bfloat16
+from posttrain.plan import Plan, make_plan
+from posttrain.recipe import Recipe, Stage
+
+# Share of the measured product speed that a whole step reached in the benchmarks.
+EFFICIENCY = 0.55
+
+
+class Work(NamedTuple):
+    """What one step will compute."""
+
+    rows: int
+    tokens: int
+    targets: int
+    operations: float
+
+
+def describe(recipe: Recipe, run: Path, *, until: str | None = None) -> tuple[dict[str, Any], str]:
+    """The plan as data and as text. Raises PosttrainError for whatever would stop the run before training."""
+    plan = make_plan(recipe, run, until=until)
+    chat = load_chat(plan.source, recipe.base.template)
+    body, head = _parameters(plan)
+    speed = _speed(recipe)
+    rows = []
+    for step in plan.steps:
+        entry: dict[str, Any] = {"step": step.name, "kind": step.kind, "status": step.status, "why": step.why}
+        if step.status != "done":
+            work = _training(plan, step.stage, chat, body, head) if step.stage else _evaluation(plan, body, head)
+            entry |= {"rows": work.rows, "tokens": work.tokens, "targets": work.targets, "seconds": round(work.operations / speed)}
+        rows.append(entry)
+    total = sum(entry.get("seconds", 0) for entry in rows)
+    found = {
+        "run": str(run), "base": recipe.base.model, "weights_hash": plan.source.weights_hash, "parameters": body + head,
+        "steps": rows, "seconds": total,
+    }  # fmt: skip
+    return found, _text(found)
+
+
+def _parameters(plan: Plan) -> tuple[int, int]:
+    """Weights of the body's matrices and of the head, read off the safetensors headers."""
+    config = json.loads((plan.source.folder / "config.json").read_text(encoding="utf-8"))
+    config = config.get("text_config", config)
+    head = int(config["vocab_size"]) * int(config["hidden_size"])
+    total = 0
+    for path in plan.source.folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__" and "embed" not in name and "lm_head" not in name]
+        total += sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2)
+    return total, head
+
+
+def _speed(recipe: Recipe) -> float:
+    """Operations a second that a step will reach on this machine."""
+    device = choose_device(recipe.base.device)
+    wants_bfloat16 = recipe.base.dtype == "bfloat16" or (recipe.base.dtype == "auto" and native_bfloat16())
+    dtype = torch.bfloat16 if wants_bfloat16 and recipe.adapter.kind == "lora" else torch.float32
+    a = torch.randn(1024, 1024).to(device, dtype)
+    best = float("inf")
+    for _ in range(8):
+        started = time.perf_counter()
+        (a @ a).sum().item()
+        best = min(best, time.perf_counter() - started)
+    return 2 * 1024**3 / best * EFFICIENCY
+
+
+def _training(plan: Plan, stage: Stage, chat: Any, body: int, head: int) -> Work:
+    report = prepare_stage(stage, chat, seed=plan.recipe.seed, evaluation_prompts=plan.evaluation_prompts).report
+    full = plan.recipe.adapter.kind == "full"
+    tokens, targets = round(report["tokens"] * stage.epochs), round(report["trained_tokens"] * stage.epochs)
+    a_token, a_target = (6 * body, 6 * head) if full else (4 * body, 4 * head)
+    operations: float = tokens * a_token + targets * a_target
+    if stage.kind == "dpo":  # the reference is computed once
+        operations += report["tokens"] * 2 * body + report["trained_tokens"] * 2 * head
+    return Work(round(report["train_rows"] * stage.epochs), tokens, targets, operations)
+
+
+def _evaluation(plan: Plan, body: int, head: int) -> Work:
+    items = sum(len(task.items) for task in plan.tasks)
+    asked = sum(len(task.items) for task in plan.tasks if task.answer == "generate")
+    tokens = asked * plan.recipe.evaluation.max_new_tokens
+    return Work(items, tokens, tokens, tokens * 2.0 * (body + head))
+
+
+def _text(found: dict[str, Any]) -> str:
+    lines = [f"{found['run']} · {found['base']} · {found['parameters'] / 1e6:,.0f}M parameters", ""]
+    lines.append(f"{'step':<18} {'':<7} {'rows':>7} {'tokens':>9} {'time':>7}  why")
+    for entry in found["steps"]:
+        numbers = f"{'':>7} {'':>9} {'':>7}"
+        if "rows" in entry:
+            numbers = f"{entry['rows']:>7,} {entry['tokens']:>9,} {_clock(entry['seconds']):>7}"
+        lines.append(f"{entry['step']:<18} {_WORD[entry['status']]:<7} {numbers}  {entry['why']}")
+    lines += ["", f"about {_clock(found['seconds'])} of computing on this machine; nothing was changed"]
+    return "\n".join(lines)
+
+
+_WORD = {"done": "skip", "resume": "resume", "due": "run"}
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+

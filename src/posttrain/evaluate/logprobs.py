@@ -1,0 +1,112 @@
+"""Log-probabilities of given texts: the choices of questions, and plain prose. No generation.
+
+Texts are plain continuations after the model's BOS, without a chat template: the base was pretrained on such text, so
+it is not handicapped, and a policy that forgot it shows. The choices of a question hang as completions below what their
+texts have in common, which is computed once; sums over the common part cancel in every comparison and are left out.
+
+    choice_c = sum_t log p(t | question, choice_c before t)
+    prose    = -1/N sum_t log p(t | text before t)             [nats a token]
+
+B: rows (choices or texts), N: targets. Left out: normalising by length, so a choice that begins another is favoured.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from posttrain.data.packing import Segment, pack, row_segments, split_by_tokens, tree_segments
+from posttrain.errors import ModelError
+from posttrain.models.attention import Segments, Span
+from posttrain.models.load import BaseModel
+from posttrain.models.logprobs import target_logprobs
+
+# Tokens computed at once.
+MICRO_TOKENS = {"cpu": 1024, "cuda": 16384}
+
+
+class TextLogprob(NamedTuple):
+    """Sum of the log-probabilities of a text's tokens, in nats, and how many tokens were predicted."""
+
+    logprob: float
+    tokens: int
+
+
+class _Tree(NamedTuple):
+    """Token ids that several continuations share, and the continuations."""
+
+    shared: list[int]
+    branches: list[list[int]]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.shared) + sum(map(len, self.branches))
+
+
+def choice_logprobs(
+    base: BaseModel, adapter: str, questions: Sequence[tuple[str, Sequence[str]]]
+) -> Iterator[list[TextLogprob]]:
+    """For each (question, choices): one sum a choice, over the tokens that the choices do not share. Lazy, in order."""
+    trees = [_choice_tree(base, question, choices) for question, choices in questions]
+    yield from _tree_logprobs(base, adapter, trees)
+
+
+def text_logprobs(base: BaseModel, adapter: str, texts: Sequence[str]) -> Iterator[TextLogprob]:
+    """For each text: the sum over all of its tokens after the first (BOS, where the model has one). Lazy."""
+    trees = [_Tree([], [_ids(base, text)]) for text in texts]
+    for (found,) in _tree_logprobs(base, adapter, trees):
+        yield found
+
+
+def _choice_tree(base: BaseModel, question: str, choices: Sequence[str]) -> _Tree:
+    """Whole texts are tokenised and their common beginning found, so no rule about spaces at the seam is needed."""
+    texts = [_ids(base, question + choice) for choice in choices]
+    shared = 0
+    # Each choice keeps at least one token of its own, and the common part at least the first.
+    limit = min(map(len, texts)) - 1
+    while shared < limit and len({ids[shared] for ids in texts}) == 1:
+        shared += 1
+    return _Tree(texts[0][:shared], [ids[shared:] for ids in texts])
+
+
+def _ids(base: BaseModel, text: str) -> list[int]:
+    """Ids of a text; a model without BOS gets the token that ends texts in front: its first token is predicted too."""
+    ids = base.chat.encode_text(text)
+    if ids[:1] != [base.chat.bos_id]:
+        start = base.chat.eos_id if base.chat.eos_id is not None else base.chat.end_id
+        ids = [start, *ids]
+    if len(ids) > base.context:
+        raise ModelError(
+            "evaluation", f"a text of {len(ids)} tokens", allowed=f"at most {base.context}", do="shorten the item"
+        )
+    return ids
+
+
+@torch.no_grad()
+def _tree_logprobs(base: BaseModel, adapter: str, trees: Sequence[_Tree]) -> Iterator[list[TextLogprob]]:
+    for group in split_by_tokens([tree.tokens for tree in trees], MICRO_TOKENS[base.device.type]):
+        chosen = [trees[index] for index in group]
+        segments: list[Segment] = []
+        rows = 0
+        for tree in chosen:
+            if tree.shared:
+                segments += tree_segments(tree.shared, tree.branches, first_row=rows, index=len(segments))
+            else:
+                segments += row_segments(tree.branches[0], [False] + [True] * (len(tree.branches[0]) - 1), rows)
+            rows += len(tree.branches)
+        sums = _row_sums(base, adapter, segments, rows)
+        for tree in chosen:
+            yield [sums.pop(0) for _ in tree.branches]
+
+
+def _row_sums(base: BaseModel, adapter: str, segments: Sequence[Segment], rows: int) -> list[TextLogprob]:
+    """One packed forward: the summed log-probability of each row's targets."""
+    batch = pack(segments, rows)
+    table = Segments(tuple(Span(*span) for span in batch.spans))
+    hidden_TD = base.hidden(torch.tensor(batch.ids), torch.tensor(batch.positions), table, adapter)
+    source_N, target_N = (torch.tensor(x, device=base.device) for x in (batch.source_N, batch.target_N))
+    logprobs_N = target_logprobs(hidden_TD[source_N], base.head_VD, target_N, softcap=base.softcap).double().cpu()
+    row_N = torch.tensor(batch.row_N)
+    sum_B = torch.zeros(rows, dtype=torch.float64).index_add(0, row_N, logprobs_N)
+    count_B = torch.bincount(row_N, minlength=rows)
+    return [TextLogprob(logprob, count) for logprob, count in zip(sum_B.tolist(), count_B.tolist(), strict=True)]

@@ -1,0 +1,128 @@
+"""The scorecard: every policy's measures with their intervals, and every change judged on the same items.
+
+Where it stands: scores of the base and of each policy stage in, `scorecard.json` out; `report.html` and the terminal's
+table are drawn from it alone. A change is taken item by item, against the stage that training started from and against
+the base.
+
+    verdict = better | worse   where the 95 % interval of the paired change excludes 0,   not shown   otherwise
+
+Left out: a correction for many comparisons; of forty changes that are none, about two will be called better or worse.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from posttrain.artifacts import read_jsonl
+from posttrain.errors import ArtifactError
+from posttrain.evaluate import stats
+from posttrain.evaluate.refusal_measure import load_figures
+from posttrain.evaluate.suites import Measure, Task, all_measures
+from posttrain.evaluate.table import format_table
+from posttrain.evaluate.tax import alignment_tax
+from posttrain.records import Score
+
+__all__ = ["StageScores", "build_scorecard", "format_table", "load_scores", "measure_values"]
+
+DIGITS = 6
+Values = dict[tuple[str, str], float]
+
+
+class StageScores(NamedTuple):
+    """The scores of one policy. `parent` is the policy that its training started from (None for the base)."""
+
+    name: str
+    kind: str
+    parent: str | None
+    scores: Sequence[Score]
+
+
+def build_scorecard(run: str, stages: Sequence[StageScores], tasks: Sequence[Task]) -> dict[str, Any]:
+    """The content of scorecard.json. The first stage is the base; a parent stands before its children."""
+    measures = all_measures(tasks)
+    judged = {task.name for task in tasks if task.scorer == "refusal"}
+    by_stage = {stage.name: {m.name: measure_values(m, stage.scores) for m in measures} for stage in stages}
+    rows = [
+        {
+            "name": stage.name,
+            "kind": stage.kind,
+            "parent": stage.parent,
+            "measures": {
+                m.name: entry
+                for m in measures
+                if (entry := _entry(m, stage, stages[0].name, by_stage, bool(judged & set(m.tasks)))) is not None
+            },
+        }
+        for stage in stages
+    ]
+    return {"run": run, "confidence": 0.95, "stages": rows, "tax": alignment_tax(rows)}
+
+
+def load_scores(path: Path) -> list[Score]:
+    """The scores of a finished evaluation. Raises ArtifactError for a file that is not whole."""
+    try:
+        return [Score(**row) for row in read_jsonl(path)]
+    except (TypeError, ValueError):
+        raise ArtifactError(
+            str(path), "not readable as scores", do=f"remove {path.parent} and run the recipe again"
+        ) from None
+
+
+def measure_values(measure: Measure, scores: Sequence[Score]) -> Values:
+    """What a measure averages: (task, item) -> value."""
+    wanted = set(measure.tasks)
+    if measure.of == "score":
+        return {(s.task, s.item): s.value for s in scores if s.task in wanted}
+    return {(s.task, s.item): float(s.detail[measure.of]) for s in scores if s.task in wanted}
+
+
+def _entry(
+    measure: Measure, stage: StageScores, base: str, by_stage: Mapping[str, Mapping[str, Values]], judged: bool
+) -> dict[str, Any] | None:
+    """One measure of one stage; None where the stage has no scores for it."""
+    values = by_stage[stage.name][measure.name]
+    if not values:
+        return None
+    found = stats.interval(list(values.values()), measure.unit)
+    entry: dict[str, Any] = {
+        "value": _round(found.value), "low": _round(found.low), "high": _round(found.high), "n": found.n,
+        "better": measure.better, "unit": measure.unit, "title": measure.title, "role": measure.role,
+    }  # fmt: skip
+    against = [
+        name
+        for name in dict.fromkeys((stage.parent, base))
+        if name is not None and name in by_stage and name != stage.name
+    ]
+    changes = [(name, _change(measure, by_stage[name][measure.name], values)) for name in against]
+    entry["changes"] = [{"against": name, **change} for name, change in changes if change is not None]
+    if judged and measure.of == "score":
+        entry["judge"] = _judge_figures()
+    return entry
+
+
+def _change(measure: Measure, before: Values, after: Values) -> dict[str, Any] | None:
+    """The paired change over the items that both policies answered."""
+    shared = [key for key in after if key in before]
+    if not shared:
+        return None
+    found = stats.difference([before[k] for k in shared], [after[k] for k in shared], measure.unit)
+    verdict = stats.verdict(found, measure.better, measure.unit)
+    return {"value": _round(found.value), "low": _round(found.low), "high": _round(found.high), "verdict": verdict}
+
+
+def _round(value: float) -> float:
+    return round(value, DIGITS)
+
+
+def _judge_figures() -> dict[str, Any]:
+    """How far to trust a share of refusals: the rule's figures on answers that were not read while it was written."""
+    reported = load_figures()["reported"]
+    models = {name: figures for name, figures in reported.items() if name != "all"}
+    return {
+        "sensitivity": reported["all"]["sensitivity"],
+        "specificity": reported["all"]["specificity"],
+        "lowest_sensitivity": min(figures["sensitivity"]["value"] for figures in models.values()),
+        "lowest_specificity": min(figures["specificity"]["value"] for figures in models.values()),
+        "answers": reported["all"]["n"],
+        "models": len(models),
+    }

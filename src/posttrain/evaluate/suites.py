@@ -1,0 +1,353 @@
+"""Suites: TOML files that say what is measured, on which items, and how an answer becomes a number. No torch.
+
+Where it stands: the recipe names suites; `evaluate/run.py` answers their tasks; `evaluate/scorecard.py` makes measures
+of the scores. A task is items, a way to answer and a scorer; a measure pools what one or several tasks scored.
+
+    [[task]]     name, answer = "choices" | "generate" | "perplexity", items = a file,
+                 scorer = "checks" | "refusal" (generated answers only)
+    [[measure]]  name, tasks, of = "score" | "ended" | "tokens", better, role, title
+                 a task that no measure of scores names on its own gets one of its own name
+
+Item files are JSON lines: choices {id, question, choices, answer}, generate {id, prompt[, checks]}, perplexity
+{id, text}. A path is relative to the suite file; `starter/…` lies in this package.
+"""
+
+import json
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+
+import posttrain
+from posttrain.artifacts import fingerprint
+from posttrain.errors import RecipeError
+from posttrain.evaluate import checks, refusal
+from posttrain.evaluate.stats import Unit
+
+PACKAGE = Path(posttrain.__file__).parent
+BUILT_IN = {"starter": PACKAGE / "starter" / "suites" / "starter.toml"}
+# Raised when answers or scores change for the same items, so that a finished evaluation is not taken for a new one.
+CODE_VERSION = 1
+
+Answer = Literal["choices", "generate", "perplexity"]
+Scorer = Literal["choice", "checks", "refusal", "nats"]
+Better = Literal["higher", "lower"]
+Role = Literal["capability", "gain", ""]
+Item = dict[str, Any]
+_SCORERS: dict[str, tuple[str, ...]] = {
+    "choices": ("choice",),
+    "generate": ("checks", "refusal"),
+    "perplexity": ("nats",),
+}
+_FIELDS: dict[str, dict[str, type]] = {
+    "choices": {"id": str, "question": str, "choices": list, "answer": int},
+    "generate": {"id": str, "prompt": str},
+    "perplexity": {"id": str, "text": str},
+}
+_Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_]{0,63}$")]
+SAMPLES = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A number of a policy: the mean over all items of some tasks of what `of` names."""
+
+    name: str
+    tasks: tuple[str, ...]
+    of: Literal["score", "ended", "tokens"]
+    unit: Unit
+    better: Better
+    role: Role = ""
+    title: str = ""
+    column: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Items, how a policy answers them, and what makes a number of the answer."""
+
+    name: str
+    answer: Answer
+    scorer: Scorer
+    items: tuple[Item, ...]
+    measures: tuple[Measure, ...]
+    samples: tuple[str, ...] = ()
+
+    @property
+    def better(self) -> Better:
+        """Which way the task's own score should move."""
+        return next(m.better for m in self.measures if m.of == "score")
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _TaskTable(_Table):
+    name: _Name
+    answer: Answer
+    scorer: Scorer | None = None
+    items: str
+
+
+class _MeasureTable(_Table):
+    name: _Name
+    tasks: tuple[str, ...]
+    of: Literal["score", "ended", "tokens"] = "score"
+    better: Better | None = None
+    role: Role = ""
+    title: str = ""
+
+
+class _Suite(_Table):
+    name: _Name
+    samples: tuple[str, ...] = ()
+    task: tuple[_TaskTable, ...]
+    measure: tuple[_MeasureTable, ...] = ()
+
+
+def load_suites(names: Sequence[str], *, limit: int = 0) -> tuple[Task, ...]:
+    """The tasks of built-in suites ("starter") and suite files, `limit` items of each (0: all).
+
+    Raises RecipeError for an unknown suite, a file that is not a suite, an unknown task, scorer or check, bad items.
+    """
+    found: dict[str, tuple[Task, ...]] = {}
+    for name in names:
+        path = _locate(name)
+        suite = _parse(path, _place(path))
+        if suite.name in found:
+            raise RecipeError(_place(path), f'a second suite named "{suite.name}"', do="name each suite once")
+        found[suite.name] = _tasks(suite, path, limit)
+    return tuple(task for tasks in found.values() for task in tasks)
+
+
+def evaluation_prompts(tasks: Iterable[Task]) -> frozenset[str]:
+    """Texts that training data must not hold: prompts, questions, prose, and the sample prompts."""
+    texts = {str(item.get(key, "")) for task in tasks for item in task.items for key in ("prompt", "question", "text")}
+    return frozenset((texts | {s for task in tasks for s in task.samples}) - {""})
+
+
+def sample_prompts(tasks: Sequence[Task]) -> tuple[str, ...]:
+    """Prompts that every policy answers side by side in the report: those of the first suite that has any."""
+    return next((task.samples for task in tasks if task.samples), ())[:SAMPLES]
+
+
+def suite_fingerprint(tasks: Iterable[Task]) -> str:
+    """Changes with any item, measure, sample prompt, or the rules that score."""
+    content = [
+        [
+            t.name,
+            t.answer,
+            t.scorer,
+            list(t.items),
+            [[m.name, m.of, m.better, list(m.tasks)] for m in t.measures],
+            list(t.samples),
+        ]
+        for t in tasks
+    ]
+    return fingerprint([CODE_VERSION, refusal.rule_fingerprint(), content])
+
+
+def all_measures(tasks: Iterable[Task]) -> tuple[Measure, ...]:
+    """Every measure once: suite by suite, in the order of the file."""
+    found = dict.fromkeys(measure for task in tasks for measure in task.measures)
+    suites = list(dict.fromkeys(measure.name.split("/")[0] for measure in found))
+    return tuple(sorted(found, key=lambda m: (suites.index(m.name.split("/")[0]), m.column)))
+
+
+def _locate(name: str) -> Path:
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    path = Path(name)
+    if path.suffix == ".toml" and path.is_file():
+        return path
+    found = f'"{name}" is not a suite' if path.suffix != ".toml" else f"there is no file {name}"
+    raise RecipeError(
+        "[evaluation] suites",
+        found,
+        allowed=f"there is: {', '.join(BUILT_IN)}",
+        do="or give the path of a suite file (.toml)",
+    )
+
+
+def _place(path: Path) -> str:
+    return f"suite {path.name}"
+
+
+def _parse(path: Path, where: str) -> _Suite:
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        return _Suite.model_validate(raw)
+    except UnicodeDecodeError as error:
+        raise RecipeError(where, f"not UTF-8 text (byte {error.start})", do="save the file as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(where, f"not TOML: {error}", do="correct that line") from None
+    except ValidationError as error:
+        raise _explain(error, raw, where) from None
+
+
+def _explain(error: ValidationError, raw: dict[str, Any], where: str) -> RecipeError:
+    """Pydantic's first complaint in the error formula."""
+    first = error.errors(include_url=False)[0]
+    loc = first["loc"]
+    place, fields = where, _Suite.model_fields
+    if len(loc) > 2 and isinstance(loc[1], int):
+        place = f'{where} · {loc[0]} "{raw[str(loc[0])][loc[1]].get("name", loc[1] + 1)}"'
+        fields = (_TaskTable if loc[0] == "task" else _MeasureTable).model_fields
+    if first["type"] == "extra_forbidden":
+        return RecipeError(place, f'unknown setting "{loc[-1]}"', allowed=f"there is: {', '.join(fields)}")
+    if first["type"] == "missing":
+        return RecipeError(place, f'"{loc[-1]}" is missing', do="add it")
+    return RecipeError(
+        place, f"{loc[-1]} = {str(first['input'])[:80]!r}", allowed=first["msg"][:1].lower() + first["msg"][1:]
+    )
+
+
+def _tasks(suite: _Suite, path: Path, limit: int) -> tuple[Task, ...]:
+    where = _place(path)
+    _refuse_twice(where, "task", [t.name for t in suite.task])
+    _refuse_twice(where, "measure", [m.name for m in suite.measure])
+    scorers = {t.name: _scorer(t, where) for t in suite.task}
+    measures = _measures(suite, scorers, where)
+    tasks = []
+    for table in suite.task:
+        items = _items(table, scorers[table.name], path, where)
+        full = f"{suite.name}/{table.name}"
+        own = tuple(m for m in measures if full in m.tasks)
+        tasks.append(Task(full, table.answer, scorers[table.name], items[: limit or None], own, suite.samples))
+    return tuple(tasks)
+
+
+def _refuse_twice(where: str, what: str, names: list[str]) -> None:
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        raise RecipeError(where, f'a second {what} named "{twice[0]}"', do="give each a name of its own")
+
+
+def _scorer(table: _TaskTable, where: str) -> Scorer:
+    allowed = _SCORERS[table.answer]
+    scorer = table.scorer or (allowed[0] if len(allowed) == 1 else None)
+    if scorer not in allowed:
+        found = f'scorer = "{scorer}"' if scorer else '"scorer" is missing'
+        raise RecipeError(
+            f'{where} · task "{table.name}"',
+            f'{found} with answer = "{table.answer}"',
+            allowed=f"there is: {', '.join(allowed)}",
+        )
+    return scorer  # type: ignore[return-value]  # narrowed by the membership test above
+
+
+def _measures(suite: _Suite, scorers: dict[str, Scorer], where: str) -> tuple[Measure, ...]:
+    made = [_measure(suite, table, scorers, where) for table in suite.measure]
+    alone = {m.tasks[0] for m in made if m.of == "score" and len(m.tasks) == 1}
+    for name, scorer in scorers.items():
+        full = f"{suite.name}/{name}"
+        if full not in alone:
+            made.append(
+                Measure(
+                    full,
+                    (full,),
+                    "score",
+                    _unit("score", scorer),
+                    _default_better("score", scorer),
+                    "",
+                    name.replace("_", " "),
+                )
+            )
+    _refuse_twice(where, "measure", [m.name for m in made])
+    return tuple(replace(measure, column=column) for column, measure in enumerate(made))
+
+
+def _measure(suite: _Suite, table: _MeasureTable, scorers: dict[str, Scorer], where: str) -> Measure:
+    place = f'{where} · measure "{table.name}"'
+    unknown = [name for name in table.tasks if name not in scorers]
+    if unknown or not table.tasks:
+        found = f'"{unknown[0]}" is not a task of this suite' if unknown else "tasks is empty"
+        raise RecipeError(place, found, allowed=f"there is: {', '.join(scorers)}")
+    answers = {t.name: t.answer for t in suite.task}
+    silent = [name for name in table.tasks if answers[name] != "generate"]
+    if table.of != "score" and silent:
+        raise RecipeError(
+            place, f'of = "{table.of}" of the task "{silent[0]}"', allowed='tasks with answer = "generate"'
+        )
+    units = {_unit(table.of, scorers[name]) for name in table.tasks}
+    if len(units) > 1:
+        raise RecipeError(place, f"pools different units ({', '.join(sorted(units))})", do="make a measure of each")
+    full = tuple(f"{suite.name}/{name}" for name in table.tasks)
+    better = table.better or _default_better(table.of, scorers[table.tasks[0]])
+    title = table.title or table.name.replace("_", " ")
+    return Measure(f"{suite.name}/{table.name}", full, table.of, units.pop(), better, table.role, title)
+
+
+def _unit(of: str, scorer: Scorer) -> Unit:
+    if of == "tokens":
+        return "tokens"
+    return "nats" if of == "score" and scorer == "nats" else "share"
+
+
+def _default_better(of: str, scorer: Scorer) -> Better:
+    return "lower" if _unit(of, scorer) != "share" else "higher"
+
+
+def _items(table: _TaskTable, scorer: Scorer, suite_path: Path, where: str) -> tuple[Item, ...]:
+    place = f'{where} · task "{table.name}"'
+    path = PACKAGE / table.items if table.items.startswith("starter/") else suite_path.parent / table.items
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        raise RecipeError(
+            place, f"there is no file {table.items}", do="give a path relative to the suite file"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            place, f"{table.items} is not UTF-8 text (byte {error.start})", do="save the file as UTF-8"
+        ) from None
+    items: list[Item] = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            items.append(_item(line, table.answer, scorer, f"{place} · {path.name} line {number}"))
+    if not items:
+        raise RecipeError(place, f"{table.items} has no items", do="add one item a line")
+    _refuse_twice(f"{place} · {path.name}", "item", [str(item["id"]) for item in items])
+    return tuple(items)
+
+
+def _item(line: str, answer: Answer, scorer: Scorer, where: str) -> Item:
+    try:
+        item: Item = json.loads(line)
+    except json.JSONDecodeError:
+        raise RecipeError(where, "not JSON", do="write one JSON object a line") from None
+    wanted = _FIELDS[answer] | ({"checks": list} if scorer == "checks" else {})
+    for name, kind in wanted.items():
+        if not isinstance(item, dict) or not isinstance(item.get(name), kind) or isinstance(item[name], bool):
+            raise RecipeError(
+                where, f'"{name}" is missing or not of type {kind.__name__}', allowed=f"fields: {', '.join(wanted)}"
+            )
+    if answer == "choices" and not _choices_fit(item):
+        raise RecipeError(
+            where, "choices do not fit", allowed="at least two different texts, and answer is the index of one"
+        )
+    if scorer == "checks":
+        _check_checks(item["checks"], where)
+    if answer != "choices" and not item["prompt" if answer == "generate" else "text"].strip():
+        raise RecipeError(where, "an empty text", do="write one or remove the line")
+    return item
+
+
+def _choices_fit(item: Item) -> bool:
+    choices = item["choices"]
+    texts = all(isinstance(c, str) and c for c in choices)
+    return texts and len(set(choices)) == len(choices) >= 2 and 0 <= item["answer"] < len(choices)
+
+
+def _check_checks(found: list[Any], where: str) -> None:
+    if not found or not all(isinstance(c, dict) for c in found):
+        raise RecipeError(where, "checks must be a list of tables", do='for instance [{"kind": "lines", "n": 3}]')
+    try:
+        for one in found:
+            checks.check(one, "")
+    except ValueError as error:
+        raise RecipeError(where, str(error), do="correct the check") from None

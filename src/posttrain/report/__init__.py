@@ -1,0 +1,1 @@
+"""The report: reads artifacts only, no torch."""
