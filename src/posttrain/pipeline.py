@@ -22,7 +22,6 @@ from posttrain.errors import ArtifactError, RecipeError
 from posttrain.evaluate.scorecard import StageScores, build_scorecard, format_table, load_scores
 from posttrain.plan import Plan, Step, make_plan, partial_folder, unfinished
 from posttrain.recipe import Recipe
-from posttrain.report.render import write_report
 
 if TYPE_CHECKING:
     from posttrain.models.files import Policies
@@ -96,9 +95,7 @@ def _work(plan: Plan) -> None:
 
 def base_warnings(policies: "Policies") -> list[str]:
     """What a user should know of the base before hours are spent on it."""
-    from posttrain.models.tokens import untrained_template_tokens  # noqa: PLC0415
-
-    return untrained_template_tokens(policies.base)
+    return []
 
 
 def _open_partial(step: Step) -> Path:
@@ -215,6 +212,8 @@ def _finish(plan: Plan) -> RunOutcome:
         write_json(path, scorecard)
         report.unlink(missing_ok=True)
     if not report.exists():
+        from posttrain.report.render import write_report  # noqa: PLC0415 - the plotting library is slow to import
+
         write_report(plan.run)
     return RunOutcome(worked, scorecard, report, format_table(scorecard))
 
