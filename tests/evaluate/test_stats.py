@@ -28,18 +28,35 @@ def test_wilson_covers_the_true_share():
     n = 78
     intervals = [wilson(k, n) for k in range(n + 1)]
     for share in numpy.linspace(0.05, 0.95, 19):
-        inside = [comb(n, k) * share**k * (1 - share) ** (n - k) for k in range(n + 1) if intervals[k].low <= share <= intervals[k].high]
+        inside = [
+            comb(n, k) * share**k * (1 - share) ** (n - k)
+            for k in range(n + 1)
+            if intervals[k].low <= share <= intervals[k].high
+        ]
         assert 0.92 < sum(inside) < 0.98
 
 
-def test_paired_shares_reproduces_a_published_interval():
-    # Fagerland, Lydersen & Laake 2014 (BMC Med Res Methodol 14:57 discusses the same family): 1, 1, 7, 12 of 21 pairs,
-    # Newcombe's square-and-add interval of the difference is -0.507 to -0.026
+def test_paired_shares_hand_worked_without_correlation():
+    # Both 1, lost 7, won 1, neither 12 of 21 (airway reactions before and after transplantation, Bentur et al. 2009).
+    # 1*12 - 7*1 = 5 < 21/2, so phi = 0. Wilson: 2/21 in (0.0265188, 0.2891414), 8/21 in (0.2075101, 0.5912135).
+    # low  = -6/21 - sqrt((2/21 - 0.0265188)^2 + (0.5912135 - 8/21)^2)
+    # high = -6/21 + sqrt((0.2891414 - 2/21)^2 + (8/21 - 0.2075101)^2)
     before = [1] * 1 + [0] * 1 + [1] * 7 + [0] * 12
     after = [1] * 1 + [1] * 1 + [0] * 7 + [0] * 12
     found = paired_shares(before, after)
     assert isclose(found.value, -6 / 21)
-    assert (round(found.low, 3), round(found.high, 3)) == (-0.507, -0.026)
+    assert isclose(found.low, -0.506920, abs_tol=1e-6)
+    assert isclose(found.high, -0.025559, abs_tol=1e-6)
+
+
+def test_paired_shares_hand_worked_with_correlation():
+    # Both 20, lost 2, won 8, neither 20 of 50: phi = (20*20 - 2*8 - 25) / sqrt(22*28*28*22) = 359/616 = 0.582792
+    before = [1] * 20 + [1] * 2 + [0] * 8 + [0] * 20
+    after = [1] * 20 + [0] * 2 + [1] * 8 + [0] * 20
+    found = paired_shares(before, after)
+    assert isclose(found.value, 0.12)
+    assert isclose(found.low, -0.005089, abs_tol=1e-6)
+    assert isclose(found.high, 0.237269, abs_tol=1e-6)
 
 
 def test_paired_shares_is_antisymmetric():
@@ -57,7 +74,7 @@ def test_four_changed_items_of_seventy_show_nothing_and_seven_do():
 
 @pytest.mark.parametrize(("n", "share", "agree"), [(72, 0.1, 0.5), (72, 0.5, 0.0), (139, 0.4, 0.6), (24, 0.3, 0.3)])
 def test_paired_shares_covers_no_change(n: int, share: float, agree: float):
-    """Two policies of one share, items of the same luck in `agree` of the cases: a change is called in at most 6.5 % of 2,000 trials."""
+    """Two policies of one share, alike in `agree` of the cases: at most 6.5 % of 2,000 trials call a change."""
     random = numpy.random.default_rng(1)
     called = 0
     for _ in range(2000):
@@ -70,7 +87,7 @@ def test_paired_shares_covers_no_change(n: int, share: float, agree: float):
 
 @pytest.mark.parametrize(("n", "draw"), [(24, "normal"), (24, "exponential"), (100, "exponential")])
 def test_bootstrap_covers_the_true_mean(n: int, draw: str):
-    """400 samples: the interval holds the true mean about 95 % of the time (90 % for a skewed distribution and few items)."""
+    """400 samples: the interval holds the true mean about 95 % of the time (from 90 % where the values are skewed)."""
     random = numpy.random.default_rng(2)
     held = 0
     for _ in range(400):
@@ -81,7 +98,7 @@ def test_bootstrap_covers_the_true_mean(n: int, draw: str):
 
 
 def test_bootstrap_width_is_that_of_student():
-    """Mean of 24 nearly normal values: within 6 % of the textbook interval, which a plain percentile interval misses by 9 %."""
+    """Mean of 24 normal values: within 6 % of the textbook interval."""
     values = numpy.random.default_rng(3).normal(0, 1, 24)
     found = mean(values.tolist())
     textbook = 2 * 2.0687 * values.std(ddof=1) / 24**0.5

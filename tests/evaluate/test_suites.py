@@ -133,7 +133,7 @@ def test_a_suite_file_without_measures_gets_one_a_task(tmp_path: Path):
 def test_unknown_suite_names_what_there_is():
     with pytest.raises(RecipeError, match=r'suites · "startre" is not a suite · there is: starter'):
         load_suites(("startre",), limit=0)
-    with pytest.raises(RecipeError, match="there is no file nowhere.toml"):
+    with pytest.raises(RecipeError, match=r"there is no file nowhere\.toml"):
         load_suites(("nowhere.toml",), limit=0)
 
 
@@ -176,7 +176,9 @@ def test_measures_do_not_pool_different_units(tmp_path: Path):
     prose = tmp_path / "prose.jsonl"
     prose.write_text('{"id": "p1", "text": "It rained."}\n', encoding="utf-8")
     suite = f'{SUITE}[[task]]\nname = "prose"\nanswer = "perplexity"\nitems = "prose.jsonl"\n'
-    assert "different units" in refused(tmp_path, suite=f'{suite}[[measure]]\nname = "all"\ntasks = ["sums", "prose"]\n')
+    assert "different units" in refused(
+        tmp_path, suite=f'{suite}[[measure]]\nname = "all"\ntasks = ["sums", "prose"]\n'
+    )
 
 
 @pytest.mark.parametrize(

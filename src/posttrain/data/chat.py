@@ -6,21 +6,18 @@ end-of-turn token; no markers inside the template are needed. Each piece is toke
 are always a prefix of the ids of the conversation. There is exactly one BOS where the model has one.
 
 Text of a message that spells a control token ("<end_of_turn>") is tokenised as plain text: a user cannot end a turn.
-Templates run in a sandbox with limits on size and time; they see messages and two token strings, nothing else.
+Templates run boxed in (`data/template.py`). Left out: templates that rewrite earlier turns (some drop old reasoning),
+since no prompt would be a prefix of its conversation; such a row is refused.
 """
 
 import hashlib
+import itertools
 import json
 import re
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
-import jinja2
-import jinja2.sandbox
-
+from posttrain.data.template import ChatTemplate
 from posttrain.errors import DataError, ModelError
 from posttrain.records import Message
 
@@ -45,17 +42,18 @@ TEMPLATES = {
     ),
     "plain": (
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content | trim }}\n\n"
-        "{% elif m.role == 'user' %}Question: {{ m.content | trim }}\nAnswer:"
-        "{% else %} {{ m.content | trim }}{{ eos_token }}\n{% endif %}{% endfor %}"
-        "{% if add_generation_prompt and messages[-1].role != 'user' %}Answer:{% endif %}"
+        "{% elif m.role == 'user' %}Question: {{ m.content | trim }}\n"
+        "{% else %}Answer: {{ m.content | trim }}{{ eos_token }}\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}Answer:{% endif %}"
     ),
 }
 # The token that ends an assistant turn, by template. Of a model's own template it is read off a rendered turn.
 END_TOKENS = {"gemma": "<end_of_turn>", "chatml": "<|im_end|>", "llama3": "<|eot_id|>"}
-MAX_TEMPLATE_CHARS = 64 * 1024
-MAX_RENDERED_CHARS = 4 * 1024 * 1024
-TEMPLATE_SECONDS = 0.1
-_STAND_IN = "\ue000{}\ue001"  # private-use characters: they stand for control tokens spelled in a message
+# Private-use characters around a number stand for a control token that a message spells, while a template handles it.
+_OPEN, _CLOSE = "\ue000", "\ue001"
+_STAND_IN = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+# What in a template's source may be the name of a token: <...>, and [...] in capitals.
+_TOKEN_NAME = re.compile(r"<[^<>\s{}]{1,60}>|\[/?[A-Z_]+\]")
 
 
 class Tokenizer(Protocol):
@@ -80,7 +78,7 @@ class Tokenizer(Protocol):
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
-        """Texts that are parsed as control tokens."""
+        """Texts of the special tokens, which are parsed wherever they stand."""
 
     @property
     def chat_template(self) -> str | None:
@@ -104,8 +102,13 @@ class ChatFormat:
     def __init__(self, tokenizer: Tokenizer, template_name: str = "auto") -> None:
         self._tokenizer = tokenizer
         self.template_name, self.template = _choose_template(tokenizer, template_name)
-        self._compiled = _compile(self.template)
-        self._control = re.compile("|".join(map(re.escape, sorted(tokenizer.control_tokens, key=len, reverse=True))) or r"(?!)")
+        self._template = ChatTemplate(self.template)
+        self._bos, self._eos = tokenizer.bos or "", tokenizer.eos or ""
+        self._adds_bos = tokenizer.adds_bos
+        # The opening mark itself comes first: a message that holds it must not forge a stand-in.
+        self._guarded = (_OPEN, *sorted(_control_texts(tokenizer, self.template)))
+        self._guarded_index = {text: index for index, text in enumerate(self._guarded)}
+        self._control = re.compile(_any_of(self._guarded))
         self.bos_id = tokenizer.token_id(tokenizer.bos) if tokenizer.bos else None
         self.eos_id = tokenizer.token_id(tokenizer.eos) if tokenizer.eos else None
         self.template_ids = self._check_vocabulary()
@@ -121,7 +124,7 @@ class ChatFormat:
         """Ids of a whole conversation with every assistant turn (and its end token) marked as trained."""
         ids: list[int] = []
         trained: list[bool] = []
-        for text, is_turn in self._pieces(messages):
+        for text, is_turn in self._pieces(self._guard(messages)):
             piece = self._ids(text, first=not ids)
             if is_turn:
                 piece, after = self._split_end(piece)
@@ -137,77 +140,87 @@ class ChatFormat:
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Ids up to the point where the assistant begins to speak."""
-        ids: list[int] = []
-        for text, is_turn in self._pieces(messages, prompt=True):
-            piece = self._ids(text, first=not ids)
-            ids += [i for part in self._split_end(piece) for i in part] if is_turn else piece
-        return ids
+        return self._prompt(self._guard(messages))[0]
 
-    def encode_completion(self, prompt: Sequence[Message], completion: Sequence[Message]) -> list[int]:
+    def encode_completion(self, prompt: Sequence[Message], completion: Message) -> list[int]:
         """Ids of the assistant's answer after `prompt`, its end token included."""
-        whole = self.encode([*prompt, *completion]).ids
-        return whole[len(self.encode_prompt(prompt)) :]
+        return self.encode_completions(prompt, [completion])[1][0]
+
+    def encode_completions(
+        self, prompt: Sequence[Message], completions: Sequence[Message]
+    ) -> tuple[list[int], list[list[int]]]:
+        """Ids of a prompt, rendered once, and of each answer with its end token: what `encode` gives, cut in two."""
+        safe = self._guard(prompt)
+        ids, before = self._prompt(safe)
+        found = []
+        for completion in self._guard(completions):
+            after = self._render([*safe, completion], generation_prompt=False)
+            turn = self._added(after, before, len(prompt) + 1)
+            found.append(self._split_end(self._ids(turn, first=not ids))[0])
+        return ids, found
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text with the model's BOS and no template, as the base saw it in pretraining."""
-        return self._ids(text, first=True)
+        return self._ids(self._control.sub(self._stand_in, text), first=True)
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
         """Text of token ids."""
         return self._tokenizer.decode(ids, special=special)
 
-    def _pieces(self, messages: Sequence[Message], prompt: bool = False) -> Iterator[tuple[str, bool]]:
+    def _guard(self, messages: Sequence[Message]) -> list[Message]:
+        """Messages in which spelled control tokens are replaced by stand-ins."""
+        return [Message(m.role, self._control.sub(self._stand_in, m.content)) for m in messages]
+
+    def _stand_in(self, match: re.Match[str]) -> str:
+        return f"{_OPEN}{self._guarded_index[match.group()]}{_CLOSE}"
+
+    def _prompt(self, safe: Sequence[Message]) -> tuple[list[int], str]:
+        """Ids and text of a prompt."""
+        ids: list[int] = []
+        done = ""
+        for text, is_turn in self._pieces(safe, prompt=True):
+            piece = self._ids(text, first=not ids)
+            ids += [i for part in self._split_end(piece) for i in part] if is_turn else piece
+            done += text
+        return ids, done
+
+    def _pieces(self, safe: Sequence[Message], prompt: bool = False) -> Iterator[tuple[str, bool]]:
         """The rendered text cut where the assistant begins and ends, with whether a piece is an assistant turn."""
-        safe = [Message(m.role, self._control.sub(self._stand_in, m.content)) for m in messages]
         done = ""
         for index, message in enumerate(safe):
             if message.role != "assistant":
                 continue
-            before = self._render(safe[:index], add_generation_prompt=True)
-            after = self._render(safe[: index + 1], add_generation_prompt=False)
-            if not (before.startswith(done) and after.startswith(before)):
-                raise DataError("chat template", f"turn {index + 1} rewrites an earlier turn", do="use another template")
-            yield before[len(done) :], False
-            yield after[len(before) :], True
-            done = after
+            before = self._render(safe[:index], generation_prompt=True)
+            yield self._added(before, done, index + 1), False
+            done = self._render(safe[: index + 1], generation_prompt=False)
+            yield self._added(done, before, index + 1), True
         if prompt:
-            before = self._render(safe, add_generation_prompt=True)
-            if not before.startswith(done):
-                raise DataError("chat template", "the prompt rewrites an earlier turn", do="use another template")
-            yield before[len(done) :], False
+            yield self._added(self._render(safe, generation_prompt=True), done, len(safe)), False
 
-    def _stand_in(self, match: re.Match[str]) -> str:
-        return _STAND_IN.format(self._tokenizer.control_tokens.index(match.group()))
+    def _added(self, text: str, before: str, turn: int) -> str:
+        if not text.startswith(before):
+            raise DataError("chat template", f"turn {turn} rewrites an earlier turn", do="use another template")
+        return text[len(before) :]
 
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        values = {
-            "messages": [{"role": m.role, "content": m.content} for m in messages],
-            "add_generation_prompt": add_generation_prompt,
-            "bos_token": self._tokenizer.bos or "",
-            "eos_token": self._tokenizer.eos or "",
-        }
-        return _run_template(self._compiled, values)
+    def _render(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
+        return self._template.render(messages, generation_prompt=generation_prompt, bos=self._bos, eos=self._eos)
 
     def _ids(self, text: str, *, first: bool) -> list[int]:
         ids: list[int] = []
-        for position, part in enumerate(re.split("\ue000(\\d+)\ue001", text)):
+        for position, part in enumerate(_STAND_IN.split(text)):
             if position % 2:
-                ids += self._tokenizer.encode(self._tokenizer.control_tokens[int(part)], plain=True)
+                ids += self._tokenizer.encode(self._guarded[int(part)], plain=True)
             elif part:
                 ids += self._tokenizer.encode(part, plain=False)
-        if first and self.bos_id is not None:
-            ids = [self.bos_id, *_without_leading(ids, self.bos_id)] if self._wants_bos(ids) else ids
+        if first and self.bos_id is not None and (self._adds_bos or ids[:1] == [self.bos_id]):
+            ids = [self.bos_id, *_without_leading(ids, self.bos_id)]
         return ids
-
-    def _wants_bos(self, ids: list[int]) -> bool:
-        return self._tokenizer.adds_bos or ids[:1] == [self.bos_id]
 
     def _split_end(self, ids: list[int]) -> tuple[list[int], list[int]]:
         """An assistant turn up to its end token, and what the template writes after it."""
         if self.end_id in ids:
             cut = ids.index(self.end_id) + 1
             return ids[:cut], ids[cut:]
-        assert self.end_id is not None
         return [*ids, self.end_id], []
 
     def _check_vocabulary(self) -> tuple[int, ...]:
@@ -233,13 +246,29 @@ class ChatFormat:
             assert end is not None
             return end
         ask = [Message("user", "a")]
-        before = self._render(ask, add_generation_prompt=True)
-        after = self._render([*ask, Message("assistant", "b")], add_generation_prompt=False)
+        before = self._render(ask, generation_prompt=True)
+        after = self._render([*ask, Message("assistant", "b")], generation_prompt=False)
         spelled = self._control.findall(after[len(before) :])
         end_of_turn = self._tokenizer.token_id(spelled[0]) if spelled else self.eos_id
         if end_of_turn is None:
             raise ModelError(f'chat template "{self.template_name}"', "no token ends a turn", do="set [base] template")
         return end_of_turn
+
+
+def _control_texts(tokenizer: Tokenizer, template: str) -> frozenset[str]:
+    """Tokens that no message may speak: the special ones, and whatever the template itself marks turns with."""
+    named = [name for name in _TOKEN_NAME.findall(template) if tokenizer.token_id(name) is not None]
+    ends = [token for token in (tokenizer.bos, tokenizer.eos) if token]
+    return frozenset((*tokenizer.control_tokens, *named, *ends))
+
+
+def _any_of(texts: Collection[str]) -> str:
+    """A pattern for the longest of many texts; shared beginnings stand once, or thousands would be tried one by one."""
+    ways = [
+        re.escape(letter) + _any_of([text[1:] for text in group])
+        for letter, group in itertools.groupby(sorted(text for text in texts if text), key=lambda text: text[0])
+    ]
+    return f"(?:{'|'.join(ways)}){'?' if '' in texts else ''}" if ways else ""
 
 
 def _without_leading(ids: list[int], bos: int) -> list[int]:
@@ -267,63 +296,6 @@ def _choose_template(tokenizer: Tokenizer, name: str) -> tuple[str, str]:
 def _fitting(tokenizer: Tokenizer) -> list[str]:
     fits = [name for name, end in END_TOKENS.items() if tokenizer.token_id(end) is not None]
     return [*fits, "plain"] if tokenizer.eos else fits
-
-
-def _compile(template: str) -> jinja2.Template:
-    if len(template) > MAX_TEMPLATE_CHARS:
-        raise ModelError("chat template", f"{len(template)} characters", allowed=f"at most {MAX_TEMPLATE_CHARS}")
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    environment.globals = {
-        "raise_exception": _raise_exception, "namespace": jinja2.utils.Namespace, "range": jinja2.sandbox.safe_range
-    }  # fmt: skip
-    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateError as error:
-        raise ModelError("chat template", f"not a valid template: {error}", do="set [base] template") from None
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _run_template(template: jinja2.Template, values: dict[str, Any]) -> str:
-    """Render within limits of time and size; whatever a template does wrong is an error of the data, told in words."""
-    chunks: list[str] = []
-    size = 0
-    try:
-        with _time_limit(TEMPLATE_SECONDS):
-            for chunk in template.generate(values):
-                size += len(chunk)
-                if size > MAX_RENDERED_CHARS:
-                    raise DataError("chat template", "the rendered text is too long", allowed=f"{MAX_RENDERED_CHARS} characters")
-                chunks.append(chunk)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError, MemoryError, RecursionError, ZeroDivisionError) as error:
-        raise DataError("chat template", f"refuses the conversation: {str(error)[:200]}", do="change the row or set [base] template") from None
-    return "".join(chunks)
-
-
-class _TooSlow(jinja2.TemplateError):
-    pass
-
-
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Stop a template that runs away. Signals reach the main thread only; elsewhere the size limits must do."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise _TooSlow(f"took longer than {seconds} s")
-
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
 
 
 def load_chat_format(tokenizer: Tokenizer, template_name: str = "auto") -> ChatFormat:

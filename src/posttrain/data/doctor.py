@@ -8,7 +8,13 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from posttrain.data.chat import ChatFormat
-from posttrain.data.formats import DEMONSTRATION_LAYOUTS, PREFERENCE_LAYOUTS, kind_of, read_demonstrations, read_preferences
+from posttrain.data.formats import (
+    DEMONSTRATION_LAYOUTS,
+    PREFERENCE_LAYOUTS,
+    kind_of,
+    read_demonstrations,
+    read_preferences,
+)
 from posttrain.data.prepare import PreparedPairs, PreparedRows, prepare_demonstrations, prepare_pairs
 from posttrain.data.report import format_report
 from posttrain.data.sources import read_rows
@@ -26,7 +32,12 @@ class Check(NamedTuple):
 
 
 def prepare_stage(
-    stage: Stage, chat: ChatFormat, *, seed: int, evaluation_prompts: Collection[str], allow_dropped: float | None = None
+    stage: Stage,
+    chat: ChatFormat,
+    *,
+    seed: int,
+    evaluation_prompts: Collection[str],
+    allow_dropped: float | None = None,
 ) -> PreparedRows | PreparedPairs:
     """A stage's rows as it will train on them. Raises DataError as the stage would."""
     allowed = stage.allow_dropped if allow_dropped is None else allow_dropped
@@ -49,7 +60,11 @@ def plan_check(file: str, recipe: Recipe | None, stage_name: str | None, *, mode
             do="rename the columns",
         )  # fmt: skip
     if recipe is None:
-        made: Stage = SftStage(kind="sft", name="check", data=file) if kind == "sft" else DpoStage(kind="dpo", name="check", data=file)
+        made: Stage = (
+            SftStage(kind="sft", name="check", data=file)
+            if kind == "sft"
+            else DpoStage(kind="dpo", name="check", data=file)
+        )
         if model == "random:tiny" and template == "auto":
             template = "gemma"
         return Check(made, 0, model, template)
@@ -63,9 +78,13 @@ def plan_check(file: str, recipe: Recipe | None, stage_name: str | None, *, mode
     return Check(fitting[0].model_copy(update={"data": file}), recipe.seed, recipe.base.model, recipe.base.template)
 
 
-def check_rows(check: Check, chat: ChatFormat, *, evaluation_prompts: Collection[str] = ()) -> tuple[dict[str, Any], str]:
+def check_rows(
+    check: Check, chat: ChatFormat, *, evaluation_prompts: Collection[str] = ()
+) -> tuple[dict[str, Any], str]:
     """The report as data and as text."""
-    prepared = prepare_stage(check.stage, chat, seed=check.seed, evaluation_prompts=evaluation_prompts, allow_dropped=1.0)
+    prepared = prepare_stage(
+        check.stage, chat, seed=check.seed, evaluation_prompts=evaluation_prompts, allow_dropped=1.0
+    )
     kind = "demonstrations" if check.stage.kind == "sft" else "preference pairs"
     title = f"{kind} as {check.model} ({chat.template_name} template) would train on them"
     report = prepared.report

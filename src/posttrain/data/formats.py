@@ -66,7 +66,7 @@ class _BadRow(Exception):
 
 
 def kind_of(columns: Iterable[str]) -> str | None:
-    """"dpo" for preferences, "sft" for demonstrations, None for neither, by the names of the columns."""
+    """ "dpo" for preferences, "sft" for demonstrations, None for neither, by the names of the columns."""
     names = set(columns)
     if {"chosen", "rejected"} <= names:
         return "dpo"
@@ -109,7 +109,8 @@ def read_preferences(data: str | tuple[Source, ...], *, seed: int) -> Preference
                 problems.append(Problem(source.path, row.number, str(bad)))
         infos.append(SourceInfo(source.path, layout, len(rows), sha256))
         records += [
-            PreferencePair(name, r.prompt, r.chosen, r.rejected, r.source, r.reason) for r, name in _weighted(found, source, seed)
+            PreferencePair(name, r.prompt, r.chosen, r.rejected, r.source, r.reason)
+            for r, name in _weighted(found, source, seed)
         ]
     return Preferences(_unique_ids(records), tuple(problems), tuple(infos))
 
@@ -157,12 +158,18 @@ def _demonstration_layout(path: str, rows: list[RawRow]) -> tuple[str, Callable[
         return "ShareGPT conversations", lambda row: _conversation(_sharegpt(row.get("conversations")))
     if {"instruction", "output"} <= columns:
         return "Alpaca", _alpaca
-    hint = "this is a preference file: use it in a dpo stage" if {"chosen", "rejected"} <= columns else "rename the columns"
+    hint = (
+        "this is a preference file: use it in a dpo stage"
+        if {"chosen", "rejected"} <= columns
+        else "rename the columns"
+    )
     raise DataError(f'data "{path}"', f"columns {', '.join(sorted(columns))}", allowed=DEMONSTRATION_LAYOUTS, do=hint)
 
 
 def _prompt_completion(row: dict[str, Any]) -> tuple[Message, ...]:
-    return _conversation((*_side(row.get("prompt"), "user", "prompt"), *_side(row.get("completion"), "assistant", "completion")))
+    return _conversation(
+        (*_side(row.get("prompt"), "user", "prompt"), *_side(row.get("completion"), "assistant", "completion"))
+    )
 
 
 def _alpaca(row: dict[str, Any]) -> tuple[Message, ...]:
@@ -201,7 +208,9 @@ def _conversation(messages: tuple[Message, ...]) -> tuple[Message, ...]:
 def _preference_layout(path: str, rows: list[RawRow]) -> str:
     first = rows[0].value
     if not {"chosen", "rejected"} <= set(first):
-        hint = "this is a demonstration file: use it in an sft stage" if kind_of(first) == "sft" else "rename the columns"
+        hint = (
+            "this is a demonstration file: use it in an sft stage" if kind_of(first) == "sft" else "rename the columns"
+        )
         raise DataError(f'data "{path}"', f"columns {', '.join(sorted(first))}", allowed=PREFERENCE_LAYOUTS, do=hint)
     if "prompt" in first:
         return "prompt+chosen+rejected" + (" (messages)" if isinstance(first["chosen"], list) else " (text)")

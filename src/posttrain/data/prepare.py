@@ -112,7 +112,9 @@ def prepare_demonstrations(
         sides[in_validation(record.messages, validation)].append(row)
     _refuse(problems, len(read.records), read, sides[0], allow_dropped)
     rows = [*sides[0], *sides[1]]
-    report = describe_rows([len(r.ids) for r in rows], sum(sum(r.trained) for r in rows)) | _counts(read.sources, problems)
+    report = describe_rows([len(r.ids) for r in rows], sum(sum(r.trained) for r in rows)) | _counts(
+        read.sources, problems
+    )
     report |= {
         "kind": "sft", "train_rows": len(sides[0]), "validation_rows": len(sides[1]), "truncated": truncated,
         "contaminated": contaminated, "duplicates": _duplicates([tuple(r.ids) for r in rows]), "max_tokens": max_tokens,
@@ -136,8 +138,8 @@ def prepare_pairs(
             contaminated += 1
             continue
         row = PairRow(
-            record.id, chat.encode_prompt(record.prompt), chat.encode_completion(record.prompt, record.chosen),
-            chat.encode_completion(record.prompt, record.rejected),
+            record.id, chat.encode_prompt(record.prompt), chat.encode_completion(record.prompt, record.chosen[0]),
+            chat.encode_completion(record.prompt, record.rejected[0]),
         )  # fmt: skip
         if len(row.prompt_ids) + max(len(row.chosen_ids), len(row.rejected_ids)) > max_tokens:
             problems.append(Problem(record.source, 0, f"longer than max_tokens = {max_tokens}"))
@@ -168,9 +170,15 @@ def _refuse(
     """Too many rows dropped, or none left, ends the stage before it begins."""
     where = "data " + ", ".join(f'"{s.path}"' for s in read.sources)
     total = kept + len(read.problems)
-    reasons = "; ".join(f"{count} rows: {reason}{_first(problems, reason)}" for reason, count in _reasons(problems).items())
+    reasons = "; ".join(
+        f"{count} rows: {reason}{_first(problems, reason)}" for reason, count in _reasons(problems).items()
+    )
     if not train:
-        raise DataError(where, f"no row left to train on ({reasons or 'all held out or contaminated'})", do="look at `posttrain data check`")
+        raise DataError(
+            where,
+            f"no row left to train on ({reasons or 'all held out or contaminated'})",
+            do="look at `posttrain data check`",
+        )
     if len(problems) > allow_dropped * total:
         raise DataError(
             where, f"{len(problems)} of {total} rows cannot be trained on ({reasons})", allowed=f"{allow_dropped:.0%} (allow_dropped)",
@@ -219,4 +227,7 @@ def pieces(chat: ChatFormat, ids: Sequence[int], trained: Sequence[bool]) -> lis
 
 def _pair_example(chat: ChatFormat, row: PairRow) -> dict[str, Any]:
     parts = (("prompt", row.prompt_ids, False), ("chosen", row.chosen_ids, True), ("rejected", row.rejected_ids, True))
-    return {"id": row.id, "pieces": [{"label": n, "text": chat.decode(i, special=True), "trained": t} for n, i, t in parts]}
+    return {
+        "id": row.id,
+        "pieces": [{"label": n, "text": chat.decode(i, special=True), "trained": t} for n, i, t in parts],
+    }

@@ -29,13 +29,16 @@ def format_report(report: dict[str, Any], title: str) -> str:
     """The report as text: what training would really see."""
     lines = [title, ""]
     for source in report["sources"]:
-        lines.append(f"source       {source['path']}: {source['rows']:,} rows · {source['layout']} · sha256 {source['sha256'][:12]}")
+        lines.append(
+            f"source       {source['path']}: {source['rows']:,} rows · {source['layout']} · sha256 {source['sha256'][:12]}"
+        )
     dropped = sum(report["dropped"].values())
     lines += [
         f"rows         {report['train_rows']:,} to train on, {report['validation_rows']:,} for validation",
         f"tokens       {report['tokens']:,}, of which trained {report['trained_tokens']:,} ({report['share_trained']:.0%})",
         f"cut          {report['truncated']:,} rows at {report['max_tokens']:,} tokens",
-        f"dropped      {dropped:,} rows" + "".join(f"\n             {count:,} {reason}" for reason, count in report["dropped"].items()),
+        f"dropped      {dropped:,} rows"
+        + "".join(f"\n             {count:,} {reason}" for reason, count in report["dropped"].items()),
         f"contaminated {report['contaminated']:,} rows that an evaluation asks (left out)",
         f"duplicates   {report['duplicates']:,} rows",
         f"turns end    {_share(report['ends_trained'])} of the uncut rows end in a trained end-of-turn token",

@@ -105,7 +105,9 @@ def _text(path: str, place: Path) -> str:
         return place.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = place.read_bytes()[: error.start].count(b"\n") + 1
-        raise DataError(f'data "{path}" · line {line}', f"not UTF-8 (byte {error.start})", do="save the file as UTF-8") from None
+        raise DataError(
+            f'data "{path}" · line {line}', f"not UTF-8 (byte {error.start})", do="save the file as UTF-8"
+        ) from None
     except OSError as error:
         raise DataError(f'data "{path}"', error.strerror or str(error), do="make it readable") from None
 
@@ -118,7 +120,9 @@ def _json_lines(path: str, place: Path) -> Iterator[RawRow]:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
             reason = str(error).split(":")[0]
-            raise DataError(f'data "{path}" · line {number}', f"not JSON ({reason})", do="write one JSON object a line") from None
+            raise DataError(
+                f'data "{path}" · line {number}', f"not JSON ({reason})", do="write one JSON object a line"
+            ) from None
         yield RawRow(number, _object(path, number, value))
 
 
@@ -130,14 +134,18 @@ def _json(path: str, place: Path) -> Iterator[RawRow]:
         yield from _json_lines(path, place)  # JSON lines under the name .json are common
         return
     if not isinstance(values, list):
-        raise DataError(f'data "{path}"', f"a JSON {type(values).__name__}", allowed="a list of objects, or one object a line")
+        raise DataError(
+            f'data "{path}"', f"a JSON {type(values).__name__}", allowed="a list of objects, or one object a line"
+        )
     for number, value in enumerate(values, 1):
         yield RawRow(number, _object(path, number, value))
 
 
 def _object(path: str, number: int, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(f'data "{path}" · row {number}', f"a {type(value).__name__}", allowed="a JSON object", do="correct the row")
+        raise DataError(
+            f'data "{path}" · row {number}', f"a {type(value).__name__}", allowed="a JSON object", do="correct the row"
+        )
     return value
 
 
@@ -146,7 +154,9 @@ def _csv(path: str, place: Path) -> Iterator[RawRow]:
     reader = csv.DictReader(_text(path, place).splitlines(keepends=True))
     for number, row in enumerate(reader, 1):
         if None in row or None in row.values():
-            raise DataError(f'data "{path}" · row {number}', "another number of fields than the header", do="correct the row")
+            raise DataError(
+                f'data "{path}" · row {number}', "another number of fields than the header", do="correct the row"
+            )
         yield RawRow(number, {key: _maybe_json(value) for key, value in row.items()})
 
 
@@ -181,7 +191,9 @@ def _from_folder(path: str, place: Path) -> list[RawRow]:
         loaded = datasets.load_from_disk(str(place))
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
-            f'data "{path}"', f"not a folder of datasets' save_to_disk ({str(error)[:80]})", do="name a file inside it instead"
+            f'data "{path}"',
+            f"not a folder of datasets' save_to_disk ({str(error)[:80]})",
+            do="name a file inside it instead",
         ) from None
     return _of_dataset(path, loaded, "train")
 
@@ -203,6 +215,11 @@ def _from_hub(path: str) -> list[RawRow]:
 def _of_dataset(path: str, loaded: Any, split: str) -> list[RawRow]:
     if isinstance(loaded, dict):
         if split not in loaded:
-            raise DataError(f'data "{path}"', f'no split "{split}"', allowed=f"there is: {', '.join(loaded)}", do="write org/name:split")
+            raise DataError(
+                f'data "{path}"',
+                f'no split "{split}"',
+                allowed=f"there is: {', '.join(loaded)}",
+                do="write org/name:split",
+            )
         loaded = loaded[split]
     return [RawRow(number, dict(row)) for number, row in enumerate(loaded, 1)]

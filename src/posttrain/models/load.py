@@ -73,8 +73,8 @@ class HuggingFaceTokenizer:
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
-        """Texts parsed as control tokens."""
-        return tuple(self._ids)
+        """Texts of the special tokens; of the other added ones ("<h1>", tabs) text is made as in pretraining."""
+        return tuple(token.content for token in self.inner.added_tokens_decoder.values() if token.special)
 
     @property
     def chat_template(self) -> str | None:
