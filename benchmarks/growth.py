@@ -75,7 +75,9 @@ def adapters(base: BaseModel) -> dict[str, float]:
         def forward(spans: list[tuple[int, int, str]] = spans) -> None:
             with base.adapters.use_spans(spans):
                 base.forward(
-                    torch.tensor(packed.ids), torch.tensor(packed.positions), Segments(tuple(Span(*s) for s in packed.spans))
+                    torch.tensor(packed.ids),
+                    torch.tensor(packed.positions),
+                    Segments(tuple(Span(*s) for s in packed.spans)),
                 )
 
         found[str(count)] = best(forward) / packed.tokens * 1e3

@@ -28,8 +28,10 @@ def train(race: str, folder: Path) -> dict[str, Any]:
     from posttrain.models.load import load_base
     from posttrain.recipe import DpoStage
     from posttrain.train.dpo import dpo_task, reference_logprobs
-    from posttrain.train.loop import LoopSettings, StopSignal, fit, step_rows
+    from posttrain.train.loop import fit
+    from posttrain.train.schedule import LoopSettings, step_rows
     from posttrain.train.sft import sft_task
+    from posttrain.train.signals import StopSignal
     from posttrain.train.stage import TrainedPolicy
 
     work = json.loads((folder / "workload.json").read_text())
@@ -83,4 +85,6 @@ def quickstart(folder: Path, recipe: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     race = sys.argv[1]
-    print(json.dumps(quickstart(Path(sys.argv[2]), Path(sys.argv[3])) if race == "quickstart" else train(race, Path(sys.argv[2]))))
+    print(
+        json.dumps(quickstart(Path(sys.argv[2]), Path(sys.argv[3])) if race == "quickstart" else train(race, Path(sys.argv[2])))
+    )

@@ -29,7 +29,12 @@ WARM_UP = 2
 
 def side(python: Path | str, script: str, *arguments: str) -> dict[str, Any]:
     """Run one side and read the JSON object on its last line."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     done = subprocess.run([str(python), str(HERE / script), *arguments], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{script} {' '.join(arguments)} failed:\n{done.stderr[-3000:]}")

@@ -21,17 +21,17 @@ class Clock(TrainerCallback):
         self.seconds: list[float] = []
         self.started = 0.0
 
-    def on_step_begin(self, args, state, control, **kwargs):  # noqa: ANN001, ANN003, ANN201, D102
+    def on_step_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
 
-    def on_step_end(self, args, state, control, **kwargs):  # noqa: ANN001, ANN003, ANN201, D102
+    def on_step_end(self, args, state, control, **kwargs):
         self.seconds.append(time.perf_counter() - self.started)
 
 
 class PreparedDPOTrainer(DPOTrainer):
     """DPO on rows that are tokenised already."""
 
-    def _prepare_dataset(self, dataset, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN202
+    def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset
 
 
@@ -58,11 +58,16 @@ def main() -> None:
     clock = Clock()
     if race == "sft":
         data = [
-            {"input_ids": r["ids"], "labels": [i if t else -100 for i, t in zip(r["ids"], r["trained"], strict=True)]} for r in rows
+            {"input_ids": r["ids"], "labels": [i if t else -100 for i, t in zip(r["ids"], r["trained"], strict=True)]}
+            for r in rows
         ]
         packed = dict(packing=True, padding_free=True) if "packed" in setting else {}
         trainer = SFTTrainer(
-            model, SFTConfig(**shared, **packed), train_dataset=Dataset.from_list(data), processing_class=tokenizer, callbacks=[clock]
+            model,
+            SFTConfig(**shared, **packed),
+            train_dataset=Dataset.from_list(data),
+            processing_class=tokenizer,
+            callbacks=[clock],
         )
         units = [sum(len(r["ids"]) for r in rows[s * work["rows"] : (s + 1) * work["rows"]]) for s in range(steps)]
         if "sequential" not in shared["train_sampling_strategy"] or packed:

@@ -19,7 +19,13 @@ DEMONSTRATIONS = ("oasst_threads", "self_instruct_seeds", "dolly_subset")
 
 def main() -> None:
     """Write `workload.json` and the adapter's folder."""
-    race, folder, data, steps, rows = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
+    race, folder, data, steps, rows = (
+        sys.argv[1],
+        Path(sys.argv[2]),
+        Path(sys.argv[3]),
+        int(sys.argv[4]),
+        int(sys.argv[5]),
+    )
     base = load_base(MODEL)
     keywords = {"max_tokens": 1024, "validation": 0.0, "allow_dropped": 1.0, "evaluation_prompts": frozenset[str]()}
     if race == "sft":

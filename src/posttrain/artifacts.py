@@ -55,7 +55,11 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def disk_error(path: Path, error: OSError) -> ArtifactError:
     """Words for a write that the file system refused."""
-    reasons = {errno.ENOSPC: "the disk is full", errno.EACCES: "no permission to write", errno.EROFS: "a read-only disk"}
+    reasons = {
+        errno.ENOSPC: "the disk is full",
+        errno.EACCES: "no permission to write",
+        errno.EROFS: "a read-only disk",
+    }
     found = reasons.get(error.errno or 0, error.strerror or str(error))
     return ArtifactError(str(path), found, do="make room or choose another folder with --out, then run the same command again")
 
@@ -155,6 +159,8 @@ def run_lock(run: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RunLockedError(
-                str(run), "another posttrain process works on this run", do="wait for it, or choose another folder with --out"
+                str(run),
+                "another posttrain process works on this run",
+                do="wait for it, or choose another folder with --out",
             ) from None
         yield

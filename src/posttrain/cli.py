@@ -49,7 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _verb(verbs: Any, name: str, verb: Verb, about: str, example: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = verbs.add_parser(
-        name, help=about, description=about, epilog=f"example: {example}", formatter_class=argparse.RawDescriptionHelpFormatter
+        name,
+        help=about,
+        description=about,
+        epilog=f"example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(verb=verb)
     return parser
@@ -59,7 +63,9 @@ def _add_run(verbs: Any) -> None:
     run = _verb(verbs, "run", _run, "run or resume a whole recipe", "posttrain run recipes/quickstart.toml")
     run.add_argument("recipe", type=Path, help="a recipe (.toml)")
     run.add_argument("--out", type=Path, help="run folder (default: runs/<name of the recipe>)")
-    run.add_argument("--set", action="append", default=[], metavar="STAGE.FIELD=VALUE", help="change a setting, e.g. dpo.beta=0.2")
+    run.add_argument(
+        "--set", action="append", default=[], metavar="STAGE.FIELD=VALUE", help="change a setting, e.g. dpo.beta=0.2"
+    )
     run.add_argument("--until", metavar="STAGE", help="stop after this stage and its evaluation")
     run.add_argument("--dry-run", action="store_true", help="check everything and print the plan")
     run.add_argument("--json", action="store_true", help="print the scorecard (or the plan) as JSON")
@@ -68,7 +74,13 @@ def _add_run(verbs: Any) -> None:
 def _add_reading(verbs: Any) -> None:
     report = _verb(verbs, "report", _report, "write report.html again", "posttrain report runs/quickstart")
     report.add_argument("run", type=Path)
-    show = _verb(verbs, "show", _show, "a run's scorecard, or a stage's manifest and lineage", "posttrain show runs/quickstart/dpo")
+    show = _verb(
+        verbs,
+        "show",
+        _show,
+        "a run's scorecard, or a stage's manifest and lineage",
+        "posttrain show runs/quickstart/dpo",
+    )
     show.add_argument("target", type=Path, metavar="RUN[/STAGE]")
     show.add_argument("--json", action="store_true", help="print JSON")
     compare = _verb(
@@ -90,7 +102,11 @@ def _add_models(verbs: Any) -> None:
     chat.add_argument("--seed", type=int, default=0)
     chat.add_argument("--template", default="auto", help="chat template of a model without one (a run knows its own)")
     evaluate = _verb(
-        verbs, "evaluate", _evaluate, "score a model or a stage of a run on suites", "posttrain evaluate runs/quickstart/dpo --suite starter"
+        verbs,
+        "evaluate",
+        _evaluate,
+        "score a model or a stage of a run on suites",
+        "posttrain evaluate runs/quickstart/dpo --suite starter",
     )
     evaluate.add_argument("target", metavar="MODEL_OR_RUN/STAGE")
     evaluate.add_argument("--suite", action="append", metavar="NAME_OR_FILE", help="default: starter")
@@ -101,7 +117,11 @@ def _add_models(verbs: Any) -> None:
     evaluate.add_argument("--out", type=Path, help="also write scores.jsonl and scorecard.json into this folder")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     merge = _verb(
-        verbs, "merge", _merge, "fold an adapter into its base: a model folder for any tool", "posttrain merge runs/quickstart/dpo --out merged"
+        verbs,
+        "merge",
+        _merge,
+        "fold an adapter into its base: a model folder for any tool",
+        "posttrain merge runs/quickstart/dpo --out merged",
     )
     merge.add_argument("target", metavar="RUN/STAGE")
     merge.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
@@ -123,13 +143,13 @@ def _add_data(verbs: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from posttrain.pipeline import check_until, run_folder, run_recipe  # noqa: PLC0415 - `--help` must be instant
-    from posttrain.recipe import load_recipe, to_toml  # noqa: PLC0415
+    from posttrain.pipeline import check_until, run_folder, run_recipe
+    from posttrain.recipe import load_recipe, to_toml
 
     recipe = load_recipe(options.recipe, tuple(options.set))
     run = run_folder(recipe, options.out)
     if options.dry_run:
-        from posttrain.estimate import describe  # noqa: PLC0415
+        from posttrain.estimate import describe
 
         check_until(recipe, options.until)
         plan, text = describe(recipe, run, until=options.until)
@@ -147,14 +167,14 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from posttrain.report.render import write_report  # noqa: PLC0415
+    from posttrain.report.render import write_report
 
     print(f"report: {write_report(options.run)}")
     return 0
 
 
 def _show(options: argparse.Namespace) -> int:
-    from posttrain.report.show import show  # noqa: PLC0415
+    from posttrain.report.show import show
 
     found, text = show(options.target)
     print(json.dumps(found, indent=2, ensure_ascii=False) if options.json else text)
@@ -162,7 +182,7 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from posttrain.report.show import compare  # noqa: PLC0415
+    from posttrain.report.show import compare
 
     found, text = compare(options.a, options.b)
     print(json.dumps(found, indent=2) if options.json else text)
@@ -170,9 +190,9 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _chat(options: argparse.Namespace) -> int:
-    from posttrain.serve.chat import chat  # noqa: PLC0415
-    from posttrain.generate.engine import SamplingSettings  # noqa: PLC0415
-    from posttrain.models.target import open_target  # noqa: PLC0415
+    from posttrain.generate.engine import SamplingSettings
+    from posttrain.models.target import open_target
+    from posttrain.serve.chat import chat
 
     settings = SamplingSettings(options.max_new_tokens, options.temperature, 1.0, options.seed, False)
     beside = tuple(name.strip() for name in (options.compare or "").split(",") if name.strip())
@@ -180,8 +200,8 @@ def _chat(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from posttrain.evaluate.target import evaluate_target  # noqa: PLC0415
-    from posttrain.models.target import open_target  # noqa: PLC0415
+    from posttrain.evaluate.target import evaluate_target
+    from posttrain.models.target import open_target
 
     scorecard, table = evaluate_target(
         open_target(options.target, template=options.template), tuple(options.suite or ["starter"]), limit=options.limit,
@@ -192,25 +212,27 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from posttrain.models.merge import merge_target  # noqa: PLC0415
-    from posttrain.models.target import open_target  # noqa: PLC0415
+    from posttrain.models.merge import merge_target
+    from posttrain.models.target import open_target
 
     print(f"merged model: {merge_target(open_target(options.target), options.out)}")
     return 0
 
 
 def _data_check(options: argparse.Namespace) -> int:
-    from posttrain.data.doctor import check_rows, plan_check  # noqa: PLC0415
-    from posttrain.evaluate.suites import evaluation_prompts, load_suites  # noqa: PLC0415
-    from posttrain.models.load import load_chat  # noqa: PLC0415
-    from posttrain.models.source import locate_base  # noqa: PLC0415
-    from posttrain.recipe import load_recipe  # noqa: PLC0415
+    from posttrain.data.doctor import check_rows, plan_check
+    from posttrain.evaluate.suites import evaluation_prompts, load_suites
+    from posttrain.models.load import load_chat
+    from posttrain.models.source import locate_base
+    from posttrain.recipe import load_recipe
 
     recipe = load_recipe(options.recipe) if options.recipe else None
     check = plan_check(options.file, recipe, options.stage, model=options.model, template=options.template)
     suites = recipe.evaluation.suites if recipe else ("starter",)
     report, text = check_rows(
-        check, load_chat(locate_base(check.model), check.template), evaluation_prompts=evaluation_prompts(load_suites(suites, limit=0))
+        check,
+        load_chat(locate_base(check.model), check.template),
+        evaluation_prompts=evaluation_prompts(load_suites(suites, limit=0)),
     )
     print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else text)
     return 0

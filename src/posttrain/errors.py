@@ -54,5 +54,5 @@ class NonFiniteError(TrainingError):
     """A loss or gradient norm is not finite; the optimiser step was not taken."""
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to stop and its state is saved
+class Interrupted(Exception):
     """The run was asked to stop; everything done so far is on disk."""

@@ -46,7 +46,12 @@ def describe(recipe: Recipe, run: Path, *, until: str | None = None) -> tuple[di
         entry: dict[str, Any] = {"step": step.name, "kind": step.kind, "status": step.status, "why": step.why}
         if step.status != "done":
             work = _training(plan, step.stage, chat, body, head) if step.stage else _evaluation(plan, body, head)
-            entry |= {"rows": work.rows, "tokens": work.tokens, "targets": work.targets, "seconds": round(work.operations / speed)}
+            entry |= {
+                "rows": work.rows,
+                "tokens": work.tokens,
+                "targets": work.targets,
+                "seconds": round(work.operations / speed),
+            }
         rows.append(entry)
     total = sum(entry.get("seconds", 0) for entry in rows)
     found = {
@@ -65,7 +70,11 @@ def _parameters(plan: Plan) -> tuple[int, int]:
     for path in plan.source.folder.glob("*.safetensors"):
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__" and "embed" not in name and "lm_head" not in name]
+        shapes = [
+            entry["shape"]
+            for name, entry in header.items()
+            if name != "__metadata__" and "embed" not in name and "lm_head" not in name
+        ]
         total += sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2)
     return total, head
 
@@ -120,4 +129,3 @@ _WORD = {"done": "skip", "resume": "resume", "due": "run"}
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
-

@@ -25,7 +25,7 @@ from posttrain.recipe import Recipe
 
 if TYPE_CHECKING:
     from posttrain.models.files import Policies
-    from posttrain.train.loop import StopSignal
+    from posttrain.train.signals import StopSignal
 
 WORKING_ON = "working_on.json"
 # What a stage needs only while it works: not part of the artifact.
@@ -70,9 +70,9 @@ def run_recipe(recipe: Recipe, recipe_text: str, run: Path, *, until: str | None
 def _work(plan: Plan) -> None:
     """Load the base once, then do what is due."""
     say(f"loading {plan.recipe.base.model}")
-    from posttrain.models.files import Policies  # noqa: PLC0415 - torch is loaded only when there is work
-    from posttrain.models.load import load_base  # noqa: PLC0415
-    from posttrain.train.loop import StopSignal  # noqa: PLC0415
+    from posttrain.models.files import Policies
+    from posttrain.models.load import load_base
+    from posttrain.train.signals import StopSignal
 
     recipe = plan.recipe
     with StopSignal().installed() as stop:
@@ -120,10 +120,10 @@ def _remove(path: Path) -> None:
 
 def _train(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: "StopSignal") -> dict[str, Any]:
     """Train one stage; returns what its manifest says beyond the plan."""
-    from posttrain.progress import open_trackers  # noqa: PLC0415
-    from posttrain.train.dpo import train_dpo  # noqa: PLC0415
-    from posttrain.train.sft import train_sft  # noqa: PLC0415
-    from posttrain.train.stage import StageContext  # noqa: PLC0415
+    from posttrain.progress import open_trackers
+    from posttrain.train.dpo import train_dpo
+    from posttrain.train.sft import train_sft
+    from posttrain.train.stage import StageContext
 
     stage = step.stage
     assert stage is not None
@@ -143,7 +143,7 @@ def _train(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: "St
 
 def _evaluate(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: "StopSignal") -> dict[str, Any]:
     """Score one policy on every task and let it answer the sample prompts."""
-    from posttrain.evaluate.run import answer_samples, evaluate_policy, write_scores  # noqa: PLC0415
+    from posttrain.evaluate.run import answer_samples, evaluate_policy, write_scores
 
     recipe = plan.recipe
     adapter = policies.activate(step.policy)
@@ -162,7 +162,7 @@ def _evaluate(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: 
 
 def sample_prompts(plan: Plan) -> tuple[str, ...]:
     """The prompts that every policy answers side by side."""
-    from posttrain.evaluate.suites import sample_prompts as of_tasks  # noqa: PLC0415
+    from posttrain.evaluate.suites import sample_prompts as of_tasks
 
     return of_tasks(plan.tasks)
 
@@ -212,7 +212,7 @@ def _finish(plan: Plan) -> RunOutcome:
         write_json(path, scorecard)
         report.unlink(missing_ok=True)
     if not report.exists():
-        from posttrain.report.render import write_report  # noqa: PLC0415 - the plotting library is slow to import
+        from posttrain.report.render import write_report
 
         write_report(plan.run)
     return RunOutcome(worked, scorecard, report, format_table(scorecard))

@@ -103,7 +103,9 @@ def _clock(seconds: float) -> str:
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
-def open_trackers(names: tuple[str, ...], *, folder: Path, run: str, stage: str, settings: dict[str, Any]) -> tuple[Tracker, ...]:
+def open_trackers(
+    names: tuple[str, ...], *, folder: Path, run: str, stage: str, settings: dict[str, Any]
+) -> tuple[Tracker, ...]:
     """The trackers of a recipe. Raises RecipeError when a library is not installed."""
     makers = {"tensorboard": _TensorBoard, "wandb": _WandB, "mlflow": _MLflow}
     return tuple(makers[name](folder=folder, run=run, stage=stage, settings=settings) for name in names)
@@ -114,7 +116,9 @@ def _library(module: str, name: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise RecipeError(
-            "recipe · trackers", f'"{name}" is not installed', do='pip install "posttrain[trackers]" or remove it from trackers'
+            "recipe · trackers",
+            f'"{name}" is not installed',
+            do='pip install "posttrain[trackers]" or remove it from trackers',
         ) from None
 
 

@@ -271,9 +271,13 @@ def _check_references(recipe: Recipe, where: str) -> None:
         if isinstance(stage, DpoStage):
             _check_policy(place, "reference", stage.reference, ("init", "base"), seen)
             if stage.label_smoothing and stage.loss not in ("sigmoid", "robust"):
-                raise RecipeError(place, f'label_smoothing with loss = "{stage.loss}"', allowed="sigmoid or robust", do="remove it")
+                raise RecipeError(
+                    place, f'label_smoothing with loss = "{stage.loss}"', allowed="sigmoid or robust", do="remove it"
+                )
             if stage.loss == "robust" and not stage.label_smoothing:
-                raise RecipeError(place, 'loss = "robust" without label_smoothing', allowed="0 < label_smoothing < 0.5", do="set it")
+                raise RecipeError(
+                    place, 'loss = "robust" without label_smoothing', allowed="0 < label_smoothing < 0.5", do="set it"
+                )
         seen.append(stage.name)
     if recipe.adapter.kind == "full" and recipe.adapter.train_tokens:
         raise RecipeError(f"{where} · [adapter]", 'train_tokens with kind = "full"', do="remove it: every row is trained")

@@ -89,9 +89,7 @@ def test_stored_figures_belong_to_this_rule():
 
 def test_stored_figures_are_those_of_the_labelled_answers():
     if not (DATA / XSTEST).is_file():
-        pytest.skip(
-            f"no labelled answers under {DATA.name}/{XSTEST}: set POSTTRAIN_SHARED_DATA to the folder that holds them"
-        )
+        pytest.skip(f"no labelled answers under {DATA.name}/{XSTEST}: set POSTTRAIN_SHARED_DATA to the folder that holds them")
     found = measure(DATA)
     assert found == load_figures()
     assert found["reported"]["all"]["n"] + found["read"]["all"]["n"] == 1370

@@ -30,9 +30,7 @@ def base() -> BaseModel:
 @pytest.fixture(scope="module")
 def plain(base: BaseModel) -> transformers.PreTrainedModel:
     """The same weights in transformers as it comes, with its own attention."""
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        base.source.folder, dtype=torch.float32, local_files_only=True
-    )
+    return transformers.AutoModelForCausalLM.from_pretrained(base.source.folder, dtype=torch.float32, local_files_only=True)
 
 
 def whole_ids(base: BaseModel, text: str) -> list[int]:

@@ -19,9 +19,7 @@ def answers(policy: str, *, right: int, ended: bool = True, nats: float = 3.0, t
     for task in TASKS:
         for index, item in enumerate(task.items):
             value = nats + index / 100 if task.answer == "perplexity" else float(index < right)
-            detail: dict[str, float | str | bool] = (
-                {"ended": ended, "tokens": tokens} if task.answer == "generate" else {}
-            )
+            detail: dict[str, float | str | bool] = {"ended": ended, "tokens": tokens} if task.answer == "generate" else {}
             scores.append(Score(item["id"], task.name, task.name, policy, value, detail=detail))
     return scores
 

@@ -176,9 +176,7 @@ def test_measures_do_not_pool_different_units(tmp_path: Path):
     prose = tmp_path / "prose.jsonl"
     prose.write_text('{"id": "p1", "text": "It rained."}\n', encoding="utf-8")
     suite = f'{SUITE}[[task]]\nname = "prose"\nanswer = "perplexity"\nitems = "prose.jsonl"\n'
-    assert "different units" in refused(
-        tmp_path, suite=f'{suite}[[measure]]\nname = "all"\ntasks = ["sums", "prose"]\n'
-    )
+    assert "different units" in refused(tmp_path, suite=f'{suite}[[measure]]\nname = "all"\ntasks = ["sums", "prose"]\n')
 
 
 @pytest.mark.parametrize(

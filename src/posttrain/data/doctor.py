@@ -61,9 +61,7 @@ def plan_check(file: str, recipe: Recipe | None, stage_name: str | None, *, mode
         )  # fmt: skip
     if recipe is None:
         made: Stage = (
-            SftStage(kind="sft", name="check", data=file)
-            if kind == "sft"
-            else DpoStage(kind="dpo", name="check", data=file)
+            SftStage(kind="sft", name="check", data=file) if kind == "sft" else DpoStage(kind="dpo", name="check", data=file)
         )
         if model == "random:tiny" and template == "auto":
             template = "gemma"
@@ -78,13 +76,9 @@ def plan_check(file: str, recipe: Recipe | None, stage_name: str | None, *, mode
     return Check(fitting[0].model_copy(update={"data": file}), recipe.seed, recipe.base.model, recipe.base.template)
 
 
-def check_rows(
-    check: Check, chat: ChatFormat, *, evaluation_prompts: Collection[str] = ()
-) -> tuple[dict[str, Any], str]:
+def check_rows(check: Check, chat: ChatFormat, *, evaluation_prompts: Collection[str] = ()) -> tuple[dict[str, Any], str]:
     """The report as data and as text."""
-    prepared = prepare_stage(
-        check.stage, chat, seed=check.seed, evaluation_prompts=evaluation_prompts, allow_dropped=1.0
-    )
+    prepared = prepare_stage(check.stage, chat, seed=check.seed, evaluation_prompts=evaluation_prompts, allow_dropped=1.0)
     kind = "demonstrations" if check.stage.kind == "sft" else "preference pairs"
     title = f"{kind} as {check.model} ({chat.template_name} template) would train on them"
     report = prepared.report

@@ -158,11 +158,7 @@ def _demonstration_layout(path: str, rows: list[RawRow]) -> tuple[str, Callable[
         return "ShareGPT conversations", lambda row: _conversation(_sharegpt(row.get("conversations")))
     if {"instruction", "output"} <= columns:
         return "Alpaca", _alpaca
-    hint = (
-        "this is a preference file: use it in a dpo stage"
-        if {"chosen", "rejected"} <= columns
-        else "rename the columns"
-    )
+    hint = "this is a preference file: use it in a dpo stage" if {"chosen", "rejected"} <= columns else "rename the columns"
     raise DataError(f'data "{path}"', f"columns {', '.join(sorted(columns))}", allowed=DEMONSTRATION_LAYOUTS, do=hint)
 
 
@@ -208,9 +204,7 @@ def _conversation(messages: tuple[Message, ...]) -> tuple[Message, ...]:
 def _preference_layout(path: str, rows: list[RawRow]) -> str:
     first = rows[0].value
     if not {"chosen", "rejected"} <= set(first):
-        hint = (
-            "this is a demonstration file: use it in an sft stage" if kind_of(first) == "sft" else "rename the columns"
-        )
+        hint = "this is a demonstration file: use it in an sft stage" if kind_of(first) == "sft" else "rename the columns"
         raise DataError(f'data "{path}"', f"columns {', '.join(sorted(first))}", allowed=PREFERENCE_LAYOUTS, do=hint)
     if "prompt" in first:
         return "prompt+chosen+rejected" + (" (messages)" if isinstance(first["chosen"], list) else " (text)")

@@ -65,9 +65,7 @@ def pack(segments: Sequence[Segment], rows: int, *, filler: int = 0) -> PackedBa
                 row_of.append(segment.row)
     tokens = len(ids)
     spare = -tokens % ROUND_TO
-    return PackedBatch(
-        ids + [filler] * spare, positions + list(range(spare)), spans, source, target, row_of, rows, tokens
-    )
+    return PackedBatch(ids + [filler] * spare, positions + list(range(spare)), spans, source, target, row_of, rows, tokens)
 
 
 def row_segments(ids: Sequence[int], trained: Sequence[bool], row: int) -> list[Segment]:
@@ -75,9 +73,7 @@ def row_segments(ids: Sequence[int], trained: Sequence[bool], row: int) -> list[
     return [Segment(tuple(ids), None, tuple(trained), row)]
 
 
-def tree_segments(
-    prompt: Sequence[int], completions: Sequence[Sequence[int]], *, first_row: int, index: int
-) -> list[Segment]:
+def tree_segments(prompt: Sequence[int], completions: Sequence[Sequence[int]], *, first_row: int, index: int) -> list[Segment]:
     """A prompt with completions below it; completion i is row first_row + i. `index` is the prompt's segment number."""
     root = Segment(tuple(prompt), None, (False,) * len(prompt), -1)
     below = [Segment(tuple(c), index, (True,) * len(c), first_row + i) for i, c in enumerate(completions)]

@@ -112,9 +112,7 @@ def prepare_demonstrations(
         sides[in_validation(record.messages, validation)].append(row)
     _refuse(problems, len(read.records), read, sides[0], allow_dropped)
     rows = [*sides[0], *sides[1]]
-    report = describe_rows([len(r.ids) for r in rows], sum(sum(r.trained) for r in rows)) | _counts(
-        read.sources, problems
-    )
+    report = describe_rows([len(r.ids) for r in rows], sum(sum(r.trained) for r in rows)) | _counts(read.sources, problems)
     report |= {
         "kind": "sft", "train_rows": len(sides[0]), "validation_rows": len(sides[1]), "truncated": truncated,
         "contaminated": contaminated, "duplicates": _duplicates([tuple(r.ids) for r in rows]), "max_tokens": max_tokens,
@@ -170,9 +168,7 @@ def _refuse(
     """Too many rows dropped, or none left, ends the stage before it begins."""
     where = "data " + ", ".join(f'"{s.path}"' for s in read.sources)
     total = kept + len(read.problems)
-    reasons = "; ".join(
-        f"{count} rows: {reason}{_first(problems, reason)}" for reason, count in _reasons(problems).items()
-    )
+    reasons = "; ".join(f"{count} rows: {reason}{_first(problems, reason)}" for reason, count in _reasons(problems).items())
     if not train:
         raise DataError(
             where,

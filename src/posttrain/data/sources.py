@@ -134,9 +134,7 @@ def _json(path: str, place: Path) -> Iterator[RawRow]:
         yield from _json_lines(path, place)  # JSON lines under the name .json are common
         return
     if not isinstance(values, list):
-        raise DataError(
-            f'data "{path}"', f"a JSON {type(values).__name__}", allowed="a list of objects, or one object a line"
-        )
+        raise DataError(f'data "{path}"', f"a JSON {type(values).__name__}", allowed="a list of objects, or one object a line")
     for number, value in enumerate(values, 1):
         yield RawRow(number, _object(path, number, value))
 
@@ -154,9 +152,7 @@ def _csv(path: str, place: Path) -> Iterator[RawRow]:
     reader = csv.DictReader(_text(path, place).splitlines(keepends=True))
     for number, row in enumerate(reader, 1):
         if None in row or None in row.values():
-            raise DataError(
-                f'data "{path}" · row {number}', "another number of fields than the header", do="correct the row"
-            )
+            raise DataError(f'data "{path}" · row {number}', "another number of fields than the header", do="correct the row")
         yield RawRow(number, {key: _maybe_json(value) for key, value in row.items()})
 
 
@@ -174,8 +170,8 @@ _READERS = {".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".csv
 
 
 def _from_table(path: str, place: Path) -> list[RawRow]:
-    import pyarrow  # noqa: PLC0415 - comes with datasets
-    import pyarrow.parquet  # noqa: PLC0415
+    import pyarrow
+    import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.read_table(place)
@@ -185,7 +181,7 @@ def _from_table(path: str, place: Path) -> list[RawRow]:
 
 
 def _from_folder(path: str, place: Path) -> list[RawRow]:
-    import datasets  # noqa: PLC0415 - slow to import and rarely needed
+    import datasets
 
     try:
         loaded = datasets.load_from_disk(str(place))
@@ -199,7 +195,7 @@ def _from_folder(path: str, place: Path) -> list[RawRow]:
 
 
 def _from_hub(path: str) -> list[RawRow]:
-    import datasets  # noqa: PLC0415
+    import datasets
 
     name, _, split = path.partition(":")
     try:

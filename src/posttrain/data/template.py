@@ -61,9 +61,7 @@ class ChatTemplate:
             code = _ENVIRONMENT.compile(source, filename=_NAME)
             self._compiled = jinja2.Template.from_code(_ENVIRONMENT, code, _ENVIRONMENT.globals)
         except (jinja2.TemplateError, SyntaxError, RecursionError, ValueError, OverflowError, MemoryError) as error:
-            raise ModelError(
-                "chat template", f"not a valid template: {_short(error)}", do="set [base] template"
-            ) from None
+            raise ModelError("chat template", f"not a valid template: {_short(error)}", do="set [base] template") from None
 
     def render(self, messages: Sequence[Message], *, generation_prompt: bool, bos: str, eos: str) -> str:
         """The text of messages. Raises DataError, in words, for whatever the template does wrong."""
@@ -259,9 +257,7 @@ def _raise_exception(message: str) -> None:
 def _environment() -> _Sandbox:
     # Nothing is folded at compile time: a constant would be computed without the checks.
     extensions = [jinja2.ext.loopcontrols, _Generation]
-    made = _Sandbox(
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, optimized=False, extensions=extensions
-    )
+    made = _Sandbox(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, optimized=False, extensions=extensions)
     made.binop_table |= {"*": _multiply, "**": _power, "+": _add, "%": _modulo}
     own = {"replace": _replace, "join": _join, "indent": _indent, "tojson": _to_json}
     theirs: Any = jinja2.filters.FILTERS

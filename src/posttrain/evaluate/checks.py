@@ -158,9 +158,7 @@ def _json_keys(answer: str, item: Item) -> bool:
         value = json.loads(fenced[1] if fenced else answer)
     except (ValueError, RecursionError):
         return False
-    return (
-        isinstance(value, dict) and set(value) == set(item["keys"]) and all(v not in ("", None) for v in value.values())
-    )
+    return isinstance(value, dict) and set(value) == set(item["keys"]) and all(v not in ("", None) for v in value.values())
 
 
 def _starts_with(answer: str, item: Item) -> bool:
@@ -303,6 +301,4 @@ def _known_values(where: str, item: Item) -> None:
         try:
             re.compile(item["pattern"])
         except re.error as error:
-            raise ValueError(
-                f"{where} · pattern = {item['pattern']!r} · allowed: a regular expression ({error})"
-            ) from error
+            raise ValueError(f"{where} · pattern = {item['pattern']!r} · allowed: a regular expression ({error})") from error

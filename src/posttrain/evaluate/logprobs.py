@@ -76,9 +76,7 @@ def _ids(base: BaseModel, text: str) -> list[int]:
         start = base.chat.eos_id if base.chat.eos_id is not None else base.chat.end_id
         ids = [start, *ids]
     if len(ids) > base.context:
-        raise ModelError(
-            "evaluation", f"a text of {len(ids)} tokens", allowed=f"at most {base.context}", do="shorten the item"
-        )
+        raise ModelError("evaluation", f"a text of {len(ids)} tokens", allowed=f"at most {base.context}", do="shorten the item")
     return ids
 
 

@@ -132,9 +132,7 @@ def _chosen(task: Task, item: Item, policy: str, found: list[TextLogprob]) -> Sc
 def _read(base: BaseModel, adapter: str, task: Task, policy: str, progress: _Work) -> list[Score]:
     """Prose: nats a token of each text."""
     scores = []
-    for item, found in zip(
-        task.items, text_logprobs(base, adapter, [item["text"] for item in task.items]), strict=True
-    ):
+    for item, found in zip(task.items, text_logprobs(base, adapter, [item["text"] for item in task.items]), strict=True):
         detail: dict[str, float | str | bool] = {"nats": -found.logprob, "tokens": float(found.tokens)}
         value = -found.logprob / max(1, found.tokens)
         scores.append(Score(item["id"], task.name, task.name, policy, value, "", item["text"], detail))

@@ -63,9 +63,7 @@ def load_scores(path: Path) -> list[Score]:
     try:
         return [Score(**row) for row in read_jsonl(path)]
     except (TypeError, ValueError):
-        raise ArtifactError(
-            str(path), "not readable as scores", do=f"remove {path.parent} and run the recipe again"
-        ) from None
+        raise ArtifactError(str(path), "not readable as scores", do=f"remove {path.parent} and run the recipe again") from None
 
 
 def measure_values(measure: Measure, scores: Sequence[Score]) -> Values:
@@ -89,9 +87,7 @@ def _entry(
         "better": measure.better, "unit": measure.unit, "title": measure.title, "role": measure.role,
     }  # fmt: skip
     against = [
-        name
-        for name in dict.fromkeys((stage.parent, base))
-        if name is not None and name in by_stage and name != stage.name
+        name for name in dict.fromkeys((stage.parent, base)) if name is not None and name in by_stage and name != stage.name
     ]
     changes = [(name, _change(measure, by_stage[name][measure.name], values)) for name in against]
     entry["changes"] = [{"against": name, **change} for name, change in changes if change is not None]

@@ -201,9 +201,7 @@ def _explain(error: ValidationError, raw: dict[str, Any], where: str) -> RecipeE
         return RecipeError(place, f'unknown setting "{loc[-1]}"', allowed=f"there is: {', '.join(fields)}")
     if first["type"] == "missing":
         return RecipeError(place, f'"{loc[-1]}" is missing', do="add it")
-    return RecipeError(
-        place, f"{loc[-1]} = {str(first['input'])[:80]!r}", allowed=first["msg"][:1].lower() + first["msg"][1:]
-    )
+    return RecipeError(place, f"{loc[-1]} = {str(first['input'])[:80]!r}", allowed=first["msg"][:1].lower() + first["msg"][1:])
 
 
 def _tasks(suite: _Suite, path: Path, limit: int) -> tuple[Task, ...]:
@@ -270,9 +268,7 @@ def _measure(suite: _Suite, table: _MeasureTable, scorers: dict[str, Scorer], wh
     answers = {t.name: t.answer for t in suite.task}
     silent = [name for name in table.tasks if answers[name] != "generate"]
     if table.of != "score" and silent:
-        raise RecipeError(
-            place, f'of = "{table.of}" of the task "{silent[0]}"', allowed='tasks with answer = "generate"'
-        )
+        raise RecipeError(place, f'of = "{table.of}" of the task "{silent[0]}"', allowed='tasks with answer = "generate"')
     units = {_unit(table.of, scorers[name]) for name in table.tasks}
     if len(units) > 1:
         raise RecipeError(place, f"pools different units ({', '.join(sorted(units))})", do="make a measure of each")
@@ -298,13 +294,9 @@ def _items(table: _TaskTable, scorer: Scorer, suite_path: Path, where: str) -> t
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError:
-        raise RecipeError(
-            place, f"there is no file {table.items}", do="give a path relative to the suite file"
-        ) from None
+        raise RecipeError(place, f"there is no file {table.items}", do="give a path relative to the suite file") from None
     except UnicodeDecodeError as error:
-        raise RecipeError(
-            place, f"{table.items} is not UTF-8 text (byte {error.start})", do="save the file as UTF-8"
-        ) from None
+        raise RecipeError(place, f"{table.items} is not UTF-8 text (byte {error.start})", do="save the file as UTF-8") from None
     items: list[Item] = []
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -327,9 +319,7 @@ def _item(line: str, answer: Answer, scorer: Scorer, where: str) -> Item:
                 where, f'"{name}" is missing or not of type {kind.__name__}', allowed=f"fields: {', '.join(wanted)}"
             )
     if answer == "choices" and not _choices_fit(item):
-        raise RecipeError(
-            where, "choices do not fit", allowed="at least two different texts, and answer is the index of one"
-        )
+        raise RecipeError(where, "choices do not fit", allowed="at least two different texts, and answer is the index of one")
     if scorer == "checks":
         _check_checks(item["checks"], where)
     if answer != "choices" and not item["prompt" if answer == "generate" else "text"].strip():

@@ -27,9 +27,7 @@ def evaluate_target(
         scores = evaluate_policy(
             target.base, adapter, name, tasks, max_new_tokens=max_new_tokens, seed=seed, label=f"evaluate {name}"
         )
-        stages.append(
-            StageScores(name, "base" if name == "base" else "policy", None if name == "base" else "base", scores)
-        )
+        stages.append(StageScores(name, "base" if name == "base" else "policy", None if name == "base" else "base", scores))
     run = target.recipe.name if target.recipe is not None else target.base.source.model
     scorecard = build_scorecard(run, stages, tasks)
     if out is not None:

@@ -148,7 +148,7 @@ class _Decoder:
             tokens = 0
         return before - len(self.waiting) - sum(r is not None for r in self.rows), tokens
 
-    def _forward(self, ids_T: Tensor, positions_T: Tensor, segments: Segments) -> Tensor:  # noqa: N803
+    def _forward(self, ids_T: Tensor, positions_T: Tensor, segments: Segments) -> Tensor:
         return self.base.hidden(ids_T, positions_T, segments, self.adapter)
 
     def _make_room(self) -> None:
@@ -188,14 +188,16 @@ class _Decoder:
         last_T = [span.start + span.length - 1 for span in spans]
         self.cache.filling = places
         hidden_TD = self._forward(
-            torch.tensor(ids + [0] * spare), torch.tensor(positions + list(range(spare))), Segments(tuple(spans), cache=self.cache)
+            torch.tensor(ids + [0] * spare),
+            torch.tensor(positions + list(range(spare))),
+            Segments(tuple(spans), cache=self.cache),
         )
         self.cache.lengths_R[places] = torch.tensor([len(row.prompt) for row in group])
         for place, row in zip(places, group, strict=True):
             self.rows[place] = row
         self._choose(hidden_TD[last_T], places)
 
-    def _choose(self, hidden_RD: Tensor, places: list[int]) -> None:  # noqa: N803
+    def _choose(self, hidden_RD: Tensor, places: list[int]) -> None:
         """Choose the next token of the rows at `places`; rows that are done leave."""
         rows = [self.rows[p] for p in places]
         logits_RV = hidden_RD @ self.base.head_VD.T
@@ -213,7 +215,7 @@ class _Decoder:
                 self.rows[place] = None
 
 
-def choose_tokens(logits_RV: Tensor, settings: SamplingSettings, uniform_R: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: N803
+def choose_tokens(logits_RV: Tensor, settings: SamplingSettings, uniform_R: Tensor | None) -> tuple[Tensor, Tensor]:
     """Token [R] and its log-probability [R] (float32, on the CPU), by inverting the cumulative distribution at uniform_R.
 
     One uniform number a row replaces one exponential a token of the vocabulary.
@@ -236,7 +238,7 @@ def choose_tokens(logits_RV: Tensor, settings: SamplingSettings, uniform_R: Tens
     return token_R.cpu(), (weight_R / total_R).log().float().cpu()
 
 
-def _keep_top_p(weights_RV: Tensor, top_p: float) -> Tensor:  # noqa: N803
+def _keep_top_p(weights_RV: Tensor, top_p: float) -> Tensor:
     """Set to zero what lies outside the smallest set of tokens with mass `top_p` (Holtzman et al. 2020)."""
     ordered_RV, index_RV = weights_RV.sort(1, descending=True)
     before_RV = ordered_RV.cumsum(1) - ordered_RV

@@ -1,14 +1,15 @@
-"""Direct preference optimisation and its close relatives; log-probabilities are sums over a completion's tokens.
+"""Direct preference optimisation and its close relatives; log-probabilities are sums over a completion's tokens, in nats.
 
-    h = [log pi(chosen) - log ref(chosen)] - [log pi(rejected) - log ref(rejected)],   margin = beta * h
+    h = [log pi(chosen) - log ref(chosen)] - [log pi(rejected) - log ref(rejected)],   margin m = beta h,   e: smoothing
 
-    sigmoid   -(1 - e) log s(margin) - e log s(-margin)                    DPO, Rafailov et al. 2023 eq. 7; e > 0: cDPO, Mitchell 2023
-    robust    [-(1 - e) log s(margin) + e log s(-margin)] / (1 - 2 e)      rDPO, Chowdhury et al. 2024 eq. 9
-    ipo       (h - 1 / (2 beta))^2                                         IPO, Azar et al. 2023 eq. 17
-    hinge     max(0, 1 - margin)                                           SLiC-HF, Zhao et al. 2023, on log-ratios
+    sigmoid   -(1 - e) log s(m) - e log s(-m)               DPO, Rafailov et al. 2023 eq. 7; e > 0: cDPO, Mitchell 2023
+    robust    [-(1 - e) log s(m) + e log s(-m)] / (1 - 2 e) rDPO, Chowdhury et al. 2024 eq. 9: unbiased under flips
+    ipo       (h - 1 / (2 beta))^2                          IPO, Azar et al. 2023 eq. 17
+    hinge     max(0, 1 - m)                                 SLiC-HF, Zhao et al. 2023, on log-ratios
 
-IPO here takes the summed h of the paper and of its derivation: 1 / (2 beta) is then a gap in nats of whole completions.
-Libraries that average per token solve another problem with another beta; a beta does not carry over.
+IPO takes the summed h of the paper and of its derivation: 1 / (2 beta) is then a gap in nats of whole completions.
+Libraries that average h per token (TRL does) solve another problem with another beta; a beta does not carry over.
+TRL reads label smoothing for `robust` only and drops it for `sigmoid`; here it is applied to both.
 
 B: preference pairs.
 """
@@ -31,10 +32,13 @@ class PairLogprobs(NamedTuple):
     reference_rejected_B: Tensor
 
 
-def dpo_loss(pairs: PairLogprobs, *, beta: float, loss: str = "sigmoid", label_smoothing: float = 0.0, step_pairs: int = 0) -> LossOutput:
+def dpo_loss(
+    pairs: PairLogprobs, *, beta: float, loss: str = "sigmoid", label_smoothing: float = 0.0, step_pairs: int = 0
+) -> LossOutput:
     """Raise the chosen completion's log-ratio above the rejected one's. Mean over the pairs of the optimiser step.
 
     `step_pairs` is the number of pairs of the whole step when this is one of its micro-batches; 0 means this is all.
+    Metrics are sums over the micro-batch's pairs.
     """
     gap_B = (pairs.chosen_B - pairs.reference_chosen_B) - (pairs.rejected_B - pairs.reference_rejected_B)
     margin_B = beta * gap_B
@@ -42,7 +46,8 @@ def dpo_loss(pairs: PairLogprobs, *, beta: float, loss: str = "sigmoid", label_s
     return LossOutput(loss_B.sum() / (step_pairs or len(loss_B)), _metrics(pairs, margin_B, loss_B))
 
 
-def _losses(margin_B: Tensor, gap_B: Tensor, *, beta: float, loss: str, smoothing: float) -> Tensor:  # noqa: N803
+def _losses(margin_B: Tensor, gap_B: Tensor, *, beta: float, loss: str, smoothing: float) -> Tensor:
+    assert not smoothing or loss in ("sigmoid", "robust"), "label smoothing has no meaning here"
     if loss == "sigmoid":
         return -(1 - smoothing) * logsigmoid(margin_B) - smoothing * logsigmoid(-margin_B)
     if loss == "robust":
@@ -53,21 +58,32 @@ def _losses(margin_B: Tensor, gap_B: Tensor, *, beta: float, loss: str, smoothin
     return torch.relu(1 - margin_B)
 
 
-def _metrics(pairs: PairLogprobs, margin_B: Tensor, loss_B: Tensor) -> dict[str, Tensor]:  # noqa: N803
+def _metrics(pairs: PairLogprobs, margin_B: Tensor, loss_B: Tensor) -> dict[str, Tensor]:
     """Sums over the micro-batch's pairs; the loop divides by the pairs of the step."""
-    chosen_ratio_B = pairs.chosen_B - pairs.reference_chosen_B
-    rejected_ratio_B = pairs.rejected_B - pairs.reference_rejected_B
     sums = {
         "dpo/loss": loss_B,
         "dpo/margin": margin_B,
+        # strict, so that a policy at its reference scores 0 and not 1
         "dpo/accuracy": (margin_B > 0).float(),
         # sigma(-margin): how surprising the preference still is; the weight of the pair in the gradient of `sigmoid`
         "dpo/gradient_weight": torch.sigmoid(-margin_B),
         "dpo/chosen_logprob": pairs.chosen_B,
         "dpo/rejected_logprob": pairs.rejected_B,
-        "dpo/chosen_log_ratio": chosen_ratio_B,
-        "dpo/rejected_log_ratio": rejected_ratio_B,
+        "dpo/chosen_log_ratio": pairs.chosen_B - pairs.reference_chosen_B,
+        "dpo/rejected_log_ratio": pairs.rejected_B - pairs.reference_rejected_B,
         # accuracy without the reference: whether the policy itself finds the chosen completion likelier
         "dpo/ranking_accuracy": (pairs.chosen_B > pairs.rejected_B).float(),
     }
     return {name: value.detach().sum() for name, value in sums.items()}
+
+
+def log_ratio_divergence(policy_N: Tensor, reference_N: Tensor) -> Tensor:
+    """KL(reference || policy) in nats, summed over tokens, as if the reference had written the completions [N].
+
+        d = log pi - log ref,   k3 = exp(d) - 1 - d >= 0          (Schulman 2020, samples from the reference)
+
+    The completions are data, not samples, so this is a distance to the reference where the data lies. The other
+    direction, exp(-d), explodes as soon as a rejected token is pushed far down; this one grows linearly there. float64.
+    """
+    d_N = (policy_N - reference_N).detach().double()
+    return (torch.expm1(d_N) - d_N).sum()

@@ -51,7 +51,7 @@ class KeyValueCache:
             self._layers[index] = (like.new_zeros(shape), like.new_zeros(shape))
         return self._layers[index]
 
-    def keep(self, rows_R: Tensor) -> None:  # noqa: N803
+    def keep(self, rows_R: Tensor) -> None:
         """Drop all rows but these, in this order."""
         self.rows = len(rows_R)
         self.lengths_R = self.lengths_R[rows_R]
@@ -238,7 +238,7 @@ def _reference(
 
 def flex(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments, window: int) -> Tensor:
     """The same attention by flex attention with a block mask built from the table: one kernel for the whole batch."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # noqa: PLC0415 - slow to import
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     total = q.shape[1]
     if window not in segments.block_masks:
@@ -251,7 +251,12 @@ def flex(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments, wind
         segments.block_masks[window] = create_block_mask(visible, None, None, total, total, device=str(q.device))
     run = torch.compile(flex_attention, dynamic=False) if q.is_cuda else flex_attention
     out: Tensor = run(
-        q[None], k[None], v[None], block_mask=segments.block_masks[window], scale=scale, enable_gqa=q.shape[0] != k.shape[0]
+        q[None],
+        k[None],
+        v[None],
+        block_mask=segments.block_masks[window],
+        scale=scale,
+        enable_gqa=q.shape[0] != k.shape[0],
     )  # type: ignore[assignment]
     return out[0]
 
@@ -285,7 +290,14 @@ def _fill(cache: KeyValueCache, layer: int, k: Tensor, v: Tensor, spans: tuple[S
 
 
 def _decode(
-    module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments, window: int, softcap: float | None
+    module: torch.nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    segments: Segments,
+    window: int,
+    softcap: float | None,
 ) -> Tensor:
     """One new token a row: append its key and value, attend to the row's cache. q [H, R, D] -> [H, R, D]."""
     cache = segments.cache

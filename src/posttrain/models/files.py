@@ -92,10 +92,20 @@ def _read_config(folder: Path, where: str) -> dict[str, Any]:
         raise AdapterError(where, f"{ADAPTER_CONFIG} is not JSON", do="fetch the adapter again") from None
     missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in config]
     if config.get("peft_type") != "LORA" or missing:
-        raise AdapterError(where, f"peft_type {config.get('peft_type')!r}, missing {missing}", allowed="a LoRA adapter of PEFT's format")
-    refused = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication") if config.get(key)]
+        raise AdapterError(
+            where,
+            f"peft_type {config.get('peft_type')!r}, missing {missing}",
+            allowed="a LoRA adapter of PEFT's format",
+        )
+    refused = [
+        key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication") if config.get(key)
+    ]
     if refused or not isinstance(config["target_modules"], list):
-        raise AdapterError(where, f"uses {', '.join(refused) or 'a pattern as target_modules'}", allowed="plain LoRA with a list of layers")
+        raise AdapterError(
+            where,
+            f"uses {', '.join(refused) or 'a pattern as target_modules'}",
+            allowed="plain LoRA with a list of layers",
+        )
     return dict(config)
 
 
@@ -106,7 +116,9 @@ def _read_tensors(path: Path, where: str) -> tuple[dict[str, torch.Tensor], dict
     except FileNotFoundError:
         raise AdapterError(where, f"no {path.name}", do="give a folder in PEFT's format") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(where, f"{path.name} is damaged ({str(error)[:80]})", do="fetch or train the adapter again") from None
+        raise AdapterError(
+            where, f"{path.name} is damaged ({str(error)[:80]})", do="fetch or train the adapter again"
+        ) from None
 
 
 def check_base(found: str | None, base: BaseModel, where: str, *, require_hash: bool) -> None:
@@ -115,7 +127,11 @@ def check_base(found: str | None, base: BaseModel, where: str, *, require_hash: 
         return
     if found != base.source.weights_hash:
         trained_on = f"was trained on base {found[:12]}" if found else "does not say which base it was trained on"
-        raise AdapterError(where, f"{trained_on}, not on {base.source.model} ({base.source.weights_hash[:12]})", do="load it on its own base")
+        raise AdapterError(
+            where,
+            f"{trained_on}, not on {base.source.model} ({base.source.weights_hash[:12]})",
+            do="load it on its own base",
+        )
 
 
 def _match(

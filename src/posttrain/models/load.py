@@ -41,7 +41,7 @@ class HuggingFaceTokenizer:
 
     def _without_control_tokens(self) -> Any:
         """A tokenizer that takes '<eos>' as letters: the same vocabulary with its added tokens not parsed."""
-        import tokenizers  # noqa: PLC0415 - part of transformers
+        import tokenizers
 
         state = json.loads(self.inner.backend_tokenizer.to_str())
         state["added_tokens"] = []
@@ -102,17 +102,17 @@ class BaseModel:
         self.context: int = int(config.max_position_embeddings)
 
     @property
-    def head_VD(self) -> Tensor:  # noqa: N802 - shape letters
+    def head_VD(self) -> Tensor:
         """Weight of the language-model head."""
         weight: Tensor = self.model.get_output_embeddings().weight
         return weight
 
-    def hidden(self, ids_T: Tensor, positions_T: Tensor, segments: Segments, adapter: str) -> Tensor:  # noqa: N803
+    def hidden(self, ids_T: Tensor, positions_T: Tensor, segments: Segments, adapter: str) -> Tensor:
         """Last hidden states [T, D] of a packed batch, all segments with one adapter ("base" for none)."""
         with self.adapters.use(adapter):
             return self.forward(ids_T, positions_T, segments)
 
-    def forward(self, ids_T: Tensor, positions_T: Tensor, segments: Segments) -> Tensor:  # noqa: N803
+    def forward(self, ids_T: Tensor, positions_T: Tensor, segments: Segments) -> Tensor:
         """Last hidden states [T, D] with whatever adapter routing is in force."""
         out = self.model.base_model(
             input_ids=ids_T[None].to(self.device),
@@ -149,7 +149,9 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def load_base(model: str, *, template: str = "auto", dtype: str = "auto", device: str = "auto", full: bool = False) -> BaseModel:
+def load_base(
+    model: str, *, template: str = "auto", dtype: str = "auto", device: str = "auto", full: bool = False
+) -> BaseModel:
     """Load a base model, frozen, with its renderer. `full` keeps float32 weights that can be trained.
 
     Raises ModelError for anything that cannot be loaded, naming what to do.
@@ -186,7 +188,12 @@ def _refuse_remote_code(folder: Path, where: str) -> None:
     for name in ("config.json", "tokenizer_config.json"):
         path = folder / name
         if path.exists() and "auto_map" in json.loads(path.read_text(encoding="utf-8")):
-            raise ModelError(where, f"{name} asks for code of its own (auto_map)", allowed="architectures that transformers has", do="remove auto_map if the architecture is a standard one")
+            raise ModelError(
+                where,
+                f"{name} asks for code of its own (auto_map)",
+                allowed="architectures that transformers has",
+                do="remove auto_map if the architecture is a standard one",
+            )
 
 
 def lora_shape(model: BaseModel, targets: Any) -> dict[str, tuple[int, int]]:
@@ -201,9 +208,11 @@ def convert_gguf(gguf: Path, target: Path, *, model: str) -> None:
     """
     where = f'[base] model = "{model}"'
     try:
-        import gguf as _gguf  # noqa: F401, PLC0415 - transformers needs it and says so badly
+        import gguf as _gguf  # noqa: F401 - transformers needs it and says so badly
     except ImportError:
-        raise ModelError(where, "the package gguf is not installed", do='pip install gguf (or "posttrain[quickstart]")') from None
+        raise ModelError(
+            where, "the package gguf is not installed", do='pip install gguf (or "posttrain[quickstart]")'
+        ) from None
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -222,12 +231,16 @@ def convert_gguf(gguf: Path, target: Path, *, model: str) -> None:
         os.rename(partial, target)
     except (ValueError, KeyError, OSError, RuntimeError, IndexError, TypeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise ModelError(where, f"the GGUF cannot be read: {str(error)[:200]}", do="check that the file is whole and of a supported architecture") from None
+        raise ModelError(
+            where,
+            f"the GGUF cannot be read: {str(error)[:200]}",
+            do="check that the file is whole and of a supported architecture",
+        ) from None
 
 
 def fetch_from_hub(model: str) -> Path:
     """A snapshot of safetensors, config and tokenizer of a hub id. Raises ModelError where the hub cannot be reached."""
-    import huggingface_hub  # noqa: PLC0415 - part of transformers
+    import huggingface_hub
 
     try:
         folder = huggingface_hub.snapshot_download(
@@ -243,7 +256,7 @@ def fetch_from_hub(model: str) -> Path:
 
 def make_random_tiny(target: Path) -> None:
     """A tiny Llama with random weights and a byte-level vocabulary, for tests and dry runs; always the same weights."""
-    import tokenizers  # noqa: PLC0415 - part of transformers
+    import tokenizers
 
     specials = ["<pad>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>"]
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
@@ -273,5 +286,3 @@ def make_random_tiny(target: Path) -> None:
     write_json(partial / "source.json", {"model": "random:tiny"})
     shutil.rmtree(target, ignore_errors=True)
     os.rename(partial, target)
-
-

@@ -28,7 +28,7 @@ BLOCK_ROWS = 2
 SMALLEST_PROBABILITY = 1e-5
 
 
-def target_logprobs(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, *, softcap: float | None = None) -> Tensor:  # noqa: N803
+def target_logprobs(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, *, softcap: float | None = None) -> Tensor:
     """log p of each target [N], float32, differentiable in the hidden states and, where it is trained, in the head."""
     if softcap is not None:
         return _plain(hidden_ND, head_VD, target_N, softcap)
@@ -37,7 +37,7 @@ def target_logprobs(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, *, sof
     return _FrozenHead.apply(hidden_ND, head_VD, target_N)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _plain(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, softcap: float) -> Tensor:  # noqa: N803
+def _plain(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, softcap: float) -> Tensor:
     """For soft-capped heads: chunks by plain operations."""
     parts = []
     for rows in _chunks(len(target_N), head_VD.shape[0]):
@@ -60,7 +60,7 @@ def _log_softmax_(logits: Tensor, target_n: Tensor) -> Tensor:
     return at_target_n - (top_n1 + total_n1.log())[:, 0]
 
 
-def _filtered_chunk(hidden_nD: Tensor, head_VD: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor]:  # noqa: N803
+def _filtered_chunk(hidden_nD: Tensor, head_VD: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor]:
     """log p [n] and d log p / d h [n, D] of a chunk with bfloat16 weights; see the filter in the module's docstring."""
     logits_nV = hidden_nD @ head_VD.T
     log_sum_n = torch.empty(len(target_n), dtype=torch.float32, device=hidden_nD.device)
@@ -80,7 +80,7 @@ def _filtered_chunk(hidden_nD: Tensor, head_VD: Tensor, target_n: Tensor) -> tup
 
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> Tensor:  # noqa: N803
+    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> Tensor:
         logprobs_N = hidden_ND.new_empty(len(target_N), dtype=torch.float32)
         wants_grad = ctx.needs_input_grad[0]
         slope_ND = torch.empty_like(hidden_ND) if wants_grad else None
@@ -108,7 +108,7 @@ class _FrozenHead(torch.autograd.Function):
 
 class _TrainedHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> Tensor:  # noqa: N803
+    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> Tensor:
         ctx.save_for_backward(hidden_ND, head_VD, target_N)
         logprobs_N = hidden_ND.new_empty(len(target_N), dtype=torch.float32)
         for rows in _chunks(len(target_N), head_VD.shape[0]):

@@ -77,7 +77,11 @@ class LoraShape:
         last_names = sorted({n.rsplit(".", 1)[-1] for n in layers})
         unknown = [t for t in targets if t not in last_names] if isinstance(targets, tuple) else []
         if unknown or not chosen:
-            raise RecipeError("recipe · [adapter] targets", f"no layer {', '.join(unknown) or targets}", allowed=f"there is: {', '.join(last_names)}")
+            raise RecipeError(
+                "recipe · [adapter] targets",
+                f"no layer {', '.join(unknown) or targets}",
+                allowed=f"there is: {', '.join(last_names)}",
+            )
         return {n: (int(m.in_features), int(m.out_features)) for n, m in chosen.items()}  # type: ignore[arg-type]
 
 
@@ -203,7 +207,11 @@ class AdapterSet:
     def get(self, name: str) -> LoraAdapter:
         """An adapter by name. Raises AdapterError where it is not loaded."""
         if name not in self._adapters:
-            raise AdapterError(f'adapter "{name}"', "is not loaded", allowed=f"there is: base, {', '.join(self._adapters)}".rstrip(", "))
+            raise AdapterError(
+                f'adapter "{name}"',
+                "is not loaded",
+                allowed=f"there is: base, {', '.join(self._adapters)}".rstrip(", "),
+            )
         return self._adapters[name]
 
     def create(self, name: str, settings: LoraSettings, *, seed: int) -> LoraAdapter:
@@ -213,7 +221,10 @@ class AdapterSet:
         for layer, (inputs, outputs) in LoraShape.select(self._model, settings.targets).items():
             bound = 1 / math.sqrt(inputs)
             a = torch.empty(settings.rank, inputs).uniform_(-bound, bound, generator=generator)
-            weights[layer] = (nn.Parameter(a.to(self._device())), nn.Parameter(torch.zeros(outputs, settings.rank, device=self._device())))
+            weights[layer] = (
+                nn.Parameter(a.to(self._device())),
+                nn.Parameter(torch.zeros(outputs, settings.rank, device=self._device())),
+            )
         return self.add(LoraAdapter(name, settings, weights))
 
     def add(self, adapter: LoraAdapter) -> LoraAdapter:
@@ -225,7 +236,9 @@ class AdapterSet:
     def copy(self, source: str, name: str) -> LoraAdapter:
         """A copy of an adapter under another name."""
         original = self.get(source)
-        weights = {n: (nn.Parameter(a.detach().clone()), nn.Parameter(b.detach().clone())) for n, (a, b) in original.weights.items()}
+        weights = {
+            n: (nn.Parameter(a.detach().clone()), nn.Parameter(b.detach().clone())) for n, (a, b) in original.weights.items()
+        }
         return self.add(LoraAdapter(name, original.settings, weights))
 
     def remove(self, name: str) -> None:

@@ -61,8 +61,14 @@ def locate_base(model: str) -> BaseModelFolder:
         _refuse_without_safetensors(model, folder)
     for name in ("config.json",):
         if not (folder / name).exists():
-            raise ModelError(f'[base] model = "{model}"', f"{folder} has no {name}", do="give a model folder in the Hugging Face layout")
-    tokenizer = [p for p in (folder / "tokenizer.json", folder / "tokenizer_config.json", folder / "tokenizer.model") if p.exists()]
+            raise ModelError(
+                f'[base] model = "{model}"',
+                f"{folder} has no {name}",
+                do="give a model folder in the Hugging Face layout",
+            )
+    tokenizer = [
+        p for p in (folder / "tokenizer.json", folder / "tokenizer_config.json", folder / "tokenizer.model") if p.exists()
+    ]
     if not tokenizer:
         raise ModelError(f'[base] model = "{model}"', f"{folder} has no tokenizer", do="add tokenizer.json")
     return BaseModelFolder(model, folder, _hash_files([folder / "config.json", *weights]), _hash_files(tokenizer))
@@ -96,9 +102,7 @@ def _package_folder(model: str, name: str) -> Path:
     pip_name, module, sha256 = PACKAGES[name]
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
-        raise ModelError(
-            f'[base] model = "{model}"', f"the package {pip_name} is not installed", do=_install_hint(pip_name)
-        )
+        raise ModelError(f'[base] model = "{model}"', f"the package {pip_name} is not installed", do=_install_hint(pip_name))
     home = Path(spec.origin).parent
     target = cache_folder() / "models" / f"{name}-v{CONVERSION_VERSION}"
     if (target / "source.json").exists():
@@ -107,7 +111,7 @@ def _package_folder(model: str, name: str) -> Path:
         gguf = _assemble(home, target.with_suffix(".gguf"), sha256)
     else:
         gguf = next(home.glob("*.gguf"))
-    from posttrain.models.load import convert_gguf  # noqa: PLC0415 - torch is loaded only when a conversion is due
+    from posttrain.models.load import convert_gguf
 
     convert_gguf(gguf, target, model=model)
     if gguf.parent == target.parent:
@@ -144,7 +148,7 @@ def _assemble(home: Path, target: Path, sha256: str) -> Path:
 def _converted(model: str, gguf: Path, sha256: str) -> Path:
     target = cache_folder() / "models" / f"gguf-{sha256[:16]}-v{CONVERSION_VERSION}"
     if not (target / "source.json").exists():
-        from posttrain.models.load import convert_gguf  # noqa: PLC0415
+        from posttrain.models.load import convert_gguf
 
         convert_gguf(gguf, target, model=model)
     return target
@@ -155,14 +159,14 @@ def _random_folder(model: str, name: str) -> Path:
         raise ModelError(f'[base] model = "{model}"', f'no random model "{name}"', allowed="there is: random:tiny")
     target = cache_folder() / "models" / f"random-tiny-v{CONVERSION_VERSION}"
     if not (target / "source.json").exists():
-        from posttrain.models.load import make_random_tiny  # noqa: PLC0415
+        from posttrain.models.load import make_random_tiny
 
         make_random_tiny(target)
     return target
 
 
 def _hub_folder(model: str) -> Path:
-    from posttrain.models.load import fetch_from_hub  # noqa: PLC0415
+    from posttrain.models.load import fetch_from_hub
 
     return fetch_from_hub(model)
 
@@ -171,7 +175,10 @@ def _refuse_without_safetensors(model: str, folder: Path) -> None:
     pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl") for p in folder.glob(pattern)]
     found = f"only pickle files ({', '.join(sorted(pickles)[:3])})" if pickles else f"no safetensors in {folder}"
     raise ModelError(
-        f'[base] model = "{model}"', found, allowed="*.safetensors", do="convert the weights to safetensors: pickle files can run code"
+        f'[base] model = "{model}"',
+        found,
+        allowed="*.safetensors",
+        do="convert the weights to safetensors: pickle files can run code",
     )
 
 

@@ -33,7 +33,9 @@ def split_target(target: str) -> tuple[Path, str] | None:
     if (path.parent / "recipe.toml").is_file():
         names = finished_policies(path.parent)
         if path.name not in names:
-            raise ArtifactError(str(path), "no finished stage", allowed=f"there is: {', '.join(names)}", do="run the recipe first")
+            raise ArtifactError(
+                str(path), "no finished stage", allowed=f"there is: {', '.join(names)}", do="run the recipe first"
+            )
         return path.parent, path.name
     return None
 

@@ -36,7 +36,10 @@ class DeviceBatch(NamedTuple):
 def to_device(batch: PackedBatch, device: torch.device) -> DeviceBatch:
     """Tensors of a packed batch."""
     segments = Segments(tuple(Span(*span) for span in batch.spans))
-    numbers = [torch.tensor(x, dtype=torch.long, device=device) for x in (batch.ids, batch.positions, batch.source_N, batch.target_N, batch.row_N)]
+    numbers = [
+        torch.tensor(x, dtype=torch.long, device=device)
+        for x in (batch.ids, batch.positions, batch.source_N, batch.target_N, batch.row_N)
+    ]
     ids, positions, source, target, row = numbers
     return DeviceBatch(ids, positions, segments, source, target, row, batch.rows, batch.tokens)
 
@@ -53,7 +56,9 @@ def pack_pairs(pairs: Sequence[PairRow], device: torch.device) -> DeviceBatch:
     """Pairs as trees: row 2i is the chosen completion of pair i, row 2i + 1 the rejected one."""
     segments: list[Segment] = []
     for index, pair in enumerate(pairs):
-        segments += tree_segments(pair.prompt_ids, [pair.chosen_ids, pair.rejected_ids], first_row=2 * index, index=len(segments))
+        segments += tree_segments(
+            pair.prompt_ids, [pair.chosen_ids, pair.rejected_ids], first_row=2 * index, index=len(segments)
+        )
     return to_device(pack(segments, 2 * len(pairs)), device)
 
 
@@ -63,6 +68,6 @@ def batch_logprobs(base: BaseModel, batch: DeviceBatch, policy: str) -> Tensor:
     return target_logprobs(hidden_TD[batch.source_N], base.head_VD, batch.target_N, softcap=base.softcap)
 
 
-def sum_by_row(logprobs_N: Tensor, batch: DeviceBatch) -> Tensor:  # noqa: N803
+def sum_by_row(logprobs_N: Tensor, batch: DeviceBatch) -> Tensor:
     """Sum of the targets' log-probabilities of each row [B]."""
     return logprobs_N.new_zeros(batch.rows).index_add(0, batch.row_N, logprobs_N)

@@ -20,13 +20,14 @@ from posttrain.data.formats import read_preferences
 from posttrain.data.packing import split_by_tokens
 from posttrain.data.prepare import PairRow, prepare_pairs
 from posttrain.errors import Interrupted
-from posttrain.losses.dpo import PairLogprobs, dpo_loss
+from posttrain.losses.dpo import PairLogprobs, dpo_loss, log_ratio_divergence
 from posttrain.losses.output import LossOutput
 from posttrain.models.load import BaseModel
 from posttrain.progress import Progress
 from posttrain.recipe import DpoStage
 from posttrain.train.batches import MICRO_TOKENS, DeviceBatch, batch_logprobs, pack_pairs, sum_by_row
-from posttrain.train.loop import MicroBatch, StopSignal, TrainTask
+from posttrain.train.loop import MicroBatch, TrainTask
+from posttrain.train.signals import StopSignal
 from posttrain.train.stage import StageContext, StageResult, TrainedPolicy, fit_stage, start_policy
 
 REFERENCE_FILE = "reference.safetensors"
@@ -73,10 +74,11 @@ def dpo_task(
         reference_chosen_B, reference_rejected_B = sum_by_row(reference_N, batch).view(-1, 2).unbind(1)
         pairs = PairLogprobs(chosen_B, rejected_B, reference_chosen_B, reference_rejected_B)
         out = dpo_loss(pairs, beta=stage.beta, loss=stage.loss, label_smoothing=stage.label_smoothing, step_pairs=step_pairs)
-        ratio_N = (reference_N - logprobs_N).detach()
-        extra = {"pairs": ratio_N.new_tensor(len(chosen_B)), "tokens": ratio_N.new_tensor(len(ratio_N))}
-        # k3 (Schulman 2020) on the data's own completions: a distance to the reference where the data lies, not a KL of samples
-        return LossOutput(out.loss, out.metrics | extra | {"dpo/kl": (ratio_N.exp() - 1 - ratio_N).sum()})
+        extra = {
+            "pairs": torch.tensor(len(chosen_B)), "tokens": torch.tensor(len(logprobs_N)),
+            "dpo/kl": log_ratio_divergence(logprobs_N, reference_N),
+        }  # fmt: skip
+        return LossOutput(out.loss, out.metrics | extra)
 
     def loss(micro: MicroBatch, step: Sequence[MicroBatch]) -> LossOutput:
         return pair_loss(micro, sum(m.payload.batch.rows // 2 for m in step))
@@ -91,7 +93,13 @@ def dpo_task(
         return {f"dpo/validation_{k[4:]}": found[k] for k in ("dpo/loss", "dpo/accuracy", "dpo/margin")}
 
     return TrainTask(
-        len(train), policy.parameters, micro_batches, loss, summarise, validate if held_out else None, "dpo/validation_loss"
+        len(train),
+        policy.parameters,
+        micro_batches,
+        loss,
+        summarise,
+        validate if held_out else None,
+        "dpo/validation_loss",
     )
 
 

@@ -6,13 +6,9 @@ A loss or gradient that is not finite stops the run before the optimiser moves. 
 """
 
 import math
-import os
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +19,10 @@ from posttrain.errors import Interrupted, NonFiniteError
 from posttrain.losses.output import LossOutput
 from posttrain.progress import Metrics, Progress, Tracker
 from posttrain.train.checkpoint import Checkpoint, load_newest, save_checkpoint
+from posttrain.train.schedule import LoopSettings, learning_rate, step_rows, total_steps, validation_interval
+from posttrain.train.signals import StopSignal
 
 ADAM_EPSILON = 1e-8
-FINAL_RATE = 0.1  # of the peak, where cosine and linear schedules end
 
 
 class MicroBatch(NamedTuple):
@@ -48,24 +45,6 @@ class TrainTask(NamedTuple):
     validation_metric: str
 
 
-class LoopSettings(NamedTuple):
-    """The optimiser's settings; see recipe.py for what each means."""
-
-    epochs: float
-    batch: int
-    learning_rate: float
-    schedule: str
-    warmup: float
-    weight_decay: float
-    clip: float
-    keep: str
-    patience: int
-    validate_every: int
-    checkpoint_every: int
-    checkpoint_minutes: float
-    seed: int
-
-
 class FitResult(NamedTuple):
     """What a finished loop says of itself."""
 
@@ -75,67 +54,6 @@ class FitResult(NamedTuple):
     metrics: dict[str, float]
 
 
-class StopSignal:
-    """SIGTERM or Ctrl-C asks the loop to save and end; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            os._exit(128 + number)
-        self.asked = True
-
-    @contextmanager
-    def installed(self) -> Iterator["StopSignal"]:
-        """Listen while inside."""
-        previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-
-def total_steps(rows: int, settings: LoopSettings) -> int:
-    """Optimiser steps of a run: the last step of the data may be smaller than a batch."""
-    return max(1, math.ceil(rows * settings.epochs / settings.batch))
-
-
-def step_rows(step: int, rows: int, settings: LoopSettings) -> list[int]:
-    """Row indices of one step: epochs are seeded permutations laid end to end; the end of the run cuts the last one."""
-    first, last = step * settings.batch, min((step + 1) * settings.batch, max(1, math.ceil(rows * settings.epochs)))
-    chosen = []
-    for position in range(first, last):
-        epoch, offset = divmod(position, rows)
-        chosen.append(_permutation(epoch, rows, settings.seed)[offset])
-    return chosen
-
-
-_permutations: dict[tuple[int, int, int], list[int]] = {}
-
-
-def _permutation(epoch: int, rows: int, seed: int) -> list[int]:
-    key = (epoch, rows, seed)
-    if key not in _permutations:
-        _permutations.clear()
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        _permutations[key] = torch.randperm(rows, generator=generator).tolist()
-    return _permutations[key]
-
-
-def learning_rate(step: int, steps: int, settings: LoopSettings) -> float:
-    """Rate of a step (counted from 0): linear warm-up, then the schedule down to a tenth of the peak."""
-    warmup = math.ceil(steps * settings.warmup)
-    if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
-    if settings.schedule == "constant":
-        return settings.learning_rate
-    done = (step - warmup) / max(1, steps - warmup)
-    fall = 0.5 * (1 + math.cos(math.pi * done)) if settings.schedule == "cosine" else 1 - done
-    return settings.learning_rate * (FINAL_RATE + (1 - FINAL_RATE) * fall)
-
-
 class _Run:
     """State of one loop between steps; everything here is in the checkpoint."""
 
@@ -143,7 +61,10 @@ class _Run:
         self.task, self.settings = task, settings
         self.steps = total_steps(task.rows, settings)
         self.optimiser = torch.optim.AdamW(
-            list(task.parameters.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay, eps=ADAM_EPSILON
+            list(task.parameters.values()),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            eps=ADAM_EPSILON,
         )
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.best, self.since_best = math.inf, 0
@@ -171,7 +92,9 @@ class _Run:
             for name, parameter in self.task.parameters.items():
                 parameter.copy_(saved.tensors[f"weight/{name}"])
         for name, parameter in self.task.parameters.items():
-            found = {k.split("/")[1]: t for k, t in saved.tensors.items() if k.startswith("adam/") and k.split("/", 2)[2] == name}
+            found = {
+                k.split("/")[1]: t for k, t in saved.tensors.items() if k.startswith("adam/") and k.split("/", 2)[2] == name
+            }
             # AdamW keeps its step count on the CPU; the moments lie where the weights do.
             self.optimiser.state[parameter] = {k: t if k == "step" else t.to(parameter.device) for k, t in found.items()}
         self.best_weights = {n[5:]: t for n, t in saved.tensors.items() if n.startswith("best/")}
@@ -186,7 +109,13 @@ class _Run:
 
 
 def fit(
-    task: TrainTask, settings: LoopSettings, folder: Path, *, label: str, stop: StopSignal, trackers: tuple[Tracker, ...] = ()
+    task: TrainTask,
+    settings: LoopSettings,
+    folder: Path,
+    *,
+    label: str,
+    stop: StopSignal,
+    trackers: tuple[Tracker, ...] = (),
 ) -> FitResult:
     """Train `task.parameters` in place, resuming from `folder`/checkpoints where there are any.
 
@@ -254,7 +183,11 @@ def _one_step(run: _Run, folder: Path) -> tuple[dict[str, float], int]:
     run.tokens += tokens
     run.seconds += seconds
     shown = task.summarise(sums)
-    shown |= {"train/learning_rate": rate, "train/grad_norm": norm, "train/epoch": (run.step + 1) * settings.batch / task.rows}
+    shown |= {
+        "train/learning_rate": rate,
+        "train/grad_norm": norm,
+        "train/epoch": (run.step + 1) * settings.batch / task.rows,
+    }
     shown |= {"time/step": seconds, "time/tokens_per_second": tokens / seconds}
     return shown, tokens
 
@@ -278,7 +211,7 @@ def _validate_if_due(run: _Run, shown: dict[str, float]) -> bool:
     """Validate where it is due, remember the best; True when the run is over (last step or patience)."""
     settings, task = run.settings, run.task
     over = run.step >= run.steps
-    every = settings.validate_every or (max(1, round(task.rows / settings.batch / 4)) if settings.patience else 0)
+    every = validation_interval(task.rows, settings)
     if task.validate is None or not (over or (every and run.step % every == 0)):
         return over
     found = task.validate()

@@ -12,7 +12,9 @@ from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraSettings
 from posttrain.progress import Tracker
 from posttrain.recipe import DpoStage, Recipe, SftStage
-from posttrain.train.loop import FitResult, LoopSettings, StopSignal, TrainTask, fit
+from posttrain.train.loop import FitResult, TrainTask, fit
+from posttrain.train.schedule import LoopSettings
+from posttrain.train.signals import StopSignal
 
 
 class StageContext(NamedTuple):
@@ -73,7 +75,14 @@ def fit_stage(
     """Train, then write the policy into the stage's folder. `check` may turn the final metrics into warnings."""
     write_json(context.folder / "data_report.json", report)
     try:
-        result = fit(task, loop_settings(stage, context.recipe.seed), context.folder, label=stage.name, stop=context.stop, trackers=context.trackers)
+        result = fit(
+            task,
+            loop_settings(stage, context.recipe.seed),
+            context.folder,
+            label=stage.name,
+            stop=context.stop,
+            trackers=context.trackers,
+        )
         policy.save(context.folder)
     finally:
         context.base.model.requires_grad_(False)
