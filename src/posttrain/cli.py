@@ -73,7 +73,7 @@ def _add_run(verbs: Any) -> None:
 
 def _add_reading(verbs: Any) -> None:
     report = _verb(verbs, "report", _report, "write report.html again", "posttrain report runs/quickstart")
-    report.add_argument("run", type=Path)
+    report.add_argument("run", type=Path, help="a run folder")
     show = _verb(
         verbs,
         "show",
@@ -81,25 +81,25 @@ def _add_reading(verbs: Any) -> None:
         "a run's scorecard, or a stage's manifest and lineage",
         "posttrain show runs/quickstart/dpo",
     )
-    show.add_argument("target", type=Path, metavar="RUN[/STAGE]")
+    show.add_argument("target", type=Path, metavar="RUN[/STAGE]", help="a run folder, or a stage in it")
     show.add_argument("--json", action="store_true", help="print JSON")
     compare = _verb(
         verbs, "compare", _compare, "paired comparison of two policies that were evaluated on the same items",
         "posttrain compare runs/quickstart/sft runs/quickstart/dpo",
     )  # fmt: skip
-    compare.add_argument("a", type=Path, metavar="RUN/STAGE")
-    compare.add_argument("b", type=Path, metavar="RUN/STAGE")
+    compare.add_argument("a", type=Path, metavar="RUN/STAGE", help="the stage before")
+    compare.add_argument("b", type=Path, metavar="RUN/STAGE", help="the stage after")
     compare.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_models(verbs: Any) -> None:
     chat = _verb(verbs, "chat", _chat, "talk to a model or to a stage of a run", "posttrain chat runs/quickstart/dpo")
-    chat.add_argument("target", metavar="MODEL_OR_RUN/STAGE")
+    chat.add_argument("target", metavar="MODEL_OR_RUN/STAGE", help="a stage of a run, a run (its last stage) or a model")
     chat.add_argument("--compare", metavar="A,B,…", help="answer with several stages side by side, e.g. base,sft,dpo")
     chat.add_argument("--system", default="", help="a system message")
     chat.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
-    chat.add_argument("--max-new-tokens", type=int, default=256)
-    chat.add_argument("--seed", type=int, default=0)
+    chat.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens (default: 256)")
+    chat.add_argument("--seed", type=int, default=0, help="seed of what is sampled (default: 0)")
     chat.add_argument("--template", default="auto", help="chat template of a model without one (a run knows its own)")
     evaluate = _verb(
         verbs,
@@ -108,11 +108,11 @@ def _add_models(verbs: Any) -> None:
         "score a model or a stage of a run on suites",
         "posttrain evaluate runs/quickstart/dpo --suite starter",
     )
-    evaluate.add_argument("target", metavar="MODEL_OR_RUN/STAGE")
+    evaluate.add_argument("target", metavar="MODEL_OR_RUN/STAGE", help="a stage of a run, a run (its last stage) or a model")
     evaluate.add_argument("--suite", action="append", metavar="NAME_OR_FILE", help="default: starter")
     evaluate.add_argument("--limit", type=int, default=0, help="first items of each task only; 0 is all")
-    evaluate.add_argument("--max-new-tokens", type=int, default=64)
-    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens (default: 64)")
+    evaluate.add_argument("--seed", type=int, default=0, help="seed of what is sampled (default: 0)")
     evaluate.add_argument("--template", default="auto", help="chat template of a model without one (a run knows its own)")
     evaluate.add_argument("--out", type=Path, help="also write scores.jsonl and scorecard.json into this folder")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
@@ -123,7 +123,7 @@ def _add_models(verbs: Any) -> None:
         "fold an adapter into its base: a model folder for any tool",
         "posttrain merge runs/quickstart/dpo --out merged",
     )
-    merge.add_argument("target", metavar="RUN/STAGE")
+    merge.add_argument("target", metavar="RUN/STAGE", help="a stage of a run")
     merge.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
 
 
