@@ -1,0 +1,31 @@
+"""What all tests share: no network, a cache of their own, one thread (tiny models are slower on two), one tiny base."""
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from posttrain.models.load import BaseModel
+
+# Read by libraries when they are imported, and inherited by the processes that tests start.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Converted and made-up models go into a folder of this session, not into the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POSTTRAIN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny(own_cache: None) -> "BaseModel":
+    """The tiny random-weight Llama, float32 on the CPU. Whoever changes its weights puts them back."""
+    from posttrain.models.load import load_base
+
+    return load_base("random:tiny", template="gemma", dtype="float32", device="cpu")
