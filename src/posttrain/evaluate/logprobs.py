@@ -19,7 +19,6 @@ from posttrain.data.packing import Segment, pack, row_segments, split_by_tokens,
 from posttrain.errors import ModelError
 from posttrain.models.attention import Segments, Span
 from posttrain.models.load import BaseModel
-from posttrain.models.logprobs import target_logprobs
 
 # Tokens computed at once.
 MICRO_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -103,7 +102,7 @@ def _row_sums(base: BaseModel, adapter: str, segments: Sequence[Segment], rows: 
     table = Segments(tuple(Span(*span) for span in batch.spans))
     hidden_TD = base.hidden(torch.tensor(batch.ids), torch.tensor(batch.positions), table, adapter)
     source_N, target_N = (torch.tensor(x, device=base.device) for x in (batch.source_N, batch.target_N))
-    logprobs_N = target_logprobs(hidden_TD[source_N], base.head_VD, target_N, softcap=base.softcap).double().cpu()
+    logprobs_N = base.logprobs(hidden_TD[source_N], target_N, adapter).double().cpu()
     row_N = torch.tensor(batch.row_N)
     sum_B = torch.zeros(rows, dtype=torch.float64).index_add(0, row_N, logprobs_N)
     count_B = torch.bincount(row_N, minlength=rows)

@@ -200,7 +200,7 @@ class _Decoder:
     def _choose(self, hidden_RD: Tensor, places: list[int]) -> None:
         """Choose the next token of the rows at `places`; rows that are done leave."""
         rows = [self.rows[p] for p in places]
-        logits_RV = hidden_RD @ self.base.head_VD.T
+        logits_RV = hidden_RD @ self.base.head(self.adapter).T
         if self.base.softcap is not None:
             logits_RV = torch.tanh(logits_RV.float() / self.base.softcap) * self.base.softcap
         uniform_R = None

@@ -13,16 +13,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from posttrain.artifacts import write_json
+from posttrain.artifacts import verify_files, write_json
 from posttrain.errors import AdapterError
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter, LoraSettings, LoraShape
+from posttrain.models.rows import TokenRows
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 FULL_WEIGHTS = "model.safetensors"
 PREFIX = "base_model.model."
-TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 
 
 def save_adapter(folder: Path, adapter: LoraAdapter, base: BaseModel) -> None:
@@ -54,8 +55,8 @@ def _peft_config(adapter: LoraAdapter, base: BaseModel) -> dict[str, Any]:
         "inference_mode": True,
         "modules_to_save": None,
     }
-    if adapter.token_ids:
-        config["trainable_token_indices"] = {"embed_tokens": list(adapter.token_ids)}
+    if adapter.tokens is not None:
+        config["trainable_token_indices"] = {adapter.tokens.layer.rsplit(".", 1)[-1]: list(adapter.tokens.ids)}
     return config
 
 
@@ -73,14 +74,25 @@ def load_adapter(folder: Path, name: str, base: BaseModel, *, require_hash: bool
     )  # fmt: skip
     tensors, metadata = _read_tensors(folder / ADAPTER_WEIGHTS, where)
     check_base(metadata.get("base_weights_hash"), base, where, require_hash=require_hash)
-    token_rows = {n: t for n, t in tensors.items() if n.endswith(TOKEN_ROWS)}
+    tokens = _take_token_rows(tensors, config.get("trainable_token_indices"), base, where)
     weights = _match(tensors, LoraShape.select(base.model, settings.targets), settings.rank, where, base.device)
-    adapter = LoraAdapter(name, settings, weights)
-    for rows in token_rows.values():
-        indices = config["trainable_token_indices"]
-        adapter.token_ids = tuple(next(iter(indices.values())) if isinstance(indices, dict) else indices)
-        adapter.token_rows = nn.Parameter(rows.float().to(base.device))
-    return base.adapters.add(adapter)
+    return base.adapters.add(LoraAdapter(name, settings, weights, tokens))
+
+
+def _take_token_rows(tensors: dict[str, torch.Tensor], indices: Any, base: BaseModel, where: str) -> TokenRows | None:
+    """The trained embedding rows, taken out of `tensors`. PEFT writes a list of ids, or {layer: ids}."""
+    layer = base.adapters.embedding_name
+    if not indices:
+        return None
+    ids = indices.get(layer.rsplit(".", 1)[-1]) if isinstance(indices, dict) and len(indices) == 1 else indices
+    vocabulary, width = base.model.get_input_embeddings().weight.shape
+    if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < vocabulary for i in ids):
+        raise AdapterError(where, f"trainable_token_indices {str(indices)[:80]}", allowed=f"ids of {layer}, below {vocabulary}")
+    rows = tensors.pop(f"{PREFIX}{layer}{TOKEN_ROWS}", None)
+    if rows is None or tuple(rows.shape) != (len(ids), width):
+        found = "are missing" if rows is None else f"have shape {tuple(rows.shape)}"
+        raise AdapterError(where, f"the embedding rows {found}", allowed=f"shape {(len(ids), width)}")
+    return TokenRows(layer, tuple(ids), nn.Parameter(rows.float().to(base.device)))
 
 
 def _read_config(folder: Path, where: str) -> dict[str, Any]:
@@ -150,7 +162,7 @@ def _match(
                 raise AdapterError(where, f"{name} {found}", allowed=f"shape {shape}", do="load it on its own base")
             pair.append(nn.Parameter(tensor.float().to(device), requires_grad=False))
         weights[layer] = (pair[0], pair[1])
-    extra = [n for n in tensors if n not in wanted and not n.endswith(TOKEN_ROWS)]
+    extra = [n for n in tensors if n not in wanted]
     if extra:
         raise AdapterError(where, f"unknown tensor {extra[0]} ({len(extra)} of them)", do="load it on its own base")
     return weights
@@ -177,12 +189,17 @@ def load_full(path: Path, base: BaseModel) -> None:
     _copy_into(base, tensors, where)
 
 
+def base_tensors(base: BaseModel) -> dict[str, torch.Tensor]:
+    """The base's own weights as they lie on disk, by transformers' names; tied weights once."""
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(base.source.folder.glob("*.safetensors")):
+        found |= _read_tensors(path, f"base {path}")[0]
+    return {name: found[name] for name in full_state(base) if name in found}
+
+
 def reload_base(base: BaseModel) -> None:
     """Put the base's own weights back into the model in place."""
-    tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(base.source.folder.glob("*.safetensors")):
-        tensors |= _read_tensors(path, f"base {path}")[0]
-    _copy_into(base, tensors, f"base {base.source.folder}")
+    _copy_into(base, base_tensors(base), f"base {base.source.folder}")
 
 
 def _copy_into(base: BaseModel, tensors: dict[str, torch.Tensor], where: str) -> None:
@@ -207,10 +224,12 @@ class Policies:
                 if name == "base":
                     reload_base(self.base)
                 else:
+                    verify_files(self.run / name, (FULL_WEIGHTS,))
                     load_full(self.run / name / FULL_WEIGHTS, self.base)
                 self._in_place = name
             return "base"
         if name not in self.base.adapters:
+            verify_files(self.run / name, (ADAPTER_WEIGHTS, ADAPTER_CONFIG))
             load_adapter(self.run / name, name, self.base)
         return name
 

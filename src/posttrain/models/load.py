@@ -24,7 +24,9 @@ from posttrain.artifacts import fsync_tree, write_json
 from posttrain.data.chat import ChatFormat, load_chat_format
 from posttrain.errors import ModelError
 from posttrain.models.attention import ATTENTION_NAME, Segments, register_attention
+from posttrain.models.logprobs import target_logprobs
 from posttrain.models.lora import AdapterSet, LoraShape
+from posttrain.models.rows import HeadCopy, RowGradient, TokenRows
 from posttrain.models.source import BaseModelFolder, locate_base
 
 transformers.logging.set_verbosity_error()
@@ -58,18 +60,22 @@ class HuggingFaceTokenizer:
 
     def token_id(self, token: str) -> int | None:
         """Id of a whole token."""
-        found = self._ids.get(token)
-        return found if found is not None else self.inner.get_vocab().get(token)
+        found: int | None = self._ids.get(token)
+        if found is None:
+            found = self.inner.get_vocab().get(token)
+        return found
 
     @property
     def bos(self) -> str | None:
         """Text of BOS."""
-        return self.inner.bos_token
+        token: str | None = self.inner.bos_token
+        return token
 
     @property
     def eos(self) -> str | None:
         """Text of EOS."""
-        return self.inner.eos_token
+        token: str | None = self.inner.eos_token
+        return token
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
@@ -97,6 +103,8 @@ class BaseModel:
         self.device: torch.device = next(model.parameters()).device
         self.dtype: torch.dtype = next(model.parameters()).dtype
         self.adapters = AdapterSet(model, source.weights_hash)
+        self.tied = self.head_VD is model.get_input_embeddings().weight
+        self._head_copy = HeadCopy()
         config = model.config.get_text_config()
         self.softcap: float | None = config.to_dict().get("final_logit_softcapping")
         self.context: int = int(config.max_position_embeddings)
@@ -106,6 +114,24 @@ class BaseModel:
         """Weight of the language-model head."""
         weight: Tensor = self.model.get_output_embeddings().weight
         return weight
+
+    def head(self, policy: str) -> Tensor:
+        """Weight of the head [V, D] under a policy: with its trained rows, where head and embedding share one weight."""
+        tokens = self._head_tokens(policy)
+        return self.head_VD if tokens is None else self._head_copy.with_rows(self.head_VD, tokens)
+
+    def _head_tokens(self, policy: str) -> TokenRows | None:
+        return self.adapters.get(policy).tokens if self.tied and policy != "base" else None
+
+    def logprobs(self, hidden_ND: Tensor, target_N: Tensor, policy: str) -> Tensor:
+        """log p of each target [N] under a policy, float32, differentiable in whatever of it is trained."""
+        head_VD, tokens = self.head(policy), self._head_tokens(policy)
+        logprobs_N = target_logprobs(hidden_ND, head_VD, target_N, softcap=self.softcap)
+        if tokens is None or not tokens.rows.requires_grad or not torch.is_grad_enabled():
+            return logprobs_N
+        ids_K = torch.tensor(tokens.ids, device=target_N.device)
+        found: Tensor = RowGradient.apply(logprobs_N, hidden_ND, head_VD, tokens.rows, ids_K, target_N, self.softcap)  # type: ignore[no-untyped-call]
+        return found
 
     def hidden(self, ids_T: Tensor, positions_T: Tensor, segments: Segments, adapter: str) -> Tensor:
         """Last hidden states [T, D] of a packed batch, all segments with one adapter ("base" for none)."""
@@ -137,7 +163,7 @@ class BaseModel:
 def native_bfloat16() -> bool:
     """Whether this processor multiplies bf16 matrices in hardware (AVX512-BF16, AMX or ARM BF16)."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     found = torch.cpu.get_capabilities()
     return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
 

@@ -5,6 +5,7 @@
 A starts uniform in +-1/sqrt(inputs), B at zero, so a new adapter is the base exactly. Adapter weights are float32; the
 products run in the type of the activations. Files are PEFT's format to the letter (`adapter_model.safetensors`,
 `adapter_config.json`); the metadata carries the hash of the base, and another base is refused.
+Embedding rows trained beside: `models/rows.py`.
 
 T: tokens, R: rank.
 """
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from posttrain.errors import AdapterError, RecipeError
+from posttrain.models.rows import TokenRows, replace_rows
 
 ATTENTION_PARENTS = ("self_attn", "attn", "attention")
 MLP_PARENTS = ("mlp", "feed_forward", "ffn")
@@ -40,13 +42,14 @@ class LoraSettings(NamedTuple):
 
 
 class LoraAdapter:
-    """One adapter: for each adapted layer its A and B, float32. `rows` holds trained embedding rows, if any."""
+    """One adapter: for each adapted layer its A and B, float32, and the embedding rows trained beside them, if any."""
 
-    def __init__(self, name: str, settings: LoraSettings, weights: dict[str, tuple[nn.Parameter, nn.Parameter]]) -> None:
-        self.name, self.settings, self.weights = name, settings, weights
+    def __init__(
+        self, name: str, settings: LoraSettings, weights: dict[str, tuple[nn.Parameter, nn.Parameter]],
+        tokens: TokenRows | None = None,
+    ) -> None:  # fmt: skip
+        self.name, self.settings, self.weights, self.tokens = name, settings, weights, tokens
         self.training = False
-        self.token_ids: tuple[int, ...] = ()
-        self.token_rows: nn.Parameter | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Trainable tensors by PEFT's names, in a fixed order."""
@@ -54,7 +57,14 @@ class LoraAdapter:
         for layer, (a, b) in self.weights.items():
             named[f"base_model.model.{layer}.lora_A.weight"] = a
             named[f"base_model.model.{layer}.lora_B.weight"] = b
+        if self.tokens is not None:
+            named[f"base_model.model.{self.tokens.layer}.token_adapter.trainable_tokens_delta"] = self.tokens.rows
         return named
+
+    @property
+    def drops(self) -> bool:
+        """Whether dropout is in force: while gradients are recorded, and so not in validation."""
+        return self.training and self.settings.dropout > 0 and torch.is_grad_enabled()
 
     def requires_grad_(self, on: bool) -> None:
         """Make the adapter trainable, or freeze it."""
@@ -82,7 +92,7 @@ class LoraShape:
                 f"no layer {', '.join(unknown) or targets}",
                 allowed=f"there is: {', '.join(last_names)}",
             )
-        return {n: (int(m.in_features), int(m.out_features)) for n, m in chosen.items()}  # type: ignore[arg-type]
+        return {n: (int(m.in_features), int(m.out_features)) for n, m in chosen.items()}
 
 
 def _is_linear(name: str, module: nn.Module) -> bool:
@@ -140,9 +150,9 @@ class LoraLinear(nn.Module):
         if adapter is None or pair is None:
             return functional.linear(x, self.base.weight, self.base.bias)
         scale = adapter.settings.scale
-        if adapter.training and adapter.settings.dropout:
-            y = functional.linear(x, self.base.weight, self.base.bias)
-            return y + _low_rank(functional.dropout(x, adapter.settings.dropout), pair, scale)
+        if adapter.drops:
+            plain = functional.linear(x, self.base.weight, self.base.bias)
+            return plain + _low_rank(functional.dropout(x, adapter.settings.dropout), pair, scale)
         y: Tensor = _LoraProduct.apply(x, self.base.weight, self.base.bias, pair[0], pair[1], scale)  # type: ignore[no-untyped-call]
         return y
 
@@ -191,11 +201,16 @@ class _LoraProduct(torch.autograd.Function):
 class AdapterSet:
     """The named adapters on one base, and the routing that chooses among them."""
 
-    def __init__(self, model: nn.Module, weights_hash: str) -> None:
+    def __init__(self, model: Any, weights_hash: str) -> None:
         self._model, self.weights_hash = model, weights_hash
         self._adapters: dict[str, LoraAdapter] = {}
         self.routing = Routing()
         _wrap_linears(model, self.routing)
+        self._embedding: nn.Embedding = model.get_input_embeddings()
+        self.embedding_name = next(name for name, module in model.named_modules() if module is self._embedding)
+        # Gemma multiplies its embeddings by the square root of their width.
+        self._embedding_scale = dict(self._embedding.named_buffers()).get("embed_scale")
+        self._embedding.register_forward_hook(self._embed)
 
     def __contains__(self, name: str) -> bool:
         return name == "base" or name in self._adapters
@@ -214,8 +229,8 @@ class AdapterSet:
             )
         return self._adapters[name]
 
-    def create(self, name: str, settings: LoraSettings, *, seed: int) -> LoraAdapter:
-        """A new adapter that equals the base: A uniform in +-1/sqrt(inputs), B zero."""
+    def create(self, name: str, settings: LoraSettings, *, seed: int, token_ids: tuple[int, ...] = ()) -> LoraAdapter:
+        """A new adapter that equals the base: A uniform in +-1/sqrt(inputs), B zero, the base's rows for `token_ids`."""
         generator = torch.Generator().manual_seed(seed)
         weights = {}
         for layer, (inputs, outputs) in LoraShape.select(self._model, settings.targets).items():
@@ -225,7 +240,11 @@ class AdapterSet:
                 nn.Parameter(a.to(self._device())),
                 nn.Parameter(torch.zeros(outputs, settings.rank, device=self._device())),
             )
-        return self.add(LoraAdapter(name, settings, weights))
+        tokens = None
+        if token_ids:
+            rows = self._embedding.weight.detach()[list(token_ids)].float()
+            tokens = TokenRows(self.embedding_name, token_ids, nn.Parameter(rows))
+        return self.add(LoraAdapter(name, settings, weights, tokens))
 
     def add(self, adapter: LoraAdapter) -> LoraAdapter:
         """Keep an adapter under its name, frozen."""
@@ -239,7 +258,7 @@ class AdapterSet:
         weights = {
             n: (nn.Parameter(a.detach().clone()), nn.Parameter(b.detach().clone())) for n, (a, b) in original.weights.items()
         }
-        return self.add(LoraAdapter(name, original.settings, weights))
+        return self.add(LoraAdapter(name, original.settings, weights, original.tokens.copy() if original.tokens else None))
 
     def remove(self, name: str) -> None:
         """Forget an adapter."""
@@ -266,12 +285,26 @@ class AdapterSet:
         finally:
             self.routing.whole, self.routing.spans = before
 
+    def _embed(self, module: nn.Module, inputs: tuple[Tensor], embedded: Tensor) -> Tensor | None:
+        """After the embedding: trained rows of the adapters in force replace the base's. None leaves the output as it is."""
+        ids, whole = inputs[0], self.routing.whole
+        spans = self.routing.spans or (Span(0, ids.shape[1], whole),)
+        if all(adapter is None or adapter.tokens is None for _, _, adapter in spans):
+            return None
+        parts = []
+        for start, stop, adapter in spans:
+            part = embedded[:, start:stop]
+            if adapter is not None and adapter.tokens is not None:
+                part = replace_rows(part, ids[:, start:stop], adapter.tokens, self._embedding_scale)
+            parts.append(part)
+        return torch.cat(parts, dim=1)
+
     def _device(self) -> torch.device:
-        return next(self._model.parameters()).device
+        return self._embedding.weight.device
 
 
 def _wrap_linears(model: nn.Module, routing: Routing) -> None:
     for name, module in list(model.named_modules()):
         if _is_linear(name, module):
             parent_name, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent_name), child, LoraLinear(module, name, routing))  # type: ignore[arg-type]
+            setattr(model.get_submodule(parent_name), child, LoraLinear(module, name, routing))

@@ -13,7 +13,6 @@ from posttrain.data.packing import PackedBatch, Segment, pack, row_segments, tre
 from posttrain.data.prepare import PairRow, TrainRow
 from posttrain.models.attention import Segments, Span
 from posttrain.models.load import BaseModel
-from posttrain.models.logprobs import target_logprobs
 
 # Tokens computed at once: memory grows with this number. Narrow layers reach their speed on two cores only from about two
 # thousand rows on (1.5 against 2.9 TFLOP/s at width 576).
@@ -65,7 +64,7 @@ def pack_pairs(pairs: Sequence[PairRow], device: torch.device) -> DeviceBatch:
 def batch_logprobs(base: BaseModel, batch: DeviceBatch, policy: str) -> Tensor:
     """log p of every target of the batch [N] under a policy, float32."""
     hidden_TD = base.hidden(batch.ids_T, batch.positions_T, batch.segments, policy)
-    return target_logprobs(hidden_TD[batch.source_N], base.head_VD, batch.target_N, softcap=base.softcap)
+    return base.logprobs(hidden_TD[batch.source_N], batch.target_N, policy)
 
 
 def sum_by_row(logprobs_N: Tensor, batch: DeviceBatch) -> Tensor:

@@ -10,6 +10,7 @@ from posttrain.artifacts import write_json
 from posttrain.models.files import Policies, full_state, save_adapter, save_full
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraSettings
+from posttrain.models.tokens import token_ids
 from posttrain.progress import Tracker
 from posttrain.recipe import DpoStage, Recipe, SftStage
 from posttrain.train.loop import FitResult, TrainTask, fit
@@ -60,7 +61,8 @@ def start_policy(context: StageContext, stage: SftStage | DpoStage) -> TrainedPo
         return TrainedPolicy("base", full_state(base), lambda folder: save_full(folder, base))
     name = f"{stage.name} in training"
     if stage.init == "base":
-        adapter = base.adapters.create(name, lora_settings(context.recipe), seed=context.recipe.seed)
+        ids = token_ids(base, context.recipe.adapter.train_tokens)
+        adapter = base.adapters.create(name, lora_settings(context.recipe), seed=context.recipe.seed, token_ids=ids)
     else:
         adapter = base.adapters.copy(context.policies.activate(stage.init), name)
         adapter.settings = adapter.settings._replace(dropout=context.recipe.adapter.dropout)
@@ -87,7 +89,15 @@ def fit_stage(
     finally:
         context.base.model.requires_grad_(False)
         context.policies.forget(policy.routing)
-    return StageResult(result, report, check(result.metrics) if check else ())
+    warnings = check(result.metrics) if check else ()
+    return StageResult(result, report, warnings + _without_validation(stage, task))
+
+
+def _without_validation(stage: SftStage | DpoStage, task: TrainTask) -> tuple[str, ...]:
+    """Settings that a stage without held-out rows cannot follow."""
+    if task.validate is not None or not (stage.patience or stage.keep == "best"):
+        return ()
+    return ('no row is held out for validation, so keep = "best" and patience did nothing; raise validation',)
 
 
 def loop_settings(stage: SftStage | DpoStage, seed: int) -> LoopSettings:

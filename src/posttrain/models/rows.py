@@ -1,0 +1,87 @@
+"""Embedding rows trained beside an adapter, for template tokens that the base never saw.
+
+The rows take the places of the base's own (they are no differences), as PEFT's `trainable_token_indices` has it: in the
+input embedding, and where the head shares its weight with the embedding, in the head as well:
+
+    e(t) = s r_k   for t = id_k, s the model's embedding scale;      z_k = r_k . h
+
+    d log p(t) / d r_k = ([t = id_k] - p_k) h,      p_k = exp(z_k - log sum_v exp z_v),   log sum = z_t - log p(t)
+
+The head's part is formed here from the log-probabilities that are there anyway: no gradient of the whole head is made.
+
+T: tokens, N: targets, K: trained rows, D: width.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class TokenRows(NamedTuple):
+    """Rows [K, D], float32, that stand for those of `ids` in the embedding layer named `layer`."""
+
+    layer: str
+    ids: tuple[int, ...]
+    rows: nn.Parameter
+
+    def copy(self) -> "TokenRows":
+        """The same rows, with a life of their own."""
+        return self._replace(rows=nn.Parameter(self.rows.detach().clone()))
+
+
+def replace_rows(embedded: Tensor, ids: Tensor, tokens: TokenRows, scale: Tensor | None) -> Tensor:
+    """Embedded tokens [..., D] of ids [...] with the trained rows in their places."""
+    match = ids[..., None] == torch.tensor(tokens.ids, device=ids.device)
+    rows_KD = tokens.rows.to(embedded.dtype)
+    if scale is not None:
+        rows_KD = rows_KD * scale.to(embedded.dtype)
+    return torch.where(match.any(-1, keepdim=True), rows_KD[match.int().argmax(-1)], embedded)
+
+
+class HeadCopy:
+    """A copy of a shared head in which the rows of one adapter at a time stand; made at the first use."""
+
+    def __init__(self) -> None:
+        self._copy_VD: Tensor | None = None
+        self._patched: list[int] = []
+
+    def with_rows(self, head_VD: Tensor, tokens: TokenRows) -> Tensor:
+        """The head [V, D] with the rows of `tokens`, detached; it holds until the next call."""
+        with torch.inference_mode(False), torch.no_grad():
+            if self._copy_VD is None:
+                self._copy_VD = head_VD.detach().clone()
+        copy_VD = self._copy_VD
+        with torch.no_grad():
+            copy_VD[self._patched] = head_VD[self._patched]
+            self._patched = list(tokens.ids)
+            copy_VD[self._patched] = tokens.rows.to(head_VD.dtype)
+        return copy_VD
+
+
+class RowGradient(torch.autograd.Function):
+    """log p [N] as it is, with its gradient in the trained rows of the head."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logprobs_N: Tensor, hidden_ND: Tensor, head_VD: Tensor, rows_KD: Tensor, ids_K: Tensor, target_N: Tensor,
+        softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        target_logit_N = _capped((hidden_ND.float() * head_VD[target_N].float()).sum(-1), softcap)
+        logits_NK = _capped(hidden_ND.float() @ head_VD[ids_K].float().T, softcap)
+        share_NK = (logits_NK - (target_logit_N - logprobs_N)[:, None]).exp().clamp_(max=1)
+        slope_NK = (target_N[:, None] == ids_K).float() - share_NK
+        if softcap is not None:
+            slope_NK *= 1 - (logits_NK / softcap) ** 2
+        ctx.save_for_backward(slope_NK, hidden_ND)
+        return logprobs_N.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        slope_NK, hidden_ND = ctx.saved_tensors
+        grad_rows = (slope_NK * grads[0][:, None]).T @ hidden_ND.float()
+        return grads[0], None, None, grad_rows, None, None, None
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap

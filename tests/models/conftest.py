@@ -1,0 +1,86 @@
+"""What the model tests share: the tiny random base, adapters that do something, and run folders made by hand."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from posttrain.artifacts import publish
+from posttrain.models.files import save_adapter, save_full
+from posttrain.models.load import BaseModel, load_base
+from posttrain.models.lora import LoraAdapter, LoraSettings
+
+RECIPE = """
+name = "made"
+[base]
+model = "{model}"
+template = "{template}"
+dtype = "float32"
+[adapter]
+kind = "{kind}"
+[[stage]]
+kind = "sft"
+name = "sft"
+data = "starter/demonstrations.jsonl"
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The cache of converted models is a temporary folder: no test reads or writes the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POSTTRAIN_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def shared_tiny(own_cache: Path) -> BaseModel:
+    """random:tiny in float32; a test that changes its weights loads its own."""
+    return load_base("random:tiny", template="gemma", dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def tiny(shared_tiny: BaseModel) -> Iterator[BaseModel]:
+    """random:tiny without adapters, forgotten again afterwards."""
+    yield shared_tiny
+    for name in shared_tiny.adapters.names():
+        shared_tiny.adapters.remove(name)
+
+
+@pytest.fixture(scope="session")
+def lively() -> Callable[..., LoraAdapter]:
+    """Makes an adapter whose B is not zero, so that it changes what the base says."""
+
+    def make(base: BaseModel, name: str, *, seed: int = 0, token_ids: tuple[int, ...] = (), **settings: object) -> LoraAdapter:
+        shape: dict[str, object] = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": "all", "scaling": "standard"}
+        adapter = base.adapters.create(name, LoraSettings(**(shape | settings)), seed=seed, token_ids=token_ids)  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(seed + 1)
+        with torch.no_grad():
+            for _, b in adapter.weights.values():
+                b.normal_(std=0.1, generator=generator)
+            if adapter.tokens is not None:
+                adapter.tokens.rows.normal_(std=0.3, generator=generator)
+        return adapter
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run_of() -> Callable[..., Path]:
+    """Makes the run folder of one finished stage `sft` that holds an adapter, or the base's weights as full weights."""
+
+    def make(folder: Path, base: BaseModel, adapter: LoraAdapter | None) -> Path:
+        (folder / "partial").mkdir(parents=True)
+        kind = "lora" if adapter else "full"
+        text = RECIPE.format(model=base.source.model, template=base.chat.template_name, kind=kind)
+        (folder / "recipe.toml").write_text(text, encoding="utf-8")
+        if adapter is not None:
+            save_adapter(folder / "partial", adapter, base)
+        else:
+            save_full(folder / "partial", base)
+        publish(folder / "partial", folder / "sft", {"kind": kind, "fingerprint": "made"})
+        return folder / "sft"
+
+    return make
