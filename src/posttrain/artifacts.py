@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,14 +53,28 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise disk_error(path, error) from error
 
 
+_DISK_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "larger than a file may be here",
+    errno.EACCES: "no permission to write",
+    errno.EPERM: "no permission to write",
+    errno.EROFS: "a read-only disk",
+    errno.EEXIST: "a file is where a folder should be",
+    errno.ENOTDIR: "a file is where a folder should be",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.EIO: "the disk does not answer",
+}
+
+
+def is_disk_error(error: OSError) -> bool:
+    """Whether the file system refused, rather than this package asking for what cannot be."""
+    return error.errno in _DISK_REASONS
+
+
 def disk_error(path: Path, error: OSError) -> ArtifactError:
     """Words for a write that the file system refused."""
-    reasons = {
-        errno.ENOSPC: "the disk is full",
-        errno.EACCES: "no permission to write",
-        errno.EROFS: "a read-only disk",
-    }
-    found = reasons.get(error.errno or 0, error.strerror or str(error))
+    found = _DISK_REASONS.get(error.errno or 0, error.strerror or str(error))
     return ArtifactError(str(path), found, do="make room or choose another folder with --out, then run the same command again")
 
 
@@ -82,22 +96,79 @@ def fsync_tree(folder: Path) -> None:
         fsync_folder(Path(root))
 
 
-def publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
-    """Turn a partial folder into an artifact: fsync, manifest last, rename. An older artifact there is replaced."""
+def publish(partial: Path, final: Path, manifest: dict[str, Any], *, scratch: Collection[str] = ()) -> None:
+    """Turn a partial folder into an artifact: fsync, manifest last, rename. An older artifact there is replaced.
+
+    The manifest gets the sha256 of every payload file. `scratch` names what was needed only while working; it goes after
+    the manifest is written, so that a kill at any point loses nothing: `recover` finishes what was begun here.
+    Raises ArtifactError when the disk refuses.
+    """
     try:
         fsync_tree(partial)
-        write_json(partial / MANIFEST, manifest)
-        if final.exists():
-            retired = final.with_name(f".{final.name}.retired")
-            shutil.rmtree(retired, ignore_errors=True)
-            os.rename(final, retired)
-            os.rename(partial, final)
-            shutil.rmtree(retired, ignore_errors=True)
-        else:
-            os.rename(partial, final)
-        fsync_folder(final.parent)
+        files = {
+            path.relative_to(partial).as_posix(): hash_file(path)
+            for path in sorted(partial.rglob("*"))
+            if path.is_file() and path.relative_to(partial).parts[0] not in scratch
+        }
+        write_json(partial / MANIFEST, {**manifest, "files": files})
+        _move_into_place(partial, final, scratch)
     except OSError as error:
         raise disk_error(final, error) from error
+
+
+def _move_into_place(partial: Path, final: Path, scratch: Collection[str]) -> None:
+    for name in scratch:
+        _remove(partial / name)
+    retired = final.with_name(f".{final.name}.retired")
+    if final.exists():
+        _remove(retired)
+        os.rename(final, retired)
+    os.rename(partial, final)
+    fsync_folder(final.parent)
+    _remove(retired)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def partial_folder(folder: Path) -> Path:
+    """Where an artifact is built before it is published."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def recover(parent: Path, *, scratch: Collection[str] = ()) -> None:
+    """Finish what a kill inside `publish` left in a folder of artifacts: a partial one with a manifest is whole.
+
+    Of an artifact that was being replaced either the new one is put in place or, where there is none, the old one back.
+    """
+    for partial in sorted(parent.glob(".*.partial")):
+        if (partial / MANIFEST).exists():
+            _move_into_place(partial, parent / partial.name[1 : -len(".partial")], scratch)
+    for retired in sorted(parent.glob(".*.retired")):
+        final = parent / retired.name[1 : -len(".retired")]
+        if final.exists():
+            _remove(retired)
+        else:
+            os.rename(retired, final)
+
+
+def verify_files(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Compare files of an artifact with the hashes in its manifest (all of them, or those named).
+
+    Raises ArtifactError naming the file that was changed or is gone.
+    """
+    manifest = read_manifest(folder) or {}
+    for name, digest in manifest.get("files", {}).items():
+        if names is not None and name not in names:
+            continue
+        path = folder / name
+        if not path.is_file() or hash_file(path) != digest:
+            found = "was changed after it was made" if path.is_file() else "is missing"
+            raise ArtifactError(str(path), found, do=f"remove {folder} and run the recipe again")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -107,9 +178,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         raise ArtifactError(str(path), "not readable as JSON", do=f"remove {folder} and run the recipe again") from None
-    if not isinstance(manifest, dict) or "fingerprint" not in manifest:
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("fingerprint"), str):
         raise ArtifactError(str(path), "not a manifest", do=f"remove {folder} and run the recipe again")
     return manifest
 
@@ -148,7 +219,10 @@ def lineage(run: Path, stage: str) -> list[dict[str, Any]]:
 
 @contextmanager
 def run_lock(run: Path) -> Iterator[None]:
-    """Hold a run folder; a second process is refused at once. The lock dies with the process, however it dies."""
+    """Hold a run folder; a second process is refused at once. The lock dies with the process, however it dies.
+
+    Raises RunLockedError where another process holds it, ArtifactError where the folder cannot be made or written.
+    """
     try:
         run.mkdir(parents=True, exist_ok=True)
         handle = (run / ".lock").open("a+")

@@ -1,19 +1,24 @@
 """The command `posttrain`: verbs, thin. Each verb parses, calls one function and prints; the work is elsewhere.
 
 Exit codes: 0 all well (also: stopped on request, state saved), 2 a mistake that the user can mend, 1 a defect of ours.
+Ctrl-C where nothing needs saving ends with 130, as a shell would say it.
 """
 
 import argparse
 import json
+import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from posttrain import __version__
-from posttrain.errors import Interrupted, PosttrainError
+from posttrain.artifacts import disk_error, is_disk_error
+from posttrain.errors import Interrupted, PosttrainError, RecipeError
 
 Verb = Callable[[argparse.Namespace], int]
+CTRL_C = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,16 +26,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = build_parser().parse_args(arguments)
     verb: Verb = parsed.verb
     try:
-        return verb(parsed)
+        code = verb(parsed)
+        sys.stdout.flush()  # here, where a reader that went away or a full disk can be answered
+        return code
     except PosttrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return 0
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return CTRL_C
     except BrokenPipeError:  # the reader of our output went away: `posttrain show … | head`
-        sys.stderr.close()
+        # Python flushes standard output at its end, and would complain there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if not is_disk_error(error):
+            raise
+        print(f"error: {disk_error(Path(error.filename or 'standard output'), error)}", file=sys.stderr)
+        return 2
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -97,7 +113,7 @@ def _add_models(verbs: Any) -> None:
     chat.add_argument("target", metavar="MODEL_OR_RUN/STAGE", help="a stage of a run, a run (its last stage) or a model")
     chat.add_argument("--compare", metavar="A,B,…", help="answer with several stages side by side, e.g. base,sft,dpo")
     chat.add_argument("--system", default="", help="a system message")
-    chat.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
+    chat.add_argument("--temperature", type=_temperature, default=0.7, help="0 is greedy (default: 0.7)")
     chat.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens (default: 256)")
     chat.add_argument("--seed", type=int, default=0, help="seed of what is sampled (default: 0)")
     chat.add_argument("--template", default="auto", help="chat template of a model without one (a run knows its own)")
@@ -110,7 +126,7 @@ def _add_models(verbs: Any) -> None:
     )
     evaluate.add_argument("target", metavar="MODEL_OR_RUN/STAGE", help="a stage of a run, a run (its last stage) or a model")
     evaluate.add_argument("--suite", action="append", metavar="NAME_OR_FILE", help="default: starter")
-    evaluate.add_argument("--limit", type=int, default=0, help="first items of each task only; 0 is all")
+    evaluate.add_argument("--limit", type=_whole(0), default=0, help="first items of each task only; 0 is all")
     evaluate.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens (default: 64)")
     evaluate.add_argument("--seed", type=int, default=0, help="seed of what is sampled (default: 0)")
     evaluate.add_argument("--template", default="auto", help="chat template of a model without one (a run knows its own)")
@@ -128,7 +144,11 @@ def _add_models(verbs: Any) -> None:
 
 
 def _add_data(verbs: Any) -> None:
-    data = verbs.add_parser("data", help="look at data before training on it")
+    data = verbs.add_parser(
+        "data",
+        help="look at data before training on it",
+        epilog="example: posttrain data check my.jsonl --recipe recipes/quickstart.toml",
+    )
     kinds = data.add_subparsers(required=True, metavar="VERB")
     check = _verb(
         kinds, "check", _data_check, "what training would really see of a data file",
@@ -142,7 +162,33 @@ def _add_data(verbs: Any) -> None:
     check.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _width() -> int:
+    """Columns of the terminal; of a file or a pipe as many as a wide one has."""
+    return shutil.get_terminal_size((120, 24)).columns
+
+
+def _whole(lowest: int) -> Callable[[str], int]:
+    """A whole number of at least `lowest`, for argparse."""
+
+    def read(text: str) -> int:
+        value = int(text)
+        if value < lowest:
+            raise argparse.ArgumentTypeError(f"{value} is less than {lowest}")
+        return value
+
+    read.__name__ = "whole number"  # what argparse calls a text that int() refuses
+    return read
+
+
+def _temperature(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 upwards")
+    return value
+
+
 def _run(options: argparse.Namespace) -> int:
+    from posttrain.evaluate.table import format_table
     from posttrain.pipeline import check_until, run_folder, run_recipe
     from posttrain.recipe import load_recipe, to_toml
 
@@ -161,7 +207,7 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     if not outcome.worked:
         print(f"{run}: nothing to do, every stage is finished")
-    print(outcome.table)
+    print(format_table(outcome.scorecard, width=_width()))
     print(f"report: {outcome.report}")
     return 0
 
@@ -206,6 +252,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     scorecard, table = evaluate_target(
         open_target(options.target, template=options.template), tuple(options.suite or ["starter"]), limit=options.limit,
         max_new_tokens=options.max_new_tokens, seed=options.seed, out=options.out,
+        width=_width(),
     )  # fmt: skip
     print(json.dumps(scorecard, indent=2) if options.json else table)
     return 0
@@ -226,6 +273,8 @@ def _data_check(options: argparse.Namespace) -> int:
     from posttrain.models.source import locate_base
     from posttrain.recipe import load_recipe
 
+    if options.stage is not None and options.recipe is None:
+        raise RecipeError("--stage", f'"{options.stage}" of no recipe', do="give --recipe as well")
     recipe = load_recipe(options.recipe) if options.recipe else None
     check = plan_check(options.file, recipe, options.stage, model=options.model, template=options.template)
     suites = recipe.evaluation.suites if recipe else ("starter",)

@@ -8,6 +8,7 @@ folder that remembers what it works for; a kill leaves that folder, and the next
 
 import json
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -17,19 +18,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from posttrain import __version__
-from posttrain.artifacts import publish, run_lock, write_bytes, write_json, write_jsonl
-from posttrain.errors import ArtifactError, RecipeError
-from posttrain.evaluate.scorecard import StageScores, build_scorecard, format_table, load_scores
-from posttrain.plan import Plan, Step, make_plan, partial_folder, unfinished
-from posttrain.recipe import Recipe
+from posttrain.artifacts import (
+    disk_error,
+    is_disk_error,
+    partial_folder,
+    publish,
+    recover,
+    run_lock,
+    verify_files,
+    write_bytes,
+    write_json,
+    write_jsonl,
+)
+from posttrain.errors import Interrupted, RecipeError
+from posttrain.evaluate.scorecard import StageScores, build_scorecard, load_scores
+from posttrain.plan import EVALUATIONS, WORKING_ON, Plan, Step, make_plan, unfinished
+from posttrain.recipe import Recipe, nearest
+from posttrain.train.signals import StopSignal
 
 if TYPE_CHECKING:
     from posttrain.models.files import Policies
-    from posttrain.train.signals import StopSignal
 
-WORKING_ON = "working_on.json"
 # What a stage needs only while it works: not part of the artifact.
-SCRATCH = ("checkpoints", "reference.safetensors", WORKING_ON)
+SCRATCH = ("checkpoints", WORKING_ON)
 
 
 class RunOutcome(NamedTuple):
@@ -38,7 +49,6 @@ class RunOutcome(NamedTuple):
     worked: int
     scorecard: dict[str, Any]
     report: Path
-    table: str
 
 
 def run_folder(recipe: Recipe, out: Path | None) -> Path:
@@ -50,7 +60,8 @@ def check_until(recipe: Recipe, until: str | None) -> None:
     """Raises RecipeError for a stage that is not there."""
     names = [stage.name for stage in recipe.stage]
     if until is not None and until not in names:
-        raise RecipeError("--until", f'"{until}" is not a stage', allowed=f"there is: {', '.join(names)}")
+        found = f'"{until}" is not a stage'
+        raise RecipeError("--until", found, allowed=f"there is: {', '.join(names)}", do=nearest(until, names))
 
 
 def run_recipe(recipe: Recipe, recipe_text: str, run: Path, *, until: str | None = None) -> RunOutcome:
@@ -59,38 +70,74 @@ def run_recipe(recipe: Recipe, recipe_text: str, run: Path, *, until: str | None
     Raises PosttrainError for whatever the user can mend, Interrupted when asked to stop (state is saved).
     """
     check_until(recipe, until)
-    with run_lock(run):
-        plan = make_plan(recipe, run, until=until)
-        if plan.due:
-            write_bytes(run / "recipe.toml", recipe_text.encode())
-            _work(plan)
-        return _finish(plan)
+    if not run.exists():
+        make_plan(recipe, run, until=until)  # a mistake in what the recipe names leaves no folder behind
+    try:
+        with StopSignal().installed() as stop, run_lock(run):
+            for folder in (run, run / EVALUATIONS):
+                recover(folder, scratch=SCRATCH)
+            plan = make_plan(recipe, run, until=until)
+            if plan.due:
+                write_bytes(run / "recipe.toml", recipe_text.encode())
+                _work(plan, stop)
+            return _finish(plan)
+    except OSError as error:
+        if is_disk_error(error):
+            raise disk_error(run, error) from error
+        raise
 
 
-def _work(plan: Plan) -> None:
-    """Load the base once, then do what is due."""
+def _work(plan: Plan, stop: StopSignal) -> None:
+    """Check the data of what is due, load the base once, then do it. Raises Interrupted between steps when asked."""
     say(f"loading {plan.recipe.base.model}")
+    from safetensors import SafetensorError
+
     from posttrain.models.files import Policies
     from posttrain.models.load import load_base
-    from posttrain.train.signals import StopSignal
 
+    _check_data(plan)
     recipe = plan.recipe
-    with StopSignal().installed() as stop:
-        settings = recipe.base
-        base = load_base(
-            settings.model, template=settings.template, dtype=settings.dtype, device=settings.device,
-            full=recipe.adapter.kind == "full",
-        )  # fmt: skip
-        policies = Policies(base, plan.run)
-        for warning in base_warnings(policies):
-            say(f"warning: {warning}")
-        for step in plan.due:
-            started = time.monotonic()
-            folder = _open_partial(step)
-            extra = _train(plan, step, folder, policies, stop) if step.stage else _evaluate(plan, step, folder, policies, stop)
-            for name in SCRATCH:
-                _remove(folder / name)
-            publish(folder, step.folder, _manifest(plan, step, policies, extra, time.monotonic() - started))
+    settings = recipe.base
+    base = load_base(
+        settings.model, template=settings.template, dtype=settings.dtype, device=settings.device,
+        full=recipe.adapter.kind == "full",
+    )  # fmt: skip
+    policies = Policies(base, plan.run)
+    for warning in base_warnings(policies):
+        say(f"warning: {warning}")
+    for step in plan.due:
+        if stop.asked:
+            raise Interrupted(f"stopped before {step.name}; run the same command to go on")
+        try:
+            _do(plan, step, policies, stop)
+        except SafetensorError as error:  # it tells what the disk said only in words
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise disk_error(step.folder, OSError(int(number[1]), str(error))) from error
+
+
+def _do(plan: Plan, step: Step, policies: "Policies", stop: StopSignal) -> None:
+    """One step from an empty or unfinished folder to a published artifact."""
+    started = time.monotonic()
+    folder = _open_partial(step)
+    extra = _train(plan, step, folder, policies, stop) if step.stage else _evaluate(plan, step, folder, policies, stop)
+    manifest = _manifest(plan, step, policies, extra, time.monotonic() - started)
+    publish(folder, step.folder, manifest, scratch=SCRATCH)
+
+
+def _check_data(plan: Plan) -> None:
+    """Render the data of every stage that is due: a bad row of the last one must not cost the hours of the first.
+
+    Raises DataError as the stage would.
+    """
+    from posttrain.data.doctor import prepare_stage
+    from posttrain.models.load import load_chat
+
+    chat = load_chat(plan.source, plan.recipe.base.template)
+    for step in plan.due:
+        if step.stage is not None:
+            prepare_stage(step.stage, chat, seed=plan.recipe.seed, evaluation_prompts=plan.evaluation_prompts)
 
 
 def base_warnings(policies: "Policies") -> list[str]:
@@ -103,22 +150,12 @@ def _open_partial(step: Step) -> Path:
     folder = partial_folder(step.folder)
     if unfinished(step.folder) != step.fingerprint:
         shutil.rmtree(folder, ignore_errors=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ArtifactError(str(folder), error.strerror or str(error), do="choose another folder with --out") from error
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / WORKING_ON, {"fingerprint": step.fingerprint})
     return folder
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _train(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: "StopSignal") -> dict[str, Any]:
+def _train(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: StopSignal) -> dict[str, Any]:
     """Train one stage; returns what its manifest says beyond the plan."""
     from posttrain.progress import open_trackers
     from posttrain.train.dpo import train_dpo
@@ -141,7 +178,7 @@ def _train(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: "St
     }  # fmt: skip
 
 
-def _evaluate(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: "StopSignal") -> dict[str, Any]:
+def _evaluate(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: StopSignal) -> dict[str, Any]:
     """Score one policy on every task and let it answer the sample prompts."""
     from posttrain.evaluate.run import answer_samples, evaluate_policy, write_scores
 
@@ -170,11 +207,13 @@ def sample_prompts(plan: Plan) -> tuple[str, ...]:
 def _manifest(plan: Plan, step: Step, policies: "Policies", extra: dict[str, Any], seconds: float) -> dict[str, Any]:
     kind = "scores" if step.kind == "evaluate" else ("weights" if plan.recipe.adapter.kind == "full" else "adapter")
     report = partial_folder(step.folder) / "data_report.json"
-    rows = json.loads(report.read_text(encoding="utf-8")).get("rows") if report.exists() else None
+    found = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
+    rows = {source["path"]: source["rows"] for source in found.get("sources", [])}
+    base = policies.base
     return {
         "kind": kind, "name": step.name, "stage": step.kind, "policy": step.policy, "fingerprint": step.fingerprint,
-        "settings": step.settings, "inputs": step.inputs, "base": policies.base.identity(), "data": step.data, "rows": rows,
-        **environment(policies.base.device.type, str(policies.base.dtype)), "seed": plan.recipe.seed, "seconds": round(seconds, 1), **extra,
+        "settings": step.settings, "inputs": step.inputs, "base": base.identity(), "data": step.data, "rows": rows,
+        **environment(base.device.type, str(base.dtype)), "seed": plan.recipe.seed, "seconds": round(seconds, 1), **extra,
     }  # fmt: skip
 
 
@@ -183,14 +222,18 @@ def environment(device: str, dtype: str) -> dict[str, Any]:
     libraries = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
     return {
         "version": __version__, "commit": _commit(), "libraries": {name: version(name) for name in libraries},
-        "python": platform.python_version(), "machine": platform.machine(), "device": device, "dtype": dtype.removeprefix("torch."),
+        "python": platform.python_version(), "machine": platform.machine(), "device": device,
+        "dtype": dtype.removeprefix("torch."),
     }  # fmt: skip
 
 
 def _commit() -> str | None:
-    """The commit of a checkout that this package runs from, or None."""
+    """The commit of the checkout that this package runs from ("-dirty" where it was changed since), or None."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None  # installed: a repository around it is somebody else's
     try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
@@ -202,6 +245,7 @@ def _finish(plan: Plan) -> RunOutcome:
     stages = []
     for step in scored:
         kind, parent = stage_kind(plan.recipe, step.policy)
+        verify_files(step.folder, ("scores.jsonl",))
         stages.append(StageScores(step.policy, kind, parent, load_scores(step.folder / "scores.jsonl")))
     worked = len(plan.due)
     path, report = plan.run / "scorecard.json", plan.run / "report.html"
@@ -209,13 +253,13 @@ def _finish(plan: Plan) -> RunOutcome:
     scorecard = _read_scorecard(path)
     if worked or scorecard is None or scorecard.get("fingerprints") != marks:
         scorecard = {**build_scorecard(plan.recipe.name, stages, plan.tasks), "fingerprints": marks}
+        report.unlink(missing_ok=True)  # first: a report must never be older than the scorecard beside it
         write_json(path, scorecard)
-        report.unlink(missing_ok=True)
     if not report.exists():
         from posttrain.report.render import write_report
 
         write_report(plan.run)
-    return RunOutcome(worked, scorecard, report, format_table(scorecard))
+    return RunOutcome(worked, scorecard, report)
 
 
 def _read_scorecard(path: Path) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from posttrain.artifacts import fingerprint, read_manifest
+from posttrain.artifacts import fingerprint, partial_folder, read_manifest
 from posttrain.data.chat import TEMPLATES
 from posttrain.data.sources import data_hashes
 from posttrain.evaluate.suites import Task, evaluation_prompts, load_suites, suite_fingerprint
@@ -19,6 +19,8 @@ from posttrain.recipe import DpoStage, Recipe, Stage
 # Raise a number when the code of that kind of step would make something else of the same input.
 CODE_VERSION = {"sft": 1, "dpo": 1, "evaluate": 1}
 EVALUATIONS = "evaluate"
+# In a partial folder: what it is being built for.
+WORKING_ON = "working_on.json"
 # Settings that change when or how often work is saved or where it runs, but not what comes out.
 _NO_EFFECT = frozenset({"name", "checkpoint_every", "checkpoint_minutes"})
 
@@ -58,13 +60,11 @@ class Plan(NamedTuple):
         return tuple(step for step in self.steps if step.status != "done")
 
 
-def partial_folder(folder: Path) -> Path:
-    """Where a step is built before it is published."""
-    return folder.with_name(f".{folder.name}.partial")
-
-
 def make_plan(recipe: Recipe, run: Path, *, until: str | None = None) -> Plan:
-    """The steps of a recipe in a run folder. Raises PosttrainError for a base, a suite or data that is not there."""
+    """The steps of a recipe in a run folder; what comes after the stage `until` is in it only where it is done already.
+
+    Raises PosttrainError for a base, a suite or data that is not there.
+    """
     tasks = load_suites(recipe.evaluation.suites, limit=recipe.evaluation.limit)
     # Training leaves out rows that any evaluation asks, also those beyond the limit.
     prompts = evaluation_prompts(load_suites(recipe.evaluation.suites, limit=0))
@@ -72,12 +72,13 @@ def make_plan(recipe: Recipe, run: Path, *, until: str | None = None) -> Plan:
     base_print = fingerprint(_base_identity(recipe, source))
     known = {"base": base_print}
     steps = [_evaluation_step(recipe, run, tasks, "base", base_print)]
+    later = False
     for stage in recipe.stage:
         step = _training_step(recipe, run, stage, known, prompts)
         known[stage.name] = step.fingerprint
-        steps += [step, _evaluation_step(recipe, run, tasks, stage.name, step.fingerprint)]
-        if stage.name == until:
-            break
+        both = (step, _evaluation_step(recipe, run, tasks, stage.name, step.fingerprint))
+        steps += [one for one in both if not later or both[0].status == one.status == "done"]
+        later |= stage.name == until
     return Plan(run, recipe, source, tasks, prompts, tuple(steps))
 
 
@@ -108,6 +109,7 @@ def _evaluation_step(recipe: Recipe, run: Path, tasks: tuple[Task, ...], policy:
     settings = {
         "suites": suite_fingerprint(tasks),
         "max_new_tokens": recipe.evaluation.max_new_tokens,
+        "sample_tokens": recipe.evaluation.sample_tokens,
         "samples": list(recipe.evaluation.samples),
         "seed": recipe.seed,
         "code": CODE_VERSION["evaluate"],
@@ -123,7 +125,8 @@ def _status(
 ) -> tuple[Status, str]:
     manifest = read_manifest(folder)
     if manifest is not None and manifest["fingerprint"] == mark:
-        return "done", "its manifest matches"
+        gone = [name for name in manifest.get("files", {}) if not (folder / name).is_file()]
+        return ("due", f"{gone[0]} is missing") if gone else ("done", "its manifest matches")
     if unfinished(folder) == mark:
         return "resume", "an unfinished one is there"
     if manifest is None:
@@ -137,7 +140,7 @@ def _status(
 def unfinished(folder: Path) -> str | None:
     """The fingerprint that an unfinished step works for, if there is one."""
     try:
-        found = json.loads((partial_folder(folder) / "working_on.json").read_text(encoding="utf-8"))
+        found = json.loads((partial_folder(folder) / WORKING_ON).read_text(encoding="utf-8"))
         return str(found["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

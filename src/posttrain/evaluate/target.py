@@ -14,9 +14,9 @@ from posttrain.models.target import Target
 
 
 def evaluate_target(
-    target: Target, suites: tuple[str, ...], *, limit: int, max_new_tokens: int, seed: int, out: Path | None
+    target: Target, suites: tuple[str, ...], *, limit: int, max_new_tokens: int, seed: int, out: Path | None, width: int = 120
 ) -> tuple[dict[str, Any], str]:
-    """Scorecard and its table; with `out` also scores.jsonl of the target and scorecard.json in that folder.
+    """Scorecard and its table of `width` columns; with `out` also scores.jsonl of the target and scorecard.json in that folder.
 
     Raises RecipeError for unknown suites and ArtifactError where `out` cannot be written.
     """
@@ -37,4 +37,4 @@ def evaluate_target(
             raise disk_error(out, error) from error
         write_scores(out / "scores.jsonl", [score for stage in stages for score in stage.scores])
         write_json(out / "scorecard.json", scorecard)
-    return scorecard, format_table(scorecard)
+    return scorecard, format_table(scorecard, width=width)
