@@ -4,8 +4,9 @@ A recipe is TOML. Stages are `[[stage]]` tables told apart by `kind`; a stage na
 artifact it needs is checked here. The string under each field feeds `--help` and `docs/configuration.md`.
 """
 
-import re
+import difflib
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,12 +16,15 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from posttrain.errors import RecipeError
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
-# Names of folders inside a run, and of the base itself: a stage may not take them.
-RESERVED_NAMES = frozenset({"base", "evaluate", "runs", "report", "con", "nul", "aux", "prn"})
+# What a stage may not be called: words with a meaning in references, files and folders of a run, devices of Windows.
+RESERVED_NAMES = frozenset(
+    {"base", "init", "evaluate", "recipe.toml", "scorecard.json", "report.html", "tensorboard", "wandb", "mlruns"}
+    | {"con", "nul", "aux", "prn"}
+)
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Base(_Settings):
@@ -28,7 +32,7 @@ class Base(_Settings):
 
     model: str
     """A hub id, a folder, a `.gguf` file, `package:gemma3-270m`, `package:smollm2-135m-instruct` or `random:tiny`."""
-    template: str = "auto"
+    template: Literal["auto", "gemma", "chatml", "llama3", "plain"] = "auto"
     """Chat template: `auto` (the model's own), `gemma`, `chatml`, `llama3` or `plain`."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Type of the frozen weights; `auto` is bfloat16 where the processor multiplies it natively, else float32."""
@@ -131,6 +135,7 @@ class DpoStage(_Training):
 
 
 Stage = Annotated[SftStage | DpoStage, Field(discriminator="kind")]
+STAGE_KINDS: dict[str, type[SftStage | DpoStage]] = {"sft": SftStage, "dpo": DpoStage}
 
 
 class Evaluation(_Settings):
@@ -172,16 +177,19 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
 
     Raises RecipeError naming the place, what was found, what is allowed and what to do.
     """
-    where = path.name
+    where = path.name or str(path)
+    give = "give the path of a recipe (.toml)"
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecipeError(where, f"there is no file {path}", do="give the path of a recipe (.toml)") from None
+        raise RecipeError(where, f"there is no file {path}", do=give) from None
     except IsADirectoryError:
-        raise RecipeError(where, f"{path} is a folder", do="give the path of a recipe (.toml)") from None
+        raise RecipeError(where, f"{path} is a folder", do=give) from None
+    except OSError as error:
+        raise RecipeError(where, f"{path} cannot be read ({error.strerror or error})", do=give) from None
     except UnicodeDecodeError as error:
         raise RecipeError(where, f"not UTF-8 text (byte {error.start})", do="save the file as UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise RecipeError(where, f"not TOML: {error}", do="correct that line") from None
     for override in overrides:
         _apply_override(raw, override)
@@ -191,7 +199,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
 def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
     """Check a recipe that is already a table: every setting, then every reference between stages."""
     try:
-        recipe = Recipe.model_validate(raw)
+        recipe = Recipe.model_validate(_tuples(raw))
     except ValidationError as error:
         raise _explain(error, raw, where) from None
     _check_references(recipe, where)
@@ -203,58 +211,109 @@ def to_toml(recipe: Recipe) -> str:
     return tomli_w.dumps(recipe.model_dump(mode="json", exclude_unset=True))
 
 
+def nearest(name: str, there: Iterable[str]) -> str:
+    """What to do about a misspelt name, or nothing where no name is near."""
+    found = difflib.get_close_matches(name, list(there), 1)
+    return f'did you mean "{found[0]}"?' if found else ""
+
+
+def _tuples(value: Any) -> Any:
+    """TOML's lists as tuples: types are checked strictly, and a frozen recipe holds no list."""
+    if isinstance(value, dict):
+        return {key: _tuples(one) for key, one in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
         raise RecipeError("--set", f'"{override}"', allowed="STAGE.FIELD=VALUE", do="for instance --set dpo.beta=0.2")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string: --set sft.data=my.jsonl
     target: Any = raw
     stages = raw.get("stage", [])
-    named = [s for s in stages if isinstance(s, dict) and s.get("name") == keys[0]] if isinstance(stages, list) else []
-    if named and len(keys) > 1:
-        target, keys = named[0], keys[1:]
-    elif len(keys) > 1 and keys[0] not in Recipe.model_fields:
-        names = ", ".join([str(s.get("name")) for s in stages if isinstance(s, dict)] + ["base", "adapter", "evaluation"])
-        raise RecipeError("--set", f'"{keys[0]}" is neither a stage nor a table', allowed=f"there is: {names}")
+    names = [str(s.get("name")) for s in stages if isinstance(s, dict)] if isinstance(stages, list) else []
+    if len(keys) > 1 and keys[0] in names:
+        target, keys = stages[[s.get("name") for s in stages].index(keys[0])], keys[1:]
+    elif len(keys) > 1 and (keys[0] not in Recipe.model_fields or keys[0] == "stage"):
+        there = [*names, *_TABLES]
+        found = f'"{keys[0]}" is neither a stage nor a table'
+        raise RecipeError("--set", found, allowed=f"there is: {', '.join(there)}", do=nearest(keys[0], there))
     for key in keys[:-1]:
         target = target.setdefault(key, {}) if isinstance(target, dict) else None
     if not isinstance(target, dict):
         raise RecipeError("--set", f'"{path}" does not lead to a setting', allowed="STAGE.FIELD=VALUE")
-    target[keys[-1]] = value
+    target[keys[-1]] = _override_value(text)
+
+
+def _override_value(text: str) -> Any:
+    """A TOML value; whatever is none is a string, so that --set sft.data=my.jsonl needs no quotes."""
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    return value if isinstance(value, str | bool | int | float | list | dict) else text
+
+
+_TABLES: dict[str, type[BaseModel]] = {"base": Base, "adapter": Adapter, "evaluation": Evaluation}
+# Words for complaints that pydantic tells in terms of its own.
+_ALLOWED = {
+    "string_pattern_mismatch": "lower-case letters, digits, _ . -, at most 64, a letter or digit first",
+    "model_type": "a table",
+    "model_attributes_type": "a table",
+    "tuple_type": "a list",
+    "string_type": "a string",
+    "int_type": "a whole number",
+    "float_type": "a number",
+}
 
 
 def _explain(error: ValidationError, raw: dict[str, Any], where: str) -> RecipeError:
-    """Turn pydantic's first complaint into the error formula; say how many more there are."""
-    first = error.errors(include_url=False)[0]
-    place, fields = _place(first["loc"], raw)
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    key = str(first["loc"][-1]) if first["loc"] else ""
+    """Turn pydantic's first complaint into the error formula; say how many more mistakes there are."""
+    mistakes: dict[tuple[int | str, ...], Any] = {}
+    for found in error.errors(include_url=False):
+        # A setting of several types complains once a type: the complaint that went deepest into it is the one to tell.
+        setting = found["loc"][: 4 if found["loc"][:1] == ("stage",) else 2]
+        if setting not in mistakes or len(found["loc"]) > len(mistakes[setting]["loc"]):
+            mistakes[setting] = found
+    first = next(iter(mistakes.values()))
+    more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
+    place, fields, path = _place(first["loc"], raw)
+    place, key = f"{where} · {place}", ".".join(path)
     if first["type"] == "extra_forbidden":
-        return RecipeError(f"{where} · {place}", f'unknown setting "{key}"{more}', allowed=f"there is: {', '.join(fields)}")
-    if first["type"] == "missing":
-        return RecipeError(f"{where} · {place}", f'"{key}" is missing{more}', do="add it")
-    if first["type"].startswith("union_tag"):
-        found = first["input"].get("kind", "none") if isinstance(first["input"], dict) else first["input"]
-        return RecipeError(f"{where} · {place}", f'kind = "{found}"{more}', allowed="there is: sft, dpo")
-    found = f"{key} = {str(first['input'])[:80]!r}" if isinstance(first["input"], str) else f"{key} = {first['input']}"
-    return RecipeError(f"{where} · {place}", f"{found[:120]}{more}", allowed=first["msg"][0].lower() + first["msg"][1:])
+        found_name = f'unknown setting "{path[-1]}"{more}'
+        return RecipeError(place, found_name, allowed=f"there is: {', '.join(fields)}", do=nearest(path[-1], fields))
+    if first["type"] == "missing" or first["type"] == "union_tag_not_found":
+        kinds = f"there is: {', '.join(STAGE_KINDS)}" if first["type"] != "missing" else ""
+        return RecipeError(place, f'"{key or "kind"}" is missing{more}', allowed=kinds, do="add it")
+    if first["type"] == "union_tag_invalid":
+        kind = str(first["input"].get("kind"))
+        allowed = f"there is: {', '.join(STAGE_KINDS)}"
+        return RecipeError(place, f'kind = "{kind}"{more}', allowed=allowed, do=nearest(kind, STAGE_KINDS))
+    if key == "stage":
+        return RecipeError(
+            place, f"stage is no list of tables{more}", do="write [[stage]], with two brackets, above each stage"
+        )
+    value = repr(first["input"]) if isinstance(first["input"], str) else str(first["input"])
+    allowed = _ALLOWED.get(first["type"]) or first["msg"].removeprefix("Input should be ").removeprefix("Value should be ")
+    shown = f"{key} = {value if len(value) <= 80 else value[:79] + '…'}" if key else f"{value[:80]}"
+    return RecipeError(place, f"{shown}{more}", allowed=allowed)
 
 
-def _place(loc: tuple[int | str, ...], raw: dict[str, Any]) -> tuple[str, list[str]]:
-    """Words for where in the recipe a complaint lies, and the settings that exist there."""
-    tables: dict[str, type[BaseModel]] = {"base": Base, "adapter": Adapter, "evaluation": Evaluation}
-    if loc and loc[0] == "stage" and len(loc) > 1 and isinstance(loc[1], int):
-        stage = raw["stage"][loc[1]] if loc[1] < len(raw["stage"]) else {}
-        stage = stage if isinstance(stage, dict) else {}
-        model = {"sft": SftStage, "dpo": DpoStage}.get(str(stage.get("kind")), SftStage)
-        return f'stage "{stage.get("name", loc[1] + 1)}"', list(model.model_fields)
-    if loc and loc[0] in tables and len(loc) > 1:
-        return f"[{loc[0]}]", list(tables[str(loc[0])].model_fields)
-    return "top level", list(Recipe.model_fields)
+def _place(loc: tuple[int | str, ...], raw: dict[str, Any]) -> tuple[str, list[str], list[str]]:
+    """Words for where in the recipe a complaint lies, the settings that exist there, and the path of the setting there."""
+    place, fields, rest = "top level", list(Recipe.model_fields), loc
+    if loc[:1] == ("stage",) and len(loc) > 1:
+        stages = raw["stage"]
+        stage = stages[loc[1]] if isinstance(stages[int(loc[1])], dict) else {}
+        place = f'stage "{stage.get("name", int(loc[1]) + 1)}"'
+        fields = list(STAGE_KINDS.get(str(stage.get("kind")), SftStage).model_fields)
+        rest = loc[3:]
+        if len(rest) > 3:
+            fields = list(Source.model_fields)
+    elif loc and loc[0] in _TABLES and len(loc) > 1:
+        place, fields, rest = f"[{loc[0]}]", list(_TABLES[str(loc[0])].model_fields), loc[1:]
+    # A mixed source is the only table inside a setting: (data, its type, number of the source, its setting).
+    return place, fields, [str(part) for part in (*rest[:1], *rest[3:4])]
 
 
 def _check_references(recipe: Recipe, where: str) -> None:
@@ -286,9 +345,5 @@ def _check_references(recipe: Recipe, where: str) -> None:
 def _check_policy(place: str, field: str, name: str, special: tuple[str, ...], seen: list[str]) -> None:
     if name not in special and name not in seen:
         there = ", ".join([*special, *seen])
-        raise RecipeError(place, f'{field} = "{name}" is not an earlier policy stage', allowed=f"there is: {there}")
-
-
-def slug(text: str) -> str:
-    """A file-system-safe name made of `text`."""
-    return re.sub(r"[^a-z0-9_.-]+", "-", text.lower()).strip("-.") or "unnamed"
+        found = f'{field} = "{name}" is not an earlier policy stage'
+        raise RecipeError(place, found, allowed=f"there is: {there}", do=nearest(name, [*special, *seen]))
