@@ -1,4 +1,4 @@
-"""What the model tests share: the tiny random base, adapters that do something, and run folders made by hand."""
+"""What the model tests share: adapters that do something, and run folders made by hand."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 
 from posttrain.artifacts import publish
 from posttrain.models.files import save_adapter, save_full
-from posttrain.models.load import BaseModel, load_base
+from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter, LoraSettings
 
 RECIPE = """
@@ -26,27 +26,12 @@ data = "starter/demonstrations.jsonl"
 """
 
 
-@pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The cache of converted models is a temporary folder: no test reads or writes the user's."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("POSTTRAIN_CACHE", str(folder))
-        yield folder
-
-
-@pytest.fixture(scope="session")
-def shared_tiny(own_cache: Path) -> BaseModel:
-    """random:tiny in float32; a test that changes its weights loads its own."""
-    return load_base("random:tiny", template="gemma", dtype="float32", device="cpu")
-
-
 @pytest.fixture
-def tiny(shared_tiny: BaseModel) -> Iterator[BaseModel]:
-    """random:tiny without adapters, forgotten again afterwards."""
-    yield shared_tiny
-    for name in shared_tiny.adapters.names():
-        shared_tiny.adapters.remove(name)
+def tiny(tiny: BaseModel) -> Iterator[BaseModel]:
+    """The shared tiny base; adapters of a test are forgotten after it."""
+    yield tiny
+    for name in tiny.adapters.names():
+        tiny.adapters.remove(name)
 
 
 @pytest.fixture(scope="session")

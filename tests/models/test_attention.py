@@ -1,0 +1,243 @@
+"""Packed-segment attention against dense references, transformers' own models, and itself in other packings."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from bases import CONFIGS, eager, make_base
+from logits_of import our_logits, plain_logits
+from torch import Tensor
+
+from posttrain.data.packing import Segment, pack, row_segments, tree_segments
+from posttrain.generate.engine import SamplingSettings, generate
+from posttrain.models.attention import Segments, Span, _reference, flex, segment_attention
+from posttrain.models.load import BaseModel
+from posttrain.train.batches import batch_logprobs, to_device
+
+# name: spans of a packed batch. Three rows; a prompt with three answers, one of which branches again; one of length one.
+PACKINGS = {
+    "one row": (Span(0, 24),),
+    "rows": (Span(0, 9), Span(9, 1), Span(10, 14)),
+    "shared prompt": (Span(0, 10), Span(10, 7, ((0, 10),)), Span(17, 7, ((0, 10),))),
+    "three levels": (
+        Span(0, 6), Span(6, 5, ((0, 6),)), Span(11, 4, ((0, 6), (6, 5))), Span(15, 3, ((0, 6), (6, 5))),
+        Span(18, 1, ((0, 6),)), Span(19, 5),
+    ),
+}  # fmt: skip
+SPARE = 3
+
+
+def random_heads(heads: int, kv_heads: int, tokens: int, width: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(heads * 100 + tokens)
+    return [
+        torch.randn(n, tokens, width, generator=generator, dtype=torch.float64).to(dtype) for n in (heads, kv_heads, kv_heads)
+    ]
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, scale: float, spans: tuple[Span, ...], window: int, softcap: float | None) -> Tensor:
+    """One softmax over all tokens in float64, with the mask worked out token by token from the table of spans."""
+    q, k, v = (x.double() for x in (q, k, v))
+    heads, tokens, _ = q.shape
+    seen = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for span in spans:
+        before = [t for start, length in span.ancestors for t in range(start, start + length)]
+        path = before + list(range(span.start, span.start + span.length))
+        for place in range(len(before), len(path)):
+            first = max(0, place - window + 1) if window else 0
+            seen[path[place], path[first : place + 1]] = True
+    k, v = (x.repeat_interleave(heads // x.shape[0], 0) for x in (k, v))
+    scores = q @ k.transpose(1, 2) * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    return torch.softmax(scores.masked_fill(~seen, float("-inf")), -1).nan_to_num(0) @ v
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, spans: tuple[Span, ...], window: int, softcap: float | None) -> Tensor:
+    out, _ = segment_attention(
+        torch.nn.Identity(), q[None], k[None], v[None], None, scaling=0.3, segments=Segments(spans),
+        sliding_window=window or None, softcap=softcap,
+    )  # fmt: skip
+    return out[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_values_and_gradients_match_a_dense_float64_softmax(
+    packing: str, kv_heads: int, window: int, softcap: float | None
+) -> None:
+    spans = PACKINGS[packing]
+    used = 24
+    heads = [x.requires_grad_() for x in random_heads(4, kv_heads, used + SPARE, 8)]
+    ours = attend(*heads, spans, window, softcap)
+    wanted = dense(*heads, 0.3, spans, window, softcap)
+    assert torch.allclose(ours[:, :used].double(), wanted[:, :used], atol=1e-5)
+    slope = torch.randn(ours[:, :used].shape, generator=torch.Generator().manual_seed(5))
+    ours_grad = torch.autograd.grad((ours[:, :used] * slope).sum(), heads)
+    dense_grad = torch.autograd.grad((wanted[:, :used] * slope).sum(), heads)
+    for found, right in zip(ours_grad, dense_grad, strict=True):
+        assert torch.allclose(found, right, atol=1e-5)
+        assert (found[:, used:] == 0).all()  # filler takes no part
+
+
+@pytest.mark.parametrize("window", [0, 100])
+def test_long_spans_take_the_fused_gradient_to_the_same_values(window: int) -> None:
+    spans = (Span(0, 300), Span(300, 90, ((0, 300),)), Span(390, 40))
+    heads = [x.requires_grad_() for x in random_heads(2, 1, 430, 8)]
+    ours, wanted = attend(*heads, spans, window, None), dense(*heads, 0.3, spans, window, None)
+    assert torch.allclose(ours.double(), wanted, atol=1e-5)
+    slope = torch.randn(ours.shape, generator=torch.Generator().manual_seed(5))
+    found = torch.autograd.grad((ours * slope).sum(), heads)
+    right = torch.autograd.grad((wanted * slope).sum(), heads)
+    for a, b in zip(found, right, strict=True):
+        assert torch.allclose(a, b, atol=3e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_flex_attention_sees_what_segments_see(packing: str, window: int) -> None:
+    spans = PACKINGS[packing]
+    q, k, v = random_heads(4, 2, 128, 16)
+    out = flex(q, k, v, 0.3, Segments(spans), window)
+    assert torch.allclose(out[:, :24], attend(q, k, v, spans, window, None)[:, :24], atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_cuda_matches_the_cpu_in_values_and_gradients(packing: str, window: int) -> None:
+    spans = PACKINGS[packing]
+    near = [x.requires_grad_() for x in random_heads(4, 2, 128, 16)]
+    far = [x.detach().cuda().requires_grad_() for x in near]
+    slope = torch.randn(4, 24, 16, generator=torch.Generator().manual_seed(5))
+    here, there = attend(*near, spans, window, None)[:, :24], attend(*far, spans, window, None)[:, :24]
+    assert torch.allclose(there.cpu(), here, atol=1e-3)
+    found = torch.autograd.grad((there * slope.cuda()).sum(), far)
+    wanted = torch.autograd.grad((here * slope).sum(), near)
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.allclose(a.cpu(), b, atol=3e-3)
+
+
+def test_the_plain_reference_agrees_with_the_fused_function() -> None:
+    for spans in PACKINGS.values():
+        q, k, v = random_heads(4, 2, 24, 8)
+        plain = _reference(q, k, v, 0.3, Segments(spans), 4)
+        assert torch.allclose(plain, attend(q, k, v, spans, 4, None), atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory, own_cache: None) -> Callable[[str], BaseModel]:
+    """One tiny base of each architecture, made when first asked for."""
+    made: dict[str, BaseModel] = {}
+
+    def base_of(name: str) -> BaseModel:
+        if name not in made:
+            made[name] = make_base(name, Path(tmp_path_factory.mktemp("base")))
+        return made[name]
+
+    return base_of
+
+
+def token_rows(count: int, *, low: int, high: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(low, high, (count,), generator=generator).tolist()
+    return [torch.randint(7, 263, (n,), generator=generator).tolist() for n in lengths]
+
+
+def row_logprobs(base: BaseModel, segments: list[Segment], rows: int, policy: str = "base") -> list[Tensor]:
+    """log p of the targets of each row of one packed batch."""
+    batch = to_device(pack(segments, rows), base.device)
+    with torch.no_grad():
+        found = batch_logprobs(base, batch, policy)
+    return [found[batch.row_N == row] for row in range(rows)]
+
+
+def alone(base: BaseModel, ids: list[int]) -> Tensor:
+    return row_logprobs(base, row_segments(ids, [True] * len(ids), 0), 1)[0]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_those_of_transformers_own_attention(bases: Callable, name: str) -> None:
+    base = bases(name)
+    reference = eager(base)
+    for ids in token_rows(3, low=20, high=40):
+        ours = our_logits(base, ids, "base")
+        if base.softcap is not None:
+            ours = torch.tanh(ours / base.softcap) * base.softcap
+        assert torch.allclose(ours, plain_logits(reference, ids), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_rows_equal_each_row_alone(bases: Callable, name: str) -> None:
+    base = bases(name)
+    rows = token_rows(5, low=2, high=40)
+    segments = [s for i, ids in enumerate(rows) for s in row_segments(ids, [True] * len(ids), i)]
+    for packed, ids in zip(row_logprobs(base, segments, 5), rows, strict=True):
+        assert torch.allclose(packed, alone(base, ids), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_prompt_with_two_completions_equals_two_full_rows(bases: Callable, name: str) -> None:
+    base = bases(name)
+    prompt, chosen, rejected, other, one = token_rows(5, low=10, high=25, seed=3)
+    tree = tree_segments(prompt, [chosen, rejected], first_row=0, index=0)
+    tree += tree_segments(other, [one], first_row=2, index=len(tree))
+    found = row_logprobs(base, tree, 3)
+    for packed, (head, tail) in zip(found, [(prompt, chosen), (prompt, rejected), (other, one)], strict=True):
+        assert torch.allclose(packed, alone(base, head + tail)[-len(tail) :], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3, sliding"])
+def test_sharing_a_prompt_changes_no_gradient(bases: Callable, lively: Callable, name: str) -> None:
+    base = bases(name)
+    adapter = lively(base, "a")
+    adapter.requires_grad_(True)
+    prompt, chosen, rejected = token_rows(3, low=10, high=25, seed=4)
+    tree = tree_segments(prompt, [chosen, rejected], first_row=0, index=0)
+    rows = [
+        s for i, tail in enumerate((chosen, rejected))
+        for s in row_segments(prompt + tail, [False] * len(prompt) + [True] * len(tail), i)
+    ]  # fmt: skip
+    gradients = []
+    for segments in (tree, rows):
+        loss = batch_logprobs(base, to_device(pack(segments, 2), base.device), "a").mean()
+        gradients.append(torch.autograd.grad(loss, list(adapter.parameters().values())))
+    for shared, apart in zip(*gradients, strict=True):
+        assert torch.allclose(shared, apart, atol=1e-6)
+    base.adapters.remove("a")
+
+
+@pytest.mark.parametrize("filler", [0, 5, 200])
+def test_filler_tokens_change_nothing(bases: Callable, filler: int) -> None:
+    base = bases("gemma3, sliding")
+    ids = token_rows(1, low=30, high=31)[0]
+    packed = pack(row_segments(ids, [True] * 30, 0), 1, filler=filler)
+    assert len(packed.ids) == 64
+    with torch.no_grad():
+        assert torch.equal(batch_logprobs(base, to_device(packed, base.device), "base"), alone(base, ids))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logprobs_while_decoding_are_those_of_a_full_forward(bases: Callable, name: str) -> None:
+    base = bases(name)
+    prompts = token_rows(6, low=3, high=20, seed=6)
+    for settings in (SamplingSettings(24, 1.0, seed=1), SamplingSettings(24, 0.0)):
+        for rollout in generate(base, prompts, settings, "base"):
+            full = alone(base, [*rollout.prompt_ids, *rollout.completion_ids])[-len(rollout.completion_ids) :]
+            assert torch.allclose(torch.tensor(rollout.logprobs), full, atol=1e-5)
+
+
+def test_a_greedy_batch_of_64_ragged_prompts_equals_64_single_answers(bases: Callable) -> None:
+    base = bases("gemma3, sliding")
+    prompts = token_rows(64, low=1, high=30, seed=7)
+    settings = SamplingSettings(12, 0.0)
+    together = generate(base, prompts, settings, "base")
+    different = [
+        r
+        for r, p in zip(together, prompts, strict=True)
+        if generate(base, [p], settings, "base")[0].completion_ids != r.completion_ids
+    ]
+    assert len(different) == 0, f"{len(different)} of 64 differ"
