@@ -9,9 +9,11 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from posttrain.artifacts import write_bytes
 from posttrain.errors import RecipeError
 
 
@@ -30,7 +32,7 @@ class Metrics:
 
     def __init__(self, path: Path, *, resume_step: int = 0, trackers: tuple[Tracker, ...] = ()) -> None:
         kept = [line for line in _whole_lines(path) if json.loads(line).get("step", 0) <= resume_step]
-        path.write_text("".join(kept), encoding="utf-8")
+        write_bytes(path, "".join(kept).encode())  # whole or not at all: a kill here must not lose the rows so far
         self._file: TextIO = path.open("a", encoding="utf-8")
         self._trackers = trackers
 
@@ -107,7 +109,7 @@ def open_trackers(
     names: tuple[str, ...], *, folder: Path, run: str, stage: str, settings: dict[str, Any]
 ) -> tuple[Tracker, ...]:
     """The trackers of a recipe. Raises RecipeError when a library is not installed."""
-    makers = {"tensorboard": _TensorBoard, "wandb": _WandB, "mlflow": _MLflow}
+    makers: dict[str, Callable[..., Tracker]] = {"tensorboard": _TensorBoard, "wandb": _WandB, "mlflow": _MLflow}
     return tuple(makers[name](folder=folder, run=run, stage=stage, settings=settings) for name in names)
 
 

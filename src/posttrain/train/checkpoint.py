@@ -2,16 +2,20 @@
 
 A checkpoint is a folder `step-00000012` with `state.safetensors` (weights, optimiser moments, random state), `state.json`
 (step, counters) and `manifest.json` (sha256 of both, written last). It is written beside its place, fsynced and renamed.
-Loading takes the newest that verifies; a damaged one is named and passed over.
+Loading takes the newest that verifies; a damaged one is named and set aside, so that it never counts among those kept.
 """
 
 import json
 import os
+import re
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,8 +36,9 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint) -> None:
     """Write a checkpoint; older ones beyond the newest two go, after the new one is safe. Raises ArtifactError."""
     final = folder / f"step-{step:08d}"
     partial = folder / f".step-{step:08d}.partial"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
+    with disk_errors(final):
+        for leftover in folder.glob(".step-*.partial"):  # of a save that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
         save_file({n: t.contiguous() for n, t in checkpoint.tensors.items()}, str(partial / TENSORS))
         write_json(partial / STATE, checkpoint.state)
@@ -42,11 +47,21 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint) -> None:
         shutil.rmtree(final, ignore_errors=True)
         os.rename(partial, final)
         fsync_folder(folder)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise disk_error(final, error) from error
     for old in checkpoint_folders(folder)[KEEP:]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Whatever the file system refuses inside becomes an ArtifactError that names `path`; safetensors has its own words."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(path, error) from error
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        known = OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
+        raise disk_error(path, known) from error
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
@@ -55,13 +70,22 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 
 
 def load_newest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that verifies, or None. Says on standard error which ones it refused, and why."""
-    for candidate in checkpoint_folders(folder):
+    """The newest checkpoint that verifies, or None. Says on standard error which ones it refused, and why.
+
+    A refused one is kept under a hidden name: it must not take the place of a good one when old ones are removed.
+    """
+    candidates = checkpoint_folders(folder)
+    for position, candidate in enumerate(candidates, start=1):
         reason = _damage(candidate)
         if reason is None:
             state = json.loads((candidate / STATE).read_text(encoding="utf-8"))
             return Checkpoint(load_file(str(candidate / TENSORS)), state)
-        print(f"checkpoint {candidate.name} refused: {reason}; going on from an older one", file=sys.stderr)
+        then = "going on from an older one" if position < len(candidates) else "there is no older one, starting over"
+        print(f"{folder.name}/{candidate.name} refused: {reason}; {then}", file=sys.stderr)
+        aside = folder / f".{candidate.name}.refused"
+        with disk_errors(aside):
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(candidate, aside)
     return None
 
 
@@ -73,8 +97,10 @@ def _damage(candidate: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} is missing or damaged"
     for name, digest in expected.items():
-        if not (candidate / name).exists():
-            return f"{name} is missing"
-        if hash_file(candidate / name) != digest:
+        try:
+            found = hash_file(candidate / name)
+        except OSError as error:
+            return f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name} cannot be read ({error.strerror})"
+        if found != digest:
             return f"{name} does not match its sha256"
     return None

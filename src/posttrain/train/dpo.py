@@ -1,8 +1,8 @@
 """The dpo stage: preference pairs in, a policy out, held to a fixed reference.
 
 Both completions of a pair hang below one prompt, which is computed once. The reference's log-probabilities are computed
-before the first step, when policy and reference are at rest, and kept: the reference cannot move, and full fine-tuning
-needs no second model.
+before the first step, when policy and reference are at rest, and kept beside the checkpoints: the reference cannot move,
+and full fine-tuning needs no second model. Where the policy starts at its reference, the two must agree before any step.
 
 B: pairs, N: targets.
 """
@@ -12,25 +12,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from posttrain.data.formats import read_preferences
 from posttrain.data.packing import split_by_tokens
 from posttrain.data.prepare import PairRow, prepare_pairs
-from posttrain.errors import Interrupted
+from posttrain.errors import Interrupted, TrainingError
 from posttrain.losses.dpo import PairLogprobs, dpo_loss, log_ratio_divergence
 from posttrain.losses.output import LossOutput
 from posttrain.models.load import BaseModel
 from posttrain.progress import Progress
 from posttrain.recipe import DpoStage
 from posttrain.train.batches import MICRO_TOKENS, DeviceBatch, batch_logprobs, pack_pairs, sum_by_row
+from posttrain.train.checkpoint import Checkpoint, load_newest, save_checkpoint
 from posttrain.train.loop import MicroBatch, TrainTask
 from posttrain.train.signals import StopSignal
 from posttrain.train.stage import StageContext, StageResult, TrainedPolicy, fit_stage, start_policy
 
-REFERENCE_FILE = "reference.safetensors"
+# Nats a token by which a policy at its reference may differ from it: the two are packed into other batches.
+START_DIVERGENCE = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
 # Nats by which the chosen completions may fall below the reference before the stage warns of displacement.
 DISPLACEMENT_NATS = 1.0
 
@@ -54,6 +54,8 @@ def train_dpo(context: StageContext, stage: DpoStage) -> StageResult:
     rows = [*prepared.train, *prepared.validation]
     reference = reference_logprobs(base, context.policies.activate(name), rows, context.folder, context.stop)
     policy = start_policy(context, stage)
+    if name == stage.init:
+        check_start(base, policy.routing, rows, reference, where=f'stage "{stage.name}"')
     task = dpo_task(base, policy, stage, prepared.train, prepared.validation, reference)
     return fit_stage(context, stage, policy, task, prepared.report, check=_displacement)
 
@@ -131,32 +133,43 @@ def reference_logprobs(
 
     Kept in the stage's folder, so that a resumed stage reads what it trained against.
     """
-    path = folder / REFERENCE_FILE
-    known = _read_reference(path)
-    if known is not None and known.keys() >= {p.id for p in pairs}:
-        return known
+    kept = folder / "checkpoints" / "reference"
+    saved = load_newest(kept)
+    if saved is not None and saved.tensors.keys() >= {p.id for p in pairs}:
+        return saved.tensors
     found: dict[str, Tensor] = {}
     progress = Progress("reference", len(pairs))
     for group in split_by_tokens([_length(p) for p in pairs], MICRO_TOKENS[base.device.type]):
         chosen = [pairs[i] for i in group]
         batch = pack_pairs(chosen, base.device)
         lengths = [len(p.chosen_ids) + len(p.rejected_ids) for p in chosen]
-        parts = batch_logprobs(base, batch, policy).cpu().split(lengths)
+        parts = torch.split(batch_logprobs(base, batch, policy).cpu(), lengths)  # type: ignore[no-untyped-call]
         found |= {p.id: part.clone() for p, part in zip(chosen, parts, strict=True)}
         progress.update(len(chosen), tokens=batch.tokens)
         if stop.asked:
             raise Interrupted("stopped while computing the reference; run the same command to go on")
-    temporary = path.with_suffix(".partial")
-    save_file(found, str(temporary))
-    temporary.replace(path)
+    save_checkpoint(kept, 0, Checkpoint(found, {"policy": policy}))
     return found
 
 
-def _read_reference(path: Path) -> dict[str, Tensor] | None:
-    try:
-        return load_file(str(path)) if path.exists() else None
-    except (SafetensorError, OSError):
-        return None  # torn by a kill: it is computed again, to the same numbers
+@torch.no_grad()
+def check_start(
+    base: BaseModel, policy: str, pairs: Sequence[PairRow], reference: dict[str, Tensor], *, where: str
+) -> None:  # fmt: skip
+    """A policy that starts at its reference agrees with it on the first micro-batch. Raises TrainingError.
+
+    A resumed run is checked too, before its weights are restored: a reference that was computed in another precision or
+    on another device would bend every log-ratio from there on.
+    """
+    batch, reference_N = _micro_batches(base, pairs[:64], reference)[0].payload
+    logprobs_N = batch_logprobs(base, batch, policy)
+    divergence = float(log_ratio_divergence(logprobs_N, reference_N)) / len(reference_N)
+    allowed = START_DIVERGENCE[base.dtype]
+    if not divergence <= allowed:
+        raise TrainingError(
+            where, f"policy and reference differ by {divergence:.1e} nats a token before the first step",
+            allowed=f"at most {allowed:.0e}", do="the stage was begun on another machine: remove its unfinished folder",
+        )  # fmt: skip
 
 
 def _displacement(metrics: dict[str, float]) -> tuple[str, ...]:

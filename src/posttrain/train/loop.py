@@ -19,10 +19,11 @@ from posttrain.errors import Interrupted, NonFiniteError
 from posttrain.losses.output import LossOutput
 from posttrain.progress import Metrics, Progress, Tracker
 from posttrain.train.checkpoint import Checkpoint, load_newest, save_checkpoint
-from posttrain.train.schedule import LoopSettings, learning_rate, step_rows, total_steps, validation_interval
+from posttrain.train.schedule import LoopSettings, epochs_seen, learning_rate, step_rows, total_steps, validation_interval
 from posttrain.train.signals import StopSignal
 
 ADAM_EPSILON = 1e-8
+NONFINITE = "nonfinite.json"
 
 
 class MicroBatch(NamedTuple):
@@ -119,11 +120,13 @@ def fit(
 ) -> FitResult:
     """Train `task.parameters` in place, resuming from `folder`/checkpoints where there are any.
 
-    Raises NonFiniteError before a bad step, Interrupted after a checkpoint when asked to stop.
+    Raises NonFiniteError before a bad step or after a validation that is not finite, Interrupted after a checkpoint
+    when asked to stop.
     """
     run = _Run(task, settings)
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
+    (folder / NONFINITE).unlink(missing_ok=True)
     torch.manual_seed(settings.seed)
     saved = load_newest(checkpoints)
     if saved is not None:
@@ -136,7 +139,7 @@ def fit(
             shown, step_tokens = _one_step(run, folder)
             run.step += 1
             run.finished = _validate_if_due(run, shown)
-            run.last_metrics = shown
+            run.last_metrics = {name: value for name, value in shown.items() if math.isfinite(value)}
             metrics.log(run.step, shown)
             headline = next(k for k in shown if k.endswith("/loss"))
             progress.update(tokens=step_tokens, loss=shown[headline])
@@ -162,7 +165,7 @@ def _one_step(run: _Run, folder: Path) -> tuple[dict[str, float], int]:
     run.optimiser.zero_grad(set_to_none=True)
     for micro in micros:
         out = task.loss(micro, micros)
-        if not math.isfinite(float(out.loss)):
+        if not math.isfinite(float(out.loss.detach())):
             _refuse_step(run, folder, "the loss", micro.row_ids)
         out.loss.backward()  # type: ignore[no-untyped-call]
         for name, value in out.metrics.items():
@@ -186,7 +189,7 @@ def _one_step(run: _Run, folder: Path) -> tuple[dict[str, float], int]:
     shown |= {
         "train/learning_rate": rate,
         "train/grad_norm": norm,
-        "train/epoch": (run.step + 1) * settings.batch / task.rows,
+        "train/epoch": epochs_seen(run.step + 1, task.rows, settings),
     }
     shown |= {"time/step": seconds, "time/tokens_per_second": tokens / seconds}
     return shown, tokens
@@ -199,7 +202,7 @@ def _gradient_norm(parameters: dict[str, nn.Parameter]) -> float:
 
 
 def _refuse_step(run: _Run, folder: Path, what: str, row_ids: tuple[str, ...]) -> None:
-    write_json(folder / "nonfinite.json", {"step": run.step + 1, "what": what, "rows": list(row_ids)})
+    write_json(folder / NONFINITE, {"step": run.step + 1, "what": what, "rows": list(row_ids)})
     shown = ", ".join(row_ids[:8]) + (f" and {len(row_ids) - 8} more" if len(row_ids) > 8 else "")
     raise NonFiniteError(
         f"step {run.step + 1}", f"{what} is not finite; the step was not taken", allowed=f"rows of this batch: {shown}",
@@ -216,6 +219,10 @@ def _validate_if_due(run: _Run, shown: dict[str, float]) -> bool:
         return over
     found = task.validate()
     shown |= found
+    if not math.isfinite(found[task.validation_metric]):
+        raise NonFiniteError(
+            f"validation after step {run.step}", f"{task.validation_metric} is not finite", do="lower learning_rate",
+        )  # fmt: skip
     if found[task.validation_metric] < run.best:
         run.best, run.since_best = found[task.validation_metric], 0
         if settings.keep == "best":

@@ -73,9 +73,14 @@ def validation_interval(rows: int, settings: LoopSettings) -> int:
     return max(1, round(rows / settings.batch / 4)) if wants_many else 0
 
 
+def epochs_seen(steps: int, rows: int, settings: LoopSettings) -> float:
+    """Passes over the data after so many steps; the last step may be short."""
+    return min(steps * settings.batch, total_rows(rows, settings)) / rows
+
+
 def learning_rate(step: int, steps: int, settings: LoopSettings) -> float:
     """Rate of a step (counted from 0): linear warm-up, then the schedule down to a tenth of the peak."""
-    warmup = math.ceil(steps * settings.warmup)
+    warmup = math.ceil(round(steps * settings.warmup, 6))
     if step < warmup:
         return settings.learning_rate * (step + 1) / warmup
     if settings.schedule == "constant":

@@ -1,0 +1,18 @@
+"""The tiny base for training tests: whatever a test trains is undone after it."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from posttrain.models.files import reload_base
+from posttrain.models.load import BaseModel
+
+
+@pytest.fixture
+def base(tiny: BaseModel) -> Iterator[BaseModel]:
+    """The tiny base, put back after the test."""
+    yield tiny
+    for name in tiny.adapters.names():
+        tiny.adapters.remove(name)
+    tiny.model.requires_grad_(False)
+    reload_base(tiny)
