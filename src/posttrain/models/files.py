@@ -23,6 +23,11 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 FULL_WEIGHTS = "model.safetensors"
 PREFIX = "base_model.model."
+# Settings of PEFT that change what an adapter computes; read as plain LoRA it would answer something else.
+UNSUPPORTED = (
+    "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "lora_bias", "use_qalora",
+    "alora_invocation_tokens", "target_parameters", "layers_to_transform", "exclude_modules", "fan_in_fan_out",
+)  # fmt: skip
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 
 
@@ -98,27 +103,24 @@ def _take_token_rows(tensors: dict[str, torch.Tensor], indices: Any, base: BaseM
 def _read_config(folder: Path, where: str) -> dict[str, Any]:
     try:
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise AdapterError(where, f"no {ADAPTER_CONFIG}", do="give a folder in PEFT's format") from None
-    except ValueError:
-        raise AdapterError(where, f"{ADAPTER_CONFIG} is not JSON", do="fetch the adapter again") from None
-    missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in config]
-    if config.get("peft_type") != "LORA" or missing:
+    except (OSError, ValueError, RecursionError):
+        raise AdapterError(where, f"{ADAPTER_CONFIG} is not readable as JSON", do="fetch the adapter again") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise AdapterError(where, f"peft_type {kind!r}", allowed="a LoRA adapter of PEFT's format")
+    rank, alpha, layers = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
+    named = isinstance(layers, list) and bool(layers) and all(isinstance(name, str) for name in layers)
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not named:
         raise AdapterError(
-            where,
-            f"peft_type {config.get('peft_type')!r}, missing {missing}",
-            allowed="a LoRA adapter of PEFT's format",
-        )
-    refused = [
-        key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication") if config.get(key)
-    ]
-    if refused or not isinstance(config["target_modules"], list):
-        raise AdapterError(
-            where,
-            f"uses {', '.join(refused) or 'a pattern as target_modules'}",
-            allowed="plain LoRA with a list of layers",
-        )
-    return dict(config)
+            where, f"r {rank!r}, lora_alpha {alpha!r}, target_modules {str(layers)[:60]}",
+            allowed="a rank, a number, and a list of layer names",
+        )  # fmt: skip
+    refused = [key for key in UNSUPPORTED if config.get(key)]
+    if refused:
+        raise AdapterError(where, f"uses {', '.join(refused)}", allowed="plain LoRA with a list of layers")
+    return config
 
 
 def _read_tensors(path: Path, where: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -126,7 +128,9 @@ def _read_tensors(path: Path, where: str) -> tuple[dict[str, torch.Tensor], dict
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except FileNotFoundError:
-        raise AdapterError(where, f"no {path.name}", do="give a folder in PEFT's format") from None
+        pickles = sorted(p.name for p in path.parent.glob("*.bin"))
+        found = f"no {path.name}" + (f", only a pickle file ({pickles[0]}), which can run code" if pickles else "")
+        raise AdapterError(where, found, do="give a folder in PEFT's format with safetensors") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(
             where, f"{path.name} is damaged ({str(error)[:80]})", do="fetch or train the adapter again"
