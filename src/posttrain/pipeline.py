@@ -94,16 +94,15 @@ def _work(plan: Plan, stop: StopSignal) -> None:
 
     from posttrain.models.files import Policies
     from posttrain.models.load import load_base
+    from posttrain.models.tokens import token_ids, untrained_tokens
 
     _check_data(plan)
     recipe = plan.recipe
-    settings = recipe.base
-    base = load_base(
-        settings.model, template=settings.template, dtype=settings.dtype, device=settings.device,
-        full=recipe.adapter.kind == "full",
-    )  # fmt: skip
+    settings, full = recipe.base, recipe.adapter.kind == "full"
+    base = load_base(settings.model, template=settings.template, dtype=settings.dtype, device=settings.device, full=full)
     policies = Policies(base, plan.run)
-    for warning in base_warnings(policies):
+    token_ids(base, recipe.adapter.train_tokens)  # a name that the vocabulary lacks is told before hours are spent
+    for warning in () if full else untrained_tokens(base, recipe.adapter.train_tokens):
         say(f"warning: {warning}")
     for step in plan.due:
         if stop.asked:
@@ -140,11 +139,6 @@ def _check_data(plan: Plan) -> None:
             prepare_stage(step.stage, chat, seed=plan.recipe.seed, evaluation_prompts=plan.evaluation_prompts)
 
 
-def base_warnings(policies: "Policies") -> list[str]:
-    """What a user should know of the base before hours are spent on it."""
-    return []
-
-
 def _open_partial(step: Step) -> Path:
     """The hidden folder that a step is built in; one that worked for something else is thrown away."""
     folder = partial_folder(step.folder)
@@ -164,7 +158,7 @@ def _train(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: Sto
 
     stage = step.stage
     assert stage is not None
-    say(f"{step.kind} {step.name}: {step.why}")
+    say(f"{step.name}: {step.why}")
     trackers = open_trackers(
         plan.recipe.trackers, folder=plan.run, run=plan.recipe.name, stage=step.name, settings=step.settings
     )

@@ -1,9 +1,10 @@
 """Tokens that the base never trained: found before hours are spent, and named so that their rows can be trained.
 
 A token that pretraining never saw keeps the direction that all unused tokens share: its embedding row lies along their
-mean (in gemma-3-270m's base `<start_of_turn>` has cosine 0.99 with it, `<eos>` -0.3). A template built on such tokens can
-be learned all the same, so this is a warning and no refusal. How much probability leaks into unused tokens when answers
-are sampled is measured by `unused_probability`.
+mean. In gemma-3-270m's base `<end_of_turn>` has cosine 0.99 with it and `<start_of_turn>` 0.95; `<eos>` has -0.30, and of
+a thousand ordinary tokens none has more than 0.61. Turns built on such tokens can be learned all the same, so this is a
+warning and no refusal; `unused_probability` measures how much probability leaks into unused tokens while an answer is
+sampled at temperature 1.
 
 V: vocabulary, D: width, U: unused tokens, N: positions.
 """
@@ -14,16 +15,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from posttrain.data.packing import pack, row_segments
 from posttrain.errors import RecipeError
 from posttrain.models.attention import Segments, Span
 from posttrain.models.load import BaseModel
+from posttrain.records import Message
 
 # Names that vocabularies give to places nobody uses: <unused12>, [unused3], <|reserved_special_token_7|>, <extra_id_1>.
 _UNUSED_NAME = re.compile(r"^[<\[]\|?_*(?:unused|reserved|extra_id|dummy)[a-z_]*_?\d+\|?[>\]]$")
 # A direction needs so many rows before its mean says anything.
 _FEWEST_UNUSED = 8
-# Trained tokens lie below 0.5 of it, untrained ones above 0.9.
 _SIMILAR = 0.9
+
+# Enough positions for a figure, few enough to cost a fraction of a second.
+CONVERSATIONS = tuple(
+    (Message("user", question), Message("assistant", answer))
+    for question, answer in (
+        ("What is the capital of Italy?", "Rome."),
+        ("Name two colours.", "Green and yellow."),
+        ("Is ice warmer than steam?", "No, steam is far warmer than ice."),
+    )
+)
 
 
 def token_ids(base: BaseModel, tokens: Sequence[str]) -> tuple[int, ...]:
@@ -40,53 +52,51 @@ def token_ids(base: BaseModel, tokens: Sequence[str]) -> tuple[int, ...]:
 
 
 def unused_ids(base: BaseModel) -> list[int]:
-    """Ids of the tokens whose name says that nothing uses them, without those the template uses."""
+    """Ids whose name says that nothing uses them, and rows beyond the vocabulary; without what the template uses."""
     taken = {*base.chat.template_ids, *base.chat.end_ids}
     vocabulary: dict[str, int] = base.tokenizer.inner.get_vocab()
-    return sorted(index for token, index in vocabulary.items() if index not in taken and _UNUSED_NAME.match(token))
+    named = {index for token, index in vocabulary.items() if token[:1] in "<[" and _UNUSED_NAME.match(token)}
+    beyond = set(range(max(vocabulary.values()) + 1, base.head_VD.shape[0]))
+    return sorted((named | beyond) - taken)
 
 
 @torch.no_grad()
-def untrained_similarity(base: BaseModel) -> dict[str, float]:
-    """Cosine of each template token's embedding row with the mean of the unused rows; empty where none is unused."""
-    unused = unused_ids(base)
+def untrained_similarity(base: BaseModel, unused: Sequence[int]) -> dict[str, float]:
+    """Cosine of each template token's embedding row with the mean of the unused rows; empty where too few are unused."""
     ids = sorted({*base.chat.template_ids, base.chat.end_id})
     if len(unused) < _FEWEST_UNUSED:
         return {}
     rows_VD: Tensor = base.model.get_input_embeddings().weight
-    mean_D = rows_VD[unused].float().mean(0)
+    mean_D = rows_VD[list(unused)].float().mean(0)
     cosines = torch.cosine_similarity(rows_VD[ids].float(), mean_D[None], dim=1)
     return {base.tokenizer.decode([i], special=True): float(c) for i, c in zip(ids, cosines, strict=True)}
 
 
-def untrained_tokens(base: BaseModel, train_tokens: Sequence[str] = ()) -> list[str]:
-    """Warnings about template tokens that look untrained, but for those whose rows are trained anyway."""
-    suspects = {t: c for t, c in untrained_similarity(base).items() if c > _SIMILAR and t not in train_tokens}
-    if not suspects:
-        return []
-    shown = ", ".join(f"{token} ({cosine:.2f})" for token, cosine in suspects.items())
-    names = ", ".join(f'"{token}"' for token in suspects)
-    return [
-        f"the template's tokens {shown} look untrained in this base: their embeddings lie among the unused tokens (cosine "
-        f"with their mean). Turns are learned all the same; to train these rows too: [adapter] train_tokens = [{names}]"
-    ]
-
-
 @torch.no_grad()
-def unused_probability(base: BaseModel, prompts: Sequence[Sequence[int]], policy: str) -> float:
-    """Mean probability, at temperature 1 over the positions of the prompts, that the next token is an unused one."""
-    unused = torch.tensor(unused_ids(base), dtype=torch.long, device=base.device)
-    spans = []
-    start = 0
-    for prompt in prompts:
-        spans.append(Span(start, len(prompt)))
-        start += len(prompt)
-    ids_T = torch.tensor([token for prompt in prompts for token in prompt])
-    positions_T = torch.tensor([place for prompt in prompts for place in range(len(prompt))])
-    hidden_TD = base.hidden(ids_T, positions_T, Segments(tuple(spans)), policy)
-    # Only where an answer would begin: elsewhere the prompt, not the policy, decides.
-    last_N = [span.start + span.length - 1 for span in spans]
-    logits_NV = (hidden_TD[last_N] @ base.head(policy).T).float()
+def unused_probability(
+    base: BaseModel, unused: Sequence[int], policy: str = "base", conversations: Sequence[Sequence[Message]] = CONVERSATIONS
+) -> float:
+    """Mean probability of an unused token, at temperature 1, over the positions where an assistant speaks or ends a turn."""
+    encoded = [base.chat.encode(messages) for messages in conversations]
+    batch = pack([s for i, row in enumerate(encoded) for s in row_segments(row.ids, row.trained, i)], len(encoded))
+    segments = Segments(tuple(Span(*span) for span in batch.spans))
+    hidden_TD = base.hidden(torch.tensor(batch.ids), torch.tensor(batch.positions), segments, policy)
+    logits_NV = (hidden_TD[batch.source_N] @ base.head(policy).T).float()
     if base.softcap is not None:
         logits_NV = torch.tanh(logits_NV / base.softcap) * base.softcap
-    return float(torch.softmax(logits_NV, -1)[:, unused].sum(1).mean())
+    return float(torch.softmax(logits_NV, -1)[:, list(unused)].sum(1).mean())
+
+
+def untrained_tokens(base: BaseModel, train_tokens: Sequence[str] = ()) -> list[str]:
+    """Warnings about template tokens that look untrained, but for those whose rows are trained anyway."""
+    unused = unused_ids(base)
+    suspects = {t: c for t, c in untrained_similarity(base, unused).items() if c > _SIMILAR and t not in train_tokens}
+    if not suspects:
+        return []
+    shown = ", ".join(f"{token} (cosine {cosine:.2f})" for token, cosine in suspects.items())
+    names = ", ".join(f'"{token}"' for token in suspects)
+    return [
+        f"the template's tokens {shown} look untrained in this base: their embeddings lie among its {len(unused)} unused "
+        f"tokens, which take {unused_probability(base, unused):.1g} of the probability of an answer's tokens. Turns are "
+        f"learned all the same; [adapter] train_tokens = [{names}] trains these rows too"
+    ]
