@@ -34,8 +34,21 @@ TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 def save_adapter(folder: Path, adapter: LoraAdapter, base: BaseModel) -> None:
     """Write one adapter in PEFT's format, float32."""
     tensors = {n: p.detach().cpu().contiguous() for n, p in adapter.parameters().items()}
-    save_file(tensors, str(folder / ADAPTER_WEIGHTS), metadata={"format": "pt", **_identity(base)})
+    _save(folder / ADAPTER_WEIGHTS, tensors, {"format": "pt", **_identity(base)})
     write_json(folder / ADAPTER_CONFIG, _peft_config(adapter, base))
+
+
+def _save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write safetensors whose bytes depend on nothing but the content: the library puts metadata in random order."""
+    save_file(tensors, str(path), metadata=metadata)
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(metadata.items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length, "the same header in another order is not longer"
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def _identity(base: BaseModel) -> dict[str, str]:
@@ -180,7 +193,7 @@ def full_state(base: BaseModel) -> dict[str, nn.Parameter]:
 def save_full(folder: Path, base: BaseModel) -> None:
     """Write all weights and the model's config, so that the folder loads in transformers."""
     tensors = {n: p.detach().cpu().contiguous() for n, p in full_state(base).items()}
-    save_file(tensors, str(folder / FULL_WEIGHTS), metadata={"format": "pt", **_identity(base)})
+    _save(folder / FULL_WEIGHTS, tensors, {"format": "pt", **_identity(base)})
     base.model.config.save_pretrained(folder)
     base.tokenizer.inner.save_pretrained(folder)
 

@@ -1,0 +1,450 @@
+"""A whole run through the command line on the tiny model: once, again, changed, cut short, killed, moved, damaged."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain.artifacts import lineage, read_manifest, run_lock
+from posttrain.cli import main
+from posttrain.errors import ArtifactError
+from posttrain.models.load import BaseModel
+from posttrain.models.target import open_target
+from tiny_runs import SMALL, TINY, copied_run, finished_run
+
+STEPS = ["evaluate base", "sft", "evaluate sft", "dpo", "evaluate dpo"]
+
+
+def command(run: Path, *more: str) -> list[str]:
+    return ["run", str(TINY), "--out", str(run), *SMALL, *more]
+
+
+def posttrain(*arguments: str, env: dict[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "posttrain.cli", *arguments], capture_output=True, text=True, env={**os.environ, **(env or {})}
+    )
+
+
+def plan_of(capsys: pytest.CaptureFixture[str], run: Path, *more: str, recipe: Path = TINY) -> dict[str, tuple[str, str]]:
+    """Status and reason of every step, from --dry-run --json."""
+    capsys.readouterr()
+    assert main(["run", str(recipe), "--out", str(run), "--dry-run", "--json", *more]) == 0
+    return {step["step"]: (step["status"], step["why"]) for step in json.loads(capsys.readouterr().out)["steps"]}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder but the lock."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"}
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    """What was learned: the same bits whatever happened on the way."""
+    names = ["sft/adapter_model.safetensors", "dpo/adapter_model.safetensors"]
+    scores = [f"evaluate/{policy}/scores.jsonl" for policy in ("base", "sft", "dpo")]
+    return {name: (run / name).read_bytes() for name in names + scores}
+
+
+def test_a_run_leaves_a_folder_that_explains_itself():
+    names = set(content(finished_run()))
+    stage = {"manifest.json", "metrics.jsonl", "data_report.json", "adapter_model.safetensors", "adapter_config.json"}
+    scored = {"manifest.json", "scores.jsonl", "samples.jsonl"}
+    assert names == (
+        {"recipe.toml", "scorecard.json", "report.html"}
+        | {f"{s}/{n}" for s in ("sft", "dpo") for n in stage}
+        | {f"evaluate/{p}/{n}" for p in ("base", "sft", "dpo") for n in scored}
+    )
+    scorecard = json.loads((finished_run() / "scorecard.json").read_text())
+    assert [(s["name"], s["kind"], s["parent"]) for s in scorecard["stages"]] == [
+        ("base", "base", None), ("sft", "sft", "base"), ("dpo", "dpo", "sft"),
+    ]  # fmt: skip
+    changes = scorecard["stages"][2]["measures"]["starter/facts"]["changes"]
+    assert [c["against"] for c in changes] == ["sft", "base"]
+
+
+def test_a_manifest_says_all_that_is_needed_to_make_it_again(tiny: BaseModel):
+    found = {name: read_manifest(finished_run() / name) for name in ("sft", "dpo", "evaluate/base", "evaluate/dpo")}
+    dpo = found["dpo"]
+    assert dpo is not None
+    assert (dpo["kind"], dpo["stage"], dpo["name"], dpo["policy"], dpo["seed"]) == ("adapter", "dpo", "dpo", "dpo", 0)
+    assert dpo["settings"]["stage"]["beta"] == 0.1
+    assert dpo["settings"]["adapter"]["rank"] == 4
+    assert dpo["inputs"] == {"sft": found["sft"]["fingerprint"]}
+    assert dpo["base"] == tiny.identity()
+    assert set(dpo["base"]) == {"model", "weights_hash", "tokenizer_hash", "template", "template_hash"}
+    (path,) = dpo["data"]
+    assert path == "starter/preferences.jsonl"
+    assert len(dpo["data"][path]) == 64
+    lines = (Path(sys.modules["posttrain"].__file__).parent / path).read_text().splitlines()
+    assert dpo["rows"] == {path: len(lines)}
+    assert dpo["libraries"].keys() == {"torch", "transformers", "safetensors", "tokenizers", "numpy"}
+    assert dpo["version"]
+    assert dpo["device"] == "cpu"
+    assert dpo["dtype"] in ("float32", "bfloat16")
+    assert dpo["seconds"] > 0
+    assert dpo["tokens"] > 0
+    assert {"dpo/loss", "dpo/margin"} <= dpo["metrics"].keys()
+    assert dpo["commit"] is None or len(dpo["commit"].removesuffix("-dirty")) == 40
+    assert set(dpo["files"]) == {"metrics.jsonl", "data_report.json", "adapter_model.safetensors", "adapter_config.json"}
+    assert found["evaluate/dpo"]["inputs"] == {"dpo": dpo["fingerprint"]}
+    assert found["evaluate/base"]["kind"] == "scores"
+    assert [m["name"] for m in lineage(finished_run(), "dpo")] == ["dpo", "sft"]
+
+
+def test_again_does_nothing_and_says_so_without_torch():
+    before = content(finished_run())
+    code = (
+        "import sys; from posttrain.cli import main; code = main(sys.argv[1:]); "
+        "print([m for m in ('torch', 'transformers', 'datasets', 'matplotlib') if m in sys.modules]); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run", str(TINY), "--out", str(finished_run())], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    first, *_, last = done.stdout.splitlines()
+    assert first == f"{finished_run()}: nothing to do, every stage is finished"
+    assert last == "[]"
+    assert content(finished_run()) == before
+
+
+def test_a_dry_run_writes_nothing_and_shows_rows_tokens_and_reasons(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = tmp_path / "run"
+    assert main(["run", str(TINY), "--out", str(run), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert not run.exists()
+    for step in STEPS:
+        assert any(line.startswith(f"{step} ") and "not made yet" in line for line in text.splitlines())
+    assert main(["run", str(TINY), "--out", str(run), "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert [s["step"] for s in plan["steps"]] == STEPS
+    assert plan["steps"][0]["rows"] == 56  # 7 tasks of 8 items
+    assert all(s["rows"] > 0 and s["tokens"] > s["rows"] and s["seconds"] >= 0 for s in plan["steps"])
+    # two layers of 2 (64·64 + 64·32) + 3 · 64·128, and 263 rows of 64
+    assert plan["parameters"] == 2 * (2 * (64 * 64 + 64 * 32) + 3 * 64 * 128) + 263 * 64
+    assert not run.exists()
+
+
+def test_only_what_depends_on_a_changed_setting_is_made_again(capsys: pytest.CaptureFixture[str]):
+    run = finished_run()
+    assert set(plan_of(capsys, run).values()) == {("done", "its manifest matches")}
+    assert plan_of(capsys, run, "--set", "dpo.beta=0.2") == {
+        "evaluate base": ("done", "its manifest matches"),
+        "sft": ("done", "its manifest matches"),
+        "evaluate sft": ("done", "its manifest matches"),
+        "dpo": ("due", "changed: beta 0.1 → 0.2"),
+        "evaluate dpo": ("due", "changed: input dpo"),
+    }
+    changed = plan_of(capsys, run, "--set", "sft.epochs=0.2")
+    assert changed["evaluate base"] == ("done", "its manifest matches")
+    assert changed["sft"] == ("due", "changed: epochs 0.1 → 0.2")
+    assert changed["dpo"] == ("due", "changed: input sft")
+    for scored in (
+        "evaluation.max_new_tokens=8",
+        "evaluation.sample_tokens=8",
+        'evaluation.samples=["Hi"]',
+        "evaluation.limit=4",
+    ):
+        changed = plan_of(capsys, run, "--set", scored)
+        assert [name for name, (status, _) in changed.items() if status == "due"] == [s for s in STEPS if "evaluate" in s]
+    for harmless in ("sft.checkpoint_every=7", "sft.checkpoint_minutes=1", "name=other", 'trackers=["tensorboard"]'):
+        assert {status for status, _ in plan_of(capsys, run, "--set", harmless).values()} == {"done"}
+    assert {status for status, _ in plan_of(capsys, run, "--set", "base.template=chatml").values()} == {"due"}
+    assert {status for status, _ in plan_of(capsys, run, "--set", "seed=1").values()} == {"due"}
+
+
+def test_changed_data_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    row = {"messages": [{"role": "user", "content": "Say hi."}, {"role": "assistant", "content": "Hi."}]}
+    Path("d.jsonl").write_text("".join(json.dumps({**row, "id": str(i)}) + "\n" for i in range(4)))
+    Path("one.toml").write_text(
+        'name = "one"\n[base]\nmodel = "random:tiny"\ntemplate = "gemma"\n[evaluation]\nlimit = 1\nmax_new_tokens = 1\n'
+        'samples = ["Hi"]\nsample_tokens = 1\n[[stage]]\nkind = "sft"\nname = "sft"\ndata = "d.jsonl"\nvalidation = 0.0\n'
+    )
+    assert main(["run", "one.toml"]) == 0
+    assert (tmp_path / "runs" / "one" / "report.html").exists()
+    assert {s for s, _ in plan_of(capsys, Path("runs/one"), recipe=Path("one.toml")).values()} == {"done"}
+    Path("d.jsonl").write_text(json.dumps(row) + "\n")
+    assert plan_of(capsys, Path("runs/one"), recipe=Path("one.toml"))["sft"] == ("due", "changed: data d.jsonl")
+
+
+def test_until_stops_after_a_stage_and_a_finished_run_keeps_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = tmp_path / "run"
+    assert main(command(run, "--until", "sft", "--json")) == 0
+    assert [s["name"] for s in json.loads(capsys.readouterr().out)["stages"]] == ["base", "sft"]
+    assert not (run / "dpo").exists()
+    assert main(command(run)) == 0
+    before = content(run)
+    assert main(command(run, "--until", "sft", "--json")) == 0
+    assert [s["name"] for s in json.loads(capsys.readouterr().out.split("report: ")[-1].split("\n", 1)[1])["stages"]] == [
+        "base", "sft", "dpo",
+    ]  # fmt: skip
+    assert content(run) == before
+
+
+def test_the_same_recipe_twice_gives_the_same_bits(tmp_path: Path):
+    assert main(command(tmp_path / "again")) == 0
+    assert weights(tmp_path / "again") == weights(small_run(tmp_path))
+
+
+KILLED = """
+import importlib, os, signal, sys
+from posttrain.cli import main
+module = importlib.import_module("posttrain.{module}")
+real, left = module.{name}, {after}
+def killed(*arguments, **keywords):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.{signal})
+    return real(*arguments, **keywords)
+module.{name} = killed
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "after"),
+    [
+        ("train.loop", "_one_step", 4),
+        ("evaluate.run", "answer_samples", 2),
+        pytest.param("train.loop", "_one_step", 2, marks=pytest.mark.slow),
+        pytest.param("train.checkpoint", "fsync_tree", 1, marks=pytest.mark.slow),
+        pytest.param("evaluate.run", "write_scores", 0, marks=pytest.mark.slow),
+        pytest.param("artifacts", "_move_into_place", 1, marks=pytest.mark.slow),
+        pytest.param("pipeline", "build_scorecard", 0, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_anywhere_the_run_goes_on_to_the_same_bits(tmp_path: Path, module: str, name: str, after: int):
+    more = ("--set", "sft.checkpoint_every=1", "--set", "dpo.checkpoint_every=1")
+    code = KILLED.format(module=module, name=name, after=after, signal="SIGKILL")
+    done = subprocess.run([sys.executable, "-c", code, *command(tmp_path / "run", *more)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "run" / "scorecard.json").exists()
+    assert main(command(tmp_path / "run", *more)) == 0
+    assert weights(tmp_path / "run") == weights(small_run(tmp_path))
+    assert not [p for p in (tmp_path / "run").rglob(".*") if p.name != ".lock"]
+
+
+_SMALL: list[Path] = []
+
+
+def small_run(tmp_path: Path) -> Path:
+    """A run of `command` that nothing disturbed, made once."""
+    if not _SMALL:
+        run = tmp_path.parent / "undisturbed"
+        assert main(command(run)) == 0
+        _SMALL.append(run)
+    return _SMALL[0]
+
+
+def test_sigterm_saves_ends_with_0_and_the_next_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    code = KILLED.format(module="train.loop", name="_one_step", after=1, signal="SIGTERM")
+    done = subprocess.run([sys.executable, "-c", code, *command(tmp_path / "run")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "sft: stopped after step 2 of 3; run the same command to go on"
+    assert main(command(tmp_path / "run")) == 0
+    errors = capsys.readouterr().err
+    assert "sft: an unfinished one is there" in errors
+    assert "sft 1/3" not in errors
+    assert weights(tmp_path / "run") == weights(small_run(tmp_path))
+
+
+@pytest.mark.slow
+def test_sigterm_before_the_first_step_and_in_an_evaluation_ends_with_0(tmp_path: Path):
+    for module, name in (("models.load", "load_base"), ("evaluate.run", "generate")):
+        code = KILLED.format(module=module, name=name, after=0, signal="SIGTERM")
+        done = subprocess.run([sys.executable, "-c", code, *command(tmp_path / name)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "run the same command to go on" in done.stderr.splitlines()[-1]
+        assert not (tmp_path / name / "scorecard.json").exists()
+
+
+def test_a_second_run_on_the_same_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = copied_run(tmp_path / "run")
+    with run_lock(run):
+        assert main(["run", str(TINY), "--out", str(run), "--set", "seed=1"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {run} · another posttrain process works on this run · wait for it, or choose another folder with --out\n"
+    )
+    assert content(run) == content(finished_run())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("evaluation.suites=[\"strter\"]", '[evaluation] suites · "strter" is not a suite · there is: starter'),
+        ("sft.data=none.jsonl", 'data "none.jsonl" · there is no such file'),
+        ("dpo.data=starter/nothing.jsonl", 'data "starter/nothing.jsonl" · no such starter file'),
+        ("base.model=no-model", '[base] model = "no-model" · neither a folder'),
+        ("base.model=random:huge", '[base] model = "random:huge" · no random model "huge" · there is: random:tiny'),
+    ],
+)  # fmt: skip
+def test_what_a_recipe_names_and_is_not_there_leaves_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, message: str
+):
+    for more in ((), ("--dry-run",)):
+        assert main(command(tmp_path / "run", "--set", change, *more)) == 2
+        assert capsys.readouterr().err.startswith(f"error: {message}")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_rows_of_the_last_stage_are_refused_before_the_first_one_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    data = tmp_path / "pairs.jsonl"
+    data.write_text('{"prompt": "Hi", "chosen": "same", "rejected": "same"}\n' * 5)
+    assert main(command(tmp_path / "run", "--set", f"dpo.data={data}")) == 2
+    assert "5 rows" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "sft").exists()
+    assert not (tmp_path / "run" / "evaluate").exists()
+
+
+def test_an_output_folder_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "file").write_text("mine")
+    for place in ("file", "file/below"):
+        assert main(command(tmp_path / place)) == 2
+        assert "a file is where a folder should be" in capsys.readouterr().err
+    assert main(command(tmp_path / ("x" * 300))) == 2
+    assert "the name is too long" in capsys.readouterr().err
+    assert content(tmp_path) == {"file": b"mine"}
+    assert main(command(Path("/proc/posttrain"))) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+LIMITED = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+from posttrain.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("size", [100, 20_000, pytest.param(2_000, marks=pytest.mark.slow)])
+def test_a_disk_that_refuses_is_a_clear_error_and_room_lets_the_run_go_on(tmp_path: Path, size: int):
+    run = tmp_path / "run"
+    done = subprocess.run([sys.executable, "-c", LIMITED, str(size), *command(run)], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "larger than a file may be here · make room" in done.stderr.splitlines()[-1]
+    for manifest in run.rglob("manifest.json"):
+        assert read_manifest(manifest.parent) is not None
+    assert main(command(run)) == 0
+    assert weights(run) == weights(small_run(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kib", [4, 64, 160])
+def test_a_full_disk(tmp_path: Path, kib: int):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = os.geteuid() == 0 and shutil.which("mount") is not None
+    mounted = mounted and subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(disk)]).returncode == 0
+    if not mounted:
+        pytest.skip("a small disk can only be mounted by root")
+    try:
+        done = posttrain(*command(disk / "run"))
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.splitlines()[-1].startswith("error: ")
+        assert "the disk is full" in done.stderr
+        assert "Traceback" not in done.stderr
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        assert main(command(disk / "run")) == 0
+        assert weights(disk / "run") == weights(small_run(tmp_path))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_run_folder_that_was_moved_works_where_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    run = copied_run(tmp_path / "elsewhere" / "my run")
+    monkeypatch.chdir(tmp_path)
+    before = content(run)
+    assert main(["run", str(TINY), "--out", str(run)]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert content(run) == before
+    assert main(["run", str(run / "recipe.toml"), "--out", str(run)]) == 0  # its own recipe makes the same plan
+    assert "nothing to do" in capsys.readouterr().out
+    target = open_target(str(run / "dpo"))
+    assert target.names == ("base", "sft", "dpo")
+    assert target.policies.activate("dpo") == "dpo"
+
+
+def test_a_payload_that_was_edited_by_hand_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = copied_run(tmp_path / "run")
+    path = run / "sft" / "adapter_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # one bit of one weight: nothing else would notice
+    path.write_bytes(data)
+    message = f"{path} · was changed after it was made · remove {run / 'sft'} and run the recipe again"
+    with pytest.raises(ArtifactError) as refused:
+        open_target(str(run / "sft")).policies.activate("sft")
+    assert str(refused.value) == message
+    capsys.readouterr()
+    assert main(["run", str(TINY), "--out", str(run), "--set", "dpo.beta=0.2"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {message}"
+    path.unlink()
+    assert plan_of(capsys, run)["sft"] == ("due", "adapter_model.safetensors is missing")
+    assert main(["run", str(TINY), "--out", str(run)]) == 0
+    assert weights(run) == weights(finished_run())
+
+
+def test_scores_that_were_edited_by_hand_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = copied_run(tmp_path / "run")
+    path = run / "evaluate" / "sft" / "scores.jsonl"
+    path.write_text(path.read_text().replace('"value": 0.0', '"value": 1.0'))
+    assert main(["run", str(TINY), "--out", str(run)]) == 2
+    assert f"{path} · was changed after it was made" in capsys.readouterr().err
+
+
+def test_a_damaged_manifest_is_named_and_removing_the_stage_mends_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = copied_run(tmp_path / "run")
+    (run / "dpo" / "manifest.json").write_text("{")
+    assert main(["run", str(TINY), "--out", str(run)]) == 2
+    message = f"{run / 'dpo' / 'manifest.json'} · not readable as JSON · remove {run / 'dpo'} and run the recipe again"
+    assert capsys.readouterr().err == f"error: {message}\n"
+    shutil.rmtree(run / "dpo")
+    assert main(["run", str(TINY), "--out", str(run)]) == 0
+    assert weights(run) == weights(finished_run())
+
+
+def test_a_report_or_scorecard_that_is_gone_is_written_again(tmp_path: Path):
+    run = copied_run(tmp_path / "run")
+    (run / "report.html").unlink()
+    (run / "scorecard.json").write_text("{torn")
+    assert main(["run", str(TINY), "--out", str(run)]) == 0
+    scorecards: list[Any] = [json.loads((r / "scorecard.json").read_text()) for r in (run, finished_run())]
+    assert scorecards[0] == scorecards[1]
+    assert (run / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_0_of_20_kills_at_any_moment_change_a_bit(tmp_path: Path):
+    """The process dies after a random time; the next goes on, until one ends."""
+    import random
+
+    random.seed(0)
+    more = ("--set", "sft.checkpoint_every=1", "--set", "dpo.checkpoint_every=1")
+    kills, runs = 0, 0
+    while kills < 20:
+        run = tmp_path / str(runs)
+        runs += 1
+        while True:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "posttrain.cli", *command(run, *more)],
+                stderr=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            )
+            time.sleep(random.uniform(1.0, 5.0))
+            if process.poll() is None:
+                process.kill()
+                kills += 1
+            if process.wait() == 0:
+                break
+            assert process.returncode == -signal.SIGKILL
+        assert weights(run) == weights(small_run(tmp_path))
