@@ -1,1 +1,1 @@
-"""The report: reads artifacts only, no torch."""
+"""The report and what `show` and `compare` print: drawn from a run's artifacts alone, without torch."""

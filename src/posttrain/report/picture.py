@@ -1,0 +1,233 @@
+"""The pipeline as a picture: the base, every stage with what it started from, and the data it learned from.
+
+Where it stands: recipe and manifests in, SVG out. Wide pages get columns from left to right; narrow ones, and chains
+longer than four stages, rows with branches drawn in a gutter, as version histories are. One is shown at a time.
+"""
+
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
+
+from posttrain.report import words
+from posttrain.report.markup import el, join, section
+from posttrain.report.run import Run, Stage
+
+_WIDE, _GAP, _HIGH, _LINE = 204, 60, 74, 17
+_DEEPEST = 4
+_NARROW, _STEP = 360, 20
+
+
+class Node(NamedTuple):
+    """A box: the base or a stage. `inputs` are the other policies that go in, by what they are there."""
+
+    name: str
+    kind: str
+    parent: str | None
+    depth: int
+    lane: int
+    inputs: tuple[tuple[str, str], ...]
+    work: str
+    mark: str
+    data: tuple[tuple[str, str], ...]
+    state: str
+
+
+def picture(run: Run) -> Markup:
+    """The section with the picture."""
+    nodes = nodes_of(run)
+    about = "; ".join(f"{n.name} ({n.kind}) from {n.parent}" if n.parent else f"base {n.name}" for n in nodes)
+    down = _down(nodes, about)
+    deep = max(n.depth for n in nodes) > _DEEPEST
+    figures = (
+        [el("figure.flow.any", down)]
+        if deep
+        else [el("figure.flow.across", _across(nodes, about)), el("figure.flow.down", down)]
+    )
+    lead = "Each box is an artifact, named by the fingerprint of all that went into it. Solid: trained on from there. Dashed: used as well."
+    return section("pipeline", "Pipeline", *figures, lead=lead)
+
+
+def nodes_of(run: Run) -> list[Node]:
+    """The base and all stages in the recipe's order, each with a depth and a lane of its own there."""
+    manifests: list[dict[str, Any]] = [s.manifest for s in run.stages if s.manifest] + [p.manifest for p in run.policies]
+    base = manifests[0].get("base", {}) if manifests else {}
+    nodes = [Node(run.base, "base", None, 0, 0, (), "", str(base.get("weights_hash", ""))[:16], (), "finished")]
+    found = {"base": nodes[0]}
+    taken = {(0, 0)}
+    for stage in run.stages:
+        parent = found.get(stage.init, nodes[0])
+        depth, lane = parent.depth + 1, parent.lane
+        while (depth, lane) in taken:
+            lane += 1
+        taken.add((depth, lane))
+        found[stage.name] = _node(stage, parent, depth, lane, found)
+        nodes.append(found[stage.name])
+    return nodes
+
+
+def _node(stage: Stage, parent: Node, depth: int, lane: int, found: dict[str, Node]) -> Node:
+    manifest = stage.manifest or {}
+    settings = manifest.get("settings", {}).get("stage", {})
+    inputs = [(_role(settings, name), name) for name in manifest.get("inputs", {}) if name != stage.init and name in found]
+    work = [f"{manifest['tokens']:,} tokens"] if "tokens" in manifest else []
+    work += [words.duration(manifest.get("seconds"))] if manifest else [stage.status]
+    hashes, rows = manifest.get("data", {}), manifest.get("rows", {})
+    data = []
+    for path in stage.data:
+        count = rows.get(path) if isinstance(rows, dict) else None
+        told = [f"{count:,} rows"] if isinstance(count, int) else []
+        told += [str(hashes[path])[:12]] if isinstance(hashes, dict) and path in hashes else []
+        data.append((path, " · ".join(told)))
+    return Node(stage.name, stage.kind, parent.name if parent.depth else "base", depth, lane, tuple(inputs), " · ".join(work),
+                str(manifest.get("fingerprint", "")), tuple(data), stage.status)  # fmt: skip
+
+
+def _role(settings: dict[str, Any], name: str) -> str:
+    """What an input is there: the setting that names it."""
+    return next((key for key, value in settings.items() if value == name and key not in ("init", "name")), "input")
+
+
+# --- from left to right ---
+
+
+def _across(nodes: list[Node], about: str) -> Markup:
+    data_high = [
+        max((_data_high(n) for n in nodes if n.lane == lane), default=0) for lane in range(1 + max(n.lane for n in nodes))
+    ]
+    above = 40 if any(n.inputs for n in nodes) else 6
+    tops = [above + sum(_HIGH + high + 34 for high in data_high[:lane]) for lane in range(len(data_high))]
+    at = {n.name if n.depth else "base": (4 + n.depth * (_WIDE + _GAP), tops[n.lane]) for n in nodes}
+    width = 8 + (1 + max(n.depth for n in nodes)) * _WIDE + max(n.depth for n in nodes) * _GAP
+    height = tops[-1] + _HIGH + data_high[-1] + 12
+    parts: list[Markup] = []
+    for n in nodes:
+        x, y = at[n.name if n.depth else "base"]
+        if n.parent:
+            px, py = at[n.parent]
+            parts.append(
+                _edge(
+                    f"M{px + _WIDE} {py + _HIGH / 2:g} C{px + _WIDE + 34} {py + _HIGH / 2:g} {x - 34} {y + _HIGH / 2:g} {x - 7} {y + _HIGH / 2:g}"
+                )
+            )
+            parts.append(_tip(x, y + _HIGH / 2, "right"))
+        for role, name in n.inputs:
+            px, py = at[name]
+            a, b, high = px + _WIDE * 0.7, x + _WIDE * 0.4, min(py, y) - 34
+            parts += [_edge(f"M{a:g} {py} C{a + 30:g} {high} {b - 30:g} {high} {b:g} {y - 7}", "dashed"), _tip(b, y, "down")]
+            parts.append(_text((a + b) / 2, high + 4, role, "t.soft.middle"))
+        parts += _box(n, x, y)
+        parts += _data_box(n, x, y)
+    return _svg("across", width, height, parts, about)
+
+
+def _data_high(node: Node) -> int:
+    return 24 + 12 + 2 * _LINE * len(node.data) if node.data else 0
+
+
+def _box(n: Node, x: float, y: float) -> list[Markup]:
+    state = "" if n.state == "finished" else ".undone"
+    return [
+        el(
+            f"rect.box{'.root' if not n.depth else ''}{state}", attrs={"x": x, "y": y, "width": _WIDE, "height": _HIGH, "rx": 9}
+        ),
+        _text(x + 13, y + 25, words.shorten(n.name, 17), "t.strong", title=n.name),
+        _text(x + _WIDE - 12, y + 25, n.kind, "t.soft.end"),
+        _text(x + 13, y + 44, n.work or "frozen", "t.soft"),
+        _text(x + 13, y + 62, n.mark, "t.mono"),
+    ]
+
+
+def _data_box(n: Node, x: float, y: float) -> list[Markup]:
+    if not n.data:
+        return []
+    top, high = y + _HIGH + 24, 12 + 2 * _LINE * len(n.data)
+    parts = [
+        _edge(f"M{x + _WIDE / 2:g} {top} V{y + _HIGH + 7}"),
+        _tip(x + _WIDE / 2, y + _HIGH, "up"),
+        el("rect.box.data", attrs={"x": x, "y": top, "width": _WIDE, "height": high, "rx": 9}),
+    ]
+    for i, (path, told) in enumerate(n.data):
+        line = top + 20 + 2 * _LINE * i
+        parts += [
+            _text(x + 13, line, words.shorten(path, 26), "t", title=path),
+            _text(x + 13, line + _LINE - 1, told, "t.soft"),
+        ]
+    return parts
+
+
+# --- from top to bottom ---
+
+
+def _down(nodes: list[Node], about: str) -> Markup:
+    lanes = _gutter(nodes)
+    left = 14 + _STEP * (1 + max(lanes.values()))
+    at: dict[str, tuple[float, float]] = {}
+    parts, edges = [], []
+    y = 4.0
+    for n in nodes:
+        key = n.name if n.depth else "base"
+        lines = _lines(n)
+        high = 30 + _LINE * len(lines)
+        at[key] = (14.0 + _STEP * lanes[key], y + 20)
+        state = "" if n.state == "finished" else ".undone"
+        root = ".root" if not n.depth else ""
+        parts.append(
+            el(f"rect.box{root}{state}", attrs={"x": left, "y": y, "width": _NARROW - left - 4, "height": high, "rx": 9})
+        )
+        parts.append(_text(left + 12, y + 24, words.shorten(n.name, 26), "t.strong", title=n.name))
+        parts.append(_text(_NARROW - 16, y + 24, n.kind, "t.soft.end"))
+        parts += [_text(left + 12, y + 43 + _LINE * i, text, kind, title=whole) for i, (text, kind, whole) in enumerate(lines)]
+        if n.parent:
+            (px, py), (x, to) = at[n.parent], at[key]
+            path = f"M{px} {py} V{to}" if px == x else f"M{px} {py} C{px} {py + 26} {x} {py + 12} {x} {py + 40} V{to}"
+            edges.append(_edge(path))
+        y += high + 12
+    dots = [el(f"circle.dot{'' if n.state == 'finished' else '.undone'}", attrs={"cx": at[k][0], "cy": at[k][1], "r": 5.5})
+            for n in nodes for k in (n.name if n.depth else "base",)]  # fmt: skip
+    return _svg("down", _NARROW, y - 6, [*edges, *dots, *parts], about)
+
+
+def _gutter(nodes: list[Node]) -> dict[str, int]:
+    """A stage goes on in its parent's lane where it is the first to; a branch opens a lane of its own."""
+    lanes, continued, width = {"base": 0}, set(), 0
+    for n in nodes[1:]:
+        parent = n.parent or "base"
+        if parent not in continued:
+            continued.add(parent)
+            lanes[n.name] = lanes[parent]
+        else:
+            width += 1
+            lanes[n.name] = width
+    return lanes
+
+
+def _lines(n: Node) -> list[tuple[str, str, str]]:
+    """Text, class and full text of what stands under a name."""
+    found = [(n.work or "frozen", "t.soft", "")]
+    found += [(f"{role}: {name}", "t.soft", "") for role, name in n.inputs]
+    for path, told in n.data:
+        found += [(words.shorten(path, 40), "t", path)] + ([(told, "t.soft", "")] if told else [])
+    return [*found, (n.mark, "t.mono", "")] if n.mark else found
+
+
+# --- pieces ---
+
+
+def _svg(kind: str, width: float, height: float, parts: list[Markup], about: str) -> Markup:
+    attrs = {"viewBox": f"0 0 {width:g} {height:g}", "role": "img", "aria-label": about, "style": f"max-width:{width:g}px"}
+    return el(f"svg.picture.{kind}", join(parts), attrs=attrs)
+
+
+def _text(x: float, y: float, text: str, kind: str, *, title: str = "") -> Markup:
+    inside = [text, el("title", title)] if title and title != text else [text]
+    return el(f"text.{kind}", *inside, attrs={"x": f"{x:g}", "y": f"{y:g}"})
+
+
+def _edge(path: str, kind: str = "solid") -> Markup:
+    return el(f"path.edge.{kind}", attrs={"d": path})
+
+
+def _tip(x: float, y: float, way: str) -> Markup:
+    """The head of an arrow that ends at a point."""
+    shapes = {"right": "M{x} {y} l-8 -4.5 v9 z", "down": "M{x} {y} l-4.5 -8 h9 z", "up": "M{x} {y} l-4.5 8 h9 z"}
+    return el("path.tip", attrs={"d": shapes[way].format(x=f"{x:g}", y=f"{y:g}")})

@@ -1,0 +1,213 @@
+"""Charts as inline SVG, drawn with matplotlib; the only file that knows it.
+
+Where it stands: sections hand over numbers, and get markup whose colours are the page's CSS variables, so that one
+drawing serves light and dark. Text stays text. Points carry a `<title>`, which browsers show on hover. The same numbers
+give the same bytes. Left out: scripts, zooming, and anything that loads from elsewhere.
+"""
+
+import hashlib
+import io
+import re
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+from markupsafe import Markup, escape
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+WIDTH, HEIGHT = 340, 216
+# Colours that stand for CSS variables of the page until the drawing is done.
+INK, SOFT, LINE, GOOD = "#0f0f01", "#0f0f02", "#0f0f03", "#0f0f04"
+COLOURS = 8
+_THEME = {INK: "var(--ink)", SOFT: "var(--soft)", LINE: "var(--line)", GOOD: "var(--better)"}
+_THEME |= {f"#0f0f1{i}": f"var(--c{i})" for i in range(COLOURS)}
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none", "svg.hashsalt": "posttrain", "font.family": "DejaVu Sans", "font.size": 10.5, "text.parse_math": False,
+    "axes.edgecolor": LINE, "axes.labelcolor": SOFT, "axes.linewidth": 1, "axes.unicode_minus": True,
+    "xtick.color": LINE, "ytick.color": LINE, "xtick.labelcolor": SOFT, "ytick.labelcolor": SOFT, "text.color": SOFT,
+    "axes.spines.top": False, "axes.spines.right": False, "path.simplify_threshold": 0.3,
+}  # fmt: skip
+MOST_POINTS = 240
+_HOVERS = 40
+
+
+class Series(NamedTuple):
+    """A line of a chart: values of steps, in the page's colour of that number. `sparse` is drawn with its points."""
+
+    label: str
+    colour: int
+    xs: Sequence[float]
+    ys: Sequence[float]
+    sparse: bool = False
+
+
+class Point(NamedTuple):
+    """A stage against the base: gain and tax as (value, low, high), and the stage that it started from."""
+
+    name: str
+    colour: int
+    parent: str
+    gain: tuple[float, float, float]
+    tax: tuple[float, float, float]
+
+
+class _Hover(NamedTuple):
+    x: float
+    y: float
+    text: str
+
+
+def colour(number: int) -> str:
+    """The colour of a series or stage: they repeat after eight."""
+    return f"#0f0f1{number % COLOURS}"
+
+
+def curves(series: Sequence[Series]) -> Markup:
+    """Metrics over steps. A dense noisy line is drawn faint, its running mean strong."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(WIDTH, HEIGHT)
+        hovers: list[_Hover] = []
+        for one in series:
+            xs, ys = _thinned(one.xs, one.ys)
+            window = 0 if one.sparse or len(xs) < 30 else max(3, len(xs) // 15)
+            axes.plot(xs, ys, color=colour(one.colour), linewidth=1 if window else 1.8, alpha=0.35 if window else 1,
+                      marker="o" if one.sparse or len(xs) == 1 else None, markersize=4.5, zorder=3)  # fmt: skip
+            if window:
+                axes.plot(xs, _running_mean(ys, window), color=colour(one.colour), linewidth=2, zorder=4)
+            every = max(1, len(xs) // _HOVERS)
+            hovers += [_Hover(x, y, f"{one.label} · step {x:.0f}: {y:.4g}") for x, y in list(zip(xs, ys))[::every]]
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlabel("step")
+        return _svg(figure, axes, hovers, ", ".join(one.label for one in series))
+
+
+def histogram(labels: Sequence[str], counts: Sequence[int]) -> Markup:
+    """Rows by their length in tokens."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(WIDTH, 180)
+        axes.bar(range(len(counts)), counts, color=colour(1), width=0.82, zorder=3)
+        axes.set_xticks(range(len(labels)), labels, rotation=38, ha="right", rotation_mode="anchor", fontsize=9)
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.set_xlabel("tokens a row")
+        axes.tick_params(axis="x", length=0)
+        hovers = [_Hover(i, n / 2, f"{label} tokens: {n:,} rows") for i, (label, n) in enumerate(zip(labels, counts))]
+        return _svg(figure, axes, hovers, "rows by length", radius=12)
+
+
+def tax_against_gain(points: Sequence[Point], *, base: str, gain_label: str, tax_label: str) -> Markup:
+    """Every stage against the base at the origin, with the intervals of both changes and the way the stages went."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(WIDTH, 270)
+        at = {base: (0.0, 0.0)} | {p.name: (p.gain[0], p.tax[0]) for p in points}
+        axes.axhline(0, color=LINE, linewidth=1.2, zorder=1)
+        axes.axvline(0, color=LINE, linewidth=1.2, zorder=1)
+        for p in points:
+            x, y = at[p.name]
+            tint = colour(p.colour)
+            start = at.get(p.parent, at[base])
+            axes.annotate(
+                "", (x, y), start, arrowprops={"arrowstyle": "-", "color": SOFT, "linestyle": ":", "linewidth": 1.2}, zorder=2
+            )
+            axes.plot([p.gain[1], p.gain[2]], [y, y], color=tint, linewidth=2, zorder=3, solid_capstyle="butt")
+            axes.plot([x, x], [p.tax[1], p.tax[2]], color=tint, linewidth=2, zorder=3, solid_capstyle="butt")
+            axes.plot([x], [y], "o", color=tint, markersize=8, zorder=4)
+        axes.plot([0], [0], "o", color=colour(0), markersize=7, zorder=4)
+        axes.margins(0.14)
+        _label_points(axes, at, points, base)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlabel(f"{gain_label} →")
+        axes.set_ylabel(f"{tax_label} →")
+        low, high = axes.get_ylim()
+        if low < 0:
+            axes.axhspan(low, 0, color=GOOD, alpha=0.07, zorder=0, linewidth=0)
+            axes.text(0.98, 0.02, "no loss", transform=axes.transAxes, ha="right", va="bottom", fontsize=9, color=GOOD)
+        axes.set_ylim(low, high)
+        hovers = [_Hover(*at[p.name], _point_words(p, gain_label, tax_label)) for p in points]
+        return _svg(figure, axes, hovers, f"tax against gain of {', '.join(p.name for p in points)}")
+
+
+def _label_points(axes: Any, at: dict[str, tuple[float, float]], points: Sequence[Point], base: str) -> None:
+    """Names beside the points, to the left where a point stands far right; names that would meet move up and down."""
+    low, high = axes.get_xlim()
+    bottom, top = axes.get_ylim()
+    taken: list[tuple[float, float]] = []
+    for name in (base, *(p.name for p in points)):
+        x, y = (at[name][0] - low) / (high - low), (at[name][1] - bottom) / (top - bottom)
+        while any(abs(x - other) < 0.3 and abs(y - level) < 0.075 for other, level in taken):
+            y += 0.08
+        taken.append((x, y))
+        right = x > 0.72
+        offset = -9 if right else 9
+        axes.annotate(
+            name, (low + x * (high - low), bottom + y * (top - bottom)), xytext=(offset, 8), textcoords="offset points", color=INK,
+            ha="right" if right else "left", va="center", fontsize=10.5, fontweight="bold", annotation_clip=False, zorder=6,
+        )  # fmt: skip
+
+
+def _point_words(point: Point, gain_label: str, tax_label: str) -> str:
+    gain, tax = (f"{v:+.3g} ({low:+.3g} to {high:+.3g})" for v, low, high in (point.gain, point.tax))
+    return f"{point.name} · {gain_label}: {gain} · {tax_label}: {tax}"
+
+
+def _figure(width: int, height: int) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    axes.grid(True, color=LINE, linewidth=0.8, alpha=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=3)
+    return figure, axes
+
+
+def _thinned(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
+    """At most MOST_POINTS points: means of equal runs of steps."""
+    size = -(-len(xs) // MOST_POINTS)
+    if size <= 1:
+        return list(xs), list(ys)
+    runs = [slice(i, i + size) for i in range(0, len(xs), size)]
+    return [xs[r][-1] for r in runs], [sum(ys[r]) / len(ys[r]) for r in runs]
+
+
+def _running_mean(ys: Sequence[float], window: int) -> list[float]:
+    half = window // 2
+    parts = [ys[max(0, i - half) : i + half + 1] for i in range(len(ys))]
+    return [sum(part) / len(part) for part in parts]
+
+
+def _svg(figure: Figure, axes: Any, hovers: Sequence[_Hover], about: str, *, radius: float = 7) -> Markup:
+    """The drawing with the page's colours and fonts, without what an inline drawing must not carry, and with hover texts."""
+    target = io.StringIO()
+    with warnings.catch_warnings():
+        # The page's fonts draw the text, not matplotlib's: what its font lacks does not matter.
+        warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
+        figure.savefig(target, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    width, height = (round(size * 72) for size in figure.get_size_inches())
+    places = axes.transData.transform([(h.x, h.y) for h in hovers]) if hovers else []
+    dots = "".join(
+        f'<circle cx="{x:.1f}" cy="{height - y:.1f}" r="{radius:g}"><title>{escape(hover.text)}</title></circle>'
+        for (x, y), hover in zip(places, hovers)
+    )
+    return Markup(_inline(target.getvalue(), dots, about, width, height))
+
+
+def _inline(svg: str, dots: str, about: str, width: int, height: int) -> str:
+    inner = svg[svg.index("<svg") :]
+    inner = inner[inner.index(">") + 1 : inner.rindex("</svg>")]
+    inner = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->|<defs>\s*</defs>", "", inner, flags=re.DOTALL)
+    inner = re.sub(r'<g id="[^"]*"', "<g", inner)
+    inner = re.sub(r"(?<=font: )([^;\"]*?px) [^;\"]*", r"\1 var(--font)", inner)
+    inner = re.sub(r"font-family: [^;\"]*;? ?", "", inner)
+    inner = re.sub(r"#0f0f[01][0-9]", lambda found: _THEME[found[0]], inner)
+    mark = hashlib.sha256(inner.encode()).hexdigest()[:6]  # several drawings stand in one page: their ids must differ
+    inner = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{mark}", inner)
+    inner = re.sub(r"\s*\n\s*", "\n", inner)
+    label = escape(about)
+    return (
+        f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{inner}'
+        f'<g class="hover">{dots}</g></svg>'
+    )

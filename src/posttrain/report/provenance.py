@@ -1,0 +1,76 @@
+"""What a reader needs to run it again or to doubt it: time and tokens, settings, hashes, versions, the recipe.
+
+Where it stands: manifests and recipe.toml in, a section out; details stand behind taps.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from markupsafe import Markup
+
+from posttrain.report import words
+from posttrain.report.markup import Content, details, el, facts, scroll, section
+from posttrain.report.run import Run
+
+# Told elsewhere in the report, or a table of their own here.
+_APART = frozenset({"settings", "metrics", "files", "libraries", "warnings", "inputs", "data", "rows", "base"})
+
+
+def provenance(run: Run) -> Markup:
+    """The section of times, settings, versions and hashes."""
+    made = [(stage.name, stage.manifest) for stage in run.stages if stage.manifest]
+    scored = [(f"evaluate {policy.name}", policy.manifest) for policy in run.policies]
+    everything = sorted([*made, *scored], key=lambda pair: _order(run, pair[0]))
+    parts: list[Markup] = [_times(everything)] if everything else []
+    parts += [_manifest(name, manifest) for name, manifest in everything]
+    parts.append(details("recipe.toml", el("pre", run.recipe_text)))
+    lead = "Everything that decides a result is in a fingerprint: settings, inputs, data, base, seed, version of the code."
+    return section("provenance", "Settings, versions, hashes, time", *parts, lead=lead)
+
+
+def _order(run: Run, name: str) -> tuple[int, bool]:
+    """A stage, then its evaluation; the base's first."""
+    names = ["base", *(stage.name for stage in run.stages)]
+    return names.index(name.removeprefix("evaluate ")), name.startswith("evaluate ")
+
+
+def _times(everything: list[tuple[str, dict[str, Any]]]) -> Markup:
+    head = el("tr", *(el("th", title) for title in ("step", "kind", "time", "steps", "tokens", "tokens/s", "fingerprint")))
+    rows = [el("tr", *(el("td", cell) for cell in _time_row(name, manifest))) for name, manifest in everything]
+    total = words.duration(sum(m.get("seconds", 0.0) for _, m in everything))
+    foot = el("tr", el("td", "together"), el("td", ""), el("td", total), *(el("td", "") for _ in range(4)))
+    return scroll(el("table.times", el("thead", head), el("tbody", *rows, foot)), label="time and tokens")
+
+
+def _time_row(name: str, manifest: Mapping[str, Any]) -> list[Content]:
+    tokens, seconds = manifest.get("tokens"), manifest.get("train_seconds")
+    rate = f"{tokens / seconds:,.0f}" if tokens and seconds else "–"
+    return [
+        name, str(manifest.get("stage", "")), words.duration(manifest.get("seconds")), words.plain(manifest.get("steps")),
+        words.plain(tokens), rate, el("code", manifest["fingerprint"]),
+    ]  # fmt: skip
+
+
+def _manifest(name: str, manifest: Mapping[str, Any]) -> Markup:
+    plain = [
+        (key, words.plain(value)) for key, value in manifest.items() if key not in _APART and not isinstance(value, dict | list)
+    ]
+    groups: list[Content] = [_group("artifact", plain)]
+    for key in ("settings", "base", "inputs", "data", "rows", "libraries", "metrics", "files"):
+        found = flat(manifest.get(key) or {})
+        if found:
+            groups.append(_group(key, found))
+    return details(name, *groups)
+
+
+def _group(title: str, rows: list[tuple[str, str]]) -> Markup:
+    return el("div.group", el("h4", title), facts((key, el("code", value)) for key, value in rows))
+
+
+def flat(value: Any, path: str = "") -> list[tuple[str, str]]:
+    """Nested tables as dotted names and short texts."""
+    if isinstance(value, dict):
+        return [row for key, one in value.items() for row in flat(one, f"{path}.{key}".lstrip("."))]
+    if isinstance(value, list):
+        return [(path, ", ".join(words.plain(one) if not isinstance(one, dict | list) else str(one) for one in value) or "–")]
+    return [(path, words.plain(value))]

@@ -1,0 +1,183 @@
+"""A run folder read as data: what every section of the report, `show` and `compare` are drawn from.
+
+Where it stands: artifacts in, one frozen `Run` out. Only the recipe's own words are read (not checked again), so a kind
+of stage that this version does not know is loaded like any other. A file that a manifest names must be there and whole.
+Left out: weights, scores of single items (`compare` reads those itself), and anything outside of the run folder.
+"""
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from posttrain.artifacts import partial_folder, read_jsonl, read_manifest
+from posttrain.errors import ArtifactError
+
+EVALUATIONS = "evaluate"
+_AGAIN = "run the recipe again"
+
+
+class Stage(NamedTuple):
+    """A stage of the recipe and what it left. `manifest` is None where it is not finished."""
+
+    name: str
+    kind: str
+    init: str
+    data: tuple[str, ...]
+    manifest: dict[str, Any] | None
+    metrics: tuple[dict[str, Any], ...]
+    data_report: dict[str, Any] | None
+    status: str
+
+
+class Policy(NamedTuple):
+    """A policy that was evaluated: the manifest of its evaluation and its answers to the sample prompts."""
+
+    name: str
+    manifest: dict[str, Any]
+    samples: tuple[dict[str, Any], ...]
+
+
+class Run(NamedTuple):
+    """Everything that a report says. `notes` are what a reader must know before trusting it."""
+
+    name: str
+    recipe: dict[str, Any]
+    recipe_text: str
+    scorecard: dict[str, Any]
+    stages: tuple[Stage, ...]
+    policies: tuple[Policy, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def base(self) -> str:
+        """The base model's name as the recipe writes it."""
+        table = self.recipe.get("base")
+        return str(table.get("model", "base")) if isinstance(table, dict) else "base"
+
+
+def load_run(folder: Path) -> Run:
+    """Read a run. Raises ArtifactError where it is no run, has no scorecard yet, or a file is missing or damaged."""
+    recipe, text = read_recipe(folder)
+    scorecard = read_scorecard(folder)
+    stages = read_stages(folder, recipe)
+    names = ["base", *(stage.name for stage in stages)]
+    policies = tuple(policy for name in names if (policy := _policy(folder / EVALUATIONS / name, name)) is not None)
+    notes = _notes(scorecard, stages, policies)
+    return Run(str(recipe.get("name", folder.name)), recipe, text, scorecard, stages, policies, notes)
+
+
+def read_recipe(folder: Path) -> tuple[dict[str, Any], str]:
+    """The recipe of a run as tables and as text. Raises ArtifactError where the folder is no run."""
+    path = folder / "recipe.toml"
+    try:
+        text = path.read_text(encoding="utf-8")
+        return tomllib.loads(text), text
+    except (FileNotFoundError, NotADirectoryError):
+        raise ArtifactError(str(folder), "not a run folder", do="give a folder that `posttrain run` made") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError):
+        raise ArtifactError(str(path), "not readable as TOML", do=_AGAIN) from None
+
+
+def read_scorecard(folder: Path) -> dict[str, Any]:
+    """The scorecard of a run. Raises ArtifactError where there is none or it is damaged."""
+    path = folder / "scorecard.json"
+    if not path.is_file():
+        raise ArtifactError(str(folder), "no scorecard.json: nothing was evaluated yet", do="run the recipe to its end")
+    found = _read_json(path)
+    stages = found.get("stages")
+    whole = isinstance(stages, list) and all(
+        isinstance(s, dict) and isinstance(s.get("name"), str) and isinstance(s.get("measures"), dict) for s in stages
+    )
+    if not whole or not stages:
+        raise ArtifactError(str(path), "not a scorecard", do=f"remove {path} and {_AGAIN}")
+    return found
+
+
+def read_stages(folder: Path, recipe: Mapping[str, Any]) -> tuple[Stage, ...]:
+    """The recipe's stages in order, finished or not. Raises ArtifactError for a file that is missing or damaged."""
+    tables = recipe.get("stage", [])
+    return tuple(_stage(folder / table["name"], table) for table in tables if isinstance(table, dict) and "name" in table)
+
+
+def stage_names(recipe: Mapping[str, Any]) -> list[str]:
+    """Names of the recipe's stages in order."""
+    return [str(table["name"]) for table in recipe.get("stage", []) if isinstance(table, dict) and "name" in table]
+
+
+def _stage(folder: Path, table: Mapping[str, Any]) -> Stage:
+    manifest = read_manifest(folder)
+    written = table.get("data", ())
+    sources = [written] if isinstance(written, str) else [one.get("path") if isinstance(one, dict) else one for one in written]
+    files = manifest.get("files", {}) if manifest else {}
+    report = _read_json(_named(folder, "data_report.json")) if "data_report.json" in files else None
+    metrics = _rows(folder, "metrics.jsonl") if "metrics.jsonl" in files else ()
+    if manifest is not None:
+        status = "finished"
+    else:
+        status = "unfinished" if partial_folder(folder).is_dir() else "not made yet"
+    return Stage(
+        str(table["name"]), str(table.get("kind", "stage")), str(table.get("init", "base")),
+        tuple(str(source) for source in sources), manifest, metrics, report, status,
+    )  # fmt: skip
+
+
+def _policy(folder: Path, name: str) -> Policy | None:
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return None
+    samples = _rows(folder, "samples.jsonl") if "samples.jsonl" in manifest.get("files", {}) else ()
+    return Policy(name, manifest, samples)
+
+
+def _named(folder: Path, name: str) -> Path:
+    """A file that a manifest names."""
+    path = folder / name
+    if not path.is_file():
+        raise ArtifactError(str(path), "is missing", do=f"remove {folder} and {_AGAIN}")
+    return path
+
+
+def _rows(folder: Path, name: str) -> tuple[dict[str, Any], ...]:
+    path = _named(folder, name)
+    try:
+        rows = tuple(read_jsonl(path))
+    except (ValueError, RecursionError):
+        raise ArtifactError(str(path), "not readable as JSON lines", do=f"remove {folder} and {_AGAIN}") from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise ArtifactError(str(path), "not rows of JSON objects", do=f"remove {folder} and {_AGAIN}")
+    return rows
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        raise ArtifactError(str(path), "not readable as JSON", do=f"remove {path.parent} and {_AGAIN}") from None
+    if not isinstance(found, dict):
+        raise ArtifactError(str(path), "not a JSON object", do=f"remove {path.parent} and {_AGAIN}")
+    return found
+
+
+def _notes(scorecard: Mapping[str, Any], stages: tuple[Stage, ...], policies: tuple[Policy, ...]) -> tuple[str, ...]:
+    """What was made again after the scorecard, or out of something that is not there any more."""
+    notes = []
+    marks = set(scorecard.get("fingerprints", ()))
+    made = {stage.name: stage.manifest["fingerprint"] for stage in stages if stage.manifest}
+    newer = [name for name, mark in made.items() if marks and mark not in marks]
+    newer += [f"the evaluation of {p.name}" for p in policies if marks and p.manifest["fingerprint"] not in marks]
+    if newer:
+        notes.append(f"Made after this scorecard, which does not know of it: {', '.join(newer)}. Run the recipe again.")
+    for stage in stages:
+        inputs = stage.manifest.get("inputs", {}) if stage.manifest else {}
+        older = [name for name, mark in inputs.items() if name in made and made[name] != mark]
+        if older:
+            notes.append(f"{stage.name} was made from an earlier {', '.join(older)}. Run the recipe again.")
+    undone = [f"{stage.name} ({stage.status})" for stage in stages if stage.manifest is None]
+    if undone:
+        notes.append(f"Not all of the recipe is done: {', '.join(undone)}.")
+    for stage in stages:
+        warnings = stage.manifest.get("warnings", ()) if stage.manifest else ()
+        notes += [f"{stage.name}: {warning}" for warning in warnings]
+    return tuple(notes)

@@ -1,0 +1,38 @@
+"""The sample prompts, answered by the base and by every policy side by side.
+
+Where it stands: samples.jsonl of each evaluation in, a section out. An answer is text and stays text: it leaves escaped.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from markupsafe import Markup
+
+from posttrain.report.markup import el, section
+from posttrain.report.run import Run
+
+_LONGEST = 6000
+
+
+def samples(run: Run) -> Markup:
+    """The section of answers; nothing where no policy answered."""
+    answers = {policy.name: {str(row.get("prompt", "")): row for row in policy.samples} for policy in run.policies}
+    prompts = list(dict.fromkeys(prompt for rows in answers.values() for prompt in rows))
+    if not prompts:
+        return Markup("")
+    cards = [
+        el("article.prompt", el("h3", prompt), el("div.answers", *(_answer(n, rows[prompt]) for n, rows in answers.items() if prompt in rows)))
+        for prompt in prompts
+    ]  # fmt: skip
+    return section(
+        "samples", "The same prompts, answered by every stage", *cards, lead="Greedy answers, nothing chosen or edited."
+    )
+
+
+def _answer(name: str, row: Mapping[str, Any]) -> Markup:
+    text = str(row.get("answer", ""))
+    shown = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
+    tokens = f"{row.get('tokens', 0):,} tokens"
+    end = el("span.small", tokens) if row.get("ended") else el("span.small.cut", f"did not end in {tokens}")
+    body = el("div.text", shown) if text.strip() else el("div.text.empty", "(only white space)" if text else "(empty)")
+    return el("div.answer", el("p.who", el("strong", name), end), body)

@@ -1,0 +1,126 @@
+"""Training curves of every stage, from its metrics.jsonl.
+
+Where it stands: metric names are `kind/name`; `validation_name` is drawn into the chart of `name`. Charts that say how
+training went stand open, the others behind a tap. A metric that is not named here gets a chart of its own, so a kind of
+stage that this version does not know is drawn too.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from markupsafe import Markup
+
+from posttrain.report import plots, words
+from posttrain.report.markup import details, el, section
+from posttrain.report.run import Run, Stage
+
+
+class _Chart(NamedTuple):
+    title: str
+    names: tuple[str, ...]
+    open: bool = True
+
+
+# By the part of a metric's name after the slash.
+_CHARTS = (
+    _Chart("loss", ("loss",)),
+    _Chart("margin", ("margin",)),
+    _Chart("accuracy", ("accuracy",)),
+    _Chart("log-ratio to the reference, nats", ("chosen_log_ratio", "rejected_log_ratio")),
+    _Chart("KL to the reference, nats a token", ("kl",)),
+    _Chart("log-probability, nats", ("chosen_logprob", "rejected_logprob"), False),
+    _Chart("ranks chosen above rejected", ("ranking_accuracy",), False),
+    _Chart("gradient weight", ("gradient_weight",), False),
+    _Chart("trained tokens a step", ("targets",), False),
+    _Chart("learning rate", ("learning_rate",), False),
+    _Chart("gradient norm before clipping", ("grad_norm",), False),
+    _Chart("tokens a second", ("tokens_per_second",), False),
+)
+# Not worth a chart: the x axis in other units, and the inverse of tokens a second.
+_NOT_DRAWN = frozenset({"step", "train/epoch", "time/step"})
+_GENERAL = frozenset({"train", "time"})
+_VALIDATION = "validation_"
+Found = dict[str, list[tuple[float, float]]]
+
+
+def training(run: Run) -> Markup:
+    """The section of training curves; nothing where no stage left metrics."""
+    parts = [_stage(stage) for stage in run.stages if stage.metrics]
+    if not parts:
+        return Markup("")
+    lead = "One point a step; where a line is noisy, its running mean is drawn strong. Dots are measured on held-out rows."
+    return section("training", "Training", *parts, lead=lead)
+
+
+def _stage(stage: Stage) -> Markup:
+    found = read_series(stage.metrics)
+    shown, behind = [], []
+    for title, names, is_open in charts_of(found):
+        (shown if is_open else behind).append(_figure(title, names, found))
+    manifest = stage.manifest or {}
+    work = [f"{manifest['steps']:,} steps"] if "steps" in manifest else []
+    work += [f"{manifest['tokens']:,} tokens"] if "tokens" in manifest else []
+    work += [words.duration(manifest.get("train_seconds", manifest.get("seconds")))]
+    more = details(f"{len(behind)} more curves of {stage.name}", el("div.plots", *behind)) if behind else ""
+    head = el("h3", stage.name, " ", el("span.kind", stage.kind), el("span.small", " · ".join(work)))
+    return el("div.stage", head, el("div.plots", *shown), more)
+
+
+def read_series(rows: Sequence[Mapping[str, object]]) -> Found:
+    """Finite values by metric, as (step, value)."""
+    found: Found = {}
+    for number, row in enumerate(rows, 1):
+        step = row.get("step", number)
+        for name, value in row.items():
+            if name not in _NOT_DRAWN and isinstance(value, int | float) and isinstance(step, int | float):
+                found.setdefault(name, []).append((float(step), float(value)))
+    return found
+
+
+def charts_of(found: Found) -> list[tuple[str, list[str], bool]]:
+    """Title, metrics, and whether it stands open, for every chart that these metrics make; each metric once."""
+    left = dict.fromkeys(found)
+    charts = []
+    for chart in _CHARTS:
+        names = [name for name in left if _plain(name) in chart.names]
+        if names:
+            charts.append((chart.title, sorted(names, key=lambda name: chart.names.index(_plain(name))), chart.open))
+            for name in names:
+                del left[name]
+    while left:
+        first = next(iter(left))
+        names = [name for name in left if _without_validation(name) == _without_validation(first)]
+        is_open = first.split("/")[0] not in _GENERAL
+        charts.append((_without_validation(first).split("/")[-1].replace("_", " "), names, is_open))
+        for name in names:
+            del left[name]
+    return charts
+
+
+def _plain(name: str) -> str:
+    return name.split("/")[-1].removeprefix(_VALIDATION)
+
+
+def _without_validation(name: str) -> str:
+    return name.replace(f"/{_VALIDATION}", "/")
+
+
+def _figure(title: str, names: Sequence[str], found: Found) -> Markup:
+    series = []
+    for number, name in enumerate(names, 1):
+        held_out = name.split("/")[-1].startswith(_VALIDATION)
+        xs, ys = zip(*found[name])
+        series.append(
+            plots.Series(_label(name, held_out), 2 if held_out else number if number < 2 else number + 1, xs, ys, held_out)
+        )
+    last = [f"{s.label} {words.plain(float(s.ys[-1]))}" for s in series]
+    legend = [el("span.key", el(f"i.c{s.colour % plots.COLOURS}"), text) for s, text in zip(series, last)]
+    return el("figure", el("figcaption", el("strong", title), el("span.legend", *legend)), plots.curves(series))
+
+
+def _label(name: str, held_out: bool) -> str:
+    short = name.split("/")[-1]
+    for word in ("chosen", "rejected"):
+        if short.startswith(f"{word}_"):
+            return word
+    return "held out" if held_out else "training"

@@ -1,0 +1,88 @@
+"""Numbers, changes and verdicts as text. Shares are percentages, changes of shares percentage points."""
+
+from collections.abc import Mapping
+from typing import Any
+
+MARKS = {"better": "▲", "worse": "▼", "not shown": "·"}
+_UNITS = {"share": "points", "nats": "nats", "tokens": "tokens"}
+_DIGITS = {"share": 1, "nats": 3, "tokens": 1}
+
+
+def scale(unit: str) -> float:
+    """What a value of this unit is multiplied by to be shown."""
+    return 100.0 if unit == "share" else 1.0
+
+
+def number(value: float, unit: str) -> str:
+    """A value without its unit."""
+    return f"{value * scale(unit):.{_DIGITS.get(unit, 3)}f}".replace("-", "−")
+
+
+def measured(value: float, unit: str) -> str:
+    """A value as a reader sees it: `45.3 %`, `3.207`."""
+    return number(value, unit) + ("\u202f%" if unit == "share" else "")
+
+
+def span(entry: Mapping[str, Any], unit: str) -> str:
+    """An interval: `37.1 to 53.8`."""
+    return f"{number(entry['low'], unit)} to {number(entry['high'], unit)}"
+
+
+def signed(value: float, unit: str) -> str:
+    """A change without its unit, with a sign as wide as the plus; zero has none."""
+    text = f"{value * scale(unit):+.{_DIGITS.get(unit, 3)}f}"
+    return text[1:] if float(text) == 0 else text.replace("-", "−")
+
+
+def signed_span(change: Mapping[str, Any], unit: str) -> str:
+    """The interval of a change: `+28.1 to +44.0`."""
+    return f"{signed(change['low'], unit)} to {signed(change['high'], unit)}"
+
+
+def change_words(change: Mapping[str, Any], unit: str) -> str:
+    """A change with unit and interval: `+36.0 points (+28.1 to +44.0)`."""
+    return f"{signed(change['value'], unit)} {unit_word(unit)} ({signed_span(change, unit)})"
+
+
+def unit_word(unit: str) -> str:
+    """What changes of this unit are counted in."""
+    return _UNITS.get(unit, unit)
+
+
+def change_against(entry: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """The change of a scorecard's entry against one policy."""
+    return next((c for c in entry.get("changes", ()) if c["against"] == name), None)
+
+
+def plain(value: Any) -> str:
+    """Any number or setting in few characters."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "–"}[value]
+    if isinstance(value, float):
+        return f"{value:.4g}".replace("-", "−")
+    if isinstance(value, int):
+        return f"{value:,}"
+    return str(value)
+
+
+def duration(seconds: float | None) -> str:
+    """`2.3 s`, `4 min 05 s`, `3 h 12 min`."""
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def shorten(text: str, longest: int) -> str:
+    """Cut in the middle, where names differ least."""
+    if len(text) <= longest:
+        return text
+    head = (longest - 1) // 2
+    return f"{text[:head]}…{text[len(text) - (longest - 1 - head) :]}"
+
+
+def listed(parts: list[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
