@@ -125,8 +125,8 @@ def _commands() -> str:
     head = """## Commands
 
 Exit codes: 0 all well (also: stopped on request, with the state saved), 2 a mistake that you can mend, 1 a defect of
-posttrain, 130 Ctrl-C where nothing needed saving. Every command has `--help`. `MODEL_OR_RUN/STAGE` is `runs/quickstart/dpo` (a stage of a run), `runs/quickstart/base`
-(its base), `runs/quickstart` (its last stage), or a base model as in `[base] model`.
+posttrain, 130 Ctrl-C where nothing needed saving. Every command has `--help`. `MODEL_OR_RUN/STAGE` is `runs/quickstart/dpo`
+(a stage of a run), `runs/quickstart/base` (its base), `runs/quickstart` (its last stage), or a base model as in `[base] model`.
 """
     return "\n".join([head, *(_command(words, parser) for words, parser in verbs(build_parser()))]).rstrip() + "\n"
 
