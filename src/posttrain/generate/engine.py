@@ -10,6 +10,7 @@ is its own (seed, index of the prompt): what it samples does not depend on which
 R: rows of the decoding batch, V: vocabulary, D: width. Left out: prefix sharing between prompts, mixed adapters in a batch.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -86,6 +87,8 @@ def stream(base: BaseModel, prompt: Sequence[int], settings: SamplingSettings, a
     """Tokens of one answer as they come, without the end token."""
     _check(base, [prompt], settings)
     row = _Row(0, prompt, settings)
+    if row.done:
+        return
     decoder = _Decoder(base, settings, adapter, [row])
     while True:
         if row.ids and not row.ended:
@@ -97,7 +100,7 @@ def stream(base: BaseModel, prompt: Sequence[int], settings: SamplingSettings, a
 
 def _check(base: BaseModel, prompts: Sequence[Sequence[int]], settings: SamplingSettings) -> None:
     where = "generation"
-    if settings.max_new_tokens < 0 or settings.temperature < 0 or not 0 < settings.top_p <= 1:
+    if settings.max_new_tokens < 0 or not 0 <= settings.temperature < math.inf or not 0 < settings.top_p <= 1:
         raise ModelError(where, str(settings), allowed="max_new_tokens >= 0, temperature >= 0, 0 < top_p <= 1")
     longest = max((len(p) for p in prompts), default=0)
     if longest + settings.max_new_tokens > base.context:
