@@ -114,8 +114,8 @@ def _add_models(verbs: Any) -> None:
     chat.add_argument("--compare", metavar="A,B,…", help="answer with several stages side by side, e.g. base,sft,dpo")
     chat.add_argument("--system", default="", help="a system message")
     chat.add_argument("--temperature", type=_temperature, default=0.7, help="0 is greedy (default: 0.7)")
-    chat.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens (default: 256)")
-    chat.add_argument("--seed", type=int, default=0, help="seed of what is sampled (default: 0)")
+    chat.add_argument("--max-new-tokens", type=_whole(1), default=256, help="longest answer in tokens (default: 256)")
+    chat.add_argument("--seed", type=_whole(0), default=0, help="seed of what is sampled (default: 0)")
     chat.add_argument("--template", default="auto", help="chat template of a model without one (a run knows its own)")
     evaluate = _verb(
         verbs,
@@ -127,8 +127,8 @@ def _add_models(verbs: Any) -> None:
     evaluate.add_argument("target", metavar="MODEL_OR_RUN/STAGE", help="a stage of a run, a run (its last stage) or a model")
     evaluate.add_argument("--suite", action="append", metavar="NAME_OR_FILE", help="default: starter")
     evaluate.add_argument("--limit", type=_whole(0), default=0, help="first items of each task only; 0 is all")
-    evaluate.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens (default: 64)")
-    evaluate.add_argument("--seed", type=int, default=0, help="seed of what is sampled (default: 0)")
+    evaluate.add_argument("--max-new-tokens", type=_whole(1), default=64, help="longest answer in tokens (default: 64)")
+    evaluate.add_argument("--seed", type=_whole(0), default=0, help="seed of what is sampled (default: 0)")
     evaluate.add_argument("--template", default="auto", help="chat template of a model without one (a run knows its own)")
     evaluate.add_argument("--out", type=Path, help="also write scores.jsonl and scorecard.json into this folder")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
@@ -149,7 +149,7 @@ def _add_data(verbs: Any) -> None:
         help="look at data before training on it",
         epilog="example: posttrain data check my.jsonl --recipe recipes/quickstart.toml",
     )
-    kinds = data.add_subparsers(required=True, metavar="VERB")
+    kinds = data.add_subparsers(required=True, metavar="VERB", help="what to do with it")
     check = _verb(
         kinds, "check", _data_check, "what training would really see of a data file",
         "posttrain data check my.jsonl --recipe recipes/quickstart.toml",

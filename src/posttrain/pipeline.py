@@ -70,17 +70,21 @@ def run_recipe(recipe: Recipe, recipe_text: str, run: Path, *, until: str | None
     Raises PosttrainError for whatever the user can mend, Interrupted when asked to stop (state is saved).
     """
     check_until(recipe, until)
-    if not run.exists():
-        make_plan(recipe, run, until=until)  # a mistake in what the recipe names leaves no folder behind
     try:
-        with StopSignal().installed() as stop, run_lock(run):
-            for folder in (run, run / EVALUATIONS):
-                recover(folder, scratch=SCRATCH)
-            plan = make_plan(recipe, run, until=until)
-            if plan.due:
-                write_bytes(run / "recipe.toml", recipe_text.encode())
-                _work(plan, stop)
-            return _finish(plan)
+        with StopSignal().installed() as stop:
+            fresh = not run.exists()
+            if fresh:  # a mistake in what the recipe names leaves no folder behind
+                _check_data(make_plan(recipe, run, until=until))
+            with run_lock(run):
+                for folder in (run, run / EVALUATIONS):
+                    recover(folder, scratch=SCRATCH)
+                plan = make_plan(recipe, run, until=until)
+                if plan.due:
+                    if not fresh:
+                        _check_data(plan)
+                    write_bytes(run / "recipe.toml", recipe_text.encode())
+                    _work(plan, stop)
+                return _finish(plan)
     except OSError as error:
         if is_disk_error(error):
             raise disk_error(run, error) from error
@@ -88,7 +92,7 @@ def run_recipe(recipe: Recipe, recipe_text: str, run: Path, *, until: str | None
 
 
 def _work(plan: Plan, stop: StopSignal) -> None:
-    """Check the data of what is due, load the base once, then do it. Raises Interrupted between steps when asked."""
+    """Load the base once, then do what is due. Raises Interrupted between steps when asked."""
     say(f"loading {plan.recipe.base.model}")
     from safetensors import SafetensorError
 
@@ -96,7 +100,6 @@ def _work(plan: Plan, stop: StopSignal) -> None:
     from posttrain.models.load import load_base
     from posttrain.models.tokens import token_ids, untrained_tokens
 
-    _check_data(plan)
     recipe = plan.recipe
     settings, full = recipe.base, recipe.adapter.kind == "full"
     base = load_base(settings.model, template=settings.template, dtype=settings.dtype, device=settings.device, full=full)
@@ -130,6 +133,9 @@ def _check_data(plan: Plan) -> None:
 
     Raises DataError as the stage would.
     """
+    if not any(step.stage for step in plan.due):
+        return
+    say("checking the data")
     from posttrain.data.doctor import prepare_stage
     from posttrain.models.load import load_chat
 
