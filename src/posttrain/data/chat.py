@@ -245,10 +245,9 @@ class ChatFormat:
             end = self._tokenizer.token_id(named)
             assert end is not None
             return end
-        ask = [Message("user", "a")]
-        before = self._render(ask, generation_prompt=True)
-        after = self._render([*ask, Message("assistant", "b")], generation_prompt=False)
-        spelled = self._control.findall(after[len(before) :])
+        answer = "an answer"
+        turn = self._render([Message("user", "a question"), Message("assistant", answer)], generation_prompt=False)
+        spelled = self._control.findall(turn.rpartition(answer)[2])
         end_of_turn = self._tokenizer.token_id(spelled[0]) if spelled else self.eos_id
         if end_of_turn is None:
             raise ModelError(f'chat template "{self.template_name}"', "no token ends a turn", do="set [base] template")

@@ -4,7 +4,9 @@ Where it stands: `data/chat.py` renders every conversation through a `ChatTempla
 is somebody else's code. The box is Jinja's immutable sandbox made narrower:
 
     reach     a few string methods, filters and globals; no loader, no formatting mini-language
-    size      no value larger than MAX_VALUE, checked before it is made; the source at most MAX_TEMPLATE_CHARS
+    size      no value larger than MAX_VALUE, checked before it is made, and no list that holds more than MAX_ITEMS with
+              everything inside it: a list of itself twice, thirty times over, is a billion items to compare or print.
+              The source at most MAX_TEMPLATE_CHARS
     time      RENDER_SECONDS of this thread's processor time, in any thread, seen by a line tracer. Processor time and
               not the clock: a busy machine must not decide which rows are trained on
 
@@ -16,7 +18,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from types import BuiltinMethodType, FrameType
+from types import BuiltinMethodType, FrameType, MethodType
 from typing import Any
 
 import jinja2
@@ -31,8 +33,9 @@ from posttrain.errors import DataError, ModelError
 from posttrain.records import Message
 
 MAX_TEMPLATE_CHARS = 64 * 1024
-# Largest text (characters), list (items) or number (bits) that a template may make.
+# Largest text (characters), list (items, with all that is inside) or number (bits) that a template may make.
 MAX_VALUE = 4 * 1024 * 1024
+MAX_ITEMS = 100_000
 MAX_NUMBER_BITS = 4096
 RENDER_SECONDS = 0.1
 # Reading the processor's clock costs more than a traced line, so it is read at every such event.
@@ -73,8 +76,9 @@ class ChatTemplate:
         before = sys.gettrace()
         sys.settrace(trace)
         try:
-            return _ENVIRONMENT.concat(self._compiled.generate(values))
-        except Exception as error:  # noqa: BLE001 - a template can raise anything; none of it is ours
+            # The compiled function itself, since `Template.generate` rewrites tracebacks by running made-up code.
+            return _ENVIRONMENT.concat(self._compiled.root_render_func(self._compiled.new_context(values)))
+        except (Exception, _OutOfTime) as error:  # noqa: BLE001 - a template can raise anything; none of it is ours
             raise DataError(
                 "chat template",
                 f"refuses the conversation: {_short(error)}",
@@ -82,6 +86,10 @@ class ChatTemplate:
             ) from None
         finally:
             sys.settrace(before)
+
+
+class _OutOfTime(BaseException):
+    """No `except Exception` inside Jinja may swallow the end of a template's time: tracing is off once it was raised."""
 
 
 class _Deadline:
@@ -95,7 +103,7 @@ class _Deadline:
     def __call__(self, frame: FrameType, event: str, _: Any) -> Callable[[FrameType, str, Any], Any] | None:
         self._events += 1
         if self._events % _EVENTS_PER_LOOK == 0 and time.thread_time() > self._end:
-            raise TimeoutError(f"took longer than {self._seconds} s")
+            raise _OutOfTime(f"took longer than {self._seconds} s")
         # Loops stand in the template and in the filters; lines elsewhere need no look.
         return self if frame.f_code.co_filename in _TRACED_FILES else None
 
@@ -104,7 +112,9 @@ _TRACED_FILES = frozenset({_NAME, jinja2.filters.__file__})
 
 
 def _short(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".removeprefix("TemplateError: ")
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".removeprefix("TemplateError: ").removeprefix(
+        "_OutOfTime: "
+    )
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
@@ -116,11 +126,30 @@ def _limit(size: int) -> None:
 
 
 def _checked(value: Any) -> Any:
-    if isinstance(value, str | list | tuple | dict):
+    if isinstance(value, str):
         _limit(len(value))
+    elif isinstance(value, list | tuple | dict):
+        _limit_deep(value)
     elif isinstance(value, int) and value.bit_length() > MAX_NUMBER_BITS:
         raise OverflowError("a number that is too large")
     return value
+
+
+def _limit_deep(value: list[Any] | tuple[Any, ...] | dict[Any, Any]) -> None:
+    """A container costs what is inside it, each time it stands there: printing and comparing walk through all of it."""
+    items, characters = 0, 0
+    waiting: list[Any] = [value]
+    while waiting:
+        container = waiting.pop()
+        items += len(container)
+        if items > MAX_ITEMS:
+            raise OverflowError(f"a list of more than {MAX_ITEMS} items")
+        for item in (*container, *container.values()) if isinstance(container, dict) else container:
+            if isinstance(item, str):
+                characters += len(item)
+            elif isinstance(item, list | tuple | dict):
+                waiting.append(item)
+    _limit(characters)
 
 
 def _concat(parts: Iterable[Any]) -> str:
@@ -156,9 +185,9 @@ def _power(left: Any, right: Any) -> Any:
 
 
 def _add(left: Any, right: Any) -> Any:
-    if isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
+    if isinstance(left, str) and isinstance(right, str):
         _limit(len(left) + len(right))
-    return left + right
+    return _checked(left + right)
 
 
 def _modulo(left: Any, right: Any) -> Any:
@@ -171,7 +200,7 @@ def _modulo(left: Any, right: Any) -> Any:
 
 
 class _Code(jinja2.compiler.CodeGenerator):
-    """Jinja's code with a checked `~`."""
+    """Jinja's code with a checked `~` and checked containers."""
 
     def visit_Concat(self, node: jinja2.nodes.Concat, frame: jinja2.compiler.Frame) -> None:
         self.write("concat((")
@@ -179,6 +208,24 @@ class _Code(jinja2.compiler.CodeGenerator):
             self.visit(part, frame)
             self.write(", ")
         self.write("))")
+
+    def visit_List(self, node: jinja2.nodes.List, frame: jinja2.compiler.Frame) -> None:
+        self.write("environment.checked(")
+        super().visit_List(node, frame)
+        self.write(")")
+
+    def visit_Dict(self, node: jinja2.nodes.Dict, frame: jinja2.compiler.Frame) -> None:
+        self.write("environment.checked(")
+        super().visit_Dict(node, frame)
+        self.write(")")
+
+    def visit_Tuple(self, node: jinja2.nodes.Tuple, frame: jinja2.compiler.Frame) -> None:
+        if node.ctx == "store":  # the names of `for a, b in …`
+            super().visit_Tuple(node, frame)
+            return
+        self.write("environment.checked(")
+        super().visit_Tuple(node, frame)
+        self.write(")")
 
 
 class _Generation(jinja2.ext.Extension):
@@ -199,6 +246,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     code_generator_class = _Code
     concat = staticmethod(_concat)
+    checked = staticmethod(_checked)
     intercepted_binops = frozenset({"*", "**", "+", "%"})
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
@@ -206,8 +254,13 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             return attr in _STRING_METHODS
         return super().is_safe_attribute(obj, attr, value)
 
+    def wrap_str_format(self, value: Any) -> None:
+        """Jinja offers a boxed `str.format`, which still pads to any width: here `format` is unsafe like the rest."""
+
     def call(self, context: Any, function: Any, /, *args: Any, **named: Any) -> Any:  # Jinja's own signature
-        if isinstance(function, BuiltinMethodType) and isinstance(function.__self__, str):
+        _limit_deep(args)  # a macro may keep what it was given
+        _limit_deep(named)
+        if isinstance(function, BuiltinMethodType | MethodType) and isinstance(function.__self__, str):
             check = _CHECKS.get(function.__name__)
             if check is not None:
                 args = tuple(list(a) if not isinstance(a, str | int) else a for a in args)
@@ -259,7 +312,7 @@ def _environment() -> _Sandbox:
     extensions = [jinja2.ext.loopcontrols, _Generation]
     made = _Sandbox(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, optimized=False, extensions=extensions)
     made.binop_table |= {"*": _multiply, "**": _power, "+": _add, "%": _modulo}
-    own = {"replace": _replace, "join": _join, "indent": _indent, "tojson": _to_json}
+    own: dict[str, Callable[..., Any]] = {"replace": _replace, "join": _join, "indent": _indent, "tojson": _to_json}
     theirs: Any = jinja2.filters.FILTERS
     made.filters = {name: _sized(theirs[name]) for name in _FILTERS} | {n: _sized(f) for n, f in own.items()}
     made.globals = {
