@@ -85,6 +85,7 @@ def _entry(
     entry: dict[str, Any] = {
         "value": _round(found.value), "low": _round(found.low), "high": _round(found.high), "n": found.n,
         "better": measure.better, "unit": measure.unit, "title": measure.title, "role": measure.role,
+        "tasks": list(measure.tasks), "of": measure.of,
     }  # fmt: skip
     against = [
         name for name in dict.fromkeys((stage.parent, base)) if name is not None and name in by_stage and name != stage.name

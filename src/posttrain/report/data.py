@@ -56,8 +56,8 @@ def _stage(stage: Stage, report: Mapping[str, Any]) -> Markup:
 
 def _sources(report: Mapping[str, Any]) -> list[tuple[str, Markup]]:
     return [
-        ("source", join([el("strong", str(s.get("path", ""))), f" · {words.plain(s.get('rows'))} rows · {s.get('layout', '')} · ",
-                         el("code", str(s.get("sha256", ""))[:12])]))
+        ("source", join([el("strong", str(s.get("path", ""))), f" · {words.plain(s.get('rows'))} rows · ",
+                         str(s.get("layout", "")), " · ", el("code", str(s.get("sha256", ""))[:12])]))
         for s in report.get("sources", ())
     ]  # fmt: skip
 

@@ -17,7 +17,7 @@ from posttrain.report.markup import el, facts, join
 from posttrain.report.run import Run
 
 TILES = 6
-_MANY = 3
+_MANY = 2
 
 
 class Change(NamedTuple):
@@ -27,11 +27,25 @@ class Change(NamedTuple):
     change: dict[str, Any]
 
     @property
-    def text(self) -> Markup:
-        """`+36.0 points of instructions followed (+28.1 to +44.0)`, the number strong."""
-        unit = self.entry["unit"]
-        size = f"{words.signed(self.change['value'], unit)} {words.unit_word(unit)}"
-        return join([el("strong", size), f" in {self.entry['title']} ({words.signed_span(self.change, unit)})"])
+    def size(self) -> Markup:
+        """How much, whichever way: `31.7 points in instructions followed [23.4 to 39.7]`."""
+        low, high = sorted((abs(self.change["low"]), abs(self.change["high"])))
+        return self._told(
+            words.number(abs(self.change["value"]), self._unit), words.span({"low": low, "high": high}, self._unit)
+        )
+
+    @property
+    def signed(self) -> Markup:
+        """With its sign, for a change that is not shown: `+1.1 points in facts [−3.0 to +5.2]`."""
+        return self._told(words.signed(self.change["value"], self._unit), words.signed_span(self.change, self._unit))
+
+    @property
+    def _unit(self) -> str:
+        return str(self.entry["unit"])
+
+    def _told(self, size: str, span: str) -> Markup:
+        strong = el("strong", f"{size} {words.unit_word(self._unit)}")
+        return join([strong, f" in {self.entry['title']} ", el("span.ci", f"[{span}]")])
 
 
 def headline(run: Run) -> Markup:
@@ -69,36 +83,34 @@ def _sentence(run: Run) -> list[Markup | str]:
         return [el("strong", run.base), " is measured as it is; no stage has been evaluated beside it yet."]
     who: list[Markup | str] = [el("strong", run.base), ", taken through ", el("strong", _path(run)), ", "]
     bought, lost = _of(run, "gain", "better"), _of(run, "capability", "worse")
-    gains = ["gained ", _list(bought)] if bought else ["shows no gain", _unshown(run)]
-    return [*who, *gains, *_cost(run, lost, joined="and" if bought else "but" if lost else "and")]
+    return [*who, *(["gained ", _list(bought)] if bought else _no_gain(run)), *_cost(run, lost)]
 
 
-def _cost(run: Run, lost: list[Change], *, joined: str) -> list[Markup | str]:
+def _no_gain(run: Run) -> list[Markup | str]:
+    gain = next((c for c in changes(run) if c.entry.get("role") == "gain"), None)
+    return ["is not shown to have gained anything: ", gain.signed] if gain is not None else ["was not measured for a gain"]
+
+
+def _cost(run: Run, lost: list[Change]) -> list[Markup | str]:
     if lost:
-        return [f" {joined} lost ", _list(lost), "."]
+        return [", and lost ", _list(lost), "."]
     capability = next((c for c in changes(run) if c.entry.get("role") == "capability"), None)
     if capability is None:
         return [". Its cost was not measured."]
-    unit, flip = capability.entry["unit"], 1 if capability.entry["better"] == "higher" else -1
-    title = capability.entry["title"]
     if capability.change["verdict"] == "better":
-        return [" and lost no capability: ", capability.text, "."]
-    worst = min(flip * capability.change["low"], flip * capability.change["high"])
-    open_ = f"; a loss of up to {words.number(-worst, unit)} {words.unit_word(unit)} is not excluded" if worst < 0 else ""
-    return [
-        f" {joined} no loss of capability is shown ({title} {words.change_words(capability.change, unit)}{open_})."
-    ]  # fmt: skip
-
-
-def _unshown(run: Run) -> Markup | str:
-    gain = next((c for c in changes(run) if c.entry.get("role") == "gain"), None)
-    return join([" (", gain.text, ")"]) if gain is not None else ""
+        return [", and lost no capability: it gained ", capability.size, " too."]
+    ends = [capability.change["low"], capability.change["high"]]
+    # What the interval leaves open is part of the finding: "not shown" of few items is no good news.
+    worst = max(-end if capability.entry["better"] == "higher" else end for end in ends)
+    unit = capability.entry["unit"]
+    left_open = f"; a loss of up to {words.number(worst, unit)} {words.unit_word(unit)} is not excluded." if worst > 0 else "."
+    return [". No loss of capability is shown: ", capability.signed, left_open]
 
 
 def _list(found: list[Change]) -> Markup:
-    shown = [c.text for c in found[:_MANY]]
+    shown = [c.size for c in found[:_MANY]]
     if len(found) > _MANY:
-        shown.append(Markup("{} more").format(len(found) - _MANY))
+        shown.append(Markup("{} more measure{}").format(len(found) - _MANY, "s" if len(found) > _MANY + 1 else ""))
     head = Markup(", ").join(shown[:-1])
     return Markup("{} and {}").format(head, shown[-1]) if len(shown) > 1 else shown[0]
 
@@ -120,9 +132,7 @@ def _also(run: Run) -> Markup:
     parts = [join([f"Also {word}: ", _list(found), ". "]) for word, found in (("better", better), ("worse", worse)) if found]
     if not changes(run):
         return Markup("")
-    how = (
-        "Changes are paired over the same items; in brackets the 95\u202f% interval. Every other stage stands in the scorecard."
-    )
+    how = "Changes are paired over the same items; [brackets] hold the 95\u202f% interval. Every stage stands in the scorecard."
     return el("p.also", *parts, how)
 
 

@@ -12,7 +12,7 @@ from posttrain.report import words
 from posttrain.report.markup import el, join, section
 from posttrain.report.run import Run, Stage
 
-_WIDE, _GAP, _HIGH, _LINE = 204, 60, 74, 17
+_WIDE, _GAP, _HIGH, _LINE = 214, 60, 74, 17
 _DEEPEST = 4
 _NARROW, _STEP = 360, 20
 
@@ -43,7 +43,10 @@ def picture(run: Run) -> Markup:
         if deep
         else [el("figure.flow.across", _across(nodes, about)), el("figure.flow.down", down)]
     )
-    lead = "Each box is an artifact, named by the fingerprint of all that went into it. Solid: trained on from there. Dashed: used as well."
+    lead = (
+        "Each box is an artifact, named by the fingerprint of all that went into it. Solid arrow: trained on from there; "
+        "dashed: used as well."
+    )
     return section("pipeline", "Pipeline", *figures, lead=lead)
 
 
@@ -103,21 +106,32 @@ def _across(nodes: list[Node], about: str) -> Markup:
     for n in nodes:
         x, y = at[n.name if n.depth else "base"]
         if n.parent:
-            px, py = at[n.parent]
-            parts.append(
-                _edge(
-                    f"M{px + _WIDE} {py + _HIGH / 2:g} C{px + _WIDE + 34} {py + _HIGH / 2:g} {x - 34} {y + _HIGH / 2:g} {x - 7} {y + _HIGH / 2:g}"
-                )
-            )
-            parts.append(_tip(x, y + _HIGH / 2, "right"))
+            parts += _from_left(at[n.parent], (x, y))
         for role, name in n.inputs:
-            px, py = at[name]
-            a, b, high = px + _WIDE * 0.7, x + _WIDE * 0.4, min(py, y) - 34
-            parts += [_edge(f"M{a:g} {py} C{a + 30:g} {high} {b - 30:g} {high} {b:g} {y - 7}", "dashed"), _tip(b, y, "down")]
-            parts.append(_text((a + b) / 2, high + 4, role, "t.soft.middle"))
+            parts += _used(role, at[name], (x, y))
         parts += _box(n, x, y)
         parts += _data_box(n, x, y)
     return _svg("across", width, height, parts, about)
+
+
+def _from_left(start: tuple[float, float], end: tuple[float, float]) -> list[Markup]:
+    """The arrow from the policy that a stage was trained on from."""
+    x, y = start[0] + _WIDE, start[1] + _HIGH / 2
+    to, level = end[0] - 7, end[1] + _HIGH / 2
+    return [_edge(f"M{x:g} {y:g} C{x + 34:g} {y:g} {to - 27:g} {level:g} {to:g} {level:g}"), _tip(end[0], level, "right")]
+
+
+def _used(role: str, start: tuple[float, float], end: tuple[float, float]) -> list[Markup]:
+    """The dashed arrow from another policy that goes in: over the boxes, or beside them in one column."""
+    (px, py), (x, y) = start, end
+    if px >= x:
+        a, b, out = py + _HIGH * 0.8, y + _HIGH * 0.2, min(px, x) - 40
+        path = f"M{px:g} {a:g} C{out:g} {a:g} {out:g} {b:g} {x - 7:g} {b:g}"
+        label = _text(out + 16, (a + b) / 2, role, "t.soft.middle")
+        return [_edge(path, "dashed"), _tip(x, b, "right"), label]
+    a, b, high = px + _WIDE * 0.7, x + _WIDE * 0.4, min(py, y) - 34
+    path = f"M{a:g} {py:g} C{a + 30:g} {high:g} {b - 30:g} {high:g} {b:g} {y - 7:g}"
+    return [_edge(path, "dashed"), _tip(b, y, "down"), _text((a + b) / 2, high + 4, role, "t.soft.middle")]
 
 
 def _data_high(node: Node) -> int:
@@ -130,11 +144,21 @@ def _box(n: Node, x: float, y: float) -> list[Markup]:
         el(
             f"rect.box{'.root' if not n.depth else ''}{state}", attrs={"x": x, "y": y, "width": _WIDE, "height": _HIGH, "rx": 9}
         ),
-        _text(x + 13, y + 25, words.shorten(n.name, 17), "t.strong", title=n.name),
-        _text(x + _WIDE - 12, y + 25, n.kind, "t.soft.end"),
-        _text(x + 13, y + 44, n.work or "frozen", "t.soft"),
+        _text(x + 13, y + 25, words.shorten(n.name, _letters(n)), "t.strong", title=n.name),
+        _text(x + _WIDE - 12, y + 25, _kind(n), "t.soft.end"),
+        _text(x + 13, y + 44, n.work or "base, frozen", "t.soft"),
         _text(x + 13, y + 62, n.mark, "t.mono"),
     ]
+
+
+def _kind(n: Node) -> str:
+    """The kind as it stands in a box's corner; the base says it in the line below."""
+    return words.shorten(n.kind, 10) if n.depth else ""
+
+
+def _letters(n: Node) -> int:
+    """How many letters of a name the kind beside it leaves room for."""
+    return int((_WIDE - 30 - 7.5 * len(_kind(n))) / 10.4)
 
 
 def _data_box(n: Node, x: float, y: float) -> list[Markup]:
@@ -167,15 +191,15 @@ def _down(nodes: list[Node], about: str) -> Markup:
     for n in nodes:
         key = n.name if n.depth else "base"
         lines = _lines(n)
-        high = 30 + _LINE * len(lines)
+        high = 36 + _LINE * len(lines)
         at[key] = (14.0 + _STEP * lanes[key], y + 20)
         state = "" if n.state == "finished" else ".undone"
         root = ".root" if not n.depth else ""
         parts.append(
             el(f"rect.box{root}{state}", attrs={"x": left, "y": y, "width": _NARROW - left - 4, "height": high, "rx": 9})
         )
-        parts.append(_text(left + 12, y + 24, words.shorten(n.name, 26), "t.strong", title=n.name))
-        parts.append(_text(_NARROW - 16, y + 24, n.kind, "t.soft.end"))
+        parts.append(_text(left + 12, y + 24, words.shorten(n.name, 22), "t.strong", title=n.name))
+        parts.append(_text(_NARROW - 16, y + 24, _kind(n), "t.soft.end"))
         parts += [_text(left + 12, y + 43 + _LINE * i, text, kind, title=whole) for i, (text, kind, whole) in enumerate(lines)]
         if n.parent:
             (px, py), (x, to) = at[n.parent], at[key]
@@ -203,7 +227,7 @@ def _gutter(nodes: list[Node]) -> dict[str, int]:
 
 def _lines(n: Node) -> list[tuple[str, str, str]]:
     """Text, class and full text of what stands under a name."""
-    found = [(n.work or "frozen", "t.soft", "")]
+    found = [(n.work or "base, frozen", "t.soft", "")]
     found += [(f"{role}: {name}", "t.soft", "") for role, name in n.inputs]
     for path, told in n.data:
         found += [(words.shorten(path, 40), "t", path)] + ([(told, "t.soft", "")] if told else [])

@@ -25,12 +25,14 @@ COLOURS = 8
 _THEME = {INK: "var(--ink)", SOFT: "var(--soft)", LINE: "var(--line)", GOOD: "var(--better)"}
 _THEME |= {f"#0f0f1{i}": f"var(--c{i})" for i in range(COLOURS)}
 _STYLE: dict[str, Any] = {
-    "svg.fonttype": "none", "svg.hashsalt": "posttrain", "font.family": "DejaVu Sans", "font.size": 10.5, "text.parse_math": False,
-    "axes.edgecolor": LINE, "axes.labelcolor": SOFT, "axes.linewidth": 1, "axes.unicode_minus": True,
+    "svg.fonttype": "none", "svg.hashsalt": "posttrain", "font.family": "DejaVu Sans", "font.size": 11.5,
+    "text.parse_math": False, "axes.edgecolor": LINE, "axes.labelcolor": SOFT, "axes.linewidth": 1, "axes.unicode_minus": True,
     "xtick.color": LINE, "ytick.color": LINE, "xtick.labelcolor": SOFT, "ytick.labelcolor": SOFT, "text.color": SOFT,
     "axes.spines.top": False, "axes.spines.right": False, "path.simplify_threshold": 0.3,
 }  # fmt: skip
 MOST_POINTS = 240
+# More stages than this crowd: the caption names them then.
+MOST_NAMED = 4
 _HOVERS = 40
 
 
@@ -90,7 +92,7 @@ def histogram(labels: Sequence[str], counts: Sequence[int]) -> Markup:
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(WIDTH, 180)
         axes.bar(range(len(counts)), counts, color=colour(1), width=0.82, zorder=3)
-        axes.set_xticks(range(len(labels)), labels, rotation=38, ha="right", rotation_mode="anchor", fontsize=9)
+        axes.set_xticks(range(len(labels)), labels, rotation=38, ha="right", rotation_mode="anchor", fontsize=10.5)
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.set_xlabel("tokens a row")
         axes.tick_params(axis="x", length=0)
@@ -125,7 +127,7 @@ def tax_against_gain(points: Sequence[Point], *, base: str, gain_label: str, tax
         low, high = axes.get_ylim()
         if low < 0:
             axes.axhspan(low, 0, color=GOOD, alpha=0.07, zorder=0, linewidth=0)
-            axes.text(0.98, 0.02, "no loss", transform=axes.transAxes, ha="right", va="bottom", fontsize=9, color=GOOD)
+            axes.text(0.98, 0.02, "no loss", transform=axes.transAxes, ha="right", va="bottom", fontsize=10.5, color=GOOD)
         axes.set_ylim(low, high)
         hovers = [_Hover(*at[p.name], _point_words(p, gain_label, tax_label)) for p in points]
         return _svg(figure, axes, hovers, f"tax against gain of {', '.join(p.name for p in points)}")
@@ -136,16 +138,17 @@ def _label_points(axes: Any, at: dict[str, tuple[float, float]], points: Sequenc
     low, high = axes.get_xlim()
     bottom, top = axes.get_ylim()
     taken: list[tuple[float, float]] = []
-    for name in (base, *(p.name for p in points)):
+    for name in (base, *(p.name for p in points if len(points) <= MOST_NAMED)):
         x, y = (at[name][0] - low) / (high - low), (at[name][1] - bottom) / (top - bottom)
         while any(abs(x - other) < 0.3 and abs(y - level) < 0.075 for other, level in taken):
             y += 0.08
         taken.append((x, y))
         right = x > 0.72
         offset = -9 if right else 9
+        place = (low + x * (high - low), bottom + y * (top - bottom))
         axes.annotate(
-            name, (low + x * (high - low), bottom + y * (top - bottom)), xytext=(offset, 8), textcoords="offset points", color=INK,
-            ha="right" if right else "left", va="center", fontsize=10.5, fontweight="bold", annotation_clip=False, zorder=6,
+            name, place, xytext=(offset, 8), textcoords="offset points", color=INK, ha="right" if right else "left",
+            va="center", fontsize=11.5, fontweight="bold", annotation_clip=False, zorder=6,
         )  # fmt: skip
 
 
@@ -203,6 +206,7 @@ def _inline(svg: str, dots: str, about: str, width: int, height: int) -> str:
     inner = re.sub(r"(?<=font: )([^;\"]*?px) [^;\"]*", r"\1 var(--font)", inner)
     inner = re.sub(r"font-family: [^;\"]*;? ?", "", inner)
     inner = re.sub(r"#0f0f[01][0-9]", lambda found: _THEME[found[0]], inner)
+    inner = re.sub(r"(\.\d\d)\d+", r"\1", inner)
     mark = hashlib.sha256(inner.encode()).hexdigest()[:6]  # several drawings stand in one page: their ids must differ
     inner = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{mark}", inner)
     inner = re.sub(r"\s*\n\s*", "\n", inner)

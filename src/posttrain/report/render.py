@@ -23,10 +23,10 @@ from posttrain.report.scores import scorecard, tax
 from posttrain.report.training import training
 
 SECTIONS: tuple[tuple[str, str, Callable[[Run], Markup]], ...] = (
+    ("pipeline", "Pipeline", picture),
     ("scorecard", "Scorecard", scorecard),
     ("tax", "Tax and gain", tax),
     ("samples", "Answers", samples),
-    ("pipeline", "Pipeline", picture),
     ("training", "Training", training),
     ("data", "Data", data),
     ("provenance", "Provenance", provenance),

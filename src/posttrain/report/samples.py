@@ -20,10 +20,10 @@ def samples(run: Run) -> Markup:
     prompts = list(dict.fromkeys(prompt for rows in answers.values() for prompt in rows))
     if not prompts:
         return Markup("")
-    cards = [
-        el("article.prompt", el("h3", prompt), el("div.answers", *(_answer(n, rows[prompt]) for n, rows in answers.items() if prompt in rows)))
-        for prompt in prompts
-    ]  # fmt: skip
+    cards = []
+    for prompt in prompts:
+        given = [_answer(name, rows[prompt]) for name, rows in answers.items() if prompt in rows]
+        cards.append(el("article.prompt", el("h3", prompt), el("div.answers", *given)))
     return section(
         "samples", "The same prompts, answered by every stage", *cards, lead="Greedy answers, nothing chosen or edited."
     )

@@ -48,7 +48,7 @@ def _measure_head(stages: Sequence[Mapping[str, Any]], name: str) -> Markup:
     arrow, way = ("↑", "higher is better") if entry["better"] == "higher" else ("↓", "lower is better")
     about = f"{name} · {entry['n']} items · {way}"
     role = el("span.role", entry["role"]) if entry.get("role") else ""
-    title = el("span.name", entry["title"], " ", el("span.way", arrow))
+    title = el("span.name", entry["title"], "\u00a0", el("span.way", arrow))
     return el("th", title, el("span.small", f"{entry['n']} items"), role, attrs={"scope": "row", "title": about})
 
 
@@ -95,9 +95,10 @@ def _judge(stages: Sequence[Mapping[str, Any]]) -> Markup:
     if judge is None:
         return Markup("")
     text = (
-        f"Refusals are judged by a rule. On {judge['answers']} answers of {judge['models']} models that people labelled it finds "
-        f"{_share(judge['sensitivity'])} of the refusals (of the model it fits least {judge['lowest_sensitivity']:.0%}) and "
-        f"leaves {_share(judge['specificity'])} of the other answers alone (least {judge['lowest_specificity']:.0%})."
+        f"Refusals are judged by a rule. On {judge['answers']} answers of {judge['models']} models that people labelled it "
+        f"finds {_share(judge['sensitivity'])} of the refusals (of the model it fits least "
+        f"{judge['lowest_sensitivity']:.0%}) and leaves {_share(judge['specificity'])} of the other answers alone "
+        f"(least {judge['lowest_specificity']:.0%})."
     )
     return el("p.note", text)
 
@@ -121,6 +122,12 @@ def tax(run: Run) -> Markup:
     return section("tax", "What it cost, beside what it gained", figures, _tax_table(rows, titles), lead=lead)
 
 
+def colour(order: Sequence[str], name: str) -> int:
+    """A stage's colour; grey is the base's alone."""
+    place = order.index(name)
+    return 1 + (place - 1) % (plots.COLOURS - 1) if place else 0
+
+
 def _charts(run: Run, rows: Sequence[Mapping[str, Any]], titles: Mapping[str, Any]) -> list[Markup]:
     """A chart a gain measure: every stage against the base, joined to the stage it started from."""
     base = run.scorecard["stages"][0]["name"]
@@ -134,16 +141,17 @@ def _charts(run: Run, rows: Sequence[Mapping[str, Any]], titles: Mapping[str, An
     # The first capability measure pools the others; one of another unit has an axis of its own.
     chosen = [costs[0], *[c for c in costs if titles[c]["unit"] != titles[costs[0]]["unit"]][:1]]
     charts = []
-    for gain, cost in [(gain, cost) for gain in gains[:2] for cost in chosen]:
+    for gain, cost in [*[(gain, chosen[0]) for gain in gains[:2]], *[(gains[0], cost) for cost in chosen[1:]]]:
         points = [
-            plots.Point(row["stage"], order.index(row["stage"]), parents.get(row["stage"]) or base,
+            plots.Point(row["stage"], colour(order, row["stage"]), parents.get(row["stage"]) or base,
                         _scaled(row["gain"][gain]), _scaled(row["tax"][cost]))
             for row in against_base if gain in row["gain"] and cost in row["tax"]
         ]  # fmt: skip
         axes = [f"gain, {words.unit_word(titles[gain]['unit'])}", f"tax, {words.unit_word(titles[cost]['unit'])}"]
         svg = plots.tax_against_gain(points, base=base, gain_label=axes[0], tax_label=axes[1])
         caption = el("figcaption", el("strong", titles[gain]["title"]), " against ", el("strong", titles[cost]["title"]))
-        charts.append(el("figure", caption, svg))
+        keys = [el("span.key", el(f"i.c{p.colour}"), p.name) for p in points] if len(points) > plots.MOST_NAMED else []
+        charts.append(el("figure", caption, el("span.legend", *keys), svg))
     return charts
 
 

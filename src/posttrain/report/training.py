@@ -40,6 +40,8 @@ _CHARTS = (
 _NOT_DRAWN = frozenset({"step", "train/epoch", "time/step"})
 _GENERAL = frozenset({"train", "time"})
 _VALIDATION = "validation_"
+# What a row of charts is filled up with where a stage has few.
+_ROW, _FILLING = 3, ("learning rate", "gradient norm before clipping")
 Found = dict[str, list[tuple[float, float]]]
 
 
@@ -54,16 +56,17 @@ def training(run: Run) -> Markup:
 
 def _stage(stage: Stage) -> Markup:
     found = read_series(stage.metrics)
-    shown, behind = [], []
-    for title, names, is_open in charts_of(found):
-        (shown if is_open else behind).append(_figure(title, names, found))
+    charts = charts_of(found)
+    shown = [chart for chart in charts if chart.open]
+    shown += [chart for chart in charts if not chart.open and chart.title in _FILLING][: max(0, _ROW - len(shown))]
+    behind = [_figure(chart, found) for chart in charts if chart not in shown]
     manifest = stage.manifest or {}
     work = [f"{manifest['steps']:,} steps"] if "steps" in manifest else []
     work += [f"{manifest['tokens']:,} tokens"] if "tokens" in manifest else []
     work += [words.duration(manifest.get("train_seconds", manifest.get("seconds")))]
     more = details(f"{len(behind)} more curves of {stage.name}", el("div.plots", *behind)) if behind else ""
     head = el("h3", stage.name, " ", el("span.kind", stage.kind), el("span.small", " · ".join(work)))
-    return el("div.stage", head, el("div.plots", *shown), more)
+    return el("div.stage", head, el("div.plots", *(_figure(chart, found) for chart in shown)), more)
 
 
 def read_series(rows: Sequence[Mapping[str, object]]) -> Found:
@@ -77,24 +80,28 @@ def read_series(rows: Sequence[Mapping[str, object]]) -> Found:
     return found
 
 
-def charts_of(found: Found) -> list[tuple[str, list[str], bool]]:
-    """Title, metrics, and whether it stands open, for every chart that these metrics make; each metric once."""
+def charts_of(found: Found) -> list[_Chart]:
+    """Every chart that these metrics make, with their full names; each metric once."""
     left = dict.fromkeys(found)
     charts = []
     for chart in _CHARTS:
         names = [name for name in left if _plain(name) in chart.names]
         if names:
-            charts.append((chart.title, sorted(names, key=lambda name: chart.names.index(_plain(name))), chart.open))
+            charts.append(chart._replace(names=_ordered(names, chart.names)))
             for name in names:
                 del left[name]
     while left:
         first = next(iter(left))
         names = [name for name in left if _without_validation(name) == _without_validation(first)]
         is_open = first.split("/")[0] not in _GENERAL
-        charts.append((_without_validation(first).split("/")[-1].replace("_", " "), names, is_open))
+        charts.append(_Chart(_without_validation(first).split("/")[-1].replace("_", " "), tuple(names), is_open))
         for name in names:
             del left[name]
     return charts
+
+
+def _ordered(names: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
+    return tuple(sorted(names, key=lambda name: wanted.index(_plain(name))))
 
 
 def _plain(name: str) -> str:
@@ -105,9 +112,9 @@ def _without_validation(name: str) -> str:
     return name.replace(f"/{_VALIDATION}", "/")
 
 
-def _figure(title: str, names: Sequence[str], found: Found) -> Markup:
+def _figure(chart: _Chart, found: Found) -> Markup:
     series = []
-    for number, name in enumerate(names, 1):
+    for number, name in enumerate(chart.names, 1):
         held_out = name.split("/")[-1].startswith(_VALIDATION)
         xs, ys = zip(*found[name])
         series.append(
@@ -115,7 +122,7 @@ def _figure(title: str, names: Sequence[str], found: Found) -> Markup:
         )
     last = [f"{s.label} {words.plain(float(s.ys[-1]))}" for s in series]
     legend = [el("span.key", el(f"i.c{s.colour % plots.COLOURS}"), text) for s, text in zip(series, last)]
-    return el("figure", el("figcaption", el("strong", title), el("span.legend", *legend)), plots.curves(series))
+    return el("figure", el("figcaption", el("strong", chart.title), el("span.legend", *legend)), plots.curves(series))
 
 
 def _label(name: str, held_out: bool) -> str:

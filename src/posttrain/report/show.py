@@ -1,0 +1,120 @@
+"""`posttrain show`: a run in a screen of text, or a stage with all that it was made of.
+
+Where it stands: artifacts in, the data for `--json` and the text for people out. A run is its scorecard and its stages; a
+stage is its manifest and its lineage, back to the rows and the base that it comes from. `compare` stands beside it.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain.artifacts import lineage, read_manifest
+from posttrain.errors import ArtifactError
+from posttrain.evaluate.table import format_table
+from posttrain.report import words
+from posttrain.report.compare import compare
+from posttrain.report.provenance import flat
+from posttrain.report.run import EVALUATIONS, read_recipe, read_scorecard, read_stages, stage_names
+
+__all__ = ["compare", "show"]
+
+_NAME = 14
+
+
+def show(target: Path) -> tuple[dict[str, Any], str]:
+    """A run folder, or a stage in it (`base` too): data and text.
+
+    Raises ArtifactError where there is neither, or a file of it is missing or damaged.
+    """
+    if (target / "recipe.toml").is_file() or not (target.parent / "recipe.toml").is_file():
+        return _show_run(target)
+    return _show_base(target.parent) if target.name == "base" else _show_stage(target.parent, target.name)
+
+
+def _show_run(run: Path) -> tuple[dict[str, Any], str]:
+    recipe, _ = read_recipe(run)
+    stages = [
+        {"name": s.name, "kind": s.kind, "init": s.init, "status": s.status, "evaluated": _evaluated(run, s.name)}
+        | {key: (s.manifest or {}).get(key) for key in ("steps", "tokens", "seconds", "fingerprint")}
+        for s in read_stages(run, recipe)
+    ]
+    scorecard = read_scorecard(run) if (run / "scorecard.json").is_file() else None
+    found = {"run": recipe.get("name", run.name), "stages": stages, "scorecard": scorecard}
+    width = shutil.get_terminal_size((120, 24)).columns
+    table = format_table(scorecard, width=width) if scorecard else "no scorecard yet: nothing was evaluated to its end"
+    return found, f"{table}\n\n{_stage_table(stages)}"
+
+
+def _evaluated(run: Path, name: str) -> bool:
+    return read_manifest(run / EVALUATIONS / name) is not None
+
+
+def _stage_table(stages: Sequence[Mapping[str, Any]]) -> str:
+    head = ("stage", "kind", "from", "status", "evaluated", "steps", "tokens", "time", "fingerprint")
+    rows = [
+        (str(s["name"]), str(s["kind"]), str(s["init"]), str(s["status"]), "yes" if s["evaluated"] else "no",
+         words.plain(s["steps"]), words.plain(s["tokens"]), words.duration(s["seconds"]), str(s["fingerprint"] or "–"))
+        for s in stages
+    ]  # fmt: skip
+    return words.aligned([head, *rows])
+
+
+def _show_stage(run: Path, name: str) -> tuple[dict[str, Any], str]:
+    recipe, _ = read_recipe(run)
+    names = stage_names(recipe)
+    manifest = read_manifest(run / name) if name in names else None
+    if manifest is None:
+        made = ["base", *(n for n in names if read_manifest(run / n) is not None)]
+        found = "not finished" if name in names else "no stage of this run"
+        raise ArtifactError(str(run / name), found, allowed=f"there is: {', '.join(made)}", do="posttrain run makes the others")
+    chain = lineage(run, name)
+    lines = [*_summary(manifest), "", "settings", *_indented(flat(manifest.get("settings", {})))]
+    lines += ["", "final metrics", *_indented(flat(manifest.get("metrics", {})))] if manifest.get("metrics") else []
+    lines += [f"\nwarning: {warning}" for warning in manifest.get("warnings", ())]
+    lines += ["", "lineage, back to the base", *_lineage(chain, manifest.get("base", {}))]
+    return {"manifest": manifest, "lineage": chain}, "\n".join(lines)
+
+
+def _show_base(run: Path) -> tuple[dict[str, Any], str]:
+    manifest = read_manifest(run / EVALUATIONS / "base")
+    if manifest is None:
+        raise ArtifactError(str(run / "base"), "the base was not evaluated yet", do="run the recipe first")
+    base = manifest.get("base", {})
+    return {"base": base, "evaluation": manifest}, "\n".join([f"base {base.get('model', '')}", *_indented(flat(base))])
+
+
+def _summary(manifest: Mapping[str, Any]) -> list[str]:
+    rows = [
+        ("artifact", f"{manifest.get('kind', '?')} {manifest['fingerprint']}"),
+        ("stage", f"{manifest.get('name', '?')} ({manifest.get('stage', '?')})"),
+        ("work", f"{words.plain(manifest.get('steps'))} steps, {words.plain(manifest.get('tokens'))} tokens, "
+                 f"{words.duration(manifest.get('seconds'))}"),
+        ("made with", f"posttrain {manifest.get('version', '?')} ({manifest.get('commit') or 'no commit'}), "
+                      f"python {manifest.get('python', '?')}, {manifest.get('device', '?')}, {manifest.get('dtype', '?')}"),
+        ("libraries", ", ".join(f"{name} {number}" for name, number in manifest.get("libraries", {}).items())),
+        ("seed", words.plain(manifest.get("seed"))),
+    ]  # fmt: skip
+    return [f"{name:<{_NAME}}{value}" for name, value in rows]
+
+
+def _indented(rows: Sequence[tuple[str, str]]) -> list[str]:
+    width = max((len(name) for name, _ in rows), default=0)
+    return [f"  {name:<{width}}  {value}" for name, value in rows]
+
+
+def _lineage(chain: Sequence[Mapping[str, Any]], base: Mapping[str, Any]) -> list[str]:
+    """Every artifact behind a stage, the stage first, each with the hashes and rows of its data; the base last."""
+    known = {str(manifest.get("name")): manifest["fingerprint"] for manifest in chain}
+    lines = []
+    for manifest in chain:
+        inputs = manifest.get("inputs", {})
+        lines.append(
+            f"  {manifest.get('name')} ({manifest.get('stage')}) {manifest['fingerprint']} from {', '.join(inputs) or 'base'}"
+        )
+        for path, digest in manifest.get("data", {}).items():
+            rows = manifest.get("rows", {}).get(path)
+            lines.append(f"    data {path}: {words.plain(rows)} rows, sha256 {digest}")
+        older = [name for name, mark in inputs.items() if name in known and known[name] != mark]
+        lines += [f"    made from an earlier {name}: {inputs[name]}" for name in older]
+    return [*lines, f"  base {base.get('model', '?')}: weights {base.get('weights_hash', '?')}"]
