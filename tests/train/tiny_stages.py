@@ -18,7 +18,23 @@ from posttrain.train.sft import train_sft
 from posttrain.train.signals import StopSignal
 from posttrain.train.stage import StageContext, StageResult
 
-WORDS = "red blue green small large old new fast slow warm cold north south east west".split()
+WORDS = [
+    "red",
+    "blue",
+    "green",
+    "small",
+    "large",
+    "old",
+    "new",
+    "fast",
+    "slow",
+    "warm",
+    "cold",
+    "north",
+    "south",
+    "east",
+    "west",
+]
 
 
 def demonstrations(path: Path, rows: int = 14) -> Path:
