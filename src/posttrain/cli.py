@@ -5,6 +5,7 @@ Ctrl-C where nothing needs saving ends with 130, as a shell would say it.
 """
 
 import argparse
+import io
 import json
 import os
 import shutil
@@ -23,6 +24,9 @@ CTRL_C = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without UTF-8 shows "?" rather than ending the command
+            stream.reconfigure(errors="replace")
     parsed = build_parser().parse_args(arguments)
     verb: Verb = parsed.verb
     try:

@@ -1,9 +1,11 @@
 """Chat in the terminal: answers stream, stages of a run are switched without loading the base again.
 
 Commands inside: `/adapter NAME` switches, `/reset` forgets the conversation, `/help`, `/quit`. With `beside`, every line
-is answered by several stages, and each keeps its own conversation.
+is answered by several stages, and each keeps its own conversation. What a model writes is text to a terminal and never a
+command to it: control characters are replaced. Left out: editing of lines, which the terminal does.
 """
 
+import re
 import sys
 from collections.abc import Iterator
 from typing import TextIO
@@ -13,6 +15,8 @@ from posttrain.generate.engine import SamplingSettings, stream
 from posttrain.models.target import Target
 from posttrain.records import Message
 
+# All control characters but tab and newline: with an escape a model could move the cursor or write a clipboard.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 HELP = "/adapter NAME switches to another stage · /reset forgets the conversation · /quit ends"
 
 
@@ -28,7 +32,10 @@ def chat(
     talk.say(f"{target.base.source.model} · {', '.join(talk.speakers)} · {HELP}\n")
     while True:
         talk.say("you> ")
-        line = lines.readline()
+        try:
+            line = lines.readline()
+        except KeyboardInterrupt:
+            line = ""
         if not line or line.strip() in ("/quit", "/exit"):
             talk.say("\n")
             return 0
@@ -37,7 +44,7 @@ def chat(
                 talk.handle(line.strip())
             except PosttrainError as error:  # a mistake in one line does not end the conversation
                 talk.say(f"error: {error}\n")
-            except KeyboardInterrupt:
+            except KeyboardInterrupt:  # ends the answer, which is forgotten
                 talk.say("\n")
 
 
@@ -80,11 +87,17 @@ class _Talk:
         chat_format = self.target.base.chat
         asked = [*self.histories[name], Message("user", line)]
         prompt = chat_format.encode_prompt(asked)
+        room, longest = self.target.base.context, self.settings.max_new_tokens
+        if len(prompt) + longest > room:
+            raise ModelError(
+                "chat", f"the conversation has {len(prompt)} tokens and an answer may take {longest}",
+                allowed=f"together at most {room}", do="/reset forgets it, --max-new-tokens shortens the answers",
+            )  # fmt: skip
         adapter = self.target.policies.activate(name)
         self.say(f"{name}> ")
         text = ""
         for piece in _texts(self.target, prompt, self.settings, adapter):
-            self.say(piece)
+            self.say(_CONTROL.sub("\ufffd", piece))
             text += piece
         self.say("\n")
         self.histories[name] = [*asked, Message("assistant", text)] if text.strip() else self.histories[name]

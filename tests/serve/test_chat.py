@@ -1,0 +1,220 @@
+"""Chat: answers stream, stages are switched on one loaded base, mistakes are told and the conversation goes on."""
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from posttrain.cli import main
+from posttrain.errors import ModelError
+from posttrain.generate import engine
+from posttrain.generate.engine import SamplingSettings, generate
+from posttrain.models import load
+from posttrain.models.target import Target, open_target
+from posttrain.records import Message
+from posttrain.serve.chat import HELP, chat
+from tiny_runs import finished_run
+
+GREEDY = SamplingSettings(max_new_tokens=12, temperature=0.0, logprobs=False)
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return open_target(str(finished_run() / "dpo"))
+
+
+class Recorder(io.StringIO):
+    """Output that remembers each piece it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pieces: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.pieces.append(text)
+        return super().write(text)
+
+
+def talk(
+    target: Target, *lines: str, beside: tuple[str, ...] = (), system: str = "", settings: SamplingSettings = GREEDY
+) -> str:
+    out = io.StringIO()
+    source = io.StringIO("".join(f"{line}\n" for line in lines))
+    assert chat(target, settings, system=system, beside=beside, source=source, out=out) == 0
+    return out.getvalue()
+
+
+def answer(target: Target, policy: str, *turns: str, system: str = "") -> str:
+    """What `generate` says to a conversation of user, assistant, user, …"""
+    messages = [Message("system", system)] if system else []
+    messages += [Message("user" if i % 2 == 0 else "assistant", text) for i, text in enumerate(turns)]
+    prompt = target.base.chat.encode_prompt(messages)
+    return generate(target.base, [prompt], GREEDY, target.policies.activate(policy))[0].text
+
+
+def test_a_conversation_goes_on_from_its_own_answers(target: Target):
+    first = answer(target, "dpo", "Hi")
+    second = answer(target, "dpo", "Hi", first, "And now?")
+    text = talk(target, "Hi", "", "  ", "And now?", "/quit", "never asked")
+    assert f"you> dpo> {first}\n" in text
+    assert f"you> dpo> {second}\n" in text
+    assert "never asked" not in text
+    assert text.count("dpo> ") == 2
+
+
+def test_a_system_message_is_part_of_it_and_reset_keeps_it(target: Target):
+    said = answer(target, "dpo", "Hi", system="Be brief.")
+    text = talk(target, "Hi", "/reset", "Hi", system="Be brief.")
+    assert text.count(f"dpo> {said}\n") == 2
+    assert "forgotten\n" in text
+
+
+def test_adapter_switches_without_loading_the_base_again(target: Target, monkeypatch: pytest.MonkeyPatch):
+    loads: list[str] = []
+    monkeypatch.setattr(load.transformers.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: loads.append("base"))
+    text = talk(target, "/adapter base", "Hi", "/adapter sft", "/reset", "Hi", "/adapter dpo", "/reset", "Hi")
+    for policy in ("base", "sft", "dpo"):
+        assert f"now {policy}\n" in text
+        assert f"{policy}> {answer(target, policy, 'Hi')}\n" in text
+    assert loads == []
+
+
+def test_the_new_speaker_goes_on_with_the_conversation(target: Target):
+    first = answer(target, "dpo", "Hi")
+    text = talk(target, "Hi", "/adapter base", "Why?")
+    assert f"base> {answer(target, 'base', 'Hi', first, 'Why?')}\n" in text
+
+
+def test_several_stages_answer_side_by_side_each_in_its_own_conversation(target: Target):
+    text = talk(target, "Hi", "Why?", beside=("base", "sft", "dpo"))
+    for policy in ("base", "sft", "dpo"):
+        first = answer(target, policy, "Hi")
+        assert f"{policy}> {first}\n" in text
+        assert f"{policy}> {answer(target, policy, 'Hi', first, 'Why?')}\n" in text
+
+
+@pytest.mark.parametrize("line", ["/adapter nope", "/adapter", "/adapter ../sft"])
+def test_an_unknown_stage_is_told_and_the_chat_goes_on(target: Target, line: str):
+    text = talk(target, line, "Hi")
+    name = line.partition(" ")[2]
+    assert f'error: chat · "{name}" is not a stage here · there is: base, sft, dpo\n' in text
+    assert f"dpo> {answer(target, 'dpo', 'Hi')}\n" in text
+
+
+def test_an_unknown_stage_to_compare_is_refused_at_once(target: Target):
+    with pytest.raises(ModelError, match='"nope" is not a stage here'):
+        talk(target, "Hi", beside=("base", "nope"))
+
+
+def test_other_words_after_a_slash_show_the_help(target: Target):
+    assert talk(target, "/help", "/nonsense").count(HELP + "\n") == 3  # once at the start
+
+
+def test_the_end_of_input_ends_it(target: Target):
+    assert talk(target).endswith("you> \n")
+    out = io.StringIO()
+    assert chat(target, GREEDY, source=io.StringIO("Hi"), out=out) == 0  # a last line without its end is a line
+    assert "dpo> " in out.getvalue()
+
+
+def test_a_conversation_beyond_the_context_is_told_and_the_chat_goes_on(target: Target):
+    text = talk(target, "x" * 3000, "Hi")
+    assert "error: chat · the conversation has 30" in text
+    assert "together at most 2048" in text
+    assert "/reset" in text.split("error: ")[1].split("\n")[0]
+    # the line that was too long is not part of the conversation
+    assert f"dpo> {answer(target, 'dpo', 'Hi')}\n" in text
+
+
+def test_ctrl_c_ends_an_answer_and_then_the_chat(target: Target, monkeypatch: pytest.MonkeyPatch):
+    real, calls = engine._Decoder.step, []
+
+    def interrupted(self: engine._Decoder) -> tuple[int, int]:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self)
+
+    class Source(io.StringIO):
+        def readline(self, size: int | None = -1) -> str:  # type: ignore[override]
+            line = super().readline()
+            if not line:
+                raise KeyboardInterrupt
+            return line
+
+    monkeypatch.setattr(engine._Decoder, "step", interrupted)
+    out = io.StringIO()
+    assert chat(target, GREEDY, source=Source("Hi\nHi\n"), out=out) == 0
+    # the answer that was cut short is forgotten: the second is the first one's whole
+    assert f"dpo> {answer(target, 'dpo', 'Hi')}\n" in out.getvalue()
+    assert out.getvalue().endswith("you> \n")
+
+
+def speak(target: Target, monkeypatch: pytest.MonkeyPatch, ids: list[int]) -> list[str]:
+    """The pieces in which an answer of these tokens is shown."""
+
+    def given(*arguments: object) -> Iterator[int]:
+        yield from ids
+
+    monkeypatch.setattr("posttrain.serve.chat.stream", given)
+    out = Recorder()
+    assert chat(target, GREEDY, source=io.StringIO("Hi\n"), out=out) == 0
+    start, end = out.pieces.index("dpo> ") + 1, len(out.pieces) - 3
+    return out.pieces[start:end]
+
+
+def test_it_streams_and_a_character_of_several_tokens_is_shown_once_it_is_whole(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+):
+    text = "aé日🙂z\u200d!"  # 1, 2, 3, 4, 1, 3 and 1 bytes: a token each
+    ids = target.base.tokenizer.encode(text, plain=True)
+    assert len(ids) == 15
+    assert speak(target, monkeypatch, ids) == ["a", "é", "日", "🙂", "z", "\u200d", "!"]
+
+
+def test_bytes_that_never_become_a_character_are_shown_at_the_end(target: Target, monkeypatch: pytest.MonkeyPatch):
+    broken = target.base.tokenizer.encode("a🙂", plain=True)[:3]
+    assert "".join(speak(target, monkeypatch, broken)) == target.base.chat.decode(broken)
+    wrong_then_right = [*target.base.tokenizer.encode("🙂", plain=True)[:2], *target.base.tokenizer.encode("bcd", plain=True)]
+    assert "".join(speak(target, monkeypatch, wrong_then_right)) == target.base.chat.decode(wrong_then_right)
+
+
+def test_control_characters_of_an_answer_do_not_reach_the_terminal(target: Target, monkeypatch: pytest.MonkeyPatch):
+    ids = target.base.tokenizer.encode("a\x1b[2Jb\x07\tc\nd", plain=True)
+    assert "".join(speak(target, monkeypatch, ids)) == "a\ufffd[2Jb\ufffd\tc\nd"
+
+
+def test_a_long_answer_is_decoded_in_pieces_that_add_up(target: Target, monkeypatch: pytest.MonkeyPatch):
+    text = "naïve 日本語 🙂 " * 40
+    assert "".join(speak(target, monkeypatch, target.base.tokenizer.encode(text, plain=True))) == text
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_the_command_with_piped_input_of_any_bytes(encoding: str):
+    command = [
+        sys.executable,
+        "-m",
+        "posttrain.cli",
+        "chat",
+        str(finished_run()),
+        "--max-new-tokens",
+        "5",
+        "--temperature",
+        "0",
+    ]
+    lines = "Grüße\n/adapter base\nHi\n".encode() + b"\xff\xfe\n"
+    done = subprocess.run(command, input=lines, capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert done.returncode == 0, done.stderr.decode()
+    text = done.stdout.decode(encoding)
+    assert text.startswith("random:tiny ")
+    assert text.count("you> ") == 5
+    assert "now base\n" in text
+    assert done.stderr == b""
+
+
+def test_comparing_a_stage_that_is_not_there_is_a_mistake(capsys: pytest.CaptureFixture[str]):
+    assert main(["chat", str(finished_run()), "--compare", "base,rm"]) == 2
+    assert capsys.readouterr().err == 'error: chat · "rm" is not a stage here · there is: base, sft, dpo\n'
