@@ -26,6 +26,9 @@ _TOLD = frozenset(
         "formats",
         "rows",
         "dropped",
+        "dropped_rows",
+        "contaminated_rows",
+        "mixed_rows",
     }
     | {"kind", "train_rows", "validation_rows", "truncated", "contaminated", "duplicates", "max_tokens", "ends_trained"}
     | {"mean_chosen_tokens", "mean_rejected_tokens", "chosen_longer", "examples"}

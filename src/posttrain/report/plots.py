@@ -7,6 +7,7 @@ give the same bytes. Left out: scripts, zooming, and anything that loads from el
 
 import hashlib
 import io
+import itertools
 import re
 import warnings
 from collections.abc import Sequence
@@ -74,7 +75,7 @@ def curves(series: Sequence[Series]) -> Markup:
         hovers: list[_Hover] = []
         for one in series:
             xs, ys = _thinned(one.xs, one.ys)
-            window = 0 if one.sparse or len(xs) < 30 else max(3, len(xs) // 15)
+            window = max(3, len(xs) // 15) if not one.sparse and _noisy(ys) else 0
             axes.plot(xs, ys, color=colour(one.colour), linewidth=1 if window else 1.8, alpha=0.35 if window else 1,
                       marker="o" if one.sparse or len(xs) == 1 else None, markersize=4.5, zorder=3)  # fmt: skip
             if window:
@@ -176,6 +177,13 @@ def _thinned(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], lis
     return [xs[r][-1] for r in runs], [sum(ys[r]) / len(ys[r]) for r in runs]
 
 
+def _noisy(ys: Sequence[float]) -> bool:
+    """Whether a line turns so often that its mean says more: a learning rate does not, a loss a step does."""
+    steps = [b - a for a, b in itertools.pairwise(ys)]
+    turns = sum(a * b < 0 for a, b in itertools.pairwise(steps))
+    return len(ys) >= 30 and turns > len(ys) / 5
+
+
 def _running_mean(ys: Sequence[float], window: int) -> list[float]:
     half = window // 2
     parts = [ys[max(0, i - half) : i + half + 1] for i in range(len(ys))]
@@ -206,7 +214,7 @@ def _inline(svg: str, dots: str, about: str, width: int, height: int) -> str:
     inner = re.sub(r"(?<=font: )([^;\"]*?px) [^;\"]*", r"\1 var(--font)", inner)
     inner = re.sub(r"font-family: [^;\"]*;? ?", "", inner)
     inner = re.sub(r"#0f0f[01][0-9]", lambda found: _THEME[found[0]], inner)
-    inner = re.sub(r"(\.\d\d)\d+", r"\1", inner)
+    inner = re.sub(r"<[^>]*>", lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), inner)  # places, not labels
     mark = hashlib.sha256(inner.encode()).hexdigest()[:6]  # several drawings stand in one page: their ids must differ
     inner = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{mark}", inner)
     inner = re.sub(r"\s*\n\s*", "\n", inner)

@@ -120,7 +120,7 @@ def _figure(chart: _Chart, found: Found) -> Markup:
         series.append(
             plots.Series(_label(name, held_out), 2 if held_out else number if number < 2 else number + 1, xs, ys, held_out)
         )
-    last = [f"{s.label} {words.plain(float(s.ys[-1]))}" for s in series]
+    last = [f"{s.label if len(series) > 1 else 'last'} {words.plain(float(s.ys[-1]))}" for s in series]
     legend = [el("span.key", el(f"i.c{s.colour % plots.COLOURS}"), text) for s, text in zip(series, last)]
     return el("figure", el("figcaption", el("strong", chart.title), el("span.legend", *legend)), plots.curves(series))
 
