@@ -1,4 +1,5 @@
 """The one renderer: whoever asks gets the same token ids, and the end of a turn is always learned."""
+# ruff: noqa: E501 - a row of a table stays one line
 
 import importlib.util
 import random
@@ -153,8 +154,8 @@ def test_the_marks_that_stand_for_control_tokens_cannot_be_forged(formats: dict[
 
 BITS = (
     "Hello", "é", "漢字", "🙂", "a\u0301", "\u200b", " ", "\n", "\n\n", "\t", "  x", "<end_of_turn>", "<eos>", "<bos>",
-    "<|im_end|>",    "<|im_start|>assistant\n", "<|eot_id|>", "Question:", "Answer:", "</s>", "{{ x }}", "{% if %}", "\ue000", "\ue0001\ue001", "%s",
-    "0",    "```\ncode\n```", "\x00", "\r\n", "‮", "ﬁ", "İ", "word",
+    "<|im_end|>", "<|im_start|>assistant\n", "<|eot_id|>", "Question:", "Answer:", "</s>", "{{ x }}", "{% if %}", "\ue000", "\ue0001\ue001", "%s",
+    "0", "```\ncode\n```", "\x00", "\r\n", "‮", "ﬁ", "İ", "word",
 )  # fmt: skip
 
 

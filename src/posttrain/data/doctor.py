@@ -84,6 +84,7 @@ def check_rows(check: Check, chat: ChatFormat, *, evaluation_prompts: Collection
     report = prepared.report
     dropped = sum(report["dropped"].values())
     text = format_report(report, title)
-    if dropped > check.stage.allow_dropped * report["rows"]:
-        text += f"\n\nwarning: {dropped} of {report['rows']} rows dropped; training refuses more than {check.stage.allow_dropped:.0%}"
+    if dropped > check.stage.allow_dropped * report["mixed_rows"]:
+        allowed = f"{check.stage.allow_dropped:.0%}"
+        text += f"\n\nwarning: {dropped} of {report['mixed_rows']} rows dropped; training refuses more than {allowed}"
     return report, text

@@ -4,7 +4,8 @@
     preferences      prompt+chosen+rejected · chosen+rejected with an implicit prompt · hh-rlhf transcripts
                      each side text or messages
 
-A row that cannot be learned from is a `Problem` with its number and reason, never silently repaired.
+A row that cannot be learned from is a `Problem` with its number and reason, never silently repaired. Two texts without a
+prompt share their beginning up to the last whole word: as in TRL, that beginning is the prompt.
 """
 
 import random
@@ -23,6 +24,7 @@ _SHAREGPT_ROLES: dict[str, Role] = {
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
     "bing": "assistant", "bard": "assistant",
 }  # fmt: skip
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 DEMONSTRATION_LAYOUTS = "messages · prompt+completion · conversations (ShareGPT) · instruction+output (Alpaca)"
 PREFERENCE_LAYOUTS = "prompt+chosen+rejected · chosen+rejected (implicit prompt, or hh-rlhf transcripts)"
@@ -32,7 +34,7 @@ class Problem(NamedTuple):
     """A row that is left out, and why."""
 
     source: str
-    number: int
+    row: str
     reason: str
 
 
@@ -86,7 +88,7 @@ def read_demonstrations(data: str | tuple[Source, ...], *, seed: int) -> Demonst
             try:
                 found.append(Conversation(_row_id(source.path, row), convert(row.value), source.path))
             except _BadRow as bad:
-                problems.append(Problem(source.path, row.number, str(bad)))
+                problems.append(Problem(source.path, f"row {row.number}", str(bad)))
         infos.append(SourceInfo(source.path, layout, len(rows), sha256))
         records += [Conversation(name, r.messages, r.source) for r, name in _weighted(found, source, seed)]
     return Demonstrations(_unique_ids(records), tuple(problems), tuple(infos))
@@ -106,7 +108,7 @@ def read_preferences(data: str | tuple[Source, ...], *, seed: int) -> Preference
                 reason = str(row.value.get("reason") or "")
                 found.append(PreferencePair(_row_id(source.path, row), prompt, chosen, rejected, source.path, reason))
             except _BadRow as bad:
-                problems.append(Problem(source.path, row.number, str(bad)))
+                problems.append(Problem(source.path, f"row {row.number}", str(bad)))
         infos.append(SourceInfo(source.path, layout, len(rows), sha256))
         records += [
             PreferencePair(name, r.prompt, r.chosen, r.rejected, r.source, r.reason)
@@ -123,11 +125,15 @@ def _sources(data: str | tuple[Source, ...]) -> Iterable[tuple[Source, list[RawR
 
 def _row_id(path: str, row: RawRow) -> str:
     own = row.value.get("id")
-    return own if isinstance(own, str) and own else f"{path.rsplit('/', 1)[-1].rsplit('.', 1)[0]}-{row.number}"
+    return (
+        own
+        if isinstance(own, str) and own and not _SURROGATE.search(own)
+        else f"{path.rsplit('/', 1)[-1].rsplit('.', 1)[0]}-{row.number}"
+    )
 
 
 def _weighted(records: list[R], source: Source, seed: int) -> list[tuple[R, str]]:
-    """Weight 0.5 takes a seeded half in file order, 2.5 takes each twice and half of them once more; copies get ids of their own."""
+    """0.5 takes a seeded half in file order, 2.5 takes each twice and half of them once more; copies have ids of their own."""
     whole, part = divmod(source.weight, 1.0)
     taken = [(r, r.id if copy == 0 else f"{r.id}#{copy + 1}") for copy in range(int(whole)) for r in records]
     chosen = sorted(random.Random(f"{seed}|{source.path}").sample(range(len(records)), round(part * len(records))))
@@ -177,6 +183,8 @@ def _alpaca(row: dict[str, Any]) -> tuple[Message, ...]:
 def _sharegpt(turns: Any) -> tuple[Message, ...]:
     if not isinstance(turns, list):
         raise _BadRow("conversations is not a list")
+    if turns and isinstance(turns[0], dict) and "role" in turns[0]:
+        return _messages(turns, "conversations")
     found = []
     for turn in turns:
         if not isinstance(turn, dict) or turn.get("from") not in _SHAREGPT_ROLES:
@@ -219,6 +227,8 @@ def _pair(row: dict[str, Any]) -> tuple[tuple[Message, ...], tuple[Message, ...]
         prompt = _side(row["prompt"], "user", "prompt")
         sides = _side(chosen, "assistant", "chosen"), _side(rejected, "assistant", "rejected")
         sides = (_without_prompt(sides[0], prompt), _without_prompt(sides[1], prompt))
+    elif isinstance(chosen, str) and isinstance(rejected, str) and not _HH_TURN.match(chosen):
+        prompt, sides = _split_texts(chosen, rejected)
     else:
         both = _whole(chosen, "chosen"), _whole(rejected, "rejected")
         shared = 0
@@ -237,13 +247,26 @@ def _pair(row: dict[str, Any]) -> tuple[tuple[Message, ...], tuple[Message, ...]
     return prompt, sides[0], sides[1]
 
 
+def _split_texts(chosen: str, rejected: str) -> tuple[tuple[Message, ...], tuple[tuple[Message, ...], tuple[Message, ...]]]:
+    """Two texts that begin alike, cut after the last whitespace that they share."""
+    if chosen == rejected:
+        raise _BadRow("chosen equals rejected")
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    shared = next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
+    words = re.match(r"(?s).*\s", chosen[:shared])
+    if words is None or not words.group().strip():
+        raise _BadRow("no prompt column, and chosen and rejected do not begin alike")
+    sides = [(Message("assistant", _string(side[words.end() :], "text")),) for side in (chosen, rejected)]
+    return (Message("user", _string(words.group().strip(), "text")),), (sides[0], sides[1])
+
+
 def _without_prompt(side: tuple[Message, ...], prompt: tuple[Message, ...]) -> tuple[Message, ...]:
     """Some files repeat the prompt in both sides."""
     return side[len(prompt) :] if len(side) > len(prompt) and side[: len(prompt)] == prompt else side
 
 
 def _whole(value: Any, name: str) -> tuple[Message, ...]:
-    """A whole conversation given as messages, as a transcript, or as plain text (which has no prompt to find)."""
+    """A whole conversation given as messages or as a transcript."""
     if isinstance(value, str):
         return _transcript(value, name)
     return _messages(value, name)
@@ -252,9 +275,11 @@ def _whole(value: Any, name: str) -> tuple[Message, ...]:
 def _transcript(text: str, name: str) -> tuple[Message, ...]:
     parts = _HH_TURN.split(text)
     if len(parts) < 3 or parts[0].strip():
-        raise _BadRow(f'{name} is text without a prompt column and not a "Human: … Assistant: …" transcript')
+        raise _BadRow(f'{name} is not a "Human: … Assistant: …" transcript')
     turns = zip(parts[1::2], parts[2::2], strict=True)
-    return tuple(Message("user" if who == "Human" else "assistant", said.strip()) for who, said in turns)
+    found = tuple(Message("user" if who == "Human" else "assistant", _string(said.strip(), name)) for who, said in turns)
+    # A prompt of its own often ends in "Assistant:", where the sides begin.
+    return found[:-1] if name == "prompt" and found[-1] == Message("assistant", "") else found
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -263,7 +288,7 @@ def _transcript(text: str, name: str) -> tuple[Message, ...]:
 def _side(value: Any, role: Role, name: str) -> tuple[Message, ...]:
     """Text is one turn of `role`; a transcript and a list of messages are what they say."""
     if isinstance(value, str):
-        return _transcript(value, name) if _HH_TURN.match(value) else (Message(role, value),)
+        return _transcript(value, name) if _HH_TURN.match(value) else (Message(role, _string(value, name)),)
     return _messages(value, name)
 
 
@@ -281,4 +306,6 @@ def _messages(value: Any, name: str) -> tuple[Message, ...]:
 def _string(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise _BadRow(f"{name} is not text but {type(value).__name__}")
+    if _SURROGATE.search(value):  # JSON can spell half of a character ("\\ud83d"), which no text can hold
+        raise _BadRow(f"{name} holds half of a character (a lone surrogate)")
     return value

@@ -2,9 +2,9 @@
 
     record -> contamination check -> rendering -> length limit -> training or validation by a hash of the first user turn
 
-Nothing is lost silently: each row ends in training, in validation, or in a counted reason. More than `allow_dropped` of the
-rows dropped is an error. A demonstration that is too long is cut at the end; a pair that is too long is dropped, since
-cutting one side would change which answer is better.
+Nothing is lost silently: each row ends in training, in validation, or in a counted reason with the rows named. More than
+`allow_dropped` of the rows dropped is an error. A demonstration that is too long is cut at the end; a pair that is too long
+is dropped, since cutting one side would change which answer is better.
 """
 
 import hashlib
@@ -14,13 +14,15 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from posttrain.data.chat import ChatFormat
-from posttrain.data.formats import Demonstrations, Preferences, Problem, SourceInfo
+from posttrain.data.formats import Demonstrations, Preferences, Problem
 from posttrain.data.report import describe_rows
 from posttrain.errors import DataError
 from posttrain.records import Message
 
 # Words in a row that also stand in an evaluation prompt and make the row contaminated (13, as in GPT-3's report, app. C).
 OVERLAP_WORDS = 13
+# Rows that a report names of those dropped and of those that an evaluation asks.
+SHOWN = 20
 _WORD = re.compile(r"\w+")
 
 
@@ -94,28 +96,33 @@ def prepare_demonstrations(
     contamination = Contamination(evaluation_prompts)
     sides: tuple[list[TrainRow], list[TrainRow]] = ([], [])
     problems = list(read.problems)
-    truncated, contaminated, uncut, ended = 0, 0, 0, 0
+    contaminated: list[str] = []
+    truncated, uncut, ended = 0, 0, 0
     for record in read.records:
         if contamination.found(record.messages):
-            contaminated += 1
+            contaminated.append(record.id)
             continue
-        encoded = chat.encode(record.messages)
+        try:
+            encoded = chat.encode(record.messages)
+        except DataError as refused:
+            problems.append(Problem(record.source, record.id, f"{refused.where} {refused.found}"))
+            continue
         if len(encoded.ids) > max_tokens:
             truncated += 1
         else:
             uncut += 1
             ended += encoded.ids[-1] in chat.end_ids and encoded.trained[-1]
         row = TrainRow(record.id, encoded.ids[:max_tokens], encoded.trained[:max_tokens])
-        if not any(row.trained):
-            problems.append(Problem(record.source, 0, f"no trained token within max_tokens = {max_tokens}"))
+        if not any(row.trained[1:]):  # nothing predicts the first token
+            problems.append(Problem(record.source, record.id, f"no trained token within max_tokens = {max_tokens}"))
             continue
         sides[in_validation(record.messages, validation)].append(row)
     _refuse(problems, len(read.records), read, sides[0], allow_dropped)
     rows = [*sides[0], *sides[1]]
-    report = describe_rows([len(r.ids) for r in rows], sum(sum(r.trained) for r in rows)) | _counts(read.sources, problems)
-    report |= {
+    report = describe_rows([len(r.ids) for r in rows], sum(sum(r.trained) for r in rows))
+    report |= _counts(read, problems, contaminated) | {
         "kind": "sft", "train_rows": len(sides[0]), "validation_rows": len(sides[1]), "truncated": truncated,
-        "contaminated": contaminated, "duplicates": _duplicates([tuple(r.ids) for r in rows]), "max_tokens": max_tokens,
+        "duplicates": _duplicates([tuple(r.ids) for r in rows]), "max_tokens": max_tokens,
         "ends_trained": ended / uncut if uncut else None,
         "examples": [{"id": r.id, "pieces": pieces(chat, r.ids, r.trained)} for r in _spread(sides[0])],
     }  # fmt: skip
@@ -130,30 +137,33 @@ def prepare_pairs(
     contamination = Contamination(evaluation_prompts)
     sides: tuple[list[PairRow], list[PairRow]] = ([], [])
     problems = list(read.problems)
-    contaminated = 0
+    contaminated: list[str] = []
     for record in read.records:
         if contamination.found(record.prompt):
-            contaminated += 1
+            contaminated.append(record.id)
             continue
-        row = PairRow(
-            record.id, chat.encode_prompt(record.prompt), chat.encode_completion(record.prompt, record.chosen[0]),
-            chat.encode_completion(record.prompt, record.rejected[0]),
-        )  # fmt: skip
+        try:
+            prompt_ids, (chosen, rejected) = chat.encode_completions(record.prompt, (record.chosen[0], record.rejected[0]))
+        except DataError as refused:
+            problems.append(Problem(record.source, record.id, f"{refused.where} {refused.found}"))
+            continue
+        row = PairRow(record.id, prompt_ids, chosen, rejected)
         if len(row.prompt_ids) + max(len(row.chosen_ids), len(row.rejected_ids)) > max_tokens:
-            problems.append(Problem(record.source, 0, f"longer than max_tokens = {max_tokens}"))
+            problems.append(Problem(record.source, record.id, f"longer than max_tokens = {max_tokens}"))
         elif row.chosen_ids == row.rejected_ids:
-            problems.append(Problem(record.source, 0, "chosen equals rejected once rendered"))
+            problems.append(Problem(record.source, record.id, "chosen equals rejected once rendered"))
         else:
             sides[in_validation(record.prompt, validation)].append(row)
     _refuse(problems, len(read.records), read, sides[0], allow_dropped)
     rows = [*sides[0], *sides[1]]
     completions = [side for r in rows for side in (r.chosen_ids, r.rejected_ids)]
     lengths = [len(r.prompt_ids) + len(r.chosen_ids) + len(r.rejected_ids) for r in rows]
-    report = describe_rows(lengths, sum(map(len, completions))) | _counts(read.sources, problems)
-    report |= {
+    report = describe_rows(lengths, sum(map(len, completions)))
+    sides_of = [(tuple(r.prompt_ids), tuple(r.chosen_ids), tuple(r.rejected_ids)) for r in rows]
+    report |= _counts(read, problems, contaminated) | {
         "kind": "dpo", "train_rows": len(sides[0]), "validation_rows": len(sides[1]), "truncated": 0,
-        "contaminated": contaminated, "duplicates": _duplicates([(tuple(r.prompt_ids), tuple(r.chosen_ids), tuple(r.rejected_ids)) for r in rows]),
-        "max_tokens": max_tokens, "ends_trained": sum(c[-1] in chat.end_ids for c in completions) / len(completions),
+        "duplicates": _duplicates(sides_of), "max_tokens": max_tokens,
+        "ends_trained": sum(c[-1] in chat.end_ids for c in completions) / len(completions),
         "mean_chosen_tokens": sum(len(r.chosen_ids) for r in rows) / len(rows),
         "mean_rejected_tokens": sum(len(r.rejected_ids) for r in rows) / len(rows),
         "chosen_longer": sum(len(r.chosen_ids) > len(r.rejected_ids) for r in rows) / len(rows),
@@ -177,7 +187,8 @@ def _refuse(
         )
     if len(problems) > allow_dropped * total:
         raise DataError(
-            where, f"{len(problems)} of {total} rows cannot be trained on ({reasons})", allowed=f"{allow_dropped:.0%} (allow_dropped)",
+            where, f"{len(problems)} of {total} rows cannot be trained on ({reasons})",
+            allowed=f"{allow_dropped:.0%} (allow_dropped)",
             do="mend the rows, or raise allow_dropped in the recipe",
         )  # fmt: skip
 
@@ -187,16 +198,20 @@ def _reasons(problems: list[Problem]) -> dict[str, int]:
 
 
 def _first(problems: list[Problem], reason: str) -> str:
-    numbers = [p.number for p in problems if p.reason == reason and p.number][:3]
-    return f" (first: row {', '.join(map(str, numbers))})" if numbers else ""
+    return f" (first: {', '.join([p.row for p in problems if p.reason == reason][:3])})"
 
 
-def _counts(sources: Sequence[SourceInfo], problems: list[Problem]) -> dict[str, Any]:
+def _counts(read: Demonstrations | Preferences, problems: list[Problem], contaminated: list[str]) -> dict[str, Any]:
+    """What became of the rows. `mixed_rows` counts them after mixing by weight: each is trained on, held out or named."""
     return {
-        "sources": [s._asdict() for s in sources],
-        "formats": sorted({s.layout for s in sources}),
-        "rows": sum(s.rows for s in sources),
+        "sources": [s._asdict() for s in read.sources],
+        "formats": sorted({s.layout for s in read.sources}),
+        "rows": sum(s.rows for s in read.sources),
+        "mixed_rows": len(read.records) + len(read.problems),
         "dropped": _reasons(problems),
+        "dropped_rows": [p._asdict() for p in problems[:SHOWN]],
+        "contaminated": len(contaminated),
+        "contaminated_rows": contaminated[:SHOWN],
     }
 
 

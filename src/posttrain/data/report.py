@@ -5,6 +5,7 @@ from typing import Any
 
 # Upper ends of the bins of the length histogram, in tokens.
 BINS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
 def describe_rows(lengths: Sequence[int], trained_tokens: int) -> dict[str, Any]:
@@ -17,10 +18,11 @@ def describe_rows(lengths: Sequence[int], trained_tokens: int) -> dict[str, Any]
         count = sum(1 for n in ordered if n > low and (high is None or n <= high))
         histogram.append({"from": low + 1, "to": high, "rows": count})
         low = high or low
+    quantiles = {str(q): ordered[min(len(ordered) - 1, int(q * len(ordered)))] for q in QUANTILES} if ordered else {}
     last = max((i for i, b in enumerate(histogram) if b["rows"]), default=0)
     return {
         "tokens": tokens, "trained_tokens": trained_tokens, "share_trained": trained_tokens / tokens if tokens else 0.0,
-        "length_quantiles": {str(q): ordered[min(len(ordered) - 1, int(q * len(ordered)))] for q in (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)} if ordered else {},
+        "length_quantiles": quantiles,
         "length_histogram": histogram[: last + 1],
     }  # fmt: skip
 
@@ -33,22 +35,31 @@ def format_report(report: dict[str, Any], title: str) -> str:
             f"source       {source['path']}: {source['rows']:,} rows · {source['layout']} · sha256 {source['sha256'][:12]}"
         )
     dropped = sum(report["dropped"].values())
+    mixed = "" if report["mixed_rows"] == report["rows"] else f" (of {report['mixed_rows']:,} after mixing by weight)"
     lines += [
-        f"rows         {report['train_rows']:,} to train on, {report['validation_rows']:,} for validation",
+        f"rows         {report['train_rows']:,} to train on, {report['validation_rows']:,} for validation{mixed}",
         f"tokens       {report['tokens']:,}, of which trained {report['trained_tokens']:,} ({report['share_trained']:.0%})",
         f"cut          {report['truncated']:,} rows at {report['max_tokens']:,} tokens",
-        f"dropped      {dropped:,} rows"
-        + "".join(f"\n             {count:,} {reason}" for reason, count in report["dropped"].items()),
-        f"contaminated {report['contaminated']:,} rows that an evaluation asks (left out)",
+        f"dropped      {dropped:,} rows",
+        *(f"             {count:,} {reason}{_rows(report, reason)}" for reason, count in report["dropped"].items()),
+        f"contaminated {report['contaminated']:,} rows that an evaluation asks (left out){_named(report['contaminated_rows'])}",
         f"duplicates   {report['duplicates']:,} rows",
         f"turns end    {_share(report['ends_trained'])} of the uncut rows end in a trained end-of-turn token",
     ]
     if report["kind"] == "dpo":
         lines.append(
-            f"lengths      chosen {report['mean_chosen_tokens']:.0f} and rejected {report['mean_rejected_tokens']:.0f} tokens on average; "
-            f"chosen is longer in {report['chosen_longer']:.0%}"
+            f"lengths      chosen {report['mean_chosen_tokens']:.0f} and rejected {report['mean_rejected_tokens']:.0f} tokens "
+            f"on average; chosen is longer in {report['chosen_longer']:.0%}"
         )
     return "\n".join([*lines, "", *_histogram(report["length_histogram"]), "", *_examples(report["examples"])])
+
+
+def _rows(report: dict[str, Any], reason: str) -> str:
+    return _named([d["row"] for d in report["dropped_rows"] if d["reason"] == reason])
+
+
+def _named(rows: Sequence[str]) -> str:
+    return f": {', '.join(rows[:3])}{' …' if len(rows) > 3 else ''}" if rows else ""
 
 
 def _share(value: float | None) -> str:

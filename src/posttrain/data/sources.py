@@ -6,6 +6,7 @@ plain dicts with a number that a person can find again in the file. Remote code 
 
 import csv
 import hashlib
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -89,15 +90,27 @@ def read_rows(path: str) -> list[RawRow]:
 
 def _check_sizes(path: str, row: RawRow) -> None:
     for column, value in row.value.items():
-        if isinstance(value, str | list) and len(value) > 1000 and _bytes(value) > MAX_FIELD_BYTES:
+        size = _characters(value)
+        if size > MAX_FIELD_BYTES:
             raise DataError(
-                f'data "{path}" · row {row.number}', f'"{column}" holds {_bytes(value) / 2**20:.0f} MB',
+                f'data "{path}" · row {row.number}', f'"{column}" holds {size / 2**20:.0f} MB',
                 allowed=f"at most {MAX_FIELD_BYTES // 2**20} MB a field", do="remove or cut the row",
             )  # fmt: skip
 
 
-def _bytes(value: Any) -> int:
-    return len(value) if isinstance(value, str) else len(json.dumps(value, default=str))
+def _characters(value: Any) -> int:
+    """Characters of a text, or of all texts inside a value."""
+    total = 0
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, str):
+            total += len(part)
+        elif isinstance(part, list):
+            waiting += part
+        elif isinstance(part, dict):
+            waiting += part.values()
+    return total
 
 
 def _text(path: str, place: Path) -> str:
@@ -133,6 +146,8 @@ def _json(path: str, place: Path) -> Iterator[RawRow]:
     except (ValueError, RecursionError):
         yield from _json_lines(path, place)  # JSON lines under the name .json are common
         return
+    if isinstance(values, dict):
+        values = [values]  # JSON lines of one line
     if not isinstance(values, list):
         raise DataError(f'data "{path}"', f"a JSON {type(values).__name__}", allowed="a list of objects, or one object a line")
     for number, value in enumerate(values, 1):
@@ -149,20 +164,28 @@ def _object(path: str, number: int, value: Any) -> dict[str, Any]:
 
 def _csv(path: str, place: Path) -> Iterator[RawRow]:
     csv.field_size_limit(MAX_FIELD_BYTES * 4)
-    reader = csv.DictReader(_text(path, place).splitlines(keepends=True))
-    for number, row in enumerate(reader, 1):
-        if None in row or None in row.values():
-            raise DataError(f'data "{path}" · row {number}', "another number of fields than the header", do="correct the row")
-        yield RawRow(number, {key: _maybe_json(value) for key, value in row.items()})
+    # Not `splitlines`, which also cuts at characters that a cell may hold (a form feed, U+2028).
+    reader = csv.DictReader(io.StringIO(_text(path, place), newline=""))
+    number = 0
+    try:
+        for number, row in enumerate(reader, 1):
+            if None in row or None in row.values():
+                raise DataError(
+                    f'data "{path}" · row {number}', "another number of fields than the header", do="correct the row"
+                )
+            yield RawRow(number, {key: _maybe_messages(value) for key, value in row.items()})
+    except csv.Error as error:
+        raise DataError(f'data "{path}" · row {number + 1}', f"not CSV ({error})", do="correct the row") from None
 
 
-def _maybe_json(value: str) -> Any:
-    """A cell that holds a JSON list (messages) is that list; every other cell is its text."""
-    if value[:1] == "[":
+def _maybe_messages(value: str) -> Any:
+    """A cell that holds a JSON list of objects (messages) is that list; every other cell is its text."""
+    if value.lstrip()[:1] == "[":
         try:
-            return json.loads(value)
-        except ValueError:
+            found = json.loads(value)
+        except (ValueError, RecursionError):
             return value
+        return found if found and all(isinstance(turn, dict) for turn in found) else value
     return value
 
 
