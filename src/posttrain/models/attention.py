@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.masking_utils import AttentionMaskInterface
 
+from posttrain.models.attention_cpu import CpuSegmentAttention, gather
+
 ATTENTION_NAME = "posttrain_segments"
-# Spans that see at most so many keys are differentiated by plain products.
-SMALL_KEYS = 256
 
 
 class Span(NamedTuple):
@@ -64,6 +64,7 @@ class Segments:
     def __init__(self, spans: tuple[Span, ...], *, cache: KeyValueCache | None = None, decoding: bool = False) -> None:
         self.spans, self.cache, self.decoding = spans, cache, decoding
         self.masks: dict[tuple[int, int, int], Tensor] = {}
+        self.hidden: dict[tuple[int, int, int], Tensor] = {}
         self.block_masks: dict[int, Any] = {}
 
     def mask(self, length: int, keys: int, window: int, like: Tensor) -> Tensor | None:
@@ -110,109 +111,8 @@ def segment_attention(
         elif q.is_cuda:
             out = flex(q, k, v, scaling, segments, window)
         else:
-            out = _SegmentAttention.apply(q, k, v, scaling, segments, window)  # type: ignore[no-untyped-call]
+            out = CpuSegmentAttention.apply(q, k, v, scaling, segments, window)  # type: ignore[no-untyped-call]
     return out.transpose(0, 1)[None], None
-
-
-def _pieces(span: Span) -> tuple[tuple[int, int], ...]:
-    return (*span.ancestors, (span.start, span.length))
-
-
-def _gather(x: Tensor, span: Span) -> Tensor:
-    """Rows of the span and its ancestors [K, S, D]."""
-    if not span.ancestors:
-        return x[:, span.start : span.start + span.length]
-    return torch.cat([x[:, s : s + n] for s, n in _pieces(span)], dim=1)
-
-
-class _SegmentAttention(torch.autograd.Function):
-    """One fused attention a segment, gradients written in place: slices of autograd would fill T zeros a segment.
-
-    The query heads of a key/value head are a batch of their own beside an expanded (not copied) key.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments, window: int) -> Tensor:
-        heads, total, width = q.shape
-        groups = heads // k.shape[0]
-        out = torch.zeros_like(q)
-        sums: list[Tensor] = []
-        for span in segments.spans:
-            args, mask = _span_inputs(q, k, v, span, groups, segments, window)
-            part, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                *args, 0.0, mask is None, attn_mask=mask, scale=scale
-            )
-            out[:, span.start : span.start + span.length] = part.reshape(heads, span.length, width)
-            sums.append(log_sum)
-        ctx.save_for_backward(q, k, v, out)
-        ctx.sums, ctx.scale, ctx.segments, ctx.window = sums, scale, segments, window
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        q, k, v, out = ctx.saved_tensors
-        groups = q.shape[0] // k.shape[0]
-        grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for span, log_sum in zip(ctx.segments.spans, ctx.sums, strict=True):
-            args, mask = _span_inputs(q, k, v, span, groups, ctx.segments, ctx.window)
-            rows = slice(span.start, span.start + span.length)
-            shape = args[0].shape
-            grad_out, part_out = grads[0][:, rows].reshape(shape), out[:, rows].reshape(shape)
-            if span.keys <= SMALL_KEYS:
-                part_q, part_k, part_v = _small_backward(grad_out, part_out, args, log_sum, mask, ctx.scale)
-            else:
-                part_q, part_k, part_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    grad_out, *args, part_out, log_sum, 0.0, mask is None, attn_mask=mask, scale=ctx.scale
-                )
-                part_k, part_v = part_k.sum(1), part_v.sum(1)
-            grad_q[:, rows] = part_q.reshape(q.shape[0], span.length, -1)
-            _scatter(grad_k, part_k, span)
-            _scatter(grad_v, part_v, span)
-        return grad_q, grad_k, grad_v, None, None, None
-
-
-def _small_backward(
-    grad: Tensor, out: Tensor, args: tuple[Tensor, Tensor, Tensor], log_sum: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a short span by plain products: q [K, G, L, D], and keys and values already summed over G [K, S, D].
-
-    The G query heads of a key/value head lie beside each other in the query length, so each product is one large one. Up
-    to 256 keys this takes a third to three quarters of the time of the fused kernel, which is made for long rows.
-    """
-    q, key, value = args[0], args[1][:, 0], args[2][:, 0]
-    kv_heads, groups, length, width = q.shape
-    folded = (kv_heads, groups * length, width)
-    flat_q, flat_grad = q.reshape(folded), grad.reshape(folded)
-    weights = torch.bmm(flat_q, key.transpose(1, 2)).float().mul_(scale).view(kv_heads, groups, length, -1)
-    if mask is not None:
-        weights += mask
-    weights.sub_(log_sum.view(kv_heads, groups, length, 1)).exp_()
-    if mask is None:
-        weights.tril_()
-    weights = weights.view(kv_heads, groups * length, -1)
-    grad_value = torch.bmm(weights.to(q.dtype).transpose(1, 2), flat_grad)
-    delta = (flat_grad.float() * out.reshape(folded).float()).sum(-1, keepdim=True)
-    slope = torch.bmm(flat_grad, value.transpose(1, 2)).float().sub_(delta).mul_(weights).mul_(scale).to(q.dtype)
-    return torch.bmm(slope, key).view(q.shape), torch.bmm(slope.transpose(1, 2), flat_q), grad_value
-
-
-def _span_inputs(
-    q: Tensor, k: Tensor, v: Tensor, span: Span, groups: int, segments: Segments, window: int
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
-    """Query [K, G, L, D], key and value [K, G, S, D] of one span, and its mask."""
-    kv_heads, width = k.shape[0], k.shape[2]
-    part_q = q[:, span.start : span.start + span.length].reshape(kv_heads, groups, span.length, width)
-    part_k = _gather(k, span)[:, None].expand(kv_heads, groups, span.keys, width)
-    part_v = _gather(v, span)[:, None].expand(kv_heads, groups, span.keys, width)
-    return (part_q, part_k, part_v), segments.mask(span.length, span.keys, window, q)
-
-
-def _scatter(grad: Tensor, part: Tensor, span: Span) -> None:
-    """Add gradients [K, S, D] where their keys came from."""
-    offset = 0
-    for start, length in _pieces(span):
-        grad[:, start : start + length] += part[:, offset : offset + length]
-        offset += length
 
 
 def _reference(
@@ -223,8 +123,8 @@ def _reference(
     out = torch.zeros_like(q)
     for span in segments.spans:
         rows = slice(span.start, span.start + span.length)
-        keys = _gather(k, span).repeat_interleave(groups, 0)
-        values = _gather(v, span).repeat_interleave(groups, 0)
+        keys = gather(k, span).repeat_interleave(groups, 0)
+        values = gather(v, span).repeat_interleave(groups, 0)
         scores = q[:, rows] @ keys.transpose(1, 2) * scale
         if softcap:
             scores = torch.tanh(scores / softcap) * softcap
