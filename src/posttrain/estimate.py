@@ -7,7 +7,8 @@ measured here and now by a few matrix products:
     a target           4 V D with a frozen head (logits and their gradient), 6 V D with a trained one
     a decoded token    2 (P + V D)
 
-It leaves out attention, loading and the report, so it is a lower bound with a factor for what is not a product.
+An evaluation reads its prompts, questions and prose (2 P a token, 2 V D a scored one) and writes its longest answers.
+Left out: attention, loading and the report. So it is a lower bound, with a factor for what is not a matrix product.
 """
 
 import json
@@ -17,10 +18,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from posttrain.data.chat import ChatFormat
 from posttrain.data.doctor import prepare_stage
+from posttrain.evaluate.suites import sample_prompts
 from posttrain.models.load import choose_device, load_chat, native_bfloat16
 from posttrain.plan import Plan, make_plan
 from posttrain.recipe import Recipe, Stage
+from posttrain.records import Message
 
 # Share of the measured product speed that a whole step reached in the benchmarks.
 EFFICIENCY = 0.55
@@ -40,12 +44,13 @@ def describe(recipe: Recipe, run: Path, *, until: str | None = None) -> tuple[di
     plan = make_plan(recipe, run, until=until)
     chat = load_chat(plan.source, recipe.base.template)
     body, head = _parameters(plan)
+    evaluation = _evaluation(plan, chat, body, head)
     speed = _speed(recipe)
     rows = []
     for step in plan.steps:
         entry: dict[str, Any] = {"step": step.name, "kind": step.kind, "status": step.status, "why": step.why}
         if step.status != "done":
-            work = _training(plan, step.stage, chat, body, head) if step.stage else _evaluation(plan, body, head)
+            work = _training(plan, step.stage, chat, body, head) if step.stage else evaluation
             entry |= {
                 "rows": work.rows,
                 "tokens": work.tokens,
@@ -93,7 +98,7 @@ def _speed(recipe: Recipe) -> float:
     return 2 * 1024**3 / best * EFFICIENCY
 
 
-def _training(plan: Plan, stage: Stage, chat: Any, body: int, head: int) -> Work:
+def _training(plan: Plan, stage: Stage, chat: ChatFormat, body: int, head: int) -> Work:
     report = prepare_stage(stage, chat, seed=plan.recipe.seed, evaluation_prompts=plan.evaluation_prompts).report
     full = plan.recipe.adapter.kind == "full"
     tokens, targets = round(report["tokens"] * stage.epochs), round(report["trained_tokens"] * stage.epochs)
@@ -104,22 +109,36 @@ def _training(plan: Plan, stage: Stage, chat: Any, body: int, head: int) -> Work
     return Work(round(report["train_rows"] * stage.epochs), tokens, targets, operations)
 
 
-def _evaluation(plan: Plan, body: int, head: int) -> Work:
-    items = sum(len(task.items) for task in plan.tasks)
-    asked = sum(len(task.items) for task in plan.tasks if task.answer == "generate")
-    tokens = asked * plan.recipe.evaluation.max_new_tokens
-    return Work(items, tokens, tokens, tokens * 2.0 * (body + head))
+def _evaluation(plan: Plan, chat: ChatFormat, body: int, head: int) -> Work:
+    """One policy's answers: `tokens` are those read and written, `targets` those whose probability is needed."""
+    settings = plan.recipe.evaluation
+    samples = len(settings.samples or sample_prompts(plan.tasks))
+    read, targets = samples * settings.sample_tokens, samples * settings.sample_tokens
+    for task in plan.tasks:
+        for item in task.items:
+            if task.answer == "generate":
+                read += len(chat.encode_prompt([Message("user", item["prompt"])])) + settings.max_new_tokens
+                targets += settings.max_new_tokens
+            elif task.answer == "choices":
+                choices = [len(chat.encode_text(choice)) for choice in item["choices"]]
+                read += len(chat.encode_text(item["question"])) + sum(choices)
+                targets += sum(choices)
+            else:
+                read += len(chat.encode_text(item["text"]))
+                targets += len(chat.encode_text(item["text"]))
+    return Work(sum(len(task.items) for task in plan.tasks), read, targets, 2.0 * (read * body + targets * head))
 
 
 def _text(found: dict[str, Any]) -> str:
-    lines = [f"{found['run']} · {found['base']} · {found['parameters'] / 1e6:,.0f}M parameters", ""]
+    lines = [f"{found['run']} · {found['base']} · {found['parameters'] / 1e6:,.1f}M parameters", ""]
     lines.append(f"{'step':<18} {'':<7} {'rows':>7} {'tokens':>9} {'time':>7}  why")
     for entry in found["steps"]:
         numbers = f"{'':>7} {'':>9} {'':>7}"
         if "rows" in entry:
             numbers = f"{entry['rows']:>7,} {entry['tokens']:>9,} {_clock(entry['seconds']):>7}"
         lines.append(f"{entry['step']:<18} {_WORD[entry['status']]:<7} {numbers}  {entry['why']}")
-    lines += ["", f"about {_clock(found['seconds'])} of computing on this machine; nothing was changed"]
+    time_needed = f"about {_clock(found['seconds'])}" if found["seconds"] else "under a second"
+    lines += ["", f"{time_needed} of computing on this machine; nothing was changed"]
     return "\n".join(lines)
 
 
@@ -128,4 +147,4 @@ _WORD = {"done": "skip", "resume": "resume", "due": "run"}
 
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s" if rest else "<1s"
