@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from posttrain.artifacts import fsync_tree, write_json
+from posttrain.artifacts import disk_error, fsync_tree, write_json
 from posttrain.data.chat import ChatFormat, load_chat_format
-from posttrain.errors import ModelError
+from posttrain.errors import ArtifactError, ModelError
 from posttrain.models.attention import ATTENTION_NAME, Segments, register_attention
 from posttrain.models.logprobs import target_logprobs
 from posttrain.models.lora import AdapterSet, LoraShape
@@ -191,14 +192,18 @@ def load_base(
     if full:
         weights_dtype = torch.float32
     try:
-        inner = transformers.AutoModelForCausalLM.from_pretrained(
+        inner, info = transformers.AutoModelForCausalLM.from_pretrained(
             source.folder, dtype=weights_dtype, attn_implementation=ATTENTION_NAME, trust_remote_code=False,
-            use_safetensors=True, local_files_only=True,
+            use_safetensors=True, local_files_only=True, output_loading_info=True,
         )  # fmt: skip
         tokenizer = HuggingFaceTokenizer(source.folder)
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        first_line = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        raise ModelError(where, f"cannot be loaded: {first_line}", do="check that the files are whole") from None
+    except Exception as error:  # noqa: BLE001 - damaged files break their readers anywhere
+        raise ModelError(where, f"cannot be loaded: {_first_line(error)}", do="check that the files are whole") from None
+    if info["missing_keys"]:  # transformers would fill them with random numbers
+        missing = sorted(info["missing_keys"])
+        raise ModelError(
+            where, f"the weights lack {missing[0]} ({len(missing)} tensors)", do="check that all files of the model are there"
+        )
     inner.requires_grad_(False)
     inner.eval()
     inner.to(kind)
@@ -206,14 +211,33 @@ def load_base(
 
 
 def load_chat(source: BaseModelFolder, template: str) -> ChatFormat:
-    """Only the renderer of a base, without its weights: enough to check data."""
-    return load_chat_format(HuggingFaceTokenizer(source.folder), template)
+    """Only the renderer of a base, without its weights: enough to check data. Raises ModelError."""
+    where = f'[base] model = "{source.model}"'
+    _refuse_remote_code(source.folder, where)
+    try:
+        tokenizer = HuggingFaceTokenizer(source.folder)
+    except Exception as error:  # noqa: BLE001 - damaged files break their readers anywhere
+        raise ModelError(where, f"the tokenizer cannot be loaded: {_first_line(error)}", do="fetch the model again") from None
+    return load_chat_format(tokenizer, template)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 def _refuse_remote_code(folder: Path, where: str) -> None:
     for name in ("config.json", "tokenizer_config.json"):
         path = folder / name
-        if path.exists() and "auto_map" in json.loads(path.read_text(encoding="utf-8")):
+        if not path.exists():
+            continue
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            settings = None
+        if not isinstance(settings, dict):
+            raise ModelError(where, f"{name} is not readable as JSON", do="fetch the model again")
+        if "auto_map" in settings:
             raise ModelError(
                 where,
                 f"{name} asks for code of its own (auto_map)",
@@ -231,6 +255,7 @@ def convert_gguf(gguf: Path, target: Path, *, model: str) -> None:
     """Turn a GGUF into a folder with bf16 safetensors, config and tokenizer; whole or not at all.
 
     Quantised blocks are expanded to float32 and stored in bfloat16, so that every machine starts from the same weights.
+    Raises ModelError for a file that cannot be read.
     """
     where = f'[base] model = "{model}"'
     try:
@@ -239,29 +264,49 @@ def convert_gguf(gguf: Path, target: Path, *, model: str) -> None:
         raise ModelError(
             where, "the package gguf is not installed", do='pip install gguf (or "posttrain[quickstart]")'
         ) from None
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, local_files_only=True, trust_remote_code=False
-        )
-        # Saving what came out of a GGUF directly is refused; the same weights in a model made from the config are not.
-        rebuilt = type(loaded)(loaded.config).to(torch.bfloat16)
-        rebuilt.load_state_dict(loaded.state_dict())
+    with _new_folder(target) as partial:
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, local_files_only=True, trust_remote_code=False
+            )
+            # Saving what came out of a GGUF directly is refused; the same weights in a model made from the config are not.
+            rebuilt = type(loaded)(loaded.config).to(torch.bfloat16)
+            rebuilt.load_state_dict(loaded.state_dict())
+        except Exception as error:  # noqa: BLE001 - damaged files break their readers anywhere
+            raise ModelError(
+                where,
+                f"the GGUF cannot be read: {_first_line(error)[:200]}",
+                do="check that the file is whole and of a supported architecture",
+            ) from None
         rebuilt.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         write_json(partial / "source.json", {"model": model, "file": gguf.name})
-        fsync_tree(partial)
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(partial, target)
-    except (ValueError, KeyError, OSError, RuntimeError, IndexError, TypeError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise ModelError(
-            where,
-            f"the GGUF cannot be read: {str(error)[:200]}",
-            do="check that the file is whole and of a supported architecture",
-        ) from None
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `target` when it is whole; of several processes that make it, the first one wins.
+
+    Raises ArtifactError where the disk refuses.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as work:
+            partial = Path(work) / target.name
+            partial.mkdir()
+            yield partial
+            fsync_tree(partial)
+            try:
+                os.rename(partial, target)
+            except OSError:
+                if not (target / "source.json").exists():  # not another process's work, but rubbish
+                    shutil.rmtree(target)
+                    os.rename(partial, target)
+    except OSError as error:
+        raise disk_error(target, error) from error
+    except SafetensorError as error:  # it tells what the disk said only in words
+        raise ArtifactError(str(target), str(error)[:200], do="make room, or set POSTTRAIN_CACHE to another folder") from None
 
 
 def fetch_from_hub(model: str) -> Path:
@@ -305,10 +350,7 @@ def make_random_tiny(target: Path) -> None:
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.08)
     torch.set_rng_state(state)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    write_json(partial / "source.json", {"model": "random:tiny"})
-    shutil.rmtree(target, ignore_errors=True)
-    os.rename(partial, target)
+    with _new_folder(target) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        write_json(partial / "source.json", {"model": "random:tiny"})

