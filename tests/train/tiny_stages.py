@@ -45,7 +45,7 @@ def demonstrations(path: Path, rows: int = 14) -> Path:
             {"role": "user", "content": f"{WORDS[i % 15]} {i}?"},
             {"role": "assistant", "content": " ".join(WORDS[: 1 + i % 5])},
         ]
-        turns += [{"role": "user", "content": "More."}, {"role": "assistant", "content": WORDS[-i]}] if i % 4 == 3 else []
+        turns += [{"role": "user", "content": "More."}, {"role": "assistant", "content": WORDS[-i % 15]}] if i % 4 == 3 else []
         found.append({"id": f"row-{i}", "messages": turns})
     return write_rows(path, found)
 
@@ -82,13 +82,15 @@ class StopAt:
         """Nothing to close."""
 
 
-def run_stage(base: BaseModel, folder: Path, kind: str, *, stop_at: int = 0, adapter: Any = None, **stage: Any) -> StageResult:
+def run_stage(
+    base: BaseModel, folder: Path, kind: str, *, stop_at: int = 0, adapter: Any = None, seed: int = 3, **stage: Any
+) -> StageResult:
     """Train one stage in `folder`, from the base, resuming what is there. Raises Interrupted when stopped."""
     adapter = {"rank": 4, **(adapter or {})}
     if adapter.get("kind") == "full":
         reload_base(base)
     raw = {"kind": kind, "name": kind, "batch": 4, "learning_rate": 1e-3, **stage}
-    recipe = parse_recipe({"name": "t", "base": {"model": "random:tiny"}, "adapter": adapter, "stage": [raw], "seed": 3})
+    recipe = parse_recipe({"name": "t", "base": {"model": "random:tiny"}, "adapter": adapter, "stage": [raw], "seed": seed})
     folder.mkdir(parents=True, exist_ok=True)
     stopper = StopAt(stop_at)
     context = StageContext(base, Policies(base, folder.parent), recipe, folder, stopper.stop, (stopper,))

@@ -76,7 +76,7 @@ def load_newest(folder: Path) -> Checkpoint | None:
     """
     candidates = checkpoint_folders(folder)
     for position, candidate in enumerate(candidates, start=1):
-        reason = _damage(candidate)
+        reason = damage(candidate)
         if reason is None:
             state = json.loads((candidate / STATE).read_text(encoding="utf-8"))
             return Checkpoint(load_file(str(candidate / TENSORS)), state)
@@ -89,7 +89,7 @@ def load_newest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def _damage(candidate: Path) -> str | None:
+def damage(candidate: Path) -> str | None:
     """Why a checkpoint cannot be used, or None."""
     try:
         manifest = json.loads((candidate / MANIFEST).read_text(encoding="utf-8"))
