@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from posttrain.errors import ModelError
 from posttrain.models.attention import KeyValueCache, Segments, Span
@@ -29,6 +30,8 @@ PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}
 JOIN_SHARE = 4
 # Packed prefills are rounded up to multiples of this, since a new shape costs more than spare tokens.
 ROUND_TO = 64
+# Tokens of the vocabulary that are looked through at once when one of them is chosen.
+BLOCK = 512
 
 
 class SamplingSettings(NamedTuple):
@@ -224,7 +227,7 @@ def choose_tokens(logits_RV: Tensor, settings: SamplingSettings, uniform_R: Tens
     One uniform number a row replaces one exponential a token of the vocabulary.
     """
     if uniform_R is None:
-        token_R = logits_RV.argmax(1)
+        token_R = _argmax(logits_RV)
         if not settings.logprobs:
             return token_R.cpu(), torch.zeros(len(token_R))
         chosen_R = logits_RV.gather(1, token_R[:, None])[:, 0].float()
@@ -233,12 +236,36 @@ def choose_tokens(logits_RV: Tensor, settings: SamplingSettings, uniform_R: Tens
     weights_RV = (scaled_RV - scaled_RV.amax(1, keepdim=True)).exp_()
     if settings.top_p < 1:
         weights_RV = _keep_top_p(weights_RV, settings.top_p)
-    cumulative_RV = weights_RV.double().cumsum(1)
-    total_R = cumulative_RV[:, -1]
-    draw_R1 = (uniform_R.to(total_R.device) * total_R)[:, None]
-    token_R = torch.searchsorted(cumulative_RV, draw_R1, right=True)[:, 0].clamp(max=logits_RV.shape[1] - 1)
+    token_R, total_R = _draw(weights_RV, uniform_R.to(weights_RV.device))
     weight_R = weights_RV.gather(1, token_R[:, None])[:, 0].double()
     return token_R.cpu(), (weight_R / total_R).log().float().cpu()
+
+
+def _in_blocks(x_RV: Tensor, filler: float) -> Tensor:
+    """The vocabulary cut into blocks [R, V / BLOCK, BLOCK]: what is looked for is found in its block, then inside of it."""
+    return functional.pad(x_RV, (0, -x_RV.shape[1] % BLOCK), value=filler).unflatten(1, (-1, BLOCK))
+
+
+def _argmax(logits_RV: Tensor) -> Tensor:
+    """The first of the largest logits [R]: at 262k tokens a twentieth of the time of argmax, which is not vectorised."""
+    blocks_RCW = _in_blocks(logits_RV, -math.inf)
+    block_R = blocks_RCW.amax(2).argmax(1)
+    return block_R * BLOCK + blocks_RCW[torch.arange(len(block_R), device=block_R.device), block_R].argmax(1)
+
+
+def _draw(weights_RV: Tensor, uniform_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Invert the cumulative distribution of unnormalised weights at uniform_R in [0, 1): token [R], total weight [R] in float64."""
+    blocks_RCW = _in_blocks(weights_RV, 0.0)
+    cumulative_RC = blocks_RCW.sum(2, dtype=torch.float64).cumsum(1)
+    total_R = cumulative_RC[:, -1]
+    draw_R1 = (uniform_R * total_R)[:, None]
+    # Rounding may carry a draw past the last token with any weight; it then takes that one.
+    block_R1 = torch.searchsorted(cumulative_RC, draw_R1, right=True).clamp(max=cumulative_RC.shape[1] - 1)
+    before_R1 = torch.where(block_R1 > 0, cumulative_RC.gather(1, (block_R1 - 1).clamp(min=0)), 0.0)
+    inside_RW = blocks_RCW[torch.arange(len(block_R1), device=block_R1.device), block_R1[:, 0]].double()
+    place_R1 = torch.searchsorted(inside_RW.cumsum(1), draw_R1 - before_R1, right=True)
+    last_R1 = BLOCK - 1 - (inside_RW.flip(1) > 0).int().argmax(1, keepdim=True)
+    return (block_R1 * BLOCK + torch.minimum(place_R1, last_R1))[:, 0], total_R
 
 
 def _keep_top_p(weights_RV: Tensor, top_p: float) -> Tensor:
