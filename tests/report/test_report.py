@@ -1,21 +1,20 @@
 """The page: every section, escaping, no request and no script, the same bytes, runs that are partial or strange, errors."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
 from pages import Page
+from written_runs import scores, write_run
+
 from posttrain.cli import main
 from posttrain.errors import ArtifactError
 from posttrain.report.render import POLICY, SECTIONS, render, write_report
 from posttrain.report.run import load_run
 from tiny_runs import copied_run, finished_run
-from written_runs import scores, write_run
 
 BASE = scores("base", follows=4, facts=20)
 SAME = scores("sft", follows=4, facts=20)
@@ -80,58 +79,57 @@ def test_ids_are_there_once_and_every_reference_leads_to_one():
 
 HOSTILE = (
     "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "\"><svg onload=alert(1)>", "' onmouseover='alert(1)",
-    "</style><script>1</script>", "</title></head><body onload=alert(1)>", "<a href=javascript:alert(1)>x</a>", "&lt;b&gt; &#60;i&#62;",
-    "</svg></text></details><iframe src=//x>", "<!--", "]]><script>", "{style}{body}", "\x00<b\x00>", "<\u202escript>", "$x_1$ \\frac{<b>}",
+    "</style><script>1</script>", "</title></head><body onload=alert(1)>", "<a href=javascript:alert(1)>x</a>",
+    "&lt;b&gt; &#60;i&#62;", "</svg></text></details><iframe src=//x>", "<!--", "]]><script>", "{style}{body}", "\x00<b\x00>",
+    "<\u202escript>", "$x_1$ \\frac{<b>}",
 )  # fmt: skip
 
 
-def planted(run: Path, text: str) -> Path:
-    """The text in every place of a run that data or a user can fill."""
+def planted(run: Path, texts: tuple[str, ...]) -> Path:
+    """The texts in every place of a run that data or a user can fill: one by one where it holds many, else end to end."""
+    whole = " ".join(texts)
     for policy in ("base", "sft"):
-        row = {"prompt": f"How? {text}", "answer": text, "ended": False, "tokens": 3}
-        (run / "evaluate" / policy / "samples.jsonl").write_text(json.dumps(row) + "\n")
+        rows = [{"prompt": f"{i} {text}", "answer": text, "ended": False, "tokens": 3} for i, text in enumerate(texts)]
+        (run / "evaluate" / policy / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def manifest(m: dict[str, Any]) -> None:
-        m |= {"warnings": [text], "commit": text, "version": text, "metrics": {text: 1.0}, "libraries": {text: text}}
-        m |= {"data": {text: text}, "rows": {text: 3}, "stage": text, "device": text}
-        m["settings"]["stage"][text] = text
+        m |= {"warnings": list(texts), "commit": whole, "version": whole, "metrics": dict.fromkeys(texts, 1.0)}
+        m |= {"data": {whole: whole}, "rows": {whole: 3}, "stage": whole, "device": whole, "libraries": {whole: whole}}
+        m["settings"]["stage"][whole] = list(texts)
 
     def report(r: dict[str, Any]) -> None:
-        r |= {"dropped": {text: 2}, "examples": [{"id": text, "pieces": [{"label": text, "text": text, "trained": True}]}], text: text}
-        r["sources"] = [{"path": text, "layout": text, "rows": 3, "sha256": text}]
+        pieces = [{"label": text, "text": text, "trained": True} for text in texts]
+        r |= {"dropped": dict.fromkeys(texts, 2), "examples": [{"id": whole, "pieces": pieces}], whole: whole}
+        r["sources"] = [{"path": text, "layout": text, "rows": 3, "sha256": text} for text in texts]
 
     def card(s: dict[str, Any]) -> None:
         for stage in s["stages"]:
             for entry in stage["measures"].values():
-                entry |= {"title": text, "role": entry["role"]}
+                entry["title"] = whole
 
     edit(run / "sft" / "manifest.json", manifest)
     edit(run / "sft" / "data_report.json", report)
     edit(run / "scorecard.json", card)
-    rows = [{"step": i, f"x/{text}": i} for i in (1, 2)]
+    rows = [{"step": i, f"x/{whole}": i} for i in (1, 2)]
     (run / "sft" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = (run / "recipe.toml").read_text()
-    (run / "recipe.toml").write_text(f"{recipe}\nmine = {json.dumps(text)}\n".replace("\\u0000", "?"))
+    for name in ("model", "kind", "data"):  # written as TOML strings, which JSON's are but for the escapes of NUL
+        recipe = (run / "recipe.toml").read_text()
+        line = next(line for line in recipe.splitlines() if line.startswith(f"{name} = "))
+        (run / "recipe.toml").write_text(recipe.replace(line, f"{name} = {json.dumps(whole)}"))
     return run
 
 
 def test_0_of_15_hostile_texts_become_markup(tmp_path: Path):
-    """The page of a hostile text has the elements and attributes of the page of a harmless one, and shows the text."""
+    """The page of hostile texts has the elements and attributes of the page of harmless ones, and shows every text."""
     assert len(HOSTILE) == 15
-    source = copied_run(tmp_path / "source")
-    became = []
-    for number, text in enumerate(HOSTILE):
-        pages = []
-        for name, value in (("harmless", "w" * 9), ("hostile", text)):
-            run = planted(shutil.copytree(source, tmp_path / f"{number}-{name}"), value)
-            pages.append(page_of(run))
-        tame, wild = ([tag for tag, _ in page.structure if tag not in ("tspan", "text", "g", "path", "use", "defs")] for page in pages)
-        names = {name for _, attrs in pages[1].elements for name in attrs} - {name for _, attrs in pages[0].elements for name in attrs}
-        if tame != wild or names:
-            became.append((text, names))
-        visible = " ".join(text.replace("\x00", "�").split())
-        assert visible in pages[1].text, text
-    assert became == []
+    harmless = tuple(f"w{number:08}" for number in range(15))
+    tame = page_of(planted(copied_run(tmp_path / "harmless"), harmless))
+    wild = page_of(planted(copied_run(tmp_path / "hostile"), HOSTILE))
+    assert wild.structure == tame.structure
+    shown = [" ".join(text.replace("\x00", "�").split()) for text in HOSTILE]
+    assert (
+        sum(wild.text.count(text) < 8 for text in shown) == 0
+    )  # samples, warning, source, dropped, example, metric, setting …
 
 
 def test_the_same_artifacts_give_the_same_bytes_wherever_they_lie(tmp_path: Path):
@@ -140,7 +138,7 @@ def test_the_same_artifacts_give_the_same_bytes_wherever_they_lie(tmp_path: Path
     copy = copied_run(tmp_path / "another name")
     (copy / "report.html").unlink()
     assert write_report(copy).read_bytes() == first
-    code = "import sys; from pathlib import Path; from posttrain.report.render import write_report; write_report(Path(sys.argv[1]))"
+    code = "import sys, pathlib; from posttrain.report.render import write_report; write_report(pathlib.Path(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", code, str(copy)], check=True, env={"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo"})
     assert (copy / "report.html").read_bytes() == first
 
@@ -148,15 +146,19 @@ def test_the_same_artifacts_give_the_same_bytes_wherever_they_lie(tmp_path: Path
 def test_the_report_is_written_without_torch_or_transformers(tmp_path: Path):
     run = copied_run(tmp_path / "run")
     code = (
-        "import sys; from pathlib import Path; from posttrain.report.render import write_report; from posttrain.report.show "
-        "import show; r = Path(sys.argv[1]); write_report(r); show(r); print([m for m in ('torch', 'transformers') if m in sys.modules])"
+        "import sys, pathlib; from posttrain.report.render import write_report; from posttrain.report.show import show; "
+        "run = pathlib.Path(sys.argv[1]); write_report(run); show(run); show(run / 'dpo'); "
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code, str(run)], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
 
 
 def test_a_run_with_the_base_alone_says_so_and_shows_what_is_missing(tmp_path: Path):
-    stages = [{"name": "sft", "data": "d.jsonl", "manifest": None}, {"name": "dpo", "kind": "dpo", "init": "sft", "manifest": None}]
+    stages = [
+        {"name": "sft", "data": "d.jsonl", "manifest": None},
+        {"name": "dpo", "kind": "dpo", "init": "sft", "manifest": None},
+    ]
     run = write_run(tmp_path / "run", {"base": BASE}, stages)
     (run / ".sft.partial").mkdir()
     page = page_of(run)
@@ -169,7 +171,9 @@ def test_a_run_with_the_base_alone_says_so_and_shows_what_is_missing(tmp_path: P
 
 
 def test_a_stage_kind_that_is_not_known_is_drawn_all_the_same(tmp_path: Path):
-    metrics = [{"step": i, "newkind/surprise": 1 / i, "newkind/validation_surprise": 2 / i, "train/grad_norm": 1.0} for i in (1, 2, 3)]
+    metrics = [
+        {"step": i, "newkind/surprise": 1 / i, "newkind/validation_surprise": 2 / i, "train/grad_norm": 1.0} for i in (1, 2, 3)
+    ]
     metrics.append({"step": 4, "newkind/surprise": None})
     stages = [{"name": "odd", "kind": "newkind", "prompts": "p.jsonl", "metrics": metrics}]
     page = page_of(write_run(tmp_path / "run", {"base": BASE, "odd": scores("odd", follows=9, facts=20)}, stages))
@@ -183,12 +187,16 @@ def test_a_stage_kind_that_is_not_known_is_drawn_all_the_same(tmp_path: Path):
 def test_eight_stages_with_branches_fit(tmp_path: Path):
     made = ["a", "b", "c", "d", "e", "f", "g", "h"]
     parents = ["base", "a", "a", "b", "d", "e", "f", "base"]
-    stages = [{"name": n, "init": p, "data": "d.jsonl", "metrics": [{"step": 1, "sft/loss": 1.0}]} for n, p in zip(made, parents)]
+    stages = [
+        {"name": n, "init": p, "data": "d.jsonl", "metrics": [{"step": 1, "sft/loss": 1.0}]} for n, p in zip(made, parents)
+    ]
     policies = {"base": BASE} | {n: scores(n, follows=5 + i, facts=20) for i, n in enumerate(made)}
     html = render(load_run(write_run(tmp_path / "run", policies, stages)))
     page = Page(html)
     assert "taken through h" in page.text
-    assert "a (sft) from base; b (sft) from a; c (sft) from a; d (sft) from b" in " ".join(a.get("aria-label", "") for _, a in page.elements)
+    assert "a (sft) from base; b (sft) from a; c (sft) from a; d (sft) from b" in " ".join(
+        a.get("aria-label", "") for _, a in page.elements
+    )
     assert len(html) < 1_500_000
 
 

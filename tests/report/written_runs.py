@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from posttrain.artifacts import hash_file
 from posttrain.evaluate.run import write_scores
 from posttrain.evaluate.scorecard import StageScores, build_scorecard
@@ -35,7 +37,9 @@ def scores(policy: str, *, follows: int, facts: int, prose: float = 3.0, tokens:
     return made
 
 
-def write_run(run: Path, policies: Mapping[str, Sequence[Score]], stages: Sequence[Mapping[str, Any]] = (), **more: Any) -> Path:
+def write_run(
+    run: Path, policies: Mapping[str, Sequence[Score]], stages: Sequence[Mapping[str, Any]] = (), **more: Any
+) -> Path:
     """A run folder with these scores (`base` first) and stages (recipe tables; `metrics` and `manifest` are taken out).
 
     `settings` and `tokenizer` in `more` go into the manifests of the evaluations.
@@ -46,7 +50,7 @@ def write_run(run: Path, policies: Mapping[str, Sequence[Score]], stages: Sequen
     ]
     for table in tables:
         _write_stage(run / table["name"], table)
-    (run / "recipe.toml").write_text(_toml(tables))
+    (run / "recipe.toml").write_text(tomli_w.dumps({"name": "hand", "base": {"model": "m"}, "stage": tables}))
     base = {"model": "m", "weights_hash": "w" * 64, "tokenizer_hash": more.get("tokenizer", "t"), "template": "gemma"}
     settings = {"suites": "s", "max_new_tokens": 64, "code": 1, **more.get("settings", {})}
     for name, made in policies.items():
@@ -70,8 +74,10 @@ def _write_stage(folder: Path, table: dict[str, Any]) -> None:
     folder.mkdir()
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
     inputs = {table["init"]: f"print-{table['init']}"} if table["init"] != "base" else {}
-    made = {"name": table["name"], "stage": table["kind"], "settings": {"stage": dict(table)}, "inputs": inputs, "data": {"d.jsonl": "h"},
-            "rows": {"d.jsonl": 7}, "seconds": 2.0, "steps": len(metrics), "tokens": 1000, "base": {"model": "m"}}  # fmt: skip
+    made = {
+        "name": table["name"], "stage": table["kind"], "settings": {"stage": dict(table)}, "inputs": inputs,
+        "base": {"model": "m"}, "data": {"d.jsonl": "h"}, "rows": {"d.jsonl": 7}, "seconds": 2.0, "steps": len(metrics), "tokens": 1000,
+    }  # fmt: skip
     _manifest(folder, {**made, **manifest})
 
 
@@ -79,10 +85,3 @@ def _manifest(folder: Path, manifest: dict[str, Any]) -> None:
     files = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
     whole = {"kind": "adapter", "fingerprint": f"print-{folder.name}", **manifest, "files": files}
     (folder / "manifest.json").write_text(json.dumps(whole))
-
-
-def _toml(tables: Sequence[Mapping[str, Any]]) -> str:
-    lines = ['name = "hand"', "[base]", 'model = "m"']
-    for table in tables:
-        lines += ["[[stage]]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
-    return "\n".join(lines) + "\n"

@@ -1,0 +1,98 @@
+"""Charts, curves and the pipeline's picture: what is drawn, in the page's colours, each number once."""
+
+import re
+from pathlib import Path
+
+from pages import Page
+from written_runs import scores, write_run
+
+from posttrain.report import plots, words
+from posttrain.report.picture import nodes_of, picture
+from posttrain.report.run import load_run
+from posttrain.report.training import charts_of, read_series
+
+BASE = scores("base", follows=4, facts=20)
+
+
+def test_a_chart_has_the_pages_colours_and_its_own_ids():
+    first, second = (plots.curves([plots.Series("training", 1, range(5), ys)]) for ys in ([3, 2, 1, 1, 2], [1, 1, 1, 1, 1]))
+    assert set(re.findall(r"var\((--\w+)\)", first)) <= {"--ink", "--soft", "--line", "--better", "--font"} | {
+        f"--c{i}" for i in range(8)
+    }
+    assert not re.findall(r"#[0-9a-f]{6}\b", first)
+    ids = [set(re.findall(r'id="([^"]*)"', svg)) for svg in (first, second)]
+    assert ids[0]
+    assert not ids[0] & ids[1]
+
+
+def test_labels_of_small_numbers_keep_their_digits():
+    svg = plots.curves([plots.Series("last", 1, range(4), [0.0, 0.00005, 0.0001, 0.0002])])
+    assert "0.00005" in Page(svg).text or "0.00010" in Page(svg).text
+
+
+def test_every_point_of_a_short_line_can_be_read_by_hovering():
+    titles = re.findall(r"<title>(.*?)</title>", plots.curves([plots.Series("training", 1, (1, 2, 3), (0.5, 0.25, 0.125))]))
+    assert titles == ["training · step 1: 0.5", "training · step 2: 0.25", "training · step 3: 0.125"]
+
+
+def test_the_tax_chart_names_stages_until_they_crowd():
+    def drawn(count: int) -> str:
+        points = [plots.Point(f"s{i}", i, "base", (i, i - 1, i + 1), (0.1, -1, 1)) for i in range(1, count + 1)]
+        return Page(plots.tax_against_gain(points, base="base", gain_label="g", tax_label="t")).text
+
+    assert all(f" s{i} " in f" {drawn(3)} " for i in (1, 2, 3))
+    assert " s5 " not in drawn(6).split("·")[0]
+
+
+def test_each_metric_is_drawn_once_and_validation_beside_training():
+    rows = [
+        {"step": 1, "dpo/loss": 0.7, "dpo/chosen_log_ratio": 0.0, "dpo/rejected_log_ratio": 0.0, "train/learning_rate": 1e-4,
+         "train/epoch": 0.1, "time/step": 2.0, "dpo/other": 1.0, "dpo/validation_other": 1.0, "dpo/nothing": None},
+        {"step": 2, "dpo/loss": 0.6, "dpo/validation_loss": 0.65},
+    ]  # fmt: skip
+    found = read_series(rows)
+    charts = charts_of(found)
+    drawn = [name for chart in charts for name in chart.names]
+    assert sorted(drawn) == sorted(found) == sorted(set(drawn))
+    assert "dpo/nothing" not in found
+    assert "train/epoch" not in found
+    assert charts[0].names == ("dpo/loss", "dpo/validation_loss")
+    assert ("dpo/chosen_log_ratio", "dpo/rejected_log_ratio") in [chart.names for chart in charts]
+    assert ("dpo/other", "dpo/validation_other") in [chart.names for chart in charts]
+    assert [chart.title for chart in charts if not chart.open] == ["learning rate"]
+
+
+def test_the_picture_shows_what_every_stage_comes_from(tmp_path: Path):
+    stages = [
+        {"name": "sft", "data": "d.jsonl"},
+        {"name": "rm", "kind": "reward", "init": "sft", "data": [{"path": "d.jsonl", "weight": 2.0}, {"path": "e.jsonl"}]},
+        {
+            "name": "ppo",
+            "kind": "ppo",
+            "init": "sft",
+            "reward": "rm",
+            "manifest": {"inputs": {"sft": "print-sft", "rm": "print-rm"}},
+        },
+    ]
+    run = load_run(write_run(tmp_path / "run", {"base": BASE}, stages))
+    nodes = {node.name: node for node in nodes_of(run)}
+    assert (nodes["sft"].depth, nodes["sft"].lane) == (1, 0)
+    assert (nodes["rm"].depth, nodes["rm"].lane) == (2, 0)
+    assert (nodes["ppo"].depth, nodes["ppo"].lane) == (2, 1)
+    assert nodes["ppo"].inputs == (("reward", "rm"),)
+    assert nodes["rm"].data == (("d.jsonl", "7 rows · h"), ("e.jsonl", ""))
+    page = Page(picture(run))
+    assert "rm (reward) from sft; ppo (ppo) from sft" in page.having("svg")[0]["aria-label"]
+    assert len(page.having("path", **{"class": "edge dashed"})) == 1
+
+
+def test_numbers_as_words():
+    assert words.measured(0.4526, "share") == "45.3\u202f%"
+    assert words.signed(-0.061, "share") == "−6.1"
+    assert words.signed(-0.0001, "share") == "0.0"
+    assert words.signed(0.13249, "nats") == "+0.132"
+    assert words.span({"low": -0.5, "high": 0.25}, "share") == "−50.0 to 25.0"
+    assert [words.duration(s) for s in (2.34, 59.99, 245, 11_520, None)] == ["2.3 s", "60.0 s", "4 min 05 s", "3 h 12 min", "–"]
+    assert words.shorten("abcdefghij", 7) == "abc…hij"
+    assert words.shorten("abcdefg", 7) == "abcdefg"
+    assert words.aligned([("a", "bb"), ("ccc", "d")]) == "a    bb\nccc  d"
