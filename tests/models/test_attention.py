@@ -82,17 +82,31 @@ def test_values_and_gradients_match_a_dense_float64_softmax(
         assert (found[:, used:] == 0).all()  # filler takes no part
 
 
-@pytest.mark.parametrize("window", [0, 100])
-def test_long_spans_take_the_fused_gradient_to_the_same_values(window: int) -> None:
-    spans = (Span(0, 300), Span(300, 90, ((0, 300),)), Span(390, 40))
-    heads = [x.requires_grad_() for x in random_heads(2, 1, 430, 8)]
-    ours, wanted = attend(*heads, spans, window, None), dense(*heads, 0.3, spans, window, None)
+# Spans of several blocks of queries, below an ancestor of several blocks; windows that end inside, at and before a block.
+LONG = (Span(0, 300), Span(300, 270, ((0, 300),)), Span(570, 128), Span(698, 1, ((0, 300), (300, 270))))
+
+
+@pytest.mark.parametrize("window", [0, 1, 60, 128, 200, 400])
+def test_long_spans_are_the_same_in_blocks(window: int) -> None:
+    heads = [x.requires_grad_() for x in random_heads(2, 1, 700, 8)]
+    ours, wanted = attend(*heads, LONG, window, None), dense(*heads, 0.3, LONG, window, None)
     assert torch.allclose(ours.double(), wanted, atol=1e-5)
     slope = torch.randn(ours.shape, generator=torch.Generator().manual_seed(5))
     found = torch.autograd.grad((ours * slope).sum(), heads)
     right = torch.autograd.grad((wanted * slope).sum(), heads)
     for a, b in zip(found, right, strict=True):
         assert torch.allclose(a, b, atol=3e-5)
+
+
+def test_bfloat16_stays_within_one_percent() -> None:
+    near = [x.requires_grad_() for x in random_heads(4, 2, 700, 16, torch.bfloat16)]
+    ours, wanted = attend(*near, LONG, 200, None), dense(*near, 0.3, LONG, 200, None)
+    slope = torch.randn(ours.shape, generator=torch.Generator().manual_seed(5)).bfloat16()
+    assert (ours.double() - wanted).norm() / wanted.norm() < 0.01
+    found = torch.autograd.grad((ours * slope).sum(), near)
+    right = torch.autograd.grad((wanted * slope.double()).sum(), near)
+    for a, b in zip(found, right, strict=True):
+        assert (a.double() - b.double()).norm() / b.double().norm() < 0.01
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -15,7 +15,7 @@ from torch import nn
 from posttrain.errors import RecipeError
 from posttrain.models.attention import Segments, Span
 from posttrain.models.files import load_adapter, save_adapter
-from posttrain.models.load import BaseModel
+from posttrain.models.load import BaseModel, load_base
 from posttrain.models.lora import LoraSettings, LoraShape, count_parameters
 
 # PEFT 0.21 asks transformers 5.23 in a way that the latter will drop.
@@ -234,6 +234,19 @@ def test_gradient_of_trained_rows_is_that_of_plain_autograd(lively: Callable, tm
     assert torch.allclose(ours, wanted, atol=2e-5)
     rows = next(p for n, p in theirs.named_parameters() if "trainable_tokens_delta" in n)
     assert torch.allclose(found, torch.autograd.grad(wanted.mean(), rows)[0], atol=2e-5)
+
+
+def test_gradient_of_trained_rows_in_bfloat16_is_near_that_of_float32() -> None:
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        base = load_base("random:tiny", template="gemma", dtype=dtype, device="cpu")
+        adapter = base.adapters.create("a", PLAIN, seed=0, token_ids=(3, 99))
+        adapter.requires_grad_(True)
+        assert adapter.tokens is not None
+        hidden = base.hidden(torch.tensor(IDS), torch.arange(len(IDS)), Segments((Span(0, len(IDS)),)), "a")
+        loss = base.logprobs(hidden, torch.tensor([*IDS[1:], 3]), "a").mean()
+        found.append(torch.autograd.grad(loss, adapter.tokens.rows)[0])
+    assert (found[0] - found[1]).norm() / found[0].norm() < 0.03
 
 
 def test_generated_logprobs_use_the_trained_rows(tiny: BaseModel, lively: Callable) -> None:
