@@ -143,7 +143,7 @@ def reference_logprobs(
         chosen = [pairs[i] for i in group]
         batch = pack_pairs(chosen, base.device)
         lengths = [len(p.chosen_ids) + len(p.rejected_ids) for p in chosen]
-        parts = torch.split(batch_logprobs(base, batch, policy).cpu(), lengths)  # type: ignore[no-untyped-call]
+        parts = torch.split(batch_logprobs(base, batch, policy).cpu(), lengths)
         found |= {p.id: part.clone() for p, part in zip(chosen, parts, strict=True)}
         progress.update(len(chosen), tokens=batch.tokens)
         if stop.asked:
