@@ -76,7 +76,8 @@ def _write_stage(folder: Path, table: dict[str, Any]) -> None:
     inputs = {table["init"]: f"print-{table['init']}"} if table["init"] != "base" else {}
     made = {
         "name": table["name"], "stage": table["kind"], "settings": {"stage": dict(table)}, "inputs": inputs,
-        "base": {"model": "m"}, "data": {"d.jsonl": "h"}, "rows": {"d.jsonl": 7}, "seconds": 2.0, "steps": len(metrics), "tokens": 1000,
+        "base": {"model": "m"}, "data": {"d.jsonl": "h"}, "rows": {"d.jsonl": 7}, "seconds": 2.0, "steps": len(metrics),
+        "tokens": 1000,
     }  # fmt: skip
     _manifest(folder, {**made, **manifest})
 
