@@ -80,7 +80,7 @@ def test_the_picture_shows_what_every_stage_comes_from(tmp_path: Path):
     assert (nodes["rm"].depth, nodes["rm"].lane) == (2, 0)
     assert (nodes["ppo"].depth, nodes["ppo"].lane) == (2, 1)
     assert nodes["ppo"].inputs == (("reward", "rm"),)
-    assert nodes["rm"].data == (("d.jsonl", "7 rows · h"), ("e.jsonl", ""))
+    assert nodes["rm"].data == (("d.jsonl", "7 rows · h"), ("e.jsonl", "not read yet"))
     page = Page(picture(run))
     assert "rm (reward) from sft; ppo (ppo) from sft" in page.having("svg")[0]["aria-label"]
     assert len(page.having("path", **{"class": "edge dashed"})) == 1

@@ -231,6 +231,8 @@ def broken(run: Path, name: str, content: str | None) -> None:
     [
         ("recipe.toml", None, "not a run folder"),
         ("recipe.toml", "name = ", "recipe.toml · not readable as TOML"),
+        ("recipe.toml", 'name = "x"\nstage = 3\n', "recipe.toml · stages without a proper name"),
+        ("recipe.toml", '[[stage]]\nname = "../../elsewhere"\n', "recipe.toml · stages without a proper name"),
         ("scorecard.json", None, "no scorecard.json: nothing was evaluated yet"),
         ("scorecard.json", '{"stages": [', "scorecard.json · not readable as JSON"),
         ("scorecard.json", '{"stages": []}', "scorecard.json · not a scorecard"),

@@ -80,7 +80,7 @@ def _node(stage: Stage, parent: Node, depth: int, lane: int, found: dict[str, No
         count = rows.get(path) if isinstance(rows, dict) else None
         told = [f"{count:,} rows"] if isinstance(count, int) else []
         told += [str(hashes[path])[:12]] if isinstance(hashes, dict) and path in hashes else []
-        data.append((path, " · ".join(told)))
+        data.append((path, " · ".join(told) or "not read yet"))
     return Node(stage.name, stage.kind, parent.name if parent.depth else "base", depth, lane, tuple(inputs), " · ".join(work),
                 str(manifest.get("fingerprint", "")), tuple(data), stage.status)  # fmt: skip
 

@@ -6,6 +6,7 @@ Left out: weights, scores of single items (`compare` reads those itself), and an
 """
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from posttrain.errors import ArtifactError
 
 EVALUATIONS = "evaluate"
 _AGAIN = "run the recipe again"
+_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 
 
 class Stage(NamedTuple):
@@ -73,11 +75,16 @@ def read_recipe(folder: Path) -> tuple[dict[str, Any], str]:
     path = folder / "recipe.toml"
     try:
         text = path.read_text(encoding="utf-8")
-        return tomllib.loads(text), text
+        recipe = tomllib.loads(text)
     except (FileNotFoundError, NotADirectoryError):
         raise ArtifactError(str(folder), "not a run folder", do="give a folder that `posttrain run` made") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError):
         raise ArtifactError(str(path), "not readable as TOML", do=_AGAIN) from None
+    tables = recipe.get("stage", [])
+    # A name becomes a path: one of a run that came from elsewhere must not lead out of its folder.
+    if not isinstance(tables, list) or not all(isinstance(t, dict) and _NAME.fullmatch(str(t.get("name"))) for t in tables):
+        raise ArtifactError(str(path), "stages without a proper name", do=_AGAIN)
+    return recipe, text
 
 
 def read_scorecard(folder: Path) -> dict[str, Any]:
@@ -97,22 +104,20 @@ def read_scorecard(folder: Path) -> dict[str, Any]:
 
 def read_stages(folder: Path, recipe: Mapping[str, Any]) -> tuple[Stage, ...]:
     """The recipe's stages in order, finished or not. Raises ArtifactError for a file that is missing or damaged."""
-    tables = recipe.get("stage", [])
-    return tuple(_stage(folder / table["name"], table) for table in tables if isinstance(table, dict) and "name" in table)
+    return tuple(_stage(folder / str(table["name"]), table) for table in recipe.get("stage", []))
 
 
 def stage_names(recipe: Mapping[str, Any]) -> list[str]:
     """Names of the recipe's stages in order."""
-    return [str(table["name"]) for table in recipe.get("stage", []) if isinstance(table, dict) and "name" in table]
+    return [str(table["name"]) for table in recipe.get("stage", [])]
 
 
 def _stage(folder: Path, table: Mapping[str, Any]) -> Stage:
     manifest = read_manifest(folder)
     written = table.get("data", ())
     sources = [written] if isinstance(written, str) else [one.get("path") if isinstance(one, dict) else one for one in written]
-    files = manifest.get("files", {}) if manifest else {}
-    report = _read_json(_named(folder, "data_report.json")) if "data_report.json" in files else None
-    metrics = _rows(folder, "metrics.jsonl") if "metrics.jsonl" in files else ()
+    report = _read_json(_named(folder, "data_report.json")) if _kept(folder, "data_report.json", manifest) else None
+    metrics = _rows(folder, "metrics.jsonl") if _kept(folder, "metrics.jsonl", manifest) else ()
     if manifest is not None:
         status = "finished"
     else:
@@ -127,8 +132,13 @@ def _policy(folder: Path, name: str) -> Policy | None:
     manifest = read_manifest(folder)
     if manifest is None:
         return None
-    samples = _rows(folder, "samples.jsonl") if "samples.jsonl" in manifest.get("files", {}) else ()
+    samples = _rows(folder, "samples.jsonl") if _kept(folder, "samples.jsonl", manifest) else ()
     return Policy(name, manifest, samples)
+
+
+def _kept(folder: Path, name: str, manifest: Mapping[str, Any] | None) -> bool:
+    """Whether a finished artifact has this file, or ought to."""
+    return manifest is not None and (name in manifest.get("files", {}) or (folder / name).is_file())
 
 
 def _named(folder: Path, name: str) -> Path:
