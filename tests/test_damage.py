@@ -70,7 +70,7 @@ def test_a_full_disk(tmp_path: Path, kib: int):
         assert main(command(disk / "run")) == 0
         assert weights(disk / "run") == weights(undisturbed_run())
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # weights stay mapped in this process
 
 
 def test_a_run_folder_that_was_moved_works_where_it_is(
@@ -84,6 +84,12 @@ def test_a_run_folder_that_was_moved_works_where_it_is(
     assert content(run) == before
     assert main(["run", str(run / "recipe.toml"), "--out", str(run)]) == 0  # its own recipe makes the same plan
     assert "nothing to do" in capsys.readouterr().out
+    (run / "report.html").unlink()
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out == f"report: {run / 'report.html'}\n"
+    assert (run / "report.html").stat().st_size > 10_000
+    assert main(["show", str(run / "dpo"), "--json"]) == 0
+    assert "sft" in capsys.readouterr().out
     target = open_target(str(run / "dpo"))
     assert target.names == ("base", "sft", "dpo")
     assert target.policies.activate("dpo") == "dpo"
