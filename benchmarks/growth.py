@@ -14,9 +14,9 @@ import torch
 from ours import peak_gib, versions
 
 from posttrain.data.packing import pack, row_segments, tree_segments
-from posttrain.models.attention import Segments, Span
 from posttrain.models.load import BaseModel, load_base
 from posttrain.models.lora import LoraSettings
+from posttrain.models.segments import Segments, Span
 
 LENGTH = 128
 LORA = LoraSettings(16, 32.0, 0.0, "all", "standard")

@@ -63,9 +63,13 @@ def train(race: str, folder: Path) -> dict[str, Any]:
     fit(task, settings, folder, label=race, stop=StopSignal())
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
-        "losses": [m[f"{race}/loss"] for m in metrics], "units": units, "seconds": [m["time/step"] + before for m in metrics],
-        "peak_gib": peak_gib(), "setting": f"{str(base.dtype).removeprefix('torch.')} packed", "versions": versions(),
-    }  # fmt: skip
+        "losses": [m[f"{race}/loss"] for m in metrics],
+        "units": units,
+        "seconds": [m["time/step"] + before for m in metrics],
+        "peak_gib": peak_gib(),
+        "setting": f"{str(base.dtype).removeprefix('torch.')} packed",
+        "versions": versions(),
+    }
 
 
 def quickstart(folder: Path, recipe: Path) -> dict[str, Any]:
@@ -76,11 +80,16 @@ def quickstart(folder: Path, recipe: Path) -> dict[str, Any]:
     code = main(["run", str(recipe), "--out", str(folder / "run"), "--json"])
     scorecard = json.loads((folder / "run/scorecard.json").read_text())
     return {
-        "exit": code, "minutes": round((time.perf_counter() - started) / 60, 2), "peak_gib": round(peak_gib(), 2),
-        "threads": torch.get_num_threads(), "stages": [
-            {"name": s["name"], **{k: [m["value"], m["low"], m["high"]] for k, m in s["measures"].items()}} for s in scorecard["stages"]
-        ], "versions": versions(),
-    }  # fmt: skip
+        "exit": code,
+        "minutes": round((time.perf_counter() - started) / 60, 2),
+        "peak_gib": round(peak_gib(), 2),
+        "threads": torch.get_num_threads(),
+        "stages": [
+            {"name": s["name"], **{k: [m["value"], m["low"], m["high"]] for k, m in s["measures"].items()}}
+            for s in scorecard["stages"]
+        ],
+        "versions": versions(),
+    }
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The races of posttrain against what a user would run instead: `python benchmarks/run.py sft|dpo|growth|quickstart`.
 
-Each race prints one JSON object. Both sides are processes of their own, so that peak memory is each side's own; the peer runs in
-`.venv-peers` (`make bench-setup`). Both get the same token ids in the same order, the same initial adapter (ours, written in
+Each race prints one JSON object. Both sides are processes of their own, so that peak memory is each side's own; the peer runs
+in `.venv-peers` (`make bench-setup`). Both get the same token ids in the same order, the same initial adapter (ours, written in
 PEFT's format), the same learning rate. Losses must agree within 1 % over the first ten steps, else the race does not count.
 Absolute seconds on a shared CPU mean little; the ratio of one run is the figure.
 """

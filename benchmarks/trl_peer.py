@@ -48,20 +48,35 @@ def main() -> None:
     micro = 4
     # A packed row holds about four of the data's: a quarter of the accumulation is the same step.
     accumulation = max(1, work["rows"] // micro // (4 if "packed" in setting else 1))
-    shared = dict(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation,
-        max_steps=steps, learning_rate=work["rate"], lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0,
-        max_grad_norm=1.0, bf16=dtype == torch.bfloat16, gradient_checkpointing=False, logging_steps=1, report_to="none",
-        save_strategy="no", use_cpu=True, seed=0, disable_tqdm=True, max_length=1024, dataloader_num_workers=0,
-        train_sampling_strategy="group_by_length" if "grouped" in setting else "sequential",
-    )  # fmt: skip
+    shared = {
+        "output_dir": str(folder / "trl"),
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": steps,
+        "learning_rate": work["rate"],
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "bf16": dtype == torch.bfloat16,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "seed": 0,
+        "disable_tqdm": True,
+        "max_length": 1024,
+        "dataloader_num_workers": 0,
+        "train_sampling_strategy": "group_by_length" if "grouped" in setting else "sequential",
+    }
     clock = Clock()
     if race == "sft":
         data = [
             {"input_ids": r["ids"], "labels": [i if t else -100 for i, t in zip(r["ids"], r["trained"], strict=True)]}
             for r in rows
         ]
-        packed = dict(packing=True, padding_free=True) if "packed" in setting else {}
+        packed = {"packing": True, "padding_free": True} if "packed" in setting else {}
         trainer = SFTTrainer(
             model,
             SFTConfig(**shared, **packed),
@@ -85,11 +100,18 @@ def main() -> None:
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     seconds = clock.seconds if race == "sft" else [s + before for s in clock.seconds]
-    print(json.dumps({
-        "losses": losses, "units": units[: len(seconds)], "seconds": seconds, "setting": f"{setting}, {micro} rows a device batch",
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "versions": {name: version(name) for name in ("trl", "transformers", "peft", "torch")},
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "losses": losses,
+                "units": units[: len(seconds)],
+                "seconds": seconds,
+                "setting": f"{setting}, {micro} rows a device batch",
+                "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+                "versions": {name: version(name) for name in ("trl", "transformers", "peft", "torch")},
+            }
+        )
+    )
 
 
 def mean_length(trainer: SFTTrainer) -> float:

@@ -1,4 +1,7 @@
-"""What both sides of a race train on: token ids in step order, one initial adapter, the model folder. Arguments: race folder data steps rows."""
+"""What both sides of a race train on: token ids in step order, one initial adapter, the model folder.
+
+Arguments: race folder data steps rows.
+"""
 
 import json
 import sys

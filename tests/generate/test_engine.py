@@ -10,9 +10,9 @@ import transformers
 from posttrain.errors import ModelError
 from posttrain.generate import engine
 from posttrain.generate.engine import SamplingSettings, choose_tokens, generate, stream
-from posttrain.models.attention import Segments, Span
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraSettings
+from posttrain.models.segments import Segments, Span
 from posttrain.records import Rollout
 
 ADAPTER = "lively"

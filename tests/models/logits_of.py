@@ -2,8 +2,8 @@
 
 import torch
 
-from posttrain.models.attention import Segments, Span
 from posttrain.models.load import BaseModel
+from posttrain.models.segments import Segments, Span
 
 
 def plain_logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from posttrain.data.packing import Segment, pack, row_segments, tree_segments
 from posttrain.generate.engine import SamplingSettings, generate
-from posttrain.models.attention import Segments, Span, _reference, flex, segment_attention
+from posttrain.models.attention import _reference, flex, segment_attention
 from posttrain.models.load import BaseModel
+from posttrain.models.segments import Segments, Span
 from posttrain.train.batches import batch_logprobs, to_device
 
 # name: spans of a packed batch. Three rows; a prompt with three answers, one of which branches again; one of length one.

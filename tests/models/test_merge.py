@@ -67,7 +67,7 @@ def test_transformers_stops_the_merged_model_at_the_end_of_its_turn(
 
 
 def our_last_hidden(base: BaseModel, ids: list[int]) -> torch.Tensor:
-    from posttrain.models.attention import Segments, Span
+    from posttrain.models.segments import Segments, Span
 
     with torch.no_grad():
         return base.hidden(torch.tensor(ids), torch.arange(len(ids)), Segments((Span(0, len(ids)),)), "a")[-1]

@@ -17,8 +17,8 @@ import torch
 
 from posttrain.data.packing import Segment, pack, row_segments, split_by_tokens, tree_segments
 from posttrain.errors import ModelError
-from posttrain.models.attention import Segments, Span
 from posttrain.models.load import BaseModel
+from posttrain.models.segments import Segments, Span
 
 # Tokens computed at once.
 MICRO_TOKENS = {"cpu": 1024, "cuda": 16384}

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from posttrain.errors import ModelError
-from posttrain.models.attention import KeyValueCache, Segments, Span
 from posttrain.models.load import BaseModel
+from posttrain.models.segments import KeyValueCache, Segments, Span
 from posttrain.records import Rollout
 
 # Rows decoded together, by device; their cache and their logits (R x V) set the memory.
@@ -243,7 +243,8 @@ def choose_tokens(logits_RV: Tensor, settings: SamplingSettings, uniform_R: Tens
 
 def _in_blocks(x_RV: Tensor, filler: float) -> Tensor:
     """The vocabulary cut into blocks [R, V / BLOCK, BLOCK]: what is looked for is found in its block, then inside of it."""
-    return functional.pad(x_RV, (0, -x_RV.shape[1] % BLOCK), value=filler).unflatten(1, (-1, BLOCK))
+    padded_RV = functional.pad(x_RV, (0, -x_RV.shape[1] % BLOCK), value=filler)
+    return padded_RV.view(len(padded_RV), -1, BLOCK)
 
 
 def _argmax(logits_RV: Tensor) -> Tensor:
@@ -254,7 +255,7 @@ def _argmax(logits_RV: Tensor) -> Tensor:
 
 
 def _draw(weights_RV: Tensor, uniform_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Invert the cumulative distribution of unnormalised weights at uniform_R in [0, 1): token [R], total weight [R] in float64."""
+    """Where uniform_R in [0, 1) falls in the cumulative distribution of weights: token [R], total weight [R] in float64."""
     blocks_RCW = _in_blocks(weights_RV, 0.0)
     cumulative_RC = blocks_RCW.sum(2, dtype=torch.float64).cumsum(1)
     total_R = cumulative_RC[:, -1]

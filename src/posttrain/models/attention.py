@@ -8,7 +8,7 @@ batch and sees that row's cached keys.
 T: packed tokens, H: query heads, K: key/value heads, G = H / K, D: head width, L: segment length, S: keys seen, R: rows.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
@@ -17,69 +17,9 @@ from torch.nn import functional
 from transformers.masking_utils import AttentionMaskInterface
 
 from posttrain.models.attention_cpu import CpuSegmentAttention, gather
+from posttrain.models.segments import KeyValueCache, Segments, Span
 
 ATTENTION_NAME = "posttrain_segments"
-
-
-class Span(NamedTuple):
-    """Tokens [start, start + length) of the packed batch, and the spans of all ancestors, oldest first."""
-
-    start: int
-    length: int
-    ancestors: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def keys(self) -> int:
-        """How many keys the last token of the span sees."""
-        return self.length + sum(length for _, length in self.ancestors)
-
-
-class KeyValueCache:
-    """Keys and values of the rows of a decoding batch, preallocated: [R, K, capacity, D] a layer."""
-
-    def __init__(self, rows: int, capacity: int) -> None:
-        self.rows, self.capacity = rows, capacity
-        self.lengths_R = torch.zeros(rows, dtype=torch.long)
-        # The row that each span of a prefill goes to.
-        self.filling: list[int] = list(range(rows))
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The tensors of one layer; made at the first use, when the shapes are known."""
-        if index not in self._layers:
-            shape = (self.rows, like.shape[0], self.capacity, like.shape[-1])
-            self._layers[index] = (like.new_zeros(shape), like.new_zeros(shape))
-        return self._layers[index]
-
-    def keep(self, rows_R: Tensor) -> None:
-        """Drop all rows but these, in this order."""
-        self.rows = len(rows_R)
-        self.lengths_R = self.lengths_R[rows_R]
-        self._layers = {i: (k[rows_R], v[rows_R]) for i, (k, v) in self._layers.items()}
-
-
-class Segments:
-    """The table of segments of one packed batch, handed to the attention function through the model's forward."""
-
-    def __init__(self, spans: tuple[Span, ...], *, cache: KeyValueCache | None = None, decoding: bool = False) -> None:
-        self.spans, self.cache, self.decoding = spans, cache, decoding
-        self.masks: dict[tuple[int, int, int], Tensor] = {}
-        self.hidden: dict[tuple[int, int, int], Tensor] = {}
-        self.block_masks: dict[int, Any] = {}
-
-    def mask(self, length: int, keys: int, window: int, like: Tensor) -> Tensor | None:
-        """Additive mask [L, S] of a span, or None where plain causality says it all. Made once a batch and shape."""
-        if length == keys and (not window or window >= keys):
-            return None
-        key = (length, keys, window)
-        if key not in self.masks:
-            query_L = torch.arange(keys - length, keys, device=like.device)[:, None]
-            key_S = torch.arange(keys, device=like.device)[None]
-            seen = key_S <= query_L
-            if window:
-                seen &= key_S > query_L - window
-            self.masks[key] = torch.zeros(length, keys, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))
-        return self.masks[key]
 
 
 def register_attention() -> None:
@@ -128,10 +68,8 @@ def _reference(
         scores = q[:, rows] @ keys.transpose(1, 2) * scale
         if softcap:
             scores = torch.tanh(scores / softcap) * softcap
-        mask = segments.mask(span.length, span.keys, window, q)
-        if mask is None:
-            mask = torch.full((span.length, span.keys), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
-        weights = torch.softmax((scores + mask).float(), -1).to(q.dtype)
+        scores = scores.masked_fill(segments.invisible(span.length, span.keys, window, q.device), float("-inf"))
+        weights = torch.softmax(scores.float(), -1).to(q.dtype)
         out = torch.index_copy(out, 1, torch.arange(rows.start, rows.stop, device=q.device), weights @ values)
     return out
 
@@ -157,7 +95,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments, wind
         block_mask=segments.block_masks[window],
         scale=scale,
         enable_gqa=q.shape[0] != k.shape[0],
-    )  # type: ignore[assignment]
+    )
     return out[0]
 
 

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from posttrain.models.segments import Segments, Span
+
 # Queries of one block: large enough for the products, small enough that little of the masked half is computed.
 BLOCK = 128
 
@@ -33,7 +35,7 @@ class CpuSegmentAttention(torch.autograd.Function):
     """q [H, T, D], k and v [K, T, D] -> [H, T, D]; tokens outside of all spans give zeros."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Any, window: int) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments, window: int) -> Tensor:
         """One block after the other."""
         out = torch.zeros_like(q)
         grouped_q, grouped_out = _grouped(q, k), _grouped(out, k)
@@ -72,19 +74,19 @@ class CpuSegmentAttention(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None, None, None
 
 
-def pieces(span: Any) -> tuple[tuple[int, int], ...]:
+def pieces(span: Span) -> tuple[tuple[int, int], ...]:
     """(start, length) of a span's ancestors and of itself, in the order in which their tokens follow each other."""
     return (*span.ancestors, (span.start, span.length))
 
 
-def gather(x: Tensor, span: Any) -> Tensor:
+def gather(x: Tensor, span: Span) -> Tensor:
     """Rows of the span and its ancestors [K, S, D]."""
     if not span.ancestors:
         return x[:, span.start : span.start + span.length]
     return torch.cat([x[:, start : start + length] for start, length in pieces(span)], dim=1)
 
 
-def _scatter(grad: Tensor, part: Tensor, span: Any) -> None:
+def _scatter(grad: Tensor, part: Tensor, span: Span) -> None:
     """Add gradients [K, S, D] where their keys came from."""
     offset = 0
     for start, length in pieces(span):
@@ -92,7 +94,7 @@ def _scatter(grad: Tensor, part: Tensor, span: Any) -> None:
         offset += length
 
 
-def _blocks(span: Any, window: int) -> Iterator[Block]:
+def _blocks(span: Span, window: int) -> Iterator[Block]:
     before = span.keys - span.length
     for start in range(0, span.length, BLOCK):
         stop = min(start + BLOCK, span.length)
@@ -102,7 +104,7 @@ def _blocks(span: Any, window: int) -> Iterator[Block]:
 
 def _grouped(x: Tensor, k: Tensor) -> Tensor:
     """[H, T, D] seen as [K, G, T, D]."""
-    return x.view(k.shape[0], -1, *x.shape[1:]) if x.is_contiguous() else x.unflatten(0, (k.shape[0], -1))
+    return x.view(k.shape[0], x.shape[0] // k.shape[0], *x.shape[1:])
 
 
 def _unfold(grouped: Tensor, block: Block) -> Tensor:
@@ -122,7 +124,7 @@ def _scaled_bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.baddbmm(a.new_empty(1), a, b, beta=0, alpha=scale)
 
 
-def _weights(query: Tensor, keys: Tensor, block: Block, scale: float, segments: Any, window: int) -> Tensor:
+def _weights(query: Tensor, keys: Tensor, block: Block, scale: float, segments: Segments, window: int) -> Tensor:
     """Attention weights [K, G L, S] of a block over the keys that it can see."""
     length, seen = block.stop - block.start, block.last - block.first
     scores = _scaled_bmm(query, keys[:, block.first : block.last].transpose(1, 2), scale)
@@ -130,17 +132,6 @@ def _weights(query: Tensor, keys: Tensor, block: Block, scale: float, segments: 
     # Only a window that cuts inside of the block needs the whole mask; else the last square alone is not plain.
     cut = bool(window) and block.last - window > block.first
     part = by_head if cut else by_head[..., seen - length :]
-    part.masked_fill_(_hidden(length, seen if cut else length, window if cut else 0, segments, query.device), float("-inf"))
+    invisible = segments.invisible(length, seen if cut else length, window if cut else 0, query.device)
+    part.masked_fill_(invisible, float("-inf"))
     return torch.softmax(scores, -1)
-
-
-def _hidden(length: int, keys: int, window: int, segments: Any, device: torch.device) -> Tensor:
-    """Which of the last `keys` keys each of `length` queries must not see [L, S]; made once a batch and shape."""
-    key = (length, keys, window)
-    if key not in segments.hidden:
-        query_L = torch.arange(keys - length, keys, device=device)[:, None]
-        key_S = torch.arange(keys, device=device)[None]
-        hidden = key_S > query_L
-        segments.hidden[key] = hidden | (key_S <= query_L - window) if window else hidden
-    found: Tensor = segments.hidden[key]
-    return found

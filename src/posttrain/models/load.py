@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from posttrain.artifacts import disk_error, fsync_tree, write_json
 from posttrain.data.chat import ChatFormat, load_chat_format
 from posttrain.errors import ArtifactError, ModelError
-from posttrain.models.attention import ATTENTION_NAME, Segments, register_attention
+from posttrain.models.attention import ATTENTION_NAME, register_attention
 from posttrain.models.logprobs import target_logprobs
 from posttrain.models.lora import AdapterSet, LoraShape
 from posttrain.models.rows import HeadCopy, RowGradient, TokenRows
+from posttrain.models.segments import Segments
 from posttrain.models.source import BaseModelFolder, locate_base
 
 transformers.logging.set_verbosity_error()

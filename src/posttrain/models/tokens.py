@@ -17,8 +17,8 @@ from torch import Tensor
 
 from posttrain.data.packing import pack, row_segments
 from posttrain.errors import RecipeError
-from posttrain.models.attention import Segments, Span
 from posttrain.models.load import BaseModel
+from posttrain.models.segments import Segments, Span
 from posttrain.records import Message
 
 # Names that vocabularies give to places nobody uses: <unused12>, [unused3], <|reserved_special_token_7|>, <extra_id_1>.

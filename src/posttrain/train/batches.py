@@ -11,8 +11,8 @@ from torch import Tensor
 
 from posttrain.data.packing import PackedBatch, Segment, pack, row_segments, tree_segments
 from posttrain.data.prepare import PairRow, TrainRow
-from posttrain.models.attention import Segments, Span
 from posttrain.models.load import BaseModel
+from posttrain.models.segments import Segments, Span
 
 # Tokens computed at once: memory grows with this number. Narrow layers reach their speed on two cores only from about two
 # thousand rows on (1.5 against 2.9 TFLOP/s at width 576).
