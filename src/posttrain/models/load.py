@@ -27,6 +27,7 @@ from posttrain.errors import ArtifactError, ModelError
 from posttrain.models.attention import ATTENTION_NAME, register_attention
 from posttrain.models.logprobs import target_logprobs
 from posttrain.models.lora import AdapterSet, LoraShape
+from posttrain.models.norms import replace_norms
 from posttrain.models.rows import HeadCopy, RowGradient, TokenRows
 from posttrain.models.segments import Segments
 from posttrain.models.source import BaseModelFolder, locate_base
@@ -208,6 +209,8 @@ def load_base(
     inner.requires_grad_(False)
     inner.eval()
     inner.to(kind)
+    if not full:  # a trained weight needs its gradient
+        replace_norms(inner, inner.config.get_text_config().to_dict().get("rms_norm_eps"))
     return BaseModel(source, inner, tokenizer, load_chat_format(tokenizer, template))
 
 
