@@ -24,7 +24,7 @@ from posttrain.models.segments import KeyValueCache, Segments, Span
 from posttrain.records import Rollout
 
 # Rows decoded together, by device; their cache and their logits (R x V) set the memory.
-ROWS = {"cpu": 64, "cuda": 256}
+ROWS = {"cpu": 128, "cuda": 256}
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}
 # New prompts join when so many rows are free: a prefill of one short prompt costs as much as a whole decoding step.
 JOIN_SHARE = 4
