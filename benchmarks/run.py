@@ -52,7 +52,7 @@ def speed(found: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def against_trl(race: str, steps: int, data: Path, rows: int) -> dict[str, Any]:
+def against_trl(race: str, steps: int, data: Path, rows: int, settings: tuple[str, ...]) -> dict[str, Any]:
     """One training race against TRL, in every setting that we found for it."""
     if not PEERS.exists():
         raise SystemExit("the peers are not installed: make bench-setup")
@@ -60,8 +60,8 @@ def against_trl(race: str, steps: int, data: Path, rows: int) -> dict[str, Any]:
         side(sys.executable, "workload.py", race, folder, str(data), str(steps), str(rows))
         ours = side(sys.executable, "ours.py", race, folder)
         peers = []
-        for index, setting in enumerate(SETTINGS[race]):
-            peers.append(side(PEERS, "trl_peer.py", race, folder, setting, str(steps if index == 0 else WARM_UP + 2)))
+        for index, setting in enumerate(settings):
+            peers.append(side(PEERS, "trl_peer.py", race, folder, setting, str(steps if index == 0 else WARM_UP + 1)))
             print(json.dumps(speed(peers[-1])), file=sys.stderr)
     worst = max(abs(a - b) / abs(b) for a, b in zip(ours["losses"][:10], peers[0]["losses"][:10], strict=True))
     our_speed, their_speeds = speed(ours), [speed(p) for p in peers]
@@ -93,11 +93,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="optimiser steps a side, the first two are warm-up")
     parser.add_argument("--rows", type=int, default=0, help="rows a step (default: 16 for sft, 8 pairs for dpo)")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data", help="folder of the public data sets")
+    parser.add_argument(
+        "--settings", help="the peer's settings to try, comma separated (default: all; the first is compared step by step)"
+    )
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes/quickstart.toml")
     parser.add_argument("--out", type=Path, help="also write the JSON object here")
     options = parser.parse_args()
     if options.race in SETTINGS:
-        result = against_trl(options.race, options.steps, options.data, options.rows or (16 if options.race == "sft" else 8))
+        rows = options.rows or (16 if options.race == "sft" else 8)
+        settings = tuple(options.settings.split(",")) if options.settings else SETTINGS[options.race]
+        result = against_trl(options.race, options.steps, options.data, rows, settings)
     elif options.race == "growth":
         result = side(sys.executable, "growth.py")
     else:

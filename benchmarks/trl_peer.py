@@ -13,6 +13,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+# Rows of a device batch: smaller ones pad less and fit the caches better; the optimiser step is the same.
+MICRO = 4
+
 
 class Clock(TrainerCallback):
     """Seconds of each optimiser step."""
@@ -43,14 +46,30 @@ def main() -> None:
     dtype = torch.bfloat16 if setting.startswith("bf16") else torch.float32
     model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=dtype)
     model = PeftModel.from_pretrained(model, str(folder / "adapter"), is_trainable=True)
-    tokenizer = AutoTokenizer.from_pretrained(work["model"])
-    # Smaller batches pad less and fit the caches better; the optimiser step is the same.
-    micro = 4
     # A packed row holds about four of the data's: a quarter of the accumulation is the same step.
-    accumulation = max(1, work["rows"] // micro // (4 if "packed" in setting else 1))
-    shared = {
+    accumulation = max(1, work["rows"] // MICRO // (4 if "packed" in setting else 1))
+    shared = shared_settings(folder, work, setting, steps, accumulation)
+    clock = Clock()
+    side = sft if race == "sft" else dpo
+    trainer, units, before = side(model, AutoTokenizer.from_pretrained(work["model"]), work, rows, setting, shared, clock)
+    trainer.train()
+    seconds = [s + before for s in clock.seconds]
+    found = {
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "units": units[: len(seconds)],
+        "seconds": seconds,
+        "setting": f"{setting}, {MICRO} rows a device batch",
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "versions": {name: version(name) for name in ("trl", "transformers", "peft", "torch")},
+    }
+    print(json.dumps(found))
+
+
+def shared_settings(folder: Path, work: dict, setting: str, steps: int, accumulation: int) -> dict:
+    """What both trainers are told."""
+    return {
         "output_dir": str(folder / "trl"),
-        "per_device_train_batch_size": micro,
+        "per_device_train_batch_size": MICRO,
         "gradient_accumulation_steps": accumulation,
         "max_steps": steps,
         "learning_rate": work["rate"],
@@ -58,7 +77,7 @@ def main() -> None:
         "warmup_steps": 0,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
-        "bf16": dtype == torch.bfloat16,
+        "bf16": setting.startswith("bf16"),
         "gradient_checkpointing": False,
         "logging_steps": 1,
         "report_to": "none",
@@ -70,48 +89,35 @@ def main() -> None:
         "dataloader_num_workers": 0,
         "train_sampling_strategy": "group_by_length" if "grouped" in setting else "sequential",
     }
-    clock = Clock()
-    if race == "sft":
-        data = [
-            {"input_ids": r["ids"], "labels": [i if t else -100 for i, t in zip(r["ids"], r["trained"], strict=True)]}
-            for r in rows
-        ]
-        packed = {"packing": True, "padding_free": True} if "packed" in setting else {}
-        trainer = SFTTrainer(
-            model,
-            SFTConfig(**shared, **packed),
-            train_dataset=Dataset.from_list(data),
-            processing_class=tokenizer,
-            callbacks=[clock],
-        )
-        units = [sum(len(r["ids"]) for r in rows[s * work["rows"] : (s + 1) * work["rows"]]) for s in range(steps)]
-        if "sequential" not in shared["train_sampling_strategy"] or packed:
-            # the order differs: every step is charged the mean of what was trained on
-            units = [mean_length(trainer) * micro * accumulation] * steps
-    else:
-        data = [{"prompt_ids": r["prompt_ids"], "chosen_ids": r["chosen_ids"], "rejected_ids": r["rejected_ids"]} for r in rows]
-        started = time.perf_counter()
-        trainer = PreparedDPOTrainer(
-            model, args=DPOConfig(**shared, beta=work["beta"], precompute_ref_log_probs="precomputed" in setting),
-            train_dataset=Dataset.from_list(data), processing_class=tokenizer, callbacks=[clock],
-        )  # fmt: skip
-        before = (time.perf_counter() - started) / steps if "precomputed" in setting else 0.0
-        units = [work["rows"]] * steps
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    seconds = clock.seconds if race == "sft" else [s + before for s in clock.seconds]
-    print(
-        json.dumps(
-            {
-                "losses": losses,
-                "units": units[: len(seconds)],
-                "seconds": seconds,
-                "setting": f"{setting}, {micro} rows a device batch",
-                "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-                "versions": {name: version(name) for name in ("trl", "transformers", "peft", "torch")},
-            }
-        )
+
+
+def sft(model, tokenizer, work, rows, setting, shared, clock):
+    """The SFT trainer, tokens of each step, and seconds a step spent before it."""
+    data = [
+        {"input_ids": r["ids"], "labels": [i if t else -100 for i, t in zip(r["ids"], r["trained"], strict=True)]} for r in rows
+    ]
+    packed = {"packing": True, "padding_free": True} if "packed" in setting else {}
+    config = SFTConfig(**shared, **packed)
+    trainer = SFTTrainer(model, config, train_dataset=Dataset.from_list(data), processing_class=tokenizer, callbacks=[clock])
+    steps = shared["max_steps"]
+    if packed or "grouped" in setting:
+        # the order differs: every step is charged the mean of what was trained on
+        return trainer, [mean_length(trainer) * MICRO * shared["gradient_accumulation_steps"]] * steps, 0.0
+    units = [sum(len(r["ids"]) for r in rows[s * work["rows"] : (s + 1) * work["rows"]]) for s in range(steps)]
+    return trainer, units, 0.0
+
+
+def dpo(model, tokenizer, work, rows, setting, shared, clock):
+    """The DPO trainer, pairs of each step, and seconds a step spent before it: a precomputed reference is part of the work."""
+    data = [{name: r[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")} for r in rows]
+    started = time.perf_counter()
+    config = DPOConfig(**shared, beta=work["beta"], precompute_ref_log_probs="precomputed" in setting)
+    trainer = PreparedDPOTrainer(
+        model, args=config, train_dataset=Dataset.from_list(data), processing_class=tokenizer, callbacks=[clock]
     )
+    steps = shared["max_steps"]
+    before = (time.perf_counter() - started) / steps if "precomputed" in setting else 0.0
+    return trainer, [work["rows"]] * steps, before
 
 
 def mean_length(trainer: SFTTrainer) -> float:

@@ -116,6 +116,8 @@ def test_a_gguf_is_converted_once_to_the_same_weights(cache: Path, gguf: Path, t
     assert locate_base(str(shutil.copy(gguf, tmp_path / "copy.gguf")))[1:] == first[1:]
     assert (first.folder / "model.safetensors").stat().st_mtime_ns == stamp
     assert load_base(str(gguf), template="plain").chat.encode_text("hello")
+    # "quantised" in the config would make other tools read the plain weights as packed blocks, and refuse to train on them
+    assert "quantization_config" not in json.loads((first.folder / "config.json").read_text(encoding="utf-8"))
     assert left_in(cache) == [first.folder.name]
 
 

@@ -275,7 +275,9 @@ def convert_gguf(gguf: Path, target: Path, *, model: str) -> None:
                 gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, local_files_only=True, trust_remote_code=False
             )
             # Saving what came out of a GGUF directly is refused; the same weights in a model made from the config are not.
-            rebuilt = type(loaded)(loaded.config).to(torch.bfloat16)
+            # The config must not say any more that the weights are quantised, or other tools take them for packed blocks.
+            settings = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
+            rebuilt = type(loaded)(type(loaded.config).from_dict(settings)).to(torch.bfloat16)
             rebuilt.load_state_dict(loaded.state_dict())
         except Exception as error:  # noqa: BLE001 - damaged files break their readers anywhere
             raise ModelError(

@@ -31,7 +31,7 @@ PACKAGES = {
     ),
 }
 # Raise when the conversion of a GGUF or the making of random:tiny changes: cached folders are then made anew.
-CONVERSION_VERSION = 1
+CONVERSION_VERSION = 2
 
 
 class BaseModelFolder(NamedTuple):

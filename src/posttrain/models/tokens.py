@@ -98,5 +98,5 @@ def untrained_tokens(base: BaseModel, train_tokens: Sequence[str] = ()) -> list[
     return [
         f"the template's tokens {shown} look untrained in this base: their embeddings lie among its {len(unused)} unused "
         f"tokens, which take {unused_probability(base, unused):.1g} of the probability of an answer's tokens. Turns are "
-        f"learned all the same; [adapter] train_tokens = [{names}] trains these rows too"
+        f"learned, but one of those others may end up in an answer; [adapter] train_tokens = [{names}] trains these rows too"
     ]
