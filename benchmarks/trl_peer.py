@@ -92,19 +92,32 @@ def shared_settings(folder: Path, work: dict, setting: str, steps: int, accumula
 
 
 def sft(model, tokenizer, work, rows, setting, shared, clock):
-    """The SFT trainer, tokens of each step, and seconds a step spent before it."""
+    """The SFT trainer, tokens of each step (filled while it trains), and seconds a step spent before it."""
     data = [
         {"input_ids": r["ids"], "labels": [i if t else -100 for i, t in zip(r["ids"], r["trained"], strict=True)]} for r in rows
     ]
     packed = {"packing": True, "padding_free": True} if "packed" in setting else {}
     config = SFTConfig(**shared, **packed)
     trainer = SFTTrainer(model, config, train_dataset=Dataset.from_list(data), processing_class=tokenizer, callbacks=[clock])
-    steps = shared["max_steps"]
-    if packed or "grouped" in setting:
-        # the order differs: every step is charged the mean of what was trained on
-        return trainer, [mean_length(trainer) * MICRO * shared["gradient_accumulation_steps"]] * steps, 0.0
-    units = [sum(len(r["ids"]) for r in rows[s * work["rows"] : (s + 1) * work["rows"]]) for s in range(steps)]
-    return trainer, units, 0.0
+    counter = Counter(trainer.data_collator, shared["gradient_accumulation_steps"])
+    trainer.data_collator = counter
+    return trainer, counter.units, 0.0
+
+
+class Counter:
+    """A collator that counts the real tokens of each optimiser step: grouping and packing change the order of the rows."""
+
+    def __init__(self, inner, accumulation: int) -> None:
+        self.inner, self.accumulation, self.calls = inner, accumulation, 0
+        self.units: list[int] = []
+
+    def __call__(self, examples):
+        """Collate and count."""
+        if self.calls % self.accumulation == 0:
+            self.units.append(0)
+        self.calls += 1
+        self.units[-1] += sum(len(example["input_ids"]) for example in examples)
+        return self.inner(examples)
 
 
 def dpo(model, tokenizer, work, rows, setting, shared, clock):
@@ -118,12 +131,6 @@ def dpo(model, tokenizer, work, rows, setting, shared, clock):
     steps = shared["max_steps"]
     before = (time.perf_counter() - started) / steps if "precomputed" in setting else 0.0
     return trainer, [work["rows"]] * steps, before
-
-
-def mean_length(trainer: SFTTrainer) -> float:
-    """Mean real tokens of a row as the trainer holds it."""
-    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
-    return sum(lengths) / len(lengths)
 
 
 if __name__ == "__main__":
