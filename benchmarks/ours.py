@@ -21,7 +21,7 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def train(race: str, folder: Path) -> dict[str, Any]:
+def train(race: str, folder: Path, dtype: str) -> dict[str, Any]:
     """The steps of a workload through the same tasks and loop that `posttrain run` uses."""
     from posttrain.data.prepare import PairRow, TrainRow
     from posttrain.models.files import load_adapter
@@ -35,7 +35,7 @@ def train(race: str, folder: Path) -> dict[str, Any]:
     from posttrain.train.stage import TrainedPolicy
 
     work = json.loads((folder / "workload.json").read_text())
-    base = load_base("package:smollm2-135m-instruct")
+    base = load_base("package:smollm2-135m-instruct", dtype=dtype)
     adapter = load_adapter(folder / "adapter", "policy", base)
     adapter.requires_grad_(True)
     policy = TrainedPolicy("policy", adapter.parameters(), lambda _: None)
@@ -95,5 +95,9 @@ def quickstart(folder: Path, recipe: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     race = sys.argv[1]
     print(
-        json.dumps(quickstart(Path(sys.argv[2]), Path(sys.argv[3])) if race == "quickstart" else train(race, Path(sys.argv[2])))
+        json.dumps(
+            quickstart(Path(sys.argv[2]), Path(sys.argv[3]))
+            if race == "quickstart"
+            else train(race, Path(sys.argv[2]), sys.argv[3])
+        )
     )

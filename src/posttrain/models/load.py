@@ -7,6 +7,7 @@ read. Full logits never exist in training: `hidden` stops before the head, `mode
 T: packed tokens, D: width, V: vocabulary.
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -262,12 +263,9 @@ def convert_gguf(gguf: Path, target: Path, *, model: str) -> None:
     Raises ModelError for a file that cannot be read.
     """
     where = f'[base] model = "{model}"'
-    try:
-        import gguf as _gguf  # noqa: F401 - transformers needs it and says so badly
-    except ImportError:
-        raise ModelError(
-            where, "the package gguf is not installed", do='pip install gguf (or "posttrain[quickstart]")'
-        ) from None
+    for needed in ("gguf", "accelerate"):  # transformers needs them and says so badly
+        if importlib.util.find_spec(needed) is None:
+            raise ModelError(where, f"the package {needed} is not installed", do='pip install "posttrain[quickstart]"')
     with _new_folder(target) as partial:
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)

