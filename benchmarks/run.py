@@ -1,4 +1,4 @@
-"""The races of posttrain against what a user would run instead: `python benchmarks/run.py sft|dpo|growth|quickstart`.
+"""The races of posttrain against what a user would run instead: `python benchmarks/run.py RACE`.
 
 Each race prints one JSON object. Both sides are processes of their own, so that peak memory is each side's own; the peer runs
 in `.venv-peers` (`make bench-setup`). Both get the same token ids in the same order, the same initial adapter (ours, written in
@@ -110,7 +110,7 @@ def quickstart(recipe: Path) -> dict[str, Any]:
 def main() -> None:
     """Run one race and print its JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("race", choices=["sft", "dpo", "growth", "quickstart"])
+    parser.add_argument("race", choices=["sft", "dpo", "growth", "quickstart", "gpu-sft", "gpu-lora"])
     parser.add_argument("--steps", type=int, default=12, help="optimiser steps a side, the first two are warm-up")
     parser.add_argument("--rows", type=int, default=0, help="rows a step (default: 16 for sft, 8 pairs for dpo)")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data", help="folder of the public data sets")
@@ -126,6 +126,8 @@ def main() -> None:
         result = against_trl(options.race, options.steps, options.data, rows, settings)
     elif options.race == "growth":
         result = side(sys.executable, "growth.py")
+    elif options.race.startswith("gpu"):
+        result = side(sys.executable, "gpu.py", options.race, str(options.steps))
     else:
         result = quickstart(options.recipe)
     text = json.dumps(result, indent=2)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from posttrain.data.packing import Segment, pack, row_segments, tree_segments
 from posttrain.generate.engine import SamplingSettings, generate
-from posttrain.models.attention import _reference, flex, segment_attention
+from posttrain.models.attention import _reference, segment_attention
+from posttrain.models.attention_cuda import gather_keys, varlen_table
 from posttrain.models.load import BaseModel
 from posttrain.models.segments import Segments, Span
 from posttrain.train.batches import batch_logprobs, to_device
@@ -110,30 +111,32 @@ def test_bfloat16_stays_within_one_percent() -> None:
         assert (a.double() - b.double()).norm() / b.double().norm() < 0.01
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("window", [0, 4])
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_flex_attention_sees_what_segments_see(packing: str, window: int) -> None:
-    spans = PACKINGS[packing]
-    q, k, v = random_heads(4, 2, 128, 16)
-    out = flex(q, k, v, 0.3, Segments(spans), window)
-    assert torch.allclose(out[:, :24], attend(q, k, v, spans, window, None)[:, :24], atol=1e-5)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("window", [0, 4])
-@pytest.mark.parametrize("packing", PACKINGS)
-def test_cuda_matches_the_cpu_in_values_and_gradients(packing: str, window: int) -> None:
-    spans = PACKINGS[packing]
-    near = [x.requires_grad_() for x in random_heads(4, 2, 128, 16)]
-    far = [x.detach().cuda().requires_grad_() for x in near]
-    slope = torch.randn(4, 24, 16, generator=torch.Generator().manual_seed(5))
-    here, there = attend(*near, spans, window, None)[:, :24], attend(*far, spans, window, None)[:, :24]
-    assert torch.allclose(there.cpu(), here, atol=1e-3)
-    found = torch.autograd.grad((there * slope.cuda()).sum(), far)
-    wanted = torch.autograd.grad((here * slope).sum(), near)
-    for a, b in zip(found, wanted, strict=True):
-        assert torch.allclose(a.cpu(), b, atol=3e-3)
+def test_the_table_of_the_gpu_kernel_lists_what_each_segment_sees(packing: str) -> None:
+    """The kernel's meaning, played through on the CPU: a sequence's last query sees all keys, the one before it one less."""
+    spans, used = PACKINGS[packing], 24
+    q, k, v = (x.requires_grad_() for x in random_heads(4, 2, used + SPARE, 8))
+    table = varlen_table(spans, used + SPARE, q.device)
+    keys, values = k.transpose(0, 1), v.transpose(0, 1)
+    if table.key_S is not None:
+        keys, values = gather_keys(keys, table.key_S), gather_keys(values, table.key_S)
+    parts = []
+    for n in range(len(table.query_N) - 1):
+        (first_q, last_q), (first_k, last_k) = table.query_N[n : n + 2].tolist(), table.key_N[n : n + 2].tolist()
+        assert last_q - first_q <= table.longest_query
+        assert last_k - first_k <= table.longest_key
+        span = Span(last_k - first_k - (last_q - first_q), last_q - first_q, ((0, last_k - first_k - (last_q - first_q)),))
+        rows, seen = q[:, first_q:last_q], (x[first_k:last_k].transpose(0, 1) for x in (keys, values))
+        padded = torch.cat([rows.new_zeros(4, span.start, 8), rows], 1)
+        spans_n = (Span(0, span.start), span) if span.start else (Span(0, span.length),)
+        parts.append(dense(padded, *seen, 0.3, spans_n, 0, None)[:, span.start :])
+    found, wanted = torch.cat(parts, 1)[:, :used], dense(q, k, v, 0.3, spans, 0, None)[:, :used]
+    assert torch.allclose(found, wanted)
+    slope = torch.randn(found.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    for a, b in zip(
+        torch.autograd.grad((found * slope).sum(), (q, k, v)), torch.autograd.grad((wanted * slope).sum(), (q, k, v))
+    ):
+        assert torch.allclose(a, b, atol=1e-6)
 
 
 def test_the_plain_reference_agrees_with_the_fused_function() -> None:

@@ -6,7 +6,8 @@ from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from posttrain.models.norms import FrozenRmsNorm, replace_norms
+from posttrain.models.fused import rms_norm
+from posttrain.models.norms import RmsNorm, replace_norms
 
 EPS = 1e-6
 
@@ -21,13 +22,23 @@ def test_value_and_gradient_are_those_of_a_float64_reference() -> None:
     x = torch.randn(5, 24, generator=generator)
     x[4] *= 1e-4  # so small that eps counts
     ours = x.clone().requires_grad_()
-    out = FrozenRmsNorm(nn.Parameter(scale), scale, EPS)(ours)
+    out = RmsNorm(nn.Parameter(scale), 0.0, EPS)(ours)
     out.backward(grad)
     theirs = x.double().requires_grad_()
     wanted = reference(theirs, scale.double())
     wanted.backward(grad.double())
     torch.testing.assert_close(out.double(), wanted, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_the_plain_norm_has_the_gradient_of_its_weight_too() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, grad = (torch.randn(*shape, generator=generator) for shape in ((5, 24), (24,), (5, 24)))
+    ours, theirs = [[t.to(kind).clone().requires_grad_() for t in (x, weight)] for kind in (torch.float32, torch.float64)]
+    rms_norm(*ours, 1.0, EPS).backward(grad)
+    reference(theirs[0], theirs[1] + 1).backward(grad.double())
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-5, atol=1e-6)
 
 
 class Holder(nn.Module):
@@ -46,7 +57,7 @@ def test_a_models_norm_is_replaced_by_its_equal(kind: type[nn.Module], dtype: to
     x = torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
     wanted = holder.norm(x)
     assert replace_norms(holder, EPS) == 1
-    assert isinstance(holder.norm, FrozenRmsNorm)
+    assert isinstance(holder.norm, RmsNorm)
     assert [name for name, _ in holder.named_parameters()] == ["norm.weight"]
     torch.testing.assert_close(holder.norm(x), wanted, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
 

@@ -73,7 +73,7 @@ def test_the_size_of_the_chunks_does_not_matter(
     given = problem(rows=70)
     found = []
     for logits in (1, 151 * 20, 2**25):  # 16 rows at a time, 20, all
-        monkeypatch.setattr(module, "CHUNK_LOGITS", logits)
+        monkeypatch.setitem(module.CHUNK_LOGITS, "cpu", logits)
         hidden = given.hidden_ND.to(dtype).requires_grad_()
         value = target_logprobs(hidden, given.head_VD.to(dtype), given.target_N, softcap=softcap)
         (value * given.slope_N).sum().backward()

@@ -2,8 +2,8 @@
 
 One function is registered with transformers' attention interface, so every causal model that the interface serves works,
 sliding windows included. On a CPU it runs once a segment: no work between segments, no padding, cost the sum of squares.
-On a GPU the same table becomes a block mask for flex attention. With a cache, each packed token is one row of a decoding
-batch and sees that row's cached keys.
+On a GPU the same table becomes the sequences of the variable-length flash kernel. With a cache, each packed token is one row
+of a decoding batch and sees that row's cached keys.
 
 T: packed tokens, H: query heads, K: key/value heads, G = H / K, D: head width, L: segment length, S: keys seen, R: rows.
 """
@@ -17,6 +17,7 @@ from torch.nn import functional
 from transformers.masking_utils import AttentionMaskInterface
 
 from posttrain.models.attention_cpu import CpuSegmentAttention, gather
+from posttrain.models.attention_cuda import takes, varlen_attention
 from posttrain.models.segments import KeyValueCache, Segments, Span
 
 ATTENTION_NAME = "posttrain_segments"
@@ -49,7 +50,8 @@ def segment_attention(
         if softcap is not None:
             out = _reference(q, k, v, scaling, segments, window, softcap)
         elif q.is_cuda:
-            out = flex(q, k, v, scaling, segments, window)
+            attention = varlen_attention if takes(q) else _reference
+            out = attention(q, k, v, scaling, segments, window)
         else:
             out = CpuSegmentAttention.apply(q, k, v, scaling, segments, window)  # type: ignore[no-untyped-call]
     return out.transpose(0, 1)[None], None
@@ -58,7 +60,7 @@ def segment_attention(
 def _reference(
     q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments, window: int, softcap: float | None = None
 ) -> Tensor:
-    """The same attention by plain operations: for soft-capped models, and to compare against."""
+    """The same attention by plain operations: for soft-capped models, for float32 on a GPU, and to compare against."""
     groups = q.shape[0] // k.shape[0]
     out = torch.zeros_like(q)
     for span in segments.spans:
@@ -72,50 +74,6 @@ def _reference(
         weights = torch.softmax(scores.float(), -1).to(q.dtype)
         out = torch.index_copy(out, 1, torch.arange(rows.start, rows.stop, device=q.device), weights @ values)
     return out
-
-
-def flex(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments, window: int) -> Tensor:
-    """The same attention by flex attention with a block mask built from the table: one kernel for the whole batch."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    total = q.shape[1]
-    if window not in segments.block_masks:
-        owner_T, position_T, sees = _token_table(segments, total, q.device)
-
-        def visible(batch: Tensor, head: Tensor, query: Tensor, other: Tensor) -> Tensor:
-            seen = sees[owner_T[query], owner_T[other]] & (position_T[other] <= position_T[query])
-            return seen & (position_T[other] > position_T[query] - window) if window else seen
-
-        segments.block_masks[window] = create_block_mask(visible, None, None, total, total, device=str(q.device))
-    run = torch.compile(flex_attention, dynamic=False) if q.is_cuda else flex_attention
-    out: Tensor = run(
-        q[None],
-        k[None],
-        v[None],
-        block_mask=segments.block_masks[window],
-        scale=scale,
-        enable_gqa=q.shape[0] != k.shape[0],
-    )
-    return out[0]
-
-
-def _token_table(segments: Segments, total: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """For each packed token its span and position, and for each pair of spans whether the first sees the second.
-
-    Filler tokens form a span of their own that sees itself, since a row without any key has no softmax.
-    """
-    spans = segments.spans
-    owner_T = torch.full((total,), len(spans), dtype=torch.long)
-    position_T = torch.arange(total)
-    sees = torch.eye(len(spans) + 1, dtype=torch.bool)
-    by_start = {span.start: index for index, span in enumerate(spans)}
-    for index, span in enumerate(spans):
-        rows = slice(span.start, span.start + span.length)
-        owner_T[rows] = index
-        position_T[rows] = torch.arange(span.keys - span.length, span.keys)
-        for start, _ in span.ancestors:
-            sees[index, by_start[start]] = True
-    return owner_T.to(device), position_T.to(device), sees.to(device)
 
 
 def _fill(cache: KeyValueCache, layer: int, k: Tensor, v: Tensor, spans: tuple[Span, ...]) -> None:
@@ -146,13 +104,13 @@ def _decode(
     keys[rows_R, :, lengths_R] = k.transpose(0, 1)
     values[rows_R, :, lengths_R] = v.transpose(0, 1)
     longest = int(cache.lengths_R.max()) + 1
-    if window not in segments.block_masks:
+    if window not in segments.masks:
         place_S = torch.arange(longest, device=q.device)
         seen = place_S[None] <= lengths_R[:, None]
         if window:
             seen &= place_S[None] > lengths_R[:, None] - window
-        segments.block_masks[window] = seen[:, None, None]
-    mask = segments.block_masks[window]
+        segments.masks[window] = seen[:, None, None]
+    mask = segments.masks[window]
     heads, width = q.shape[0], q.shape[2]
     # The G query heads of a key/value head stand where a query sequence would: no key is repeated.
     grouped = q.transpose(0, 1).reshape(cache.rows, k.shape[0], heads // k.shape[0], width)

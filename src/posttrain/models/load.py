@@ -28,6 +28,7 @@ from posttrain.errors import ArtifactError, ModelError
 from posttrain.models.attention import ATTENTION_NAME, register_attention
 from posttrain.models.logprobs import target_logprobs
 from posttrain.models.lora import AdapterSet, LoraShape
+from posttrain.models.narrow import NarrowWeights
 from posttrain.models.norms import replace_norms
 from posttrain.models.rows import HeadCopy, RowGradient, TokenRows
 from posttrain.models.segments import Segments
@@ -102,12 +103,18 @@ class HuggingFaceTokenizer:
 class BaseModel:
     """One frozen base with named adapters in memory."""
 
-    def __init__(self, source: BaseModelFolder, model: Any, tokenizer: HuggingFaceTokenizer, chat: ChatFormat) -> None:
+    def __init__(
+        self, source: BaseModelFolder, model: Any, tokenizer: HuggingFaceTokenizer, chat: ChatFormat,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         self.source, self.model, self.tokenizer, self.chat = source, model, tokenizer, chat
-        self.device: torch.device = next(model.parameters()).device
-        self.dtype: torch.dtype = next(model.parameters()).dtype
+        weight = next(model.parameters())
+        self.device: torch.device = weight.device
+        # What products are computed in. Wider weights are narrowed anew for each forward, and their gradients widened.
+        self.dtype: torch.dtype = dtype or weight.dtype
+        self._narrow = NarrowWeights(model.base_model, self.dtype) if self.dtype != weight.dtype else None
         self.adapters = AdapterSet(model, source.weights_hash)
-        self.tied = self.head_VD is model.get_input_embeddings().weight
+        self.tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         self._head_copy = HeadCopy()
         config = model.config.get_text_config()
         self.softcap: float | None = config.to_dict().get("final_logit_softcapping")
@@ -117,7 +124,7 @@ class BaseModel:
     def head_VD(self) -> Tensor:
         """Weight of the language-model head."""
         weight: Tensor = self.model.get_output_embeddings().weight
-        return weight
+        return weight.to(self.dtype)
 
     def head(self, policy: str) -> Tensor:
         """Weight of the head [V, D] under a policy: with its trained rows, where head and embedding share one weight."""
@@ -144,7 +151,8 @@ class BaseModel:
 
     def forward(self, ids_T: Tensor, positions_T: Tensor, segments: Segments) -> Tensor:
         """Last hidden states [T, D] with whatever adapter routing is in force."""
-        out = self.model.base_model(
+        run = self.model.base_model if self._narrow is None else self._narrow
+        out = run(
             input_ids=ids_T[None].to(self.device),
             position_ids=positions_T[None].to(self.device),
             use_cache=False,
@@ -182,7 +190,8 @@ def choose_device(wanted: str) -> torch.device:
 def load_base(
     model: str, *, template: str = "auto", dtype: str = "auto", device: str = "auto", full: bool = False
 ) -> BaseModel:
-    """Load a base model, frozen, with its renderer. `full` keeps float32 weights that can be trained.
+    """Load a base model, frozen, with its renderer. `full` keeps float32 weights that can be trained; on a GPU products are
+    still computed in the dtype that is asked for.
 
     Raises ModelError for anything that cannot be loaded, naming what to do.
     """
@@ -192,8 +201,10 @@ def load_base(
     register_attention()
     kind = choose_device(device)
     weights_dtype = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and native_bfloat16()) else torch.float32
+    products_dtype = weights_dtype
     if full:
         weights_dtype = torch.float32
+        products_dtype = products_dtype if kind.type == "cuda" else torch.float32
     try:
         inner, info = transformers.AutoModelForCausalLM.from_pretrained(
             source.folder, dtype=weights_dtype, attn_implementation=ATTENTION_NAME, trust_remote_code=False,
@@ -209,10 +220,10 @@ def load_base(
         )
     inner.requires_grad_(False)
     inner.eval()
-    inner.to(kind)
-    if not full:  # a trained weight needs its gradient
+    if not full or kind.type == "cuda":  # on a CPU a trained weight needs the gradient of the model's own module
         replace_norms(inner, inner.config.get_text_config().to_dict().get("rms_norm_eps"))
-    return BaseModel(source, inner, tokenizer, load_chat_format(tokenizer, template))
+    inner.to(kind)
+    return BaseModel(source, inner, tokenizer, load_chat_format(tokenizer, template), products_dtype)
 
 
 def load_chat(source: BaseModelFolder, template: str) -> ChatFormat:

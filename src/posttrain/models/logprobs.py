@@ -4,12 +4,12 @@
 
 The head runs only at positions that predict a target, in chunks of rows. With a frozen head the gradient with respect to
 the hidden state is formed in the forward pass, while the chunk's logits are there: backward is a multiplication by a
-number a row. With a trained head the chunk is computed again in backward.
+number a row. With a trained head the chunk is computed again in backward. On a GPU the passes over a chunk are compiled ones.
 
-With bfloat16 weights the sum over v takes, for each row, the tokens with a probability of at least 1e-5: gathering a thousand
-rows of W costs a tenth of a product with all of them. What is left out is 1 % of the mass before fine-tuning and less after,
-about what rounding p to bfloat16 changes (Wijmans et al. 2024, "Cut your losses", filter at 2.4e-4). The log-probability itself
-and all of float32 are exact.
+On a CPU with bfloat16 weights the sum over v takes, for each row, the tokens with a probability of at least 1e-5: gathering a
+thousand rows of W costs a tenth of a product with all of them. What is left out is 1 % of the mass before fine-tuning and less
+after, about what rounding p to bfloat16 changes (Wijmans et al. 2024, "Cut your losses", filter at 2.4e-4). The log-probability
+itself and all of float32 are exact.
 
 N: targets, D: width, V: vocabulary. Log-sum-exp in float32.
 """
@@ -21,10 +21,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Logits held at once: 32 Mi float32 numbers, 128 MiB; a chunk then still fills the cores at a vocabulary of 262k.
-CHUNK_LOGITS = 32 * 2**20
-# Rows whose logits are in float32 at the same time: on a CPU they stay in the cache for all passes over them.
-BLOCK_ROWS = {"cpu": 4, "cuda": 1024}
+from posttrain.models.fused import log_sum_exp, logit_gradient, probabilities
+
+# Logits held at once: 32 Mi float32 numbers, 128 MiB; a chunk then still fills the cores at a vocabulary of 262k. On a GPU
+# 512 MiB of bfloat16 fill it.
+CHUNK_LOGITS = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
+# Rows whose logits are in float32 at the same time: they stay in the cache for all passes over them.
+BLOCK_ROWS = 4
 SMALLEST_PROBABILITY = 1e-5
 
 
@@ -40,15 +43,19 @@ def target_logprobs(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, *, sof
 def _plain(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, softcap: float) -> Tensor:
     """For soft-capped heads: chunks by plain operations."""
     parts = []
-    for rows in _chunks(len(target_N), head_VD.shape[0]):
+    for rows in _chunks(target_N, head_VD):
         logits = torch.tanh((hidden_ND[rows] @ head_VD.T).float() / softcap) * softcap
         parts.append(torch.log_softmax(logits, -1).gather(1, target_N[rows, None])[:, 0])
     return torch.cat(parts) if parts else hidden_ND.new_zeros(0, dtype=torch.float32)
 
 
-def _chunks(total: int, vocabulary: int) -> list[slice]:
-    size = max(16, CHUNK_LOGITS // vocabulary)
+def _chunks(target_N: Tensor, head_VD: Tensor) -> list[slice]:
+    size, total = max(16, CHUNK_LOGITS[head_VD.device.type] // head_VD.shape[0]), len(target_N)
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def _value(logits_nV: Tensor, target_n: Tensor, total_n: Tensor) -> Tensor:
+    return logits_nV.gather(1, target_n[:, None])[:, 0].float() - total_n
 
 
 def _log_softmax_(logits: Tensor, target_n: Tensor) -> Tensor:
@@ -63,41 +70,46 @@ def _log_softmax_(logits: Tensor, target_n: Tensor) -> Tensor:
 def _filtered_chunk(hidden_nD: Tensor, head_VD: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor]:
     """log p [n] and d log p / d h [n, D] of a chunk with bfloat16 weights; see the filter in the module's docstring."""
     logits_nV = hidden_nD @ head_VD.T
-    size = BLOCK_ROWS[logits_nV.device.type]
     logprobs, rows, tokens, kept = [], [], [], []
-    for start in range(0, len(target_n), size):
-        block = torch.log_softmax(logits_nV[start : start + size], -1, dtype=torch.float32)
-        logprobs.append(block.gather(1, target_n[start : start + size, None])[:, 0])
+    for start in range(0, len(target_n), BLOCK_ROWS):
+        block = torch.log_softmax(logits_nV[start : start + BLOCK_ROWS], -1, dtype=torch.float32)
+        logprobs.append(block.gather(1, target_n[start : start + BLOCK_ROWS, None])[:, 0])
         row, token = (block > math.log(SMALLEST_PROBABILITY)).nonzero(as_tuple=True)
         rows.append(row + start)
         tokens.append(token)
         kept.append(block[row, token])
-    first_n = torch.searchsorted(torch.cat(rows), torch.arange(len(target_n), device=target_n.device))
+    first_n = torch.searchsorted(torch.cat(rows), torch.arange(len(target_n)))
     probability = torch.cat(kept).exp_().to(head_VD.dtype)
     mean_nD = functional.embedding_bag(torch.cat(tokens), head_VD, first_n, mode="sum", per_sample_weights=probability)
     return torch.cat(logprobs), head_VD[target_n] - mean_nD
 
 
+def _chunk_on_gpu(hidden_nD: Tensor, head_VD: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor]:
+    """log p [n] and d log p / d h [n, D] of a chunk."""
+    logits_nV = hidden_nD @ head_VD.T
+    total_n = log_sum_exp(logits_nV)
+    return _value(logits_nV, target_n, total_n), head_VD[target_n] - probabilities(logits_nV, total_n) @ head_VD
+
+
+def _exact_chunk(hidden_nD: Tensor, head_VD: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor]:
+    """log p [n] and d log p / d h [n, D] of a chunk, by whole products."""
+    logits = (hidden_nD @ head_VD.T).float()
+    logprobs_n = _log_softmax_(logits, target_n)
+    return logprobs_n, head_VD[target_n] - logits.to(head_VD.dtype) @ head_VD
+
+
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> Tensor:
+        if not ctx.needs_input_grad[0]:
+            return _values(hidden_ND, head_VD, target_N)[0]
         logprobs_N = hidden_ND.new_empty(len(target_N), dtype=torch.float32)
-        wants_grad = ctx.needs_input_grad[0]
-        slope_ND = torch.empty_like(hidden_ND) if wants_grad else None
-        if slope_ND is not None and head_VD.dtype == torch.bfloat16:
-            for rows in _chunks(len(target_N), head_VD.shape[0]):
-                logprobs_N[rows], slope_ND[rows] = _filtered_chunk(hidden_ND[rows], head_VD, target_N[rows])
-            ctx.save_for_backward(slope_ND)
-            return logprobs_N
-        for rows in _chunks(len(target_N), head_VD.shape[0]):
-            logits = (hidden_ND[rows] @ head_VD.T).float()
-            if slope_ND is None:
-                logprobs_N[rows] = logits.gather(1, target_N[rows, None])[:, 0] - logits.logsumexp(1)
-                continue
-            logprobs_N[rows] = _log_softmax_(logits, target_N[rows])
-            torch.sub(head_VD[target_N[rows]], logits.to(head_VD.dtype) @ head_VD, out=slope_ND[rows])
-        if slope_ND is not None:
-            ctx.save_for_backward(slope_ND)
+        slope_ND = torch.empty_like(hidden_ND)
+        on_cpu = _filtered_chunk if head_VD.dtype == torch.bfloat16 else _exact_chunk
+        chunk = _chunk_on_gpu if head_VD.is_cuda else on_cpu
+        for rows in _chunks(target_N, head_VD):
+            logprobs_N[rows], slope_ND[rows] = chunk(hidden_ND[rows], head_VD, target_N[rows])
+        ctx.save_for_backward(slope_ND)
         return logprobs_N
 
     @staticmethod
@@ -106,27 +118,31 @@ class _FrozenHead(torch.autograd.Function):
         return slope_ND * grads[0].to(slope_ND.dtype)[:, None], None, None
 
 
+def _values(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+    """log p of each target and log sum exp of its logits [N], no gradient."""
+    logprobs_N = hidden_ND.new_empty(len(target_N), dtype=torch.float32)
+    total_N = torch.empty_like(logprobs_N)
+    for rows in _chunks(target_N, head_VD):
+        logits_nV = hidden_ND[rows] @ head_VD.T
+        total_N[rows] = log_sum_exp(logits_nV)
+        logprobs_N[rows] = _value(logits_nV, target_N[rows], total_N[rows])
+    return logprobs_N, total_N
+
+
 class _TrainedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden_ND, head_VD, target_N)
-        logprobs_N = hidden_ND.new_empty(len(target_N), dtype=torch.float32)
-        for rows in _chunks(len(target_N), head_VD.shape[0]):
-            logits = (hidden_ND[rows] @ head_VD.T).float()
-            logprobs_N[rows] = logits.gather(1, target_N[rows, None])[:, 0] - logits.logsumexp(1)
+        logprobs_N, total_N = _values(hidden_ND, head_VD, target_N)
+        ctx.save_for_backward(hidden_ND, head_VD, target_N, total_N)
         return logprobs_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        hidden_ND, head_VD, target_N = ctx.saved_tensors
+        hidden_ND, head_VD, target_N, total_N = ctx.saved_tensors
         grad_hidden, grad_head = torch.zeros_like(hidden_ND), torch.zeros_like(head_VD)
-        for rows in _chunks(len(target_N), head_VD.shape[0]):
-            logits = (hidden_ND[rows] @ head_VD.T).float()
-            _log_softmax_(logits, target_N[rows])
-            # d log p / d z = onehot - p, times the incoming gradient of the row
-            logits.mul_(-grads[0][rows, None].float())
-            logits.scatter_add_(1, target_N[rows, None], grads[0][rows, None].float())
-            slope = logits.to(head_VD.dtype)
+        for rows in _chunks(target_N, head_VD):
+            logits_nV = hidden_ND[rows] @ head_VD.T
+            slope = logit_gradient(logits_nV, total_N[rows], target_N[rows], grads[0][rows])
             grad_hidden[rows] = slope @ head_VD
             grad_head.addmm_(slope.T, hidden_ND[rows])
         return grad_hidden, grad_head, None

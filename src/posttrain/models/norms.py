@@ -1,9 +1,10 @@
-"""Root-mean-square normalisation with a frozen weight and a backward of its own.
+"""Root-mean-square normalisation with a backward of its own.
 
     y = x r w,   r = 1 / sqrt(mean(x^2) + eps)          dx = r (g w - x r mean(g w x r))        (Zhang and Sennrich 2019)
 
 The models' own modules leave two float32 copies of every activation for backward, which is most of what a packed step keeps in
-memory; this keeps the input and one number a token. A module is replaced only where this function gives what it gives.
+memory; this keeps the input and one number a token. A module is replaced only where this function gives what it gives. On a
+GPU a norm is one compiled kernel each way, and its weight may be trained.
 
 T: tokens, D: width.
 """
@@ -13,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posttrain.models.fused import rms_norm
 
-class _RmsNorm(torch.autograd.Function):
+
+class _FrozenNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         wide = x.float()
@@ -31,21 +34,27 @@ class _RmsNorm(torch.autograd.Function):
         return slope.sub_(normed.mul_(along)).mul_(root).to(x.dtype), None, None
 
 
-class FrozenRmsNorm(nn.Module):
-    """y = x r w. `weight` is the model's own parameter, kept for whoever saves the model; `scale_D` is w, float32."""
+class RmsNorm(nn.Module):
+    """y = x r w with w = weight + offset; `weight` is the model's own parameter. On a CPU it must be frozen."""
 
-    def __init__(self, weight: nn.Parameter, scale_D: Tensor, eps: float) -> None:
+    def __init__(self, weight: nn.Parameter, offset: float, eps: float) -> None:
         super().__init__()
-        self.weight, self.scale_D, self.eps = weight, scale_D, eps
+        self.weight, self.offset, self.eps = weight, offset, eps
+        self._scale_D = weight.detach().float() + offset
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
-        out: Tensor = _RmsNorm.apply(x, self.scale_D, self.eps)  # type: ignore[no-untyped-call]
+        if x.is_cuda:
+            return rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.offset, self.eps).view_as(x)
+        out: Tensor = _FrozenNorm.apply(x, self._scale_D, self.eps)  # type: ignore[no-untyped-call]
         return out
 
 
 def replace_norms(model: nn.Module, eps: float | None) -> int:
-    """Replace the RMS norms of a frozen model; returns how many. One that computes something else is left as it is."""
+    """Replace a model's RMS norms; returns how many. One that computes something else is left as it is.
+
+    On a CPU only the norms of a frozen model may be replaced.
+    """
     replaced = 0
     for name, module in list(model.named_modules()):
         if type(module).__name__.endswith("RMSNorm") and eps is not None and isinstance(module.weight, nn.Parameter):
@@ -58,7 +67,7 @@ def replace_norms(model: nn.Module, eps: float | None) -> int:
 
 
 @torch.no_grad()
-def _equal(module: nn.Module, weight: nn.Parameter, eps: float) -> FrozenRmsNorm | None:
+def _equal(module: nn.Module, weight: nn.Parameter, eps: float) -> RmsNorm | None:
     """The same norm, scaled by its weight (Llama) or by one more than its weight (Gemma), or None where neither fits."""
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(4, len(weight), generator=generator).to(weight.device, weight.dtype)
@@ -66,8 +75,8 @@ def _equal(module: nn.Module, weight: nn.Parameter, eps: float) -> FrozenRmsNorm
     probe = torch.cat([probe, probe * eps**0.5])
     wanted = module(probe).float()
     close = 2e-2 if weight.dtype == torch.bfloat16 else 1e-5
-    for scale_D in (weight.float(), 1.0 + weight.float()):
-        candidate = FrozenRmsNorm(weight, scale_D, eps)
-        if torch.allclose(candidate(probe).float(), wanted, rtol=close, atol=close):
+    for offset in (0.0, 1.0):
+        candidate = RmsNorm(weight, offset, eps)
+        if torch.allclose(rms_norm(probe, weight, offset, eps).float(), wanted, rtol=close, atol=close):
             return candidate
     return None

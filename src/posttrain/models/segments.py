@@ -52,7 +52,9 @@ class Segments:
     def __init__(self, spans: tuple[Span, ...], *, cache: KeyValueCache | None = None, decoding: bool = False) -> None:
         self.spans, self.cache, self.decoding = spans, cache, decoding
         self._invisible: dict[tuple[int, int, int], Tensor] = {}
-        self.block_masks: dict[int, Any] = {}
+        # Made at the first use and kept for the other layers: masks of decoding rows by window, the GPU kernel's table.
+        self.masks: dict[int, Tensor] = {}
+        self.varlen: Any = None
 
     def invisible(self, length: int, keys: int, window: int, device: torch.device) -> Tensor:
         """Which of `keys` keys each of the last `length` of their tokens must not see [L, S]; made once a batch and shape."""

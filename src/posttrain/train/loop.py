@@ -66,6 +66,7 @@ class _Run:
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
             eps=ADAM_EPSILON,
+            fused=all(p.is_cuda for p in task.parameters.values()) or None,
         )
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.best, self.since_best = math.inf, 0
@@ -96,8 +97,11 @@ class _Run:
             found = {
                 k.split("/")[1]: t for k, t in saved.tensors.items() if k.startswith("adam/") and k.split("/", 2)[2] == name
             }
-            # AdamW keeps its step count on the CPU; the moments lie where the weights do.
-            self.optimiser.state[parameter] = {k: t if k == "step" else t.to(parameter.device) for k, t in found.items()}
+            # AdamW keeps its step count on the CPU, the fused one beside the weights; the moments lie where the weights do.
+            fused = self.optimiser.defaults["fused"]
+            self.optimiser.state[parameter] = {
+                k: t if k == "step" and not fused else t.to(parameter.device) for k, t in found.items()
+            }
         self.best_weights = {n[5:]: t for n, t in saved.tensors.items() if n.startswith("best/")}
         torch.set_rng_state(saved.tensors["random/torch"])
         if "random/cuda" in saved.tensors and torch.cuda.is_available():

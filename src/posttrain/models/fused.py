@@ -1,0 +1,63 @@
+"""Functions that are chains of small operations: compiled into one kernel on a GPU, run as they stand on a CPU.
+
+On a GPU each operation of a chain reads and writes its whole tensor, and the chain costs what they move; a compiled one moves
+it once, backward included. On a CPU compiling brought nothing (docs/log.md), and the chains there have functions of their own.
+
+N: rows, D: width, V: vocabulary.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def fused(rows: int) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """The function, compiled at its first use on a GPU. Its first `rows` arguments are tensors of any number of rows."""
+
+    def wrap(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        compiled: list[Callable[..., Tensor]] = []
+
+        @functools.wraps(function)
+        def run(*args: Any) -> Tensor:
+            if not args[0].is_cuda:
+                return function(*args)
+            if not compiled:  # importing the compiler takes seconds, which a CPU need not pay
+                compiled.append(torch.compile(function, dynamic=False))
+            for tensor in args[:rows]:  # the other sizes are the model's: kernels made for them are faster
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            return compiled[0](*args)
+
+        return run
+
+    return wrap
+
+
+@fused(rows=1)
+def rms_norm(x_ND: Tensor, weight_D: Tensor, offset: float, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) (weight + offset) [N, D], in float32, given back as x came."""
+    wide = x_ND.float()
+    root = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * root * (weight_D.float() + offset)).to(x_ND.dtype)
+
+
+@fused(rows=1)
+def log_sum_exp(logits_NV: Tensor) -> Tensor:
+    """log sum_v exp z_v [N], float32."""
+    return torch.logsumexp(logits_NV.float(), 1)
+
+
+@fused(rows=2)
+def probabilities(logits_NV: Tensor, total_N: Tensor) -> Tensor:
+    """exp(z - log sum) [N, V] as the logits came."""
+    return torch.exp(logits_NV.float() - total_N[:, None]).to(logits_NV.dtype)
+
+
+@fused(rows=4)
+def logit_gradient(logits_NV: Tensor, total_N: Tensor, target_N: Tensor, grad_N: Tensor) -> Tensor:
+    """d sum_n g_n log p_n / d z = g (onehot - p) [N, V] as the logits came."""
+    hit = torch.arange(logits_NV.shape[1], device=logits_NV.device)[None] == target_N[:, None]
+    slope = hit.float() - torch.exp(logits_NV.float() - total_N[:, None])
+    return (slope * grad_N[:, None].float()).to(logits_NV.dtype)
