@@ -21,7 +21,7 @@ ROOT = HERE.parent
 PEERS = ROOT / ".venv-peers/bin/python"
 # The peer's settings that are tried; the first is the one whose losses are compared step by step.
 SETTINGS = {
-    "sft": ("bf16-padded", "bf16-grouped", "bf16-packed", "fp32-padded"),
+    "sft": ("bf16-padded", "bf16-grouped", "bf16-packed", "fp32-grouped"),
     "dpo": ("bf16-precomputed", "bf16", "fp32-precomputed"),
 }
 WARM_UP = 2
@@ -61,7 +61,9 @@ def against_trl(race: str, steps: int, data: Path, rows: int, settings: tuple[st
         ours = side(sys.executable, "ours.py", race, folder, "auto")
         peers = []
         for index, setting in enumerate(settings):
-            peers.append(side(PEERS, "trl_peer.py", race, folder, setting, str(steps if index == 0 else WARM_UP + 1)))
+            # a slow setting shows itself in few steps
+            count = min(steps, WARM_UP + 3) if index and "fp32" in setting else steps
+            peers.append(side(PEERS, "trl_peer.py", race, folder, setting, str(count)))
             print(json.dumps(speed(peers[-1])), file=sys.stderr)
     agreement = compare(ours, peers[0]) if race == "sft" else agree_in_float32(race, data)
     our_speed, their_speeds = speed(ours), [speed(p) for p in peers]

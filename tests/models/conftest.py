@@ -44,9 +44,9 @@ def lively() -> Callable[..., LoraAdapter]:
         generator = torch.Generator().manual_seed(seed + 1)
         with torch.no_grad():
             for _, b in adapter.weights.values():
-                b.normal_(std=0.1, generator=generator)
+                b.copy_(torch.empty(b.shape).normal_(std=0.1, generator=generator))
             if adapter.tokens is not None:
-                adapter.tokens.rows.normal_(std=0.3, generator=generator)
+                adapter.tokens.rows.copy_(torch.empty(adapter.tokens.rows.shape).normal_(std=0.3, generator=generator))
         return adapter
 
     return make

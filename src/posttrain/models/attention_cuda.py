@@ -7,6 +7,7 @@ no copy; of a shared prompt the keys are gathered once a completion, and their g
 T: packed tokens, H: query heads, K: key/value heads, D: head width, S: keys of all segments, N: segments.
 """
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,8 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Se
     """q [H, T, D], k and v [K, T, D] -> [H, T, D]; a window of 0 sees everything before."""
     from torch.nn.attention.varlen import varlen_attn
 
+    # The kernel has always taken fewer key heads than query heads; from torch 2.12 on it wants to be told.
+    told = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     table = segments.varlen
     if table is None:
         table = segments.varlen = varlen_table(segments.spans, q.shape[1], q.device)
@@ -48,7 +51,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Se
         keys, values = gather_keys(keys, table.key_S), gather_keys(values, table.key_S)
     out = varlen_attn(
         q.transpose(0, 1), keys, values, table.query_N, table.key_N, table.longest_query, table.longest_key, scale=scale,
-        window_size=(window - 1, 0) if window else (-1, 0), enable_gqa=q.shape[0] != k.shape[0],
+        window_size=(window - 1, 0) if window else (-1, 0), **told,
     )  # fmt: skip
     assert isinstance(out, Tensor)
     return out.transpose(0, 1)
