@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def fused(rows: int) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
@@ -61,3 +62,23 @@ def logit_gradient(logits_NV: Tensor, total_N: Tensor, target_N: Tensor, grad_N:
     hit = torch.arange(logits_NV.shape[1], device=logits_NV.device)[None] == target_N[:, None]
     slope = hit.float() - torch.exp(logits_NV.float() - total_N[:, None])
     return (slope * grad_N[:, None].float()).to(logits_NV.dtype)
+
+
+@fused(rows=2)
+def gated_silu(gate_ND: Tensor, up_ND: Tensor) -> Tensor:
+    """silu(gate) up [N, D] (SwiGLU, Shazeer 2020), in float32, given back as it came."""
+    return (functional.silu(gate_ND.float()) * up_ND.float()).to(gate_ND.dtype)
+
+
+@fused(rows=2)
+def gated_gelu(gate_ND: Tensor, up_ND: Tensor) -> Tensor:
+    """gelu(gate) up [N, D], gelu by its tanh form (GeGLU, Shazeer 2020), in float32, given back as it came."""
+    return (functional.gelu(gate_ND.float(), approximate="tanh") * up_ND.float()).to(gate_ND.dtype)
+
+
+@fused(rows=3)
+def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    """Rotary position embedding by halves (Su et al. 2021): x cos + (-x_2, x_1) sin, in float32, given back as x came."""
+    wide, half = x_THD.float(), x_THD.shape[-1] // 2
+    turned = torch.cat([-wide[..., half:], wide[..., :half]], -1)
+    return (wide * cos_TD[:, None].float() + turned * sin_TD[:, None].float()).to(x_THD.dtype)

@@ -26,6 +26,7 @@ from posttrain.artifacts import disk_error, fsync_tree, write_json
 from posttrain.data.chat import ChatFormat, load_chat_format
 from posttrain.errors import ArtifactError, ModelError
 from posttrain.models.attention import ATTENTION_NAME, register_attention
+from posttrain.models.kernels import replace_mlps, replace_rotary
 from posttrain.models.logprobs import target_logprobs
 from posttrain.models.lora import AdapterSet, LoraShape
 from posttrain.models.narrow import NarrowWeights
@@ -222,6 +223,9 @@ def load_base(
     inner.eval()
     if not full or kind.type == "cuda":  # on a CPU a trained weight needs the gradient of the model's own module
         replace_norms(inner, inner.config.get_text_config().to_dict().get("rms_norm_eps"))
+    if kind.type == "cuda":
+        replace_mlps(inner)
+        replace_rotary(inner)
     inner.to(kind)
     return BaseModel(source, inner, tokenizer, load_chat_format(tokenizer, template), products_dtype)
 

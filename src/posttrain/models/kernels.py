@@ -1,0 +1,105 @@
+"""Puts the compiled chains of `models/fused.py` in the places of a model's own code, on a GPU.
+
+Gated MLPs and rotary embeddings are recognised by what they compute: where a small probe gives another result, the model's own
+code stays. A GPU step of Qwen3-0.6B spends a fifth of its time in these chains when each operation runs by itself.
+
+T: packed tokens, H: heads, D: head width.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.models.fused import gated_gelu, gated_silu, rotate
+
+ROTARY = "apply_rotary_pos_emb"
+
+
+class GatedMlp(nn.Module):
+    """down(act(gate(x)) * up(x)) with the model's own layers, under their own names."""
+
+    def __init__(self, mlp: Any, gated: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self._gated = mlp.gate_proj, mlp.up_proj, mlp.down_proj, gated
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        gated = self._gated(gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1]))
+        out: Tensor = self.down_proj(gated.view_as(gate))
+        return out
+
+
+@torch.no_grad()
+def replace_mlps(model: nn.Module) -> int:
+    """Replace the gated MLPs of a model that lies on the CPU; returns how many."""
+    replaced = 0
+    for name, module in list(model.named_modules()):
+        parts = {child for child, _ in module.named_children()}
+        if (
+            not {"gate_proj", "up_proj", "down_proj", "act_fn"} <= parts
+            or next(module.parameters(recurse=False), None) is not None
+        ):
+            continue
+        gated = _gate_of(module)
+        if gated is not None:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, GatedMlp(module, gated))
+            replaced += 1
+    return replaced
+
+
+def _gate_of(mlp: Any) -> Callable[..., Tensor] | None:
+    weight = mlp.gate_proj.weight
+    probe = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    wanted = mlp(probe).float()
+    close = 2e-2 if weight.dtype == torch.bfloat16 else 1e-4
+    for gated in (gated_silu, gated_gelu):
+        found = GatedMlp(mlp, gated)(probe).float()
+        if (found - wanted).norm() <= close * wanted.norm():
+            return gated
+    return None
+
+
+@torch.no_grad()
+def replace_rotary(model: nn.Module) -> bool:
+    """Let the attention layers of a model's architecture rotate by one kernel on a GPU; on a CPU nothing changes for them.
+
+    Their rotation is a function of the module that defines them, so it is replaced there, once.
+    """
+    found = False
+    for name in {type(module).__module__ for module in model.modules()}:
+        own = getattr(sys.modules[name], ROTARY, None)
+        if own is not None and not hasattr(own, "replaces") and _rotates_by_halves(own):
+            setattr(sys.modules[name], ROTARY, _on_gpu(own))
+        found |= hasattr(getattr(sys.modules[name], ROTARY, None), "replaces")
+    return found
+
+
+def _rotates_by_halves(own: Callable[..., Any]) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, heads, 3, 8, generator=generator) for heads in (4, 2))
+    cos, sin = (torch.randn(1, 3, 8, generator=generator) for _ in range(2))
+    try:
+        wanted = own(q, k, cos, sin)
+    except (TypeError, RuntimeError, ValueError):  # another signature
+        return False
+    return all(torch.allclose(a, _rotated(x, cos, sin), atol=1e-5) for a, x in zip(wanted, (q, k), strict=True))
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [1, H, T, D], cos and sin [1, T, D]."""
+    return rotate(x[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None]
+
+
+def _on_gpu(own: Callable[..., Any]) -> Callable[..., Any]:
+    def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
+        if q.is_cuda and len(q) == 1 and unsqueeze_dim == 1:
+            return _rotated(q, cos, sin), _rotated(k, cos, sin)
+        return own(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+
+    apply.replaces = own  # type: ignore[attr-defined]
+    return apply
