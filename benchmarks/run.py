@@ -57,7 +57,7 @@ def against_trl(race: str, steps: int, data: Path, rows: int, settings: tuple[st
     if not PEERS.exists():
         raise SystemExit("the peers are not installed: make bench-setup")
     with tempfile.TemporaryDirectory() as folder:
-        side(sys.executable, "workload.py", race, folder, str(data), str(steps), str(rows))
+        side(sys.executable, "workload.py", race, folder, str(data), str(steps), str(rows), "1024")
         ours = side(sys.executable, "ours.py", race, folder, "auto")
         peers = []
         for index, setting in enumerate(settings):
@@ -88,13 +88,13 @@ def compare(ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any]:
 
 
 def agree_in_float32(race: str, data: Path, steps: int = 10, rows: int = 2) -> dict[str, Any]:
-    """Ten small steps of both sides in float32.
+    """Ten small steps of short rows of both sides in float32.
 
     A margin is a difference of sums over hundreds of tokens; bfloat16 moves each by a hundredth of a nat, on both sides and not
     alike, so that the losses of a few pairs differ by several percent whoever is right.
     """
     with tempfile.TemporaryDirectory() as folder:
-        side(sys.executable, "workload.py", race, folder, str(data), str(steps), str(rows))
+        side(sys.executable, "workload.py", race, folder, str(data), str(steps), str(rows), "384")
         ours = side(sys.executable, "ours.py", race, folder, "float32")
         return compare(ours, side(PEERS, "trl_peer.py", race, folder, "fp32-precomputed", str(steps)))
 

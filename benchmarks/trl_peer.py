@@ -69,7 +69,7 @@ def shared_settings(folder: Path, work: dict, setting: str, steps: int, accumula
     """What both trainers are told."""
     return {
         "output_dir": str(folder / "trl"),
-        "per_device_train_batch_size": MICRO,
+        "per_device_train_batch_size": min(MICRO, work["rows"]),
         "gradient_accumulation_steps": accumulation,
         "max_steps": steps,
         "learning_rate": work["rate"],

@@ -1,6 +1,6 @@
 """What both sides of a race train on: token ids in step order, one initial adapter, the model folder.
 
-Arguments: race folder data steps rows.
+Arguments: race folder data steps rows tokens (of the longest row).
 """
 
 import json
@@ -22,15 +22,10 @@ DEMONSTRATIONS = ("oasst_threads", "self_instruct_seeds", "dolly_subset")
 
 def main() -> None:
     """Write `workload.json` and the adapter's folder."""
-    race, folder, data, steps, rows = (
-        sys.argv[1],
-        Path(sys.argv[2]),
-        Path(sys.argv[3]),
-        int(sys.argv[4]),
-        int(sys.argv[5]),
-    )
+    race, folder, data = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    steps, rows, tokens = (int(x) for x in sys.argv[4:7])
     base = load_base(MODEL)
-    keywords = {"max_tokens": 1024, "validation": 0.0, "allow_dropped": 1.0, "evaluation_prompts": frozenset[str]()}
+    keywords = {"max_tokens": tokens, "validation": 0.0, "allow_dropped": 1.0, "evaluation_prompts": frozenset[str]()}
     if race == "sft":
         sources = tuple(Source(path=str(data / f"demonstrations/{name}.jsonl")) for name in DEMONSTRATIONS)
         prepared = prepare_demonstrations(read_demonstrations(sources, seed=0), base.chat, **keywords)

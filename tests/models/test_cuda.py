@@ -34,7 +34,7 @@ def on_gpu(heads: list[Tensor], spans: tuple[Span, ...], window: int, softcap: f
 
 def largest(found: Tensor, wanted: Tensor) -> float:
     """Error in norm, relative to what is wanted or to 1 where that is smaller: a token that sees itself alone has no slope."""
-    return float((found.double().cpu() - wanted).norm() / wanted.norm().clamp(min=1))
+    return float((found.detach().double().cpu() - wanted.detach()).norm() / wanted.norm().clamp(min=1))
 
 
 @pytest.mark.parametrize("width", [16, 64, 128, 256])
