@@ -22,6 +22,7 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "qwen3": (transformers.Qwen3Config, {"head_dim": 16}),
     "mistral, sliding": (transformers.MistralConfig, {"sliding_window": 8}),
     "phi3, sliding": (transformers.Phi3Config, {"sliding_window": 8}),
+    "phi3, half turned": (transformers.Phi3Config, {"partial_rotary_factor": 0.5}),
     "gemma3, sliding": (
         transformers.Gemma3TextConfig,
         {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from posttrain.models.fused import gated_gelu, gated_silu, rotate
 
 ROTARY = "apply_rotary_pos_emb"
+# The modules of transformers whose rotation was replaced in this process.
+_replaced: set[str] = set()
 
 
 class GatedMlp(nn.Module):
@@ -70,13 +72,13 @@ def replace_rotary(model: nn.Module) -> bool:
 
     Their rotation is a function of the module that defines them, so it is replaced there, once.
     """
-    found = False
-    for name in {type(module).__module__ for module in model.modules()}:
-        own = getattr(sys.modules[name], ROTARY, None)
-        if own is not None and not hasattr(own, "replaces") and _rotates_by_halves(own):
+    names = {type(module).__module__ for module in model.modules()}
+    for name in names - _replaced:
+        own = vars(sys.modules[name]).get(ROTARY)
+        if own is not None and _rotates_by_halves(own):
             setattr(sys.modules[name], ROTARY, _on_gpu(own))
-        found |= hasattr(getattr(sys.modules[name], ROTARY, None), "replaces")
-    return found
+            _replaced.add(name)
+    return bool(names & _replaced)
 
 
 def _rotates_by_halves(own: Callable[..., Any]) -> bool:
@@ -97,9 +99,9 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _on_gpu(own: Callable[..., Any]) -> Callable[..., Any]:
     def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
-        if q.is_cuda and len(q) == 1 and unsqueeze_dim == 1:
+        # Some models turn only a part of the width.
+        if q.is_cuda and len(q) == 1 and unsqueeze_dim == 1 and cos.shape[-1] == q.shape[-1]:
             return _rotated(q, cos, sin), _rotated(k, cos, sin)
         return own(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
 
-    apply.replaces = own  # type: ignore[attr-defined]
     return apply
