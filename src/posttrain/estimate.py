@@ -88,7 +88,8 @@ def _speed(recipe: Recipe) -> float:
     """Operations a second that a step will reach on this machine."""
     device = choose_device(recipe.base.device)
     wants_bfloat16 = recipe.base.dtype == "bfloat16" or (recipe.base.dtype == "auto" and native_bfloat16())
-    dtype = torch.bfloat16 if wants_bfloat16 and recipe.adapter.kind == "lora" else torch.float32
+    narrow = wants_bfloat16 and (recipe.adapter.kind == "lora" or device.type == "cuda")
+    dtype = torch.bfloat16 if narrow else torch.float32
     a = torch.randn(1024, 1024).to(device, dtype)
     best = float("inf")
     for _ in range(8):
@@ -104,8 +105,9 @@ def _training(plan: Plan, stage: Stage, chat: ChatFormat, body: int, head: int) 
     tokens, targets = round(report["tokens"] * stage.epochs), round(report["trained_tokens"] * stage.epochs)
     a_token, a_target = (6 * body, 6 * head) if full else (4 * body, 4 * head)
     operations: float = tokens * a_token + targets * a_target
-    if stage.kind == "dpo":  # the reference is computed once
-        operations += report["tokens"] * 2 * body + report["trained_tokens"] * 2 * head
+    if stage.kind == "dpo":  # the reference is computed once for each pair that is seen
+        seen = min(1.0, stage.epochs)
+        operations += seen * (report["tokens"] * 2 * body + report["trained_tokens"] * 2 * head)
     return Work(round(report["train_rows"] * stage.epochs), tokens, targets, operations)
 
 

@@ -173,6 +173,16 @@ def test_files_of_the_other_kind_are_sent_to_the_other_stage(tmp_path: Path):
 # --- mixing -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("weight", [0.5, 1.0, 2.0])
+def test_a_weight_leaves_the_share_of_bad_rows_as_it_is(tmp_path: Path, weight: float):
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(good if i % 2 else {"messages": []}) + "\n" for i in range(400)))
+    read = read_demonstrations((Source(path=str(path), weight=weight),), seed=1)
+    assert len(read.records) + len(read.problems) == 400 * weight
+    assert 0.4 <= len(read.problems) / (400 * weight) <= 0.6
+
+
 @pytest.mark.parametrize("weight, copies", [(0.5, {0: 5, 1: 5}), (1.0, {1: 10}), (2.0, {2: 10}), (2.5, {2: 5, 3: 5})])
 def test_weights_take_parts_and_copies(tmp_path: Path, weight: float, copies: dict[int, int]):
     path = write(tmp_path, [{"id": f"r{i}", "prompt": f"q{i}", "completion": "a"} for i in range(10)])

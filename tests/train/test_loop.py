@@ -103,6 +103,7 @@ def test_patience_ends_the_run_and_best_publishes_the_best(tmp_path: Path):
     assert fitted.steps == 4
     assert seen == pytest.approx([-0.1, -0.2, -0.3, -0.4], rel=1e-4)
     assert weight.item() == seen[1]
+    assert fitted.metrics["toy/validation_loss"] == 1.0, "the metrics are those of what is published"
 
 
 def test_last_publishes_the_last(tmp_path: Path):

@@ -44,6 +44,13 @@ def test_the_policy_starts_at_a_reference_that_never_moves(adapter: dict[str, An
     assert kept(tmp_path / "again") == at_start
 
 
+def test_below_an_epoch_the_reference_answers_for_what_is_seen(base: BaseModel, tmp_path: Path):
+    folder = tmp_path / "dpo"
+    run_stage(base, folder, "dpo", data=str(preferences(tmp_path / "p.jsonl", rows=40)), epochs=0.2, validation=0)
+    seen = len(rows_of(folder)) * 4
+    assert len(kept(folder)) == seen == 8
+
+
 def test_a_reference_of_another_machine_is_refused_before_a_step(base: BaseModel, tmp_path: Path):
     stage = {"data": str(preferences(tmp_path / "p.jsonl"))}
     folder = tmp_path / "dpo"

@@ -114,7 +114,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 def digest(folder: Path) -> dict[str, Any]:
     """Everything that must be equal in two runs that are the same: a sha256 a tensor, counters, metrics."""
     tensors, state = newest(folder)
-    counters = {k: v for k, v in state.items() if k not in ("seconds", "metrics")}
+    counters = {k: v for k, v in state.items() if k not in ("seconds", "metrics", "best_metrics")}
     (published,) = folder.glob("*.safetensors")
     return {
         "tensors": hashes(tensors), "counters": counters, "rows": rows_of(folder), "published": hashes(load_file(published)),

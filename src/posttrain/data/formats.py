@@ -83,14 +83,12 @@ def read_demonstrations(data: str | tuple[Source, ...], *, seed: int) -> Demonst
     infos: list[SourceInfo] = []
     for source, rows, sha256 in _sources(data):
         layout, convert = _demonstration_layout(source.path, rows)
-        found: list[Conversation] = []
-        for row in rows:
+        infos.append(SourceInfo(source.path, layout, len(rows), sha256))
+        for row, name in _weighted(rows, source, seed):
             try:
-                found.append(Conversation(_row_id(source.path, row), convert(row.value), source.path))
+                records.append(Conversation(name, convert(row.value), source.path))
             except _BadRow as bad:
                 problems.append(Problem(source.path, f"row {row.number}", str(bad)))
-        infos.append(SourceInfo(source.path, layout, len(rows), sha256))
-        records += [Conversation(name, r.messages, r.source) for r, name in _weighted(found, source, seed)]
     return Demonstrations(_unique_ids(records), tuple(problems), tuple(infos))
 
 
@@ -101,19 +99,14 @@ def read_preferences(data: str | tuple[Source, ...], *, seed: int) -> Preference
     infos: list[SourceInfo] = []
     for source, rows, sha256 in _sources(data):
         layout = _preference_layout(source.path, rows)
-        found: list[PreferencePair] = []
-        for row in rows:
+        infos.append(SourceInfo(source.path, layout, len(rows), sha256))
+        for row, name in _weighted(rows, source, seed):
             try:
                 prompt, chosen, rejected = _pair(row.value)
                 reason = str(row.value.get("reason") or "")
-                found.append(PreferencePair(_row_id(source.path, row), prompt, chosen, rejected, source.path, reason))
+                records.append(PreferencePair(name, prompt, chosen, rejected, source.path, reason))
             except _BadRow as bad:
                 problems.append(Problem(source.path, f"row {row.number}", str(bad)))
-        infos.append(SourceInfo(source.path, layout, len(rows), sha256))
-        records += [
-            PreferencePair(name, r.prompt, r.chosen, r.rejected, r.source, r.reason)
-            for r, name in _weighted(found, source, seed)
-        ]
     return Preferences(_unique_ids(records), tuple(problems), tuple(infos))
 
 
@@ -132,13 +125,17 @@ def _row_id(path: str, row: RawRow) -> str:
     )
 
 
-def _weighted(records: list[R], source: Source, seed: int) -> list[tuple[R, str]]:
-    """0.5 takes a seeded half in file order, 2.5 takes each twice and half of them once more; copies have ids of their own."""
+def _weighted(rows: list[RawRow], source: Source, seed: int) -> list[tuple[RawRow, str]]:
+    """Rows and their ids: 0.5 takes a seeded half in file order, 2.5 takes each twice and half of them once more.
+
+    Copies have ids of their own. Rows that cannot be learned from are drawn like the others, so that their share stays.
+    """
     whole, part = divmod(source.weight, 1.0)
-    taken = [(r, r.id if copy == 0 else f"{r.id}#{copy + 1}") for copy in range(int(whole)) for r in records]
-    chosen = sorted(random.Random(f"{seed}|{source.path}").sample(range(len(records)), round(part * len(records))))
+    ids = [_row_id(source.path, row) for row in rows]
+    taken = [(r, i if copy == 0 else f"{i}#{copy + 1}") for copy in range(int(whole)) for r, i in zip(rows, ids, strict=True)]
+    chosen = sorted(random.Random(f"{seed}|{source.path}").sample(range(len(rows)), round(part * len(rows))))
     suffix = f"#{int(whole) + 1}" if whole else ""
-    return taken + [(records[i], records[i].id + suffix) for i in chosen]
+    return taken + [(rows[i], ids[i] + suffix) for i in chosen]
 
 
 def _unique_ids(records: list[R]) -> tuple[R, ...]:

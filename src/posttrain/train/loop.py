@@ -47,7 +47,7 @@ class TrainTask(NamedTuple):
 
 
 class FitResult(NamedTuple):
-    """What a finished loop says of itself."""
+    """What a finished loop says of itself; `metrics` are those of the step whose weights are published."""
 
     steps: int
     tokens: int
@@ -73,6 +73,7 @@ class _Run:
         self.best_weights: dict[str, Tensor] = {}
         self.finished = False
         self.last_metrics: dict[str, float] = {}
+        self.best_metrics: dict[str, float] = {}
 
     def checkpoint(self) -> Checkpoint:
         tensors = {f"weight/{n}": p.detach().cpu() for n, p in self.task.parameters.items()}
@@ -84,7 +85,7 @@ class _Run:
         if torch.cuda.is_available():
             tensors["random/cuda"] = torch.cuda.get_rng_state()
         state = {
-            "step": self.step, "tokens": self.tokens, "seconds": self.seconds, "metrics": self.last_metrics,
+            "step": self.step, "tokens": self.tokens, "seconds": self.seconds, "metrics": self.last_metrics, "best_metrics": self.best_metrics,
             "best": None if math.isinf(self.best) else self.best, "since_best": self.since_best, "finished": self.finished,
         }  # fmt: skip
         return Checkpoint(tensors, state)
@@ -110,7 +111,7 @@ class _Run:
         self.step, self.tokens, self.seconds = int(state["step"]), int(state["tokens"]), float(state["seconds"])
         self.best = math.inf if state["best"] is None else float(state["best"])
         self.since_best, self.finished = int(state["since_best"]), bool(state["finished"])
-        self.last_metrics = dict(state["metrics"])
+        self.last_metrics, self.best_metrics = dict(state["metrics"]), dict(state.get("best_metrics", {}))
 
 
 def fit(
@@ -142,8 +143,11 @@ def fit(
         while not run.finished:
             shown, step_tokens = _one_step(run, folder)
             run.step += 1
+            best_before = run.best
             run.finished = _validate_if_due(run, shown)
             run.last_metrics = {name: value for name, value in shown.items() if math.isfinite(value)}
+            if run.best < best_before:
+                run.best_metrics = run.last_metrics
             metrics.log(run.step, shown)
             headline = next(k for k in shown if k.endswith("/loss"))
             progress.update(tokens=step_tokens, loss=shown[headline])
@@ -156,8 +160,8 @@ def fit(
                 raise Interrupted(f"{label}: stopped after step {run.step} of {run.steps}; run the same command to go on")
     finally:
         metrics.close()
-    _publish_choice(run)
-    return FitResult(run.step, run.tokens, run.seconds, run.last_metrics)
+    published = _publish_choice(run)
+    return FitResult(run.step, run.tokens, run.seconds, published)
 
 
 def _one_step(run: _Run, folder: Path) -> tuple[dict[str, float], int]:
@@ -236,9 +240,11 @@ def _validate_if_due(run: _Run, shown: dict[str, float]) -> bool:
     return over or bool(settings.patience and run.since_best >= settings.patience)
 
 
-def _publish_choice(run: _Run) -> None:
-    """Leave in the parameters what the stage publishes: the best weights, or the last."""
-    if run.settings.keep == "best" and run.best_weights:
-        with torch.no_grad():
-            for name, parameter in run.task.parameters.items():
-                parameter.copy_(run.best_weights[name])
+def _publish_choice(run: _Run) -> dict[str, float]:
+    """Leave in the parameters what the stage publishes, the best weights or the last; returns the metrics of their step."""
+    if run.settings.keep != "best" or not run.best_weights:
+        return run.last_metrics
+    with torch.no_grad():
+        for name, parameter in run.task.parameters.items():
+            parameter.copy_(run.best_weights[name])
+    return run.best_metrics
