@@ -85,7 +85,8 @@ class _Run:
         if torch.cuda.is_available():
             tensors["random/cuda"] = torch.cuda.get_rng_state()
         state = {
-            "step": self.step, "tokens": self.tokens, "seconds": self.seconds, "metrics": self.last_metrics, "best_metrics": self.best_metrics,
+            "step": self.step, "tokens": self.tokens, "seconds": self.seconds,
+            "metrics": self.last_metrics, "best_metrics": self.best_metrics,
             "best": None if math.isinf(self.best) else self.best, "since_best": self.since_best, "finished": self.finished,
         }  # fmt: skip
         return Checkpoint(tensors, state)
