@@ -12,7 +12,7 @@ from posttrain.data.prepare import PairRow, TrainRow
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraSettings
 from posttrain.recipe import DpoStage
-from posttrain.train.batches import batch_logprobs, pack_pairs, sum_by_row, to_device
+from posttrain.train.batches import batch_logprobs, pack_pairs, pack_rows, sum_by_row, to_device
 from posttrain.train.dpo import dpo_task
 from posttrain.train.loop import MicroBatch, TrainTask
 from posttrain.train.sft import sft_task
@@ -104,6 +104,27 @@ def test_accumulation_changes_no_gradient(kind: str, cut: list[int], base: BaseM
 def test_the_order_of_a_batch_changes_no_gradient(kind: str, base: BaseModel, policy: TrainedPolicy):
     shuffled = random.Random(3).sample(range(ROWS), ROWS)
     assert_same(make_task(kind, base, policy), [shuffled])
+
+
+@pytest.mark.parametrize("shared", [0, 15, 16, 40])
+def test_a_common_beginning_changes_no_gradient(shared: int, base: BaseModel, policy: TrainedPolicy):
+    """Rows that begin alike, as under one system prompt, in one micro-batch and each by itself. One row is hardly longer."""
+    chance = random.Random(3)
+    beginning = ids(chance, shared, shared)
+    rows = [TrainRow(r.id, beginning + r.ids, [False] * shared + r.trained) for r in train_rows()]
+    rows[4] = TrainRow("short", [*beginning, 9, 11], [False] * shared + [False, True])
+    task = sft_task(base, policy, rows, [])
+    (whole,) = task.micro_batches(range(ROWS))
+    computed = sum(len(row.ids) for row in rows) - (ROWS - 1) * (shared if shared >= 16 else 0)
+    assert whole.tokens == computed
+    assert_same(task, [[i] for i in range(ROWS)])
+
+
+def test_rows_that_are_trained_from_their_first_token_share_nothing(base: BaseModel):
+    row = TrainRow("whole", list(range(10, 40)), [True] * 30)
+    packed = pack_rows([row, row._replace(id="again")], base.device)
+    assert packed.tokens == 60
+    assert len(packed.target_N) == 58, "the first token of a row has nothing before it"
 
 
 def test_a_mean_of_means_would_have_been_noticed(base: BaseModel, policy: TrainedPolicy):

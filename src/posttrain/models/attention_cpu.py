@@ -3,9 +3,9 @@
     S = scale Q K^T,   P = softmax(S),   O = P V          dS = P (dP - rowsum(dP P)),   dP = dO V^T,   dV = P^T dO
 
 A block of queries sees a range of keys that ends at its own last token, so half of each square is never computed; a
-sliding window also cuts the range at its beginning. P is made again in backward instead of being kept. The G query heads
-of a key/value head lie beside each other in the query length, so no key is repeated and each product is a large one.
-Against the fused kernel of torch this takes 0.4 to 0.8 of the time at 64 to 1024 tokens (benchmarks in docs/log.md).
+sliding window also cuts the range at its beginning. The G query heads of a key/value head take turns in the query length, so
+that no key is repeated and a block is one piece of memory in one large product. P of short spans is kept for backward, that of
+long ones made again. Against the fused kernel of torch this takes 0.4 to 0.8 of the time at 64 to 1024 tokens (docs/log.md).
 
 T: packed tokens, H: query heads, K: key/value heads, G = H / K, D: head width, L: segment length, S: keys seen.
 """
@@ -20,6 +20,8 @@ from posttrain.models.segments import Segments, Span
 
 # Queries of one block: large enough for the products, small enough that little of the masked half is computed.
 BLOCK = 128
+# P is kept for spans that see at most so many keys: below 0.4 GiB for 2048 tokens of a model with 30 layers of 9 heads.
+KEPT_KEYS = 512
 
 
 class Block(NamedTuple):
@@ -37,41 +39,47 @@ class CpuSegmentAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments, window: int) -> Tensor:
         """One block after the other."""
-        out = torch.zeros_like(q)
-        grouped_q, grouped_out = _grouped(q, k), _grouped(out, k)
+        folded, groups = _fold(q, k), len(q) // len(k)
+        out = torch.zeros_like(folded)
+        kept: list[Tensor] = []
         for span in segments.spans:
             keys, values = gather(k, span), gather(v, span)
             for block in _blocks(span, window):
-                weights = _weights(_fold(grouped_q, block), keys, block, scale, segments, window)
-                seen = values[:, block.first : block.last]
-                _unfold(grouped_out, block).copy_(torch.bmm(weights, seen).view(_block_shape(q, k, block)))
-        ctx.save_for_backward(q, k, v)
+                rows = slice(block.start * groups, block.stop * groups)
+                weights = _weights(folded[:, rows], keys, block, scale, segments, window)
+                out[:, rows] = torch.bmm(weights, values[:, block.first : block.last])
+                if any(ctx.needs_input_grad) and span.keys <= KEPT_KEYS:
+                    kept.append(weights)
+        ctx.save_for_backward(folded, k, v, *kept)
         ctx.scale, ctx.segments, ctx.window = scale, segments, window
-        return out
+        return _unfold(out, q)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """Gradients of queries, keys and values; those of keys and values are summed in float32."""
-        q, k, v = ctx.saved_tensors
-        grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        grouped_q, grouped_grad, grouped_grad_q = _grouped(q, k), _grouped(grads[0], k), _grouped(grad_q, k)
-        wide = torch.promote_types(q.dtype, torch.float32)
+        folded, k, v, *kept = ctx.saved_tensors
+        groups = folded.shape[1] // k.shape[1]
+        folded_grad, grad_q = _fold(grads[0], k), torch.zeros_like(folded)
+        grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
+        wide = torch.promote_types(k.dtype, torch.float32)
         for span in ctx.segments.spans:
             keys, values = gather(k, span), gather(v, span)
             sum_k, sum_v = torch.zeros_like(keys, dtype=wide), torch.zeros_like(values, dtype=wide)
             for block in _blocks(span, ctx.window):
-                seen = slice(block.first, block.last)
-                query, grad = _fold(grouped_q, block), _fold(grouped_grad, block)
-                weights = _weights(query, keys, block, ctx.scale, ctx.segments, ctx.window)
+                rows, seen = slice(block.start * groups, block.stop * groups), slice(block.first, block.last)
+                query, grad = folded[:, rows], folded_grad[:, rows]
+                if span.keys <= KEPT_KEYS:
+                    weights = kept.pop(0)
+                else:
+                    weights = _weights(query, keys, block, ctx.scale, ctx.segments, ctx.window)
                 sum_v[:, seen] += torch.bmm(weights.transpose(1, 2), grad)
                 slope = torch.bmm(grad, values[:, seen].transpose(1, 2))
                 slope = torch._softmax_backward_data(slope, weights, -1, weights.dtype)
-                part = _scaled_bmm(slope, keys[:, seen], ctx.scale)
-                _unfold(grouped_grad_q, block).copy_(part.view(_block_shape(q, k, block)))
+                grad_q[:, rows] = _scaled_bmm(slope, keys[:, seen], ctx.scale)
                 sum_k[:, seen].add_(torch.bmm(slope.transpose(1, 2), query), alpha=ctx.scale)
             _scatter(grad_k, sum_k, span)
             _scatter(grad_v, sum_v, span)
-        return grad_q, grad_k, grad_v, None, None, None
+        return _unfold(grad_q, grads[0]), grad_k, grad_v, None, None, None
 
 
 def pieces(span: Span) -> tuple[tuple[int, int], ...]:
@@ -102,22 +110,15 @@ def _blocks(span: Span, window: int) -> Iterator[Block]:
         yield Block(span.start + start, span.start + stop, first, before + stop)
 
 
-def _grouped(x: Tensor, k: Tensor) -> Tensor:
-    """[H, T, D] seen as [K, G, T, D]."""
-    return x.view(k.shape[0], x.shape[0] // k.shape[0], *x.shape[1:])
+def _fold(x: Tensor, k: Tensor) -> Tensor:
+    """[H, T, D] as [K, T G, D]: the G heads of a token stand beside each other."""
+    return x.view(k.shape[0], -1, *x.shape[1:]).transpose(1, 2).reshape(k.shape[0], -1, x.shape[2])
 
 
-def _unfold(grouped: Tensor, block: Block) -> Tensor:
-    return grouped[:, :, block.start : block.stop]
-
-
-def _fold(grouped: Tensor, block: Block) -> Tensor:
-    """The block's rows of all G heads, one after the other [K, G L, D]."""
-    return _unfold(grouped, block).flatten(1, 2)
-
-
-def _block_shape(q: Tensor, k: Tensor, block: Block) -> tuple[int, int, int, int]:
-    return k.shape[0], q.shape[0] // k.shape[0], block.stop - block.start, q.shape[2]
+def _unfold(folded: Tensor, like: Tensor) -> Tensor:
+    """[K, T G, D] as [H, T, D], in memory token by token, as the layers around attention have it."""
+    by_token = folded.view(folded.shape[0], like.shape[1], -1, like.shape[2])
+    return by_token.transpose(0, 1).reshape(like.shape[1], like.shape[0], -1).transpose(0, 1)
 
 
 def _scaled_bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -125,13 +126,13 @@ def _scaled_bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def _weights(query: Tensor, keys: Tensor, block: Block, scale: float, segments: Segments, window: int) -> Tensor:
-    """Attention weights [K, G L, S] of a block over the keys that it can see."""
+    """Attention weights [K, L G, S] of a block over the keys that it can see."""
     length, seen = block.stop - block.start, block.last - block.first
     scores = _scaled_bmm(query, keys[:, block.first : block.last].transpose(1, 2), scale)
-    by_head = scores.view(scores.shape[0], -1, length, seen)
+    by_token = scores.view(scores.shape[0], length, -1, seen)
     # Only a window that cuts inside of the block needs the whole mask; else the last square alone is not plain.
     cut = bool(window) and block.last - window > block.first
-    part = by_head if cut else by_head[..., seen - length :]
+    part = by_token if cut else by_token[..., seen - length :]
     invisible = segments.invisible(length, seen if cut else length, window if cut else 0, query.device)
-    part.masked_fill_(invisible, float("-inf"))
+    part.masked_fill_(invisible[:, None], float("-inf"))
     return torch.softmax(scores, -1)
