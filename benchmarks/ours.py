@@ -26,7 +26,7 @@ def train(race: str, folder: Path, dtype: str) -> dict[str, Any]:
     from posttrain.data.prepare import PairRow, TrainRow
     from posttrain.models.files import load_adapter
     from posttrain.models.load import load_base
-    from posttrain.recipe import DpoStage
+    from posttrain.settings import DpoStage
     from posttrain.train.dpo import dpo_task, reference_logprobs
     from posttrain.train.loop import fit
     from posttrain.train.schedule import LoopSettings, step_rows

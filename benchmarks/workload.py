@@ -12,7 +12,7 @@ from posttrain.data.prepare import prepare_demonstrations, prepare_pairs
 from posttrain.models.files import save_adapter
 from posttrain.models.load import load_base
 from posttrain.models.lora import LoraSettings
-from posttrain.recipe import Source
+from posttrain.settings import Source
 
 MODEL = "package:smollm2-135m-instruct"
 LORA = LoraSettings(16, 32.0, 0.0, "all", "standard")

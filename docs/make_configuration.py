@@ -1,6 +1,6 @@
 """Writes docs/configuration.md from the recipe models and from the command's parser: `make docs`.
 
-What stands there is read off `recipe.py` (names, types, limits, defaults, the text under each field) and `cli.py`, so the
+What stands there is read off `settings.py` (names, types, limits, defaults, the text under each field) and `cli.py`, so the
 page cannot say anything else than the program does. `tests/test_docs.py` fails where the page on disk is another.
 """
 
@@ -13,29 +13,41 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from posttrain import recipe
+from posttrain import settings
 from posttrain.cli import build_parser
 
 PAGE = Path(__file__).parent / "configuration.md"
 # Heading, model, the text between them, and fields that another table holds.
 Section = tuple[str, type[BaseModel], str, frozenset[str]]
-_TRAINING = frozenset(recipe.SftStage.model_fields) - {"kind"}
+_TRAINING = frozenset(settings.SftStage.model_fields) - {"kind"}
 SECTIONS: tuple[Section, ...] = (
-    ("Top level", recipe.Recipe, "Above the first table of the recipe.", frozenset()),
-    ("`[base]`", recipe.Base, "", frozenset()),
-    ("`[adapter]`", recipe.Adapter, "", frozenset()),
-    ("`[[stage]]`, every kind", recipe.SftStage, "One table a stage, in order.", frozenset({"kind"})),
-    ('`[[stage]]` with `kind = "sft"`', recipe.SftStage, "", _TRAINING),
+    ("Top level", settings.Recipe, "Above the first table of the recipe.", frozenset()),
+    ("`[base]`", settings.Base, "", frozenset()),
+    ("`[adapter]`", settings.Adapter, "", frozenset()),
+    ("`[[stage]]`, every kind", settings.SftStage, "One table a stage, in order.", frozenset({"kind"})),
+    ('`[[stage]]` with `kind = "sft"`', settings.SftStage, "", _TRAINING),
     (
         '`[[stage]]` with `kind = "dpo"`',
-        recipe.DpoStage,
+        settings.DpoStage,
         "`learning_rate` stands here again because its default is another.",
         _TRAINING - {"learning_rate"},
     ),
-    ("A source in `data`", recipe.Source, 'For mixing: `data = [{path = "a.jsonl", weight = 0.5}, …]`.', frozenset()),
-    ("`[evaluation]`", recipe.Evaluation, "", frozenset()),
+    (
+        '`[[stage]]` with `kind = "reward"`',
+        settings.RewardStage,
+        "`learning_rate` and `validation` stand here again because their defaults are others.",
+        _TRAINING - {"learning_rate", "validation"},
+    ),
+    (
+        '`[[stage]]` with `kind = "ppo"`',
+        settings.PpoStage,
+        "Of the settings of every kind: `name`, `init`, `data`, `warmup`, `weight_decay`, `clip` and those of checkpoints.",
+        frozenset(settings.SftStage.model_fields) - {"learning_rate", "schedule"},
+    ),
+    ("A source in `data`", settings.Source, 'For mixing: `data = [{path = "a.jsonl", weight = 0.5}, …]`.', frozenset()),
+    ("`[evaluation]`", settings.Evaluation, "", frozenset()),
 )
-HEAD = """<!-- written by docs/make_configuration.py: change recipe.py or cli.py and run `make docs` -->
+HEAD = """<!-- written by docs/make_configuration.py: change settings.py or cli.py and run `make docs` -->
 # Configuration
 
 A recipe is a TOML file. Every setting of it stands below; a setting that does not is an error, and so is a reference to
@@ -93,7 +105,7 @@ def _words(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
         return "tables" if inner.startswith("table") else f"list of {inner}"
     if schema["type"] == "string":
         return "name" if "pattern" in schema else "text"
-    words = {"number": "number", "integer": "whole number"}[schema["type"]]
+    words = {"number": "number", "integer": "whole number", "boolean": "true or false"}[schema["type"]]
     return ", ".join([words, *_limits(schema)])
 
 

@@ -94,7 +94,7 @@ run TINY --set x|--set · "x" · STAGE.FIELD=VALUE
 run TINY --set sft.lr=1|stage "sft" · unknown setting "lr"
 run TINY --set nope.lr=1|"nope" is neither a stage nor a table
 run TINY --set sft.batch=many|batch = 'many'
-run TINY --until dop|--until · "dop" is not a stage · there is: sft, dpo · did you mean "dpo"?
+run TINY --until dop|--until · "dop" is not a stage · there is: sft, dpo, rm, ppo · did you mean "dpo"?
 run TINY --until dop --dry-run|--until · "dop" is not a stage
 run TINY --out words.txt|words.txt · a file is where a folder should be
 run TINY --set sft.data=none.jsonl --out new|data "none.jsonl" · there is no such file
@@ -115,9 +115,9 @@ compare run/sft run/nope|run/nope
 compare none/a none/b|none
 chat|
 chat none|neither a folder, a .gguf file, a package nor a hub id
-chat run/nope|run/nope · no finished stage · there is: base, sft, dpo
+chat run/nope|run/nope · no finished stage · there is: base, sft, dpo, ppo
 chat unfinished/dpo|unfinished/dpo · no finished stage · there is: base
-chat run/sft --compare base,nope|"nope" is not a stage here · there is: base, sft, dpo
+chat run/sft --compare base,nope|"nope" is not a stage here · there is: base, sft, dpo, ppo
 chat run/sft --temperature -1|
 chat run/sft --temperature warm|
 chat run/sft --temperature nan|

@@ -91,7 +91,7 @@ def test_a_run_folder_that_was_moved_works_where_it_is(
     assert main(["show", str(run / "dpo"), "--json"]) == 0
     assert "sft" in capsys.readouterr().out
     target = open_target(str(run / "dpo"))
-    assert target.names == ("base", "sft", "dpo")
+    assert target.names == ("base", "sft", "dpo", "ppo")
     assert target.policies.activate("dpo") == "dpo"
 
 

@@ -27,8 +27,9 @@ from posttrain.models.load import load_base
 from posttrain.models.lora import count_parameters
 from posttrain.models.source import locate_base
 from posttrain.pipeline import run_recipe
-from posttrain.recipe import STAGE_KINDS, Adapter, Base, Evaluation, Recipe, Source, parse_recipe, to_toml
+from posttrain.recipe import parse_recipe, to_toml
 from posttrain.records import Message
+from posttrain.settings import STAGE_KINDS, Adapter, Base, Evaluation, Recipe, Source
 
 ROOT = Path(__file__).parents[1]
 SOURCE = Path(posttrain.__file__).parent
@@ -105,7 +106,7 @@ def test_every_verb_and_argument_stands_in_the_configuration_page(generator):
 
 
 def documented_metrics() -> set[str]:
-    section = (DOCS / "algorithms.md").read_text(encoding="utf-8").split("## Metrics")[1].split("\n## ")[0]
+    section = (DOCS / "metrics.md").read_text(encoding="utf-8")
     cells = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
     return {name for cell in cells for name in re.findall(r"`([a-z_/]+)`", cell)}
 
@@ -125,7 +126,7 @@ def test_every_metric_name_in_the_source_is_explained():
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory) -> Path:
-    """A run of both stage kinds on the tiny model, float32, one question for an evaluation."""
+    """A run of every stage kind on the tiny model, float32, one question for an evaluation."""
     folder = tmp_path_factory.mktemp("docs")
     (folder / "suite.toml").write_text(
         'name = "one"\n[[task]]\nname = "q"\nanswer = "choices"\nitems = "q.jsonl"\n', encoding="utf-8"
@@ -137,11 +138,14 @@ def tiny_run(tmp_path_factory) -> Path:
     for name, rows in (("sft", sft), ("dpo", dpo)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     stage = {"epochs": 1.0, "batch": 4, "learning_rate": 0.01, "validation": 0.3}
+    rollouts = {"iterations": 1, "prompts": 4, "minibatch": 4, "max_new_tokens": 4}
     recipe = parse_recipe({
         "name": "docs", "base": {"model": "random:tiny", "template": "chatml", "dtype": "float32"},
         "stage": [
             {"kind": "sft", "name": "sft", "data": str(folder / "sft.jsonl"), **stage},
             {"kind": "dpo", "name": "dpo", "init": "sft", "data": str(folder / "dpo.jsonl"), **stage},
+            {"kind": "reward", "name": "rm", "init": "sft", "data": str(folder / "dpo.jsonl"), **stage},
+            {"kind": "ppo", "name": "ppo", "init": "sft", "reward": "rm", "data": str(folder / "sft.jsonl"), **rollouts},
         ],
         "evaluation": {"suites": [str(folder / "suite.toml")], "samples": ["Hello"], "sample_tokens": 4},
     })  # fmt: skip
@@ -152,7 +156,7 @@ def tiny_run(tmp_path_factory) -> Path:
 def test_the_metrics_of_a_run_are_exactly_those_that_are_explained(tiny_run):
     logged = {
         name
-        for stage in ("sft", "dpo")
+        for stage in ("sft", "dpo", "rm", "ppo")
         for line in (tiny_run / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         for name in json.loads(line)
     } - {"step"}
@@ -162,7 +166,8 @@ def test_the_metrics_of_a_run_are_exactly_those_that_are_explained(tiny_run):
 def test_the_files_of_a_run_are_those_that_are_listed(tiny_run):
     page = (DOCS / "artifacts.md").read_text(encoding="utf-8").split("## The manifest")[0]
     files = {path.relative_to(tiny_run).as_posix() for path in tiny_run.rglob("*") if path.is_file()}
-    listed = {re.sub(r"^evaluate/\w+/", "evaluate/POLICY/", re.sub(r"^(sft|dpo)/", "STAGE/", name)) for name in files}
+    stages = {re.sub(r"^evaluate/rm/", "evaluate/STAGE/", re.sub(r"^(sft|dpo|rm|ppo)/", "STAGE/", name)) for name in files}
+    listed = {re.sub(r"^evaluate/[a-z]+/", "evaluate/POLICY/", name) for name in stages} - {"evaluate/STAGE/manifest.json"}
     assert len(listed) > 8
     assert sorted(name for name in listed if f"`{name}`" not in page) == []
 
@@ -170,7 +175,7 @@ def test_the_files_of_a_run_are_those_that_are_listed(tiny_run):
 def test_the_manifest_fields_are_those_that_are_explained(tiny_run):
     page = (DOCS / "artifacts.md").read_text(encoding="utf-8").split("## The manifest")[1].split("\n## ")[0]
     explained = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (.*?) \|", page, re.MULTILINE))))
-    manifests = [tiny_run / place / "manifest.json" for place in ("sft", "dpo", "evaluate/base")]
+    manifests = [tiny_run / place / "manifest.json" for place in ("sft", "dpo", "rm", "ppo", "evaluate/base", "evaluate/rm")]
     fields = {field for path in manifests for field in json.loads(path.read_text(encoding="utf-8"))}
     assert fields - explained == set()
     assert explained - fields - {"adapter", "weights", "scores", "code", "field"} == set()
@@ -209,7 +214,7 @@ def test_source_files_that_pages_name_exist():
 
 def test_functions_that_the_pages_name_exist_in_their_file():
     missing = []
-    for line in (prose(DOCS / "algorithms.md") + prose(DOCS / "computing.md")).splitlines():
+    for line in "".join(prose(DOCS / f"{page}.md") for page in ("algorithms", "computing", "metrics")).splitlines():
         for file, names in re.findall(r"`([\w/]+\.py)` \(([^)]*)\)", line):
             text = (SOURCE / file).read_text(encoding="utf-8")
             for name in re.findall(r"`([\w.]+)`", names):

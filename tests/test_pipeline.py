@@ -14,7 +14,7 @@ from posttrain.cli import main
 from posttrain.models.load import BaseModel
 from tiny_runs import TINY, command, content, copied_run, finished_run, plan_of, undisturbed_run, weights
 
-STEPS = ["evaluate base", "sft", "evaluate sft", "dpo", "evaluate dpo"]
+STEPS = ["evaluate base", "sft", "evaluate sft", "dpo", "evaluate dpo", "rm", "measure rm", "ppo", "evaluate ppo"]
 
 
 def test_a_run_leaves_a_folder_that_explains_itself():
@@ -23,12 +23,14 @@ def test_a_run_leaves_a_folder_that_explains_itself():
     scored = {"manifest.json", "scores.jsonl", "samples.jsonl"}
     assert names == (
         {"recipe.toml", "scorecard.json", "report.html"}
-        | {f"{s}/{n}" for s in ("sft", "dpo") for n in stage}
-        | {f"evaluate/{p}/{n}" for p in ("base", "sft", "dpo") for n in scored}
+        | {f"{s}/{n}" for s in ("sft", "dpo", "rm", "ppo") for n in stage}
+        | {"ppo/samples.jsonl"}
+        | {f"evaluate/{p}/{n}" for p in ("base", "sft", "dpo", "ppo") for n in scored}
+        | {f"evaluate/rm/{n}" for n in ("manifest.json", "reward.json", "pairs.jsonl")}
     )
     scorecard = json.loads((finished_run() / "scorecard.json").read_text())
     assert [(s["name"], s["kind"], s["parent"]) for s in scorecard["stages"]] == [
-        ("base", "base", None), ("sft", "sft", "base"), ("dpo", "dpo", "sft"),
+        ("base", "base", None), ("sft", "sft", "base"), ("dpo", "dpo", "sft"), ("ppo", "ppo", "sft"),
     ]  # fmt: skip
     changes = scorecard["stages"][2]["measures"]["starter/facts"]["changes"]
     assert [c["against"] for c in changes] == ["sft", "base"]
@@ -90,7 +92,8 @@ def test_a_dry_run_writes_nothing_and_shows_rows_tokens_and_reasons(tmp_path: Pa
     plan = json.loads(capsys.readouterr().out)
     assert [s["step"] for s in plan["steps"]] == STEPS
     assert plan["steps"][0]["rows"] == 56  # 7 tasks of 8 items
-    assert all(s["rows"] > 0 and s["tokens"] > s["rows"] and s["seconds"] >= 0 for s in plan["steps"])
+    told = [s for s in plan["steps"] if s["kind"] != "measure"]
+    assert all(s["rows"] > 0 and s["tokens"] > s["rows"] and s["seconds"] >= 0 for s in told)
     # two layers of 2 (64·64 + 64·32) + 3 · 64·128, and 263 rows of 64
     assert plan["parameters"] == 2 * (2 * (64 * 64 + 64 * 32) + 3 * 64 * 128) + 263 * 64
     assert not run.exists()
@@ -105,6 +108,10 @@ def test_only_what_depends_on_a_changed_setting_is_made_again(capsys: pytest.Cap
         "evaluate sft": ("done", "its manifest matches"),
         "dpo": ("due", "changed: beta 0.1 → 0.2"),
         "evaluate dpo": ("due", "changed: input dpo"),
+        "rm": ("done", "its manifest matches"),
+        "measure rm": ("done", "its manifest matches"),
+        "ppo": ("done", "its manifest matches"),
+        "evaluate ppo": ("done", "its manifest matches"),
     }
     changed = plan_of(capsys, run, "--set", "sft.epochs=0.2")
     assert changed["evaluate base"] == ("done", "its manifest matches")
@@ -148,7 +155,7 @@ def test_until_stops_after_a_stage_and_a_finished_run_keeps_its_rows(tmp_path: P
     before = content(run)
     assert main(command(run, "--until", "sft", "--json")) == 0
     assert [s["name"] for s in json.loads(capsys.readouterr().out.split("report: ")[-1].split("\n", 1)[1])["stages"]] == [
-        "base", "sft", "dpo",
+        "base", "sft", "dpo", "ppo",
     ]  # fmt: skip
     assert content(run) == before
 

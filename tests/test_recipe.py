@@ -10,7 +10,8 @@ from pydantic import BaseModel
 from posttrain import recipe as recipe_module
 from posttrain.cli import main
 from posttrain.data.chat import TEMPLATES
-from posttrain.recipe import RESERVED_NAMES, STAGE_KINDS, Base, load_recipe, parse_recipe, to_toml
+from posttrain.recipe import RESERVED_NAMES, load_recipe, parse_recipe, to_toml
+from posttrain.settings import STAGE_KINDS, Base
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 GOOD = """
@@ -29,8 +30,8 @@ init = "sft"
 data = "starter/preferences.jsonl"
 """
 SFT_SETTINGS = (
-    "name, init, data, epochs, learning_rate, batch, max_tokens, schedule, warmup, weight_decay, clip, validation, keep, "
-    "patience, validate_every, checkpoint_every, checkpoint_minutes, allow_dropped, kind"
+    "name, init, data, learning_rate, schedule, warmup, weight_decay, clip, checkpoint_every, checkpoint_minutes, epochs, "
+    "batch, max_tokens, validation, keep, patience, validate_every, allow_dropped, kind"
 )
 
 # (what is replaced, by what, the whole message)
@@ -55,8 +56,8 @@ MISTAKES = [
         'name = "mine"\nzzz = 1',
         'top level · unknown setting "zzz" · there is: name, seed, base, adapter, stage, evaluation, trackers',
     ),
-    ('kind = "dpo"', 'kind = "ppo"', 'stage "dpo" · kind = "ppo" · there is: sft, dpo · did you mean "dpo"?'),
-    ('kind = "sft"\n', "", 'stage "sft" · "kind" is missing · there is: sft, dpo · add it'),
+    ('kind = "dpo"', 'kind = "dpoo"', 'stage "dpo" · kind = "dpoo" · there is: sft, dpo, reward, ppo · did you mean "dpo"?'),
+    ('kind = "sft"\n', "", 'stage "sft" · "kind" is missing · there is: sft, dpo, reward, ppo · add it'),
     ('data = "starter/demonstrations.jsonl"\n', "", 'stage "sft" · "data" is missing · add it'),
     (
         'init = "sft"',
@@ -133,7 +134,7 @@ MISTAKES = [
     (
         'kind = "sft"',
         'kind = "sft"\nbatch = 0\nclip = -1\nwarm_up = 1',
-        'stage "sft" · batch = 0 (and 2 more) · greater than or equal to 1',
+        'stage "sft" · clip = -1 (and 2 more) · greater than or equal to 0',
     ),
 ]
 

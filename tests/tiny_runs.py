@@ -22,6 +22,10 @@ SMALL = (
     "--set",
     "dpo.epochs=0.05",
     "--set",
+    "rm.epochs=0.05",
+    "--set",
+    "ppo.iterations=1",
+    "--set",
     "evaluation.limit=2",
     "--set",
     'evaluation.samples=["Hi"]',
@@ -74,6 +78,6 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def weights(run: Path) -> dict[str, bytes]:
     """What was learned: the same bits whatever happened on the way."""
-    names = ["sft/adapter_model.safetensors", "dpo/adapter_model.safetensors"]
-    scores = [f"evaluate/{policy}/scores.jsonl" for policy in ("base", "sft", "dpo")]
+    names = [f"{stage}/adapter_model.safetensors" for stage in ("sft", "dpo", "rm", "ppo")]
+    scores = [f"evaluate/{policy}/scores.jsonl" for policy in ("base", "sft", "dpo", "ppo")]
     return {name: (run / name).read_bytes() for name in names + scores}

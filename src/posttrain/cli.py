@@ -129,8 +129,9 @@ def _add_models(verbs: Any) -> None:
         "posttrain evaluate runs/quickstart/dpo --suite starter",
     )
     evaluate.add_argument("target", metavar="MODEL_OR_RUN/STAGE", help="a stage of a run, a run (its last stage) or a model")
+    evaluate.add_argument("--pairs", metavar="FILE", help="measure a reward stage on these preference pairs instead")
     evaluate.add_argument("--suite", action="append", metavar="NAME_OR_FILE", help="default: starter")
-    evaluate.add_argument("--limit", type=_whole(0), default=0, help="first items of each task only; 0 is all")
+    evaluate.add_argument("--limit", type=_whole(0), default=0, help="first items of each task (or pairs) only; 0 is all")
     evaluate.add_argument("--max-new-tokens", type=_whole(1), default=64, help="longest answer in tokens (default: 64)")
     evaluate.add_argument("--seed", type=_whole(0), default=0, help="seed of what is sampled (default: 0)")
     evaluate.add_argument("--template", default="auto", help="chat template of a model without one (a run knows its own)")
@@ -250,9 +251,13 @@ def _chat(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from posttrain.evaluate.target import evaluate_target
-    from posttrain.models.target import open_target
+    from posttrain.evaluate.target import evaluate_pairs, evaluate_target
+    from posttrain.models.target import open_reward_model, open_target
 
+    if options.pairs is not None:
+        found, text = evaluate_pairs(open_reward_model(options.target), options.pairs, limit=options.limit, out=options.out)
+        print(json.dumps(found, indent=2) if options.json else text)
+        return 0
     scorecard, table = evaluate_target(
         open_target(options.target, template=options.template), tuple(options.suite or ["starter"]), limit=options.limit,
         max_new_tokens=options.max_new_tokens, seed=options.seed, out=options.out,

@@ -23,8 +23,8 @@ from posttrain.data.doctor import prepare_stage
 from posttrain.evaluate.suites import sample_prompts
 from posttrain.models.load import choose_device, load_chat, native_bfloat16
 from posttrain.plan import Plan, make_plan
-from posttrain.recipe import Recipe, Stage
 from posttrain.records import Message
+from posttrain.settings import PpoStage, Recipe, Stage
 
 # Share of the measured product speed that a whole step reached in the benchmarks.
 EFFICIENCY = 0.55
@@ -49,7 +49,7 @@ def describe(recipe: Recipe, run: Path, *, until: str | None = None) -> tuple[di
     rows = []
     for step in plan.steps:
         entry: dict[str, Any] = {"step": step.name, "kind": step.kind, "status": step.status, "why": step.why}
-        if step.status != "done":
+        if step.status != "done" and step.kind != "measure":  # scoring a few pairs takes no time worth telling
             work = _training(plan, step.stage, chat, body, head) if step.stage else evaluation
             entry |= {
                 "rows": work.rows,
@@ -101,14 +101,25 @@ def _speed(recipe: Recipe) -> float:
 
 def _training(plan: Plan, stage: Stage, chat: ChatFormat, body: int, head: int) -> Work:
     report = prepare_stage(stage, chat, seed=plan.recipe.seed, evaluation_prompts=plan.evaluation_prompts).report
+    if isinstance(stage, PpoStage):
+        return _ppo(stage, report, body, head)
     full = plan.recipe.adapter.kind == "full"
     tokens, targets = round(report["tokens"] * stage.epochs), round(report["trained_tokens"] * stage.epochs)
     a_token, a_target = (6 * body, 6 * head) if full else (4 * body, 4 * head)
-    operations: float = tokens * a_token + targets * a_target
+    operations: float = tokens * a_token + (targets * a_target if stage.kind != "reward" else 0)
     if stage.kind == "dpo":  # the reference is computed once for each pair that is seen
         seen = min(1.0, stage.epochs)
         operations += seen * (report["tokens"] * 2 * body + report["trained_tokens"] * 2 * head)
     return Work(round(report["train_rows"] * stage.epochs), tokens, targets, operations)
+
+
+def _ppo(stage: PpoStage, report: dict[str, Any], body: int, head: int) -> Work:
+    """Sampling, four forwards to judge (policy, reference, value, reward model), and the passes of policy and value."""
+    rows = stage.iterations * min(stage.prompts, report["train_rows"]) * stage.completions
+    targets = rows * stage.max_new_tokens
+    tokens = round(rows * report["tokens"] / report["train_rows"]) + targets
+    a_pass = tokens * 8 * body + targets * 4 * head
+    return Work(rows, tokens, targets, tokens * 10.0 * body + targets * 6 * head + stage.ppo_epochs * a_pass)
 
 
 def _evaluation(plan: Plan, chat: ChatFormat, body: int, head: int) -> Work:

@@ -33,7 +33,8 @@ from posttrain.artifacts import (
 from posttrain.errors import Interrupted, RecipeError
 from posttrain.evaluate.scorecard import StageScores, build_scorecard, load_scores
 from posttrain.plan import EVALUATIONS, WORKING_ON, Plan, Step, make_plan, unfinished
-from posttrain.recipe import Recipe, nearest
+from posttrain.recipe import nearest
+from posttrain.settings import Recipe
 from posttrain.train.signals import StopSignal
 
 if TYPE_CHECKING:
@@ -123,7 +124,11 @@ def _do(plan: Plan, step: Step, policies: "Policies", stop: StopSignal) -> None:
     """One step from an empty or unfinished folder to a published artifact."""
     started = time.monotonic()
     folder = _open_partial(step)
-    extra = _train(plan, step, folder, policies, stop) if step.stage else _evaluate(plan, step, folder, policies, stop)
+    if step.stage is not None:
+        extra = _train(plan, step, folder, policies, stop)
+    else:
+        work = _measure if step.kind == "measure" else _evaluate
+        extra = work(plan, step, folder, policies, stop)
     manifest = _manifest(plan, step, policies, extra, time.monotonic() - started)
     publish(folder, step.folder, manifest, scratch=SCRATCH)
 
@@ -159,6 +164,8 @@ def _train(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: Sto
     """Train one stage; returns what its manifest says beyond the plan."""
     from posttrain.progress import open_trackers
     from posttrain.train.dpo import train_dpo
+    from posttrain.train.ppo import train_ppo
+    from posttrain.train.reward import train_reward
     from posttrain.train.sft import train_sft
     from posttrain.train.stage import StageContext
 
@@ -169,7 +176,14 @@ def _train(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: Sto
         plan.recipe.trackers, folder=plan.run, run=plan.recipe.name, stage=step.name, settings=step.settings
     )
     context = StageContext(policies.base, policies, plan.recipe, folder, stop, trackers, plan.evaluation_prompts)
-    result = train_sft(context, stage) if stage.kind == "sft" else train_dpo(context, stage)
+    if stage.kind == "sft":
+        result = train_sft(context, stage)
+    elif stage.kind == "dpo":
+        result = train_dpo(context, stage)
+    elif stage.kind == "reward":
+        result = train_reward(context, stage)
+    else:
+        result = train_ppo(context, stage)
     for warning in result.warnings:
         say(f"warning: {warning}")
     return {
@@ -197,6 +211,25 @@ def _evaluate(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: 
     return {"items": len(scores)}
 
 
+def _measure(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: StopSignal) -> dict[str, Any]:
+    """Score the held-out pairs of a reward stage."""
+    from posttrain.data.doctor import prepare_stage
+    from posttrain.data.prepare import PreparedPairs
+    from posttrain.data.rankings import rank_prompts
+    from posttrain.evaluate.reward_model import describe, measure_reward_model, write_measured
+
+    (stage,) = (s for s in plan.recipe.stage if s.name == step.policy)
+    base = policies.base
+    prepared = prepare_stage(stage, base.chat, seed=plan.recipe.seed, evaluation_prompts=plan.evaluation_prompts)
+    assert isinstance(prepared, PreparedPairs)
+    adapter = policies.activate(step.policy)
+    measured = measure_reward_model(base, adapter, rank_prompts(prepared.validation), label=step.name, stop=stop)
+    write_measured(folder, measured)
+    if measured.found["pairs"]:
+        say(f"{step.policy}: {describe(measured.found)}")
+    return {"items": measured.found["pairs"]}
+
+
 def sample_prompts(plan: Plan) -> tuple[str, ...]:
     """The prompts that every policy answers side by side."""
     from posttrain.evaluate.suites import sample_prompts as of_tasks
@@ -205,7 +238,8 @@ def sample_prompts(plan: Plan) -> tuple[str, ...]:
 
 
 def _manifest(plan: Plan, step: Step, policies: "Policies", extra: dict[str, Any], seconds: float) -> dict[str, Any]:
-    kind = "scores" if step.kind == "evaluate" else ("weights" if plan.recipe.adapter.kind == "full" else "adapter")
+    trained = "weights" if plan.recipe.adapter.kind == "full" else "adapter"
+    kind = {"evaluate": "scores", "measure": "scores", "reward": "reward"}.get(step.kind, trained)
     report = partial_folder(step.folder) / "data_report.json"
     found = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
     rows = {source["path"]: source["rows"] for source in found.get("sources", [])}

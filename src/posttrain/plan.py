@@ -14,10 +14,10 @@ from posttrain.data.chat import TEMPLATES
 from posttrain.data.sources import data_hashes
 from posttrain.evaluate.suites import Task, evaluation_prompts, load_suites, suite_fingerprint
 from posttrain.models.source import BaseModelFolder, locate_base
-from posttrain.recipe import DpoStage, Recipe, Stage
+from posttrain.settings import DpoStage, PpoStage, Recipe, RewardStage, Stage
 
 # Raise a number when the code of that kind of step would make something else of the same input.
-CODE_VERSION = {"sft": 1, "dpo": 1, "evaluate": 1}
+CODE_VERSION = {"sft": 1, "dpo": 1, "reward": 1, "ppo": 1, "evaluate": 1, "measure": 1}
 EVALUATIONS = "evaluate"
 # In a partial folder: what it is being built for.
 WORKING_ON = "working_on.json"
@@ -76,7 +76,11 @@ def make_plan(recipe: Recipe, run: Path, *, until: str | None = None) -> Plan:
     for stage in recipe.stage:
         step = _training_step(recipe, run, stage, known, prompts)
         known[stage.name] = step.fingerprint
-        both = (step, _evaluation_step(recipe, run, tasks, stage.name, step.fingerprint))
+        if isinstance(stage, RewardStage):
+            after = _measuring_step(run, stage, step.fingerprint)
+        else:
+            after = _evaluation_step(recipe, run, tasks, stage.name, step.fingerprint)
+        both = (step, after)
         steps += [one for one in both if not later or both[0].status == one.status == "done"]
         later |= stage.name == until
     return Plan(run, recipe, source, tasks, prompts, tuple(steps))
@@ -89,7 +93,9 @@ def _base_identity(recipe: Recipe, source: BaseModelFolder) -> list[str]:
 
 def _training_step(recipe: Recipe, run: Path, stage: Stage, known: dict[str, str], prompts: frozenset[str]) -> Step:
     names = {stage.init}
-    if isinstance(stage, DpoStage):
+    if isinstance(stage, PpoStage):
+        names.add(stage.reward)
+    if isinstance(stage, DpoStage | PpoStage):
         names.add(stage.init if stage.reference == "init" else stage.reference)
     inputs = {name: known[name] for name in sorted(names)}
     data = data_hashes(stage.data)
@@ -118,6 +124,15 @@ def _evaluation_step(recipe: Recipe, run: Path, tasks: tuple[Task, ...], policy:
     folder = run / EVALUATIONS / policy
     status, why = _status(folder, mark, settings, {policy: policy_print}, {})
     return Step(f"evaluate {policy}", "evaluate", policy, None, folder, mark, {policy: policy_print}, {}, settings, status, why)
+
+
+def _measuring_step(run: Path, stage: RewardStage, mark_of_stage: str) -> Step:
+    """A reward model is measured on the pairs that its stage held out."""
+    settings = {"code": CODE_VERSION["measure"]}
+    mark = fingerprint({"settings": settings, "reward": mark_of_stage})
+    folder, inputs = run / EVALUATIONS / stage.name, {stage.name: mark_of_stage}
+    status, why = _status(folder, mark, settings, inputs, {})
+    return Step(f"measure {stage.name}", "measure", stage.name, None, folder, mark, inputs, {}, settings, status, why)
 
 
 def _status(

@@ -1,175 +1,26 @@
-"""Every setting of a run: typed, frozen, documented, and checked as a whole before a weight is read.
+"""A recipe: read, and checked as a whole before a weight is read.
 
-A recipe is TOML. Stages are `[[stage]]` tables told apart by `kind`; a stage names earlier stages, and the kind of
-artifact it needs is checked here. The string under each field feeds `--help` and `docs/configuration.md`.
+A recipe is TOML. Its settings stand in `settings.py`; a stage names earlier stages, and the kind of artifact it needs is
+checked here.
 """
 
 import difflib
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from posttrain.errors import RecipeError
+from posttrain.settings import STAGE_KINDS, Adapter, Base, DpoStage, Evaluation, PpoStage, Recipe, RewardStage, SftStage, Source
 
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 # What a stage may not be called: words with a meaning in references, files and folders of a run, devices of Windows.
 RESERVED_NAMES = frozenset(
     {"base", "init", "evaluate", "recipe.toml", "scorecard.json", "report.html", "tensorboard", "wandb", "mlruns"}
     | {"con", "nul", "aux", "prn"}
 )
-
-
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class Base(_Settings):
-    """The pretrained model that everything starts from."""
-
-    model: str
-    """A hub id, a folder, a `.gguf` file, `package:gemma3-270m`, `package:smollm2-135m-instruct` or `random:tiny`."""
-    template: Literal["auto", "gemma", "chatml", "llama3", "plain"] = "auto"
-    """Chat template: `auto` (the model's own), `gemma`, `chatml`, `llama3` or `plain`."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Type of the frozen weights; `auto` is bfloat16 where the processor multiplies it natively, else float32."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; `auto` takes a CUDA device where there is one."""
-
-
-class Adapter(_Settings):
-    """What is trained on top of the frozen base."""
-
-    kind: Literal["lora", "full"] = "lora"
-    """`lora` trains low-rank matrices; `full` trains and stores every weight."""
-    rank: Annotated[int, Field(ge=1, le=4096)] = 16
-    """Rank R of the low-rank matrices."""
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    """Scale: the low-rank product is multiplied by alpha / R."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the adapter's inputs set to zero while training."""
-    targets: Literal["all", "attention", "mlp"] | tuple[str, ...] = "all"
-    """Linear layers that get an adapter: `all`, `attention`, `mlp`, or a list of layer names such as `q_proj`."""
-    scaling: Literal["standard", "rslora"] = "standard"
-    """`standard` scales by alpha / R, `rslora` by alpha / sqrt(R) (Kalajdzievski 2023)."""
-    train_tokens: tuple[str, ...] = ()
-    """Tokens whose embedding rows are trained beside the adapter, for template tokens that the base never saw."""
-
-
-class Source(_Settings):
-    """One of several data files that are mixed."""
-
-    path: str
-    """A file (.jsonl .json .parquet .csv), a `save_to_disk` folder, a hub dataset id, or `starter/<file>`."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """Share of this source's rows that is used: 0.5 takes half of them, 2 takes each twice."""
-
-
-class _Stage(_Settings):
-    name: Name
-    """Name of the stage, its folder and its policy."""
-    init: Name | Literal["base"] = "base"
-    """The policy that training starts from: `base` or an earlier stage."""
-
-
-class _Training(_Stage):
-    data: str | tuple[Source, ...]
-    """A data file, or a list of `{path, weight}` to mix."""
-    epochs: Annotated[float, Field(gt=0)] = 1.0
-    """Passes over the data; fractions are allowed."""
-    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
-    """Peak learning rate. LoRA wants about ten times the rate of full fine-tuning."""
-    batch: Annotated[int, Field(ge=1)] = 16
-    """Rows (conversations or pairs) of one optimiser step."""
-    max_tokens: Annotated[int, Field(ge=8)] = 1024
-    """Longest row in tokens; longer rows are cut (SFT) or dropped (pairs), counted and shown."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up (cosine and linear end at a tenth of the peak)."""
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Share of the steps in which the learning rate rises from zero."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's decoupled weight decay."""
-    clip: Annotated[float, Field(ge=0)] = 1.0
-    """Largest norm of the whole gradient; 0 turns clipping off."""
-    validation: Annotated[float, Field(ge=0, lt=0.5)] = 0.05
-    """Share of the prompts (by a hash of the first user turn) that is kept for the validation loss."""
-    keep: Literal["best", "last"] = "last"
-    """Which weights are published: of the lowest validation loss, or of the last step."""
-    patience: Annotated[int, Field(ge=0)] = 0
-    """Stop after so many validations without a new best; 0 never stops early."""
-    validate_every: Annotated[int, Field(ge=0)] = 0
-    """Optimiser steps between validations; 0 validates at the end only (with patience: four times an epoch)."""
-    checkpoint_every: Annotated[int, Field(ge=0)] = 0
-    """Optimiser steps between checkpoints; 0 leaves it to `checkpoint_minutes`."""
-    checkpoint_minutes: Annotated[float, Field(gt=0)] = 2.0
-    """Minutes between checkpoints."""
-    allow_dropped: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Share of the rows that may be dropped (too long, empty, duplicate sides) before it is an error."""
-
-
-class SftStage(_Training):
-    """Supervised fine-tuning on demonstrations."""
-
-    kind: Literal["sft"]
-    """Stage kind."""
-
-
-class DpoStage(_Training):
-    """Direct preference optimisation against a fixed reference."""
-
-    kind: Literal["dpo"]
-    """Stage kind."""
-    reference: Name | Literal["init", "base"] = "init"
-    """The policy that the log-ratios are taken against; `init` is the policy that training starts from."""
-    loss: Literal["sigmoid", "robust", "ipo", "hinge"] = "sigmoid"
-    """`sigmoid` (DPO, and cDPO with label smoothing), `robust` (rDPO), `ipo` or `hinge` (SLiC)."""
-    beta: Annotated[float, Field(gt=0)] = 0.1
-    """How strongly the policy is held to the reference; its unit depends on the loss."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Assumed share of flipped labels (`sigmoid` and `robust` only)."""
-    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-5
-    """Peak learning rate; a tenth of SFT's."""
-
-
-Stage = Annotated[SftStage | DpoStage, Field(discriminator="kind")]
-STAGE_KINDS: dict[str, type[SftStage | DpoStage]] = {"sft": SftStage, "dpo": DpoStage}
-
-
-class Evaluation(_Settings):
-    """What the base and every policy are measured on."""
-
-    suites: tuple[str, ...] = ("starter",)
-    """Names of built-in suites, or paths of suite files (TOML)."""
-    limit: Annotated[int, Field(ge=0)] = 0
-    """Items of each task that are used, the first ones; 0 uses all."""
-    max_new_tokens: Annotated[int, Field(ge=1, le=8192)] = 64
-    """Longest answer in tokens; an answer that has not stopped by then counts as not stopping."""
-    sample_tokens: Annotated[int, Field(ge=1, le=8192)] = 128
-    """Longest answer to a sample prompt in tokens."""
-    samples: tuple[str, ...] = ()
-    """Prompts that every policy answers side by side in the report; none takes the six of the starter suite."""
-
-
-class Recipe(_Settings):
-    """A whole run."""
-
-    name: Name
-    """Name of the run and of its folder."""
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Seed of everything random: same seed, same run."""
-    base: Base
-    """The pretrained model."""
-    adapter: Adapter = Adapter()
-    """What is trained on top of it."""
-    stage: tuple[Stage, ...]
-    """The stages, in order."""
-    evaluation: Evaluation = Evaluation()
-    """What is measured."""
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
-    """Where metrics go besides metrics.jsonl."""
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -320,15 +171,21 @@ def _check_references(recipe: Recipe, where: str) -> None:
     if not recipe.stage:
         raise RecipeError(where, "no stage", do="add a [[stage]] table")
     seen: list[str] = []
+    policies: list[str] = []
     for stage in recipe.stage:
         place = f'{where} · stage "{stage.name}"'
         if stage.name in RESERVED_NAMES:
             raise RecipeError(place, f'the name "{stage.name}" is reserved', do="choose another name")
         if stage.name in seen:
             raise RecipeError(place, "a second stage of that name", do="give each stage a name of its own")
-        _check_policy(place, "init", stage.init, ("base",), seen)
+        _check_policy(place, "init", stage.init, ("base",), policies)
+        if isinstance(stage, RewardStage | PpoStage) and recipe.adapter.kind == "full":
+            found = f'a {stage.kind} stage with [adapter] kind = "full"'
+            raise RecipeError(place, found, allowed='kind = "lora"', do="use an adapter")
+        if isinstance(stage, PpoStage):
+            _check_ppo(place, stage, policies, [name for name in seen if name not in policies])
         if isinstance(stage, DpoStage):
-            _check_policy(place, "reference", stage.reference, ("init", "base"), seen)
+            _check_policy(place, "reference", stage.reference, ("init", "base"), policies)
             if stage.label_smoothing and stage.loss not in ("sigmoid", "robust"):
                 raise RecipeError(
                     place, f'label_smoothing with loss = "{stage.loss}"', allowed="sigmoid or robust", do="remove it"
@@ -338,12 +195,29 @@ def _check_references(recipe: Recipe, where: str) -> None:
                     place, 'loss = "robust" without label_smoothing', allowed="0 < label_smoothing < 0.5", do="set it"
                 )
         seen.append(stage.name)
+        if not isinstance(stage, RewardStage):
+            policies.append(stage.name)
     if recipe.adapter.kind == "full" and recipe.adapter.train_tokens:
         raise RecipeError(f"{where} · [adapter]", 'train_tokens with kind = "full"', do="remove it: every row is trained")
 
 
-def _check_policy(place: str, field: str, name: str, special: tuple[str, ...], seen: list[str]) -> None:
-    if name not in special and name not in seen:
-        there = ", ".join([*special, *seen])
+def _check_ppo(place: str, stage: PpoStage, policies: list[str], rewards: list[str]) -> None:
+    _check_policy(place, "reference", stage.reference, ("init", "base"), policies)
+    if stage.reward not in rewards:
+        there = f"there is: {', '.join(rewards)}" if rewards else "there is none"
+        found = f'reward = "{stage.reward}" is not an earlier reward stage'
+        raise RecipeError(place, found, allowed=there, do=nearest(stage.reward, rewards))
+    if stage.estimator != "gae" and stage.completions < 2:
+        found = f'estimator = "{stage.estimator}" with completions = {stage.completions}'
+        raise RecipeError(place, found, allowed="at least 2 completions of a prompt", do="raise completions, or use gae")
+    if stage.estimator != "gae" and stage.whiten_rewards:
+        raise RecipeError(
+            place, f'whiten_rewards with estimator = "{stage.estimator}"', allowed='estimator = "gae"', do="remove it"
+        )
+
+
+def _check_policy(place: str, field: str, name: str, special: tuple[str, ...], policies: list[str]) -> None:
+    if name not in special and name not in policies:
+        there = ", ".join([*special, *policies])
         found = f'{field} = "{name}" is not an earlier policy stage'
-        raise RecipeError(place, found, allowed=f"there is: {there}", do=nearest(name, [*special, *seen]))
+        raise RecipeError(place, found, allowed=f"there is: {there}", do=nearest(name, [*special, *policies]))

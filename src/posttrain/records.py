@@ -30,7 +30,11 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """Two completions of one prompt, the first preferred. `prompt` ends before an assistant turn."""
+    """Two completions of one prompt, the first preferred. `prompt` ends before an assistant turn.
+
+    `probability` says how sure the preference is (1 for a person's choice), `margin` by how much the scores should differ;
+    only reward models read them.
+    """
 
     id: str
     prompt: tuple[Message, ...]
@@ -38,6 +42,8 @@ class PreferencePair:
     rejected: tuple[Message, ...]
     source: str = ""
     reason: str = ""
+    margin: float = 0.0
+    probability: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

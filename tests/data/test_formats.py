@@ -10,8 +10,8 @@ import pytest
 
 from posttrain.data.formats import Problem, kind_of, read_demonstrations, read_preferences
 from posttrain.errors import DataError
-from posttrain.recipe import Source
 from posttrain.records import Message
+from posttrain.settings import Source
 
 REAL_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 USER, SAID = Message("user", "What is 2 + 2?"), Message("assistant", "4")

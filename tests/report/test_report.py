@@ -42,11 +42,11 @@ def test_a_finished_run_has_every_section_and_every_number_of_its_scorecard():
             assert entry["title"] in page.text
             shown = f"{entry['value'] * 100:.1f} %" if entry["unit"] == "share" else f"{entry['value']:.3f}"
             assert shown.replace("\u202f", " ") in page.text or entry["unit"] == "tokens"
-    for policy in ("base", "sft", "dpo"):
+    for policy in ("base", "sft", "dpo", "ppo"):
         rows = [json.loads(line) for line in (run / "evaluate" / policy / "samples.jsonl").read_text().splitlines()]
         assert all(row["prompt"] in page.text for row in rows)
     assert len(page.having("article")) == 6
-    assert len(page.having("div", **{"class": "answer"})) == 6 * 3
+    assert len(page.having("div", **{"class": "answer"})) == 6 * 4
 
 
 def test_the_page_asks_for_nothing_and_runs_nothing():

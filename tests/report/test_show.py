@@ -24,13 +24,20 @@ def test_a_run_is_its_scorecard_and_its_stages(capsys: pytest.CaptureFixture[str
     run = finished_run()
     text = shown(capsys, str(run))
     assert "instructions" in text
-    rows = [line.split() for line in text.splitlines() if line.startswith(("sft ", "dpo ")) and "finished" in line]
-    assert [row[:5] for row in rows] == [["sft", "sft", "base", "finished", "yes"], ["dpo", "dpo", "sft", "finished", "yes"]]
+    rows = [
+        line.split() for line in text.splitlines() if line.startswith(("sft ", "dpo ", "rm ", "ppo ")) and "finished" in line
+    ]
+    assert [row[:5] for row in rows] == [
+        ["sft", "sft", "base", "finished", "yes"], ["dpo", "dpo", "sft", "finished", "yes"],
+        ["rm", "reward", "sft", "finished", "yes"], ["ppo", "ppo", "sft", "finished", "yes"],
+    ]  # fmt: skip
     found = json.loads(shown(capsys, str(run), "--json"))
     assert found["scorecard"] == json.loads((run / "scorecard.json").read_text())
     assert [(s["name"], s["status"], s["evaluated"]) for s in found["stages"]] == [
         ("sft", "finished", True),
         ("dpo", "finished", True),
+        ("rm", "finished", True),
+        ("ppo", "finished", True),
     ]
     manifest = read_manifest(run / "dpo")
     assert manifest is not None

@@ -100,7 +100,7 @@ def test_several_stages_answer_side_by_side_each_in_its_own_conversation(target:
 def test_an_unknown_stage_is_told_and_the_chat_goes_on(target: Target, line: str):
     text = talk(target, line, "Hi")
     name = line.partition(" ")[2]
-    assert f'error: chat · "{name}" is not a stage here · there is: base, sft, dpo\n' in text
+    assert f'error: chat · "{name}" is not a stage here · there is: base, sft, dpo, ppo\n' in text
     assert f"dpo> {answer(target, 'dpo', 'Hi')}\n" in text
 
 
@@ -217,4 +217,4 @@ def test_the_command_with_piped_input_of_any_bytes(encoding: str):
 
 def test_comparing_a_stage_that_is_not_there_is_a_mistake(capsys: pytest.CaptureFixture[str]):
     assert main(["chat", str(finished_run()), "--compare", "base,rm"]) == 2
-    assert capsys.readouterr().err == 'error: chat · "rm" is not a stage here · there is: base, sft, dpo\n'
+    assert capsys.readouterr().err == 'error: chat · "rm" is not a stage here · there is: base, sft, dpo, ppo\n'

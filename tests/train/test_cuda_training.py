@@ -68,7 +68,7 @@ def test_the_tiny_recipe_runs_from_base_to_report(tmp_path: Path, own_cache: Non
     assert main(arguments) == 0
     assert (run / "report.html").is_file()
     stages = json.loads((run / "scorecard.json").read_text())["stages"]
-    assert [stage["name"] for stage in stages] == ["base", "sft", "dpo"]
+    assert [stage["name"] for stage in stages] == ["base", "sft", "dpo", "ppo"]
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
     assert main(arguments) == 0  # nothing to do
     assert all(p.stat().st_mtime_ns == t for p, t in before.items() if p.name != ".lock")

@@ -31,7 +31,7 @@ def losses(base: BaseModel, kind: str, folder: Path) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "reward"])
 def test_the_same_seed_gives_the_same_run_and_the_golden_losses(kind: str, base: BaseModel, tmp_path: Path):
     first, second = (losses(base, kind, tmp_path / name) for name in ("first", "second"))
     assert first == second
@@ -50,7 +50,7 @@ def test_another_seed_gives_another_run(base: BaseModel, tmp_path: Path):
 
 if __name__ == "__main__":
     tiny = load_base("random:tiny", template="gemma", dtype="float32", device="cpu")
-    for method in sys.argv[1:] or ("sft", "dpo"):
+    for method in sys.argv[1:] or ("sft", "dpo", "reward"):
         with tempfile.TemporaryDirectory() as scratch:
             curve = losses(tiny, method, Path(scratch))
         (GOLDEN / f"{method}.json").write_text(json.dumps(curve, indent=0) + "\n", encoding="utf-8")

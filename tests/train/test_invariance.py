@@ -9,12 +9,15 @@ from torch import Tensor
 
 from posttrain.data.packing import pack, row_segments
 from posttrain.data.prepare import PairRow, TrainRow
+from posttrain.data.rankings import RankedPrompt, rank_prompts
+from posttrain.models.heads import SCORE_NAME, new_head
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraSettings
-from posttrain.recipe import DpoStage
+from posttrain.settings import DpoStage
 from posttrain.train.batches import batch_logprobs, pack_pairs, pack_rows, sum_by_row, to_device
 from posttrain.train.dpo import dpo_task
 from posttrain.train.loop import MicroBatch, TrainTask
+from posttrain.train.reward import reward_task
 from posttrain.train.sft import sft_task
 from posttrain.train.stage import TrainedPolicy
 
@@ -44,6 +47,17 @@ def pair_rows() -> list[PairRow]:
     return [PairRow(f"pair-{i}", ids(chance, 2, 20), ids(chance, 1, 30), ids(chance, 1, 30)) for i in range(ROWS)]
 
 
+def ranked_prompts() -> list[RankedPrompt]:
+    """Prompts with two to four completions, whose pairs have margins and labels of their own."""
+    chance = random.Random(4)
+    rows = []
+    for i in range(ROWS):
+        prompt, answers = ids(chance, 2, 20), [ids(chance, 1, 20) for _ in range(2 + i % 3)]
+        for k in range(1, len(answers)):
+            rows.append(PairRow(f"pair-{i}-{k}", prompt, answers[k - 1], answers[k], chance.random(), 1 - chance.random() / 3))
+    return rank_prompts(rows)
+
+
 @pytest.fixture
 def policy(base: BaseModel) -> TrainedPolicy:
     """An adapter away from zero, so that both of its matrices have a gradient."""
@@ -51,6 +65,7 @@ def policy(base: BaseModel) -> TrainedPolicy:
     random_numbers = torch.Generator().manual_seed(5)
     for parameter in adapter.parameters().values():
         parameter.data.normal_(std=0.05, generator=random_numbers)
+    adapter.head = new_head(64, seed=1, device=base.device)
     adapter.requires_grad_(True)
     return TrainedPolicy("policy", adapter.parameters(), lambda folder: None)
 
@@ -63,6 +78,8 @@ def reference(pairs: Sequence[PairRow]) -> dict[str, Tensor]:
 def make_task(kind: str, base: BaseModel, policy: TrainedPolicy) -> TrainTask:
     if kind == "sft":
         return sft_task(base, policy, train_rows(), [])
+    if kind == "reward":
+        return reward_task(base, policy, ranked_prompts(), [], center=0.01)
     pairs = pair_rows()
     stage = DpoStage(kind="dpo", name="dpo", data="x", beta=0.3)
     return dpo_task(base, policy, stage, pairs, [], reference(pairs))
@@ -85,7 +102,8 @@ def gradients(task: TrainTask, groups: Sequence[Sequence[int]]) -> tuple[dict[st
 def assert_same(task: TrainTask, groups: Sequence[Sequence[int]]) -> None:
     wanted, metrics = gradients(task, [range(ROWS)])
     found, shown = gradients(task, groups)
-    assert found.keys() == wanted.keys() == task.parameters.keys()
+    head = set() if "reward/loss" in metrics else {SCORE_NAME}
+    assert found.keys() == wanted.keys() == task.parameters.keys() - head
     assert all(bool(g.abs().max() > 0) for g in wanted.values())
     for name, gradient in wanted.items():
         assert torch.allclose(found[name], gradient, rtol=1e-5, atol=TOLERANCE), name
@@ -93,14 +111,14 @@ def assert_same(task: TrainTask, groups: Sequence[Sequence[int]]) -> None:
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "reward"])
 def test_accumulation_changes_no_gradient(kind: str, cut: list[int], base: BaseModel, policy: TrainedPolicy):
     left = list(range(ROWS))
     groups = [[left.pop(0) for _ in range(size)] for size in cut]
     assert_same(make_task(kind, base, policy), groups)
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "reward"])
 def test_the_order_of_a_batch_changes_no_gradient(kind: str, base: BaseModel, policy: TrainedPolicy):
     shuffled = random.Random(3).sample(range(ROWS), ROWS)
     assert_same(make_task(kind, base, policy), [shuffled])

@@ -8,6 +8,7 @@ import pytest
 from tiny_stages import demonstrations, preferences, run_stage
 
 import posttrain.train.dpo
+import posttrain.train.reward
 import posttrain.train.sft
 from posttrain.errors import Interrupted
 from posttrain.models.load import BaseModel
@@ -15,10 +16,10 @@ from posttrain.train.loop import MicroBatch, TrainTask
 from posttrain.train.stage import StageResult
 
 EPOCHS = 3
-MODULES = {"sft": posttrain.train.sft, "dpo": posttrain.train.dpo}
+MODULES = {"sft": posttrain.train.sft, "dpo": posttrain.train.dpo, "reward": posttrain.train.reward}
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "reward"])
 def test_0_rows_are_doubled_or_left_out(kind: str, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The ids that the loop really takes losses of are written down on their way to `fit_stage`."""
     seen: list[str] = []

@@ -21,8 +21,16 @@ def settings(kind: str, folder: Path) -> dict[str, Any]:
     return {"data": str(data), **CHOICES}
 
 
-@pytest.mark.parametrize("adapter", [DROPOUT, FULL], ids=["lora-dropout", "full"])
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+CASES = [
+    pytest.param(kind, adapter, id=f"{kind}-{name}")
+    for kind, name, adapter in (
+        ("sft", "full", FULL), ("sft", "lora-dropout", DROPOUT), ("dpo", "full", FULL), ("dpo", "lora-dropout", DROPOUT),
+        ("reward", "lora-dropout", DROPOUT),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, adapter", CASES)
 def test_0_of_10_random_stops_change_the_run(kind: str, adapter: dict[str, Any], base: BaseModel, tmp_path: Path):
     stage = settings(kind, tmp_path)
     straight = run_stage(base, tmp_path / "straight", kind, adapter=adapter, **stage)

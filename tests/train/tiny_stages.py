@@ -14,6 +14,7 @@ from posttrain.models.load import BaseModel
 from posttrain.recipe import parse_recipe
 from posttrain.train.checkpoint import Checkpoint, load_newest
 from posttrain.train.dpo import train_dpo
+from posttrain.train.reward import train_reward
 from posttrain.train.sft import train_sft
 from posttrain.train.signals import StopSignal
 from posttrain.train.stage import StageContext, StageResult
@@ -95,7 +96,9 @@ def run_stage(
     stopper = StopAt(stop_at)
     context = StageContext(base, Policies(base, folder.parent), recipe, folder, stopper.stop, (stopper,))
     (only,) = recipe.stage
-    return train_sft(context, only) if only.kind == "sft" else train_dpo(context, only)
+    if only.kind == "sft":
+        return train_sft(context, only)
+    return train_dpo(context, only) if only.kind == "dpo" else train_reward(context, only)
 
 
 def newest(folder: Path) -> Checkpoint:

@@ -16,10 +16,11 @@ from posttrain.data.formats import (
     read_preferences,
 )
 from posttrain.data.prepare import PreparedPairs, PreparedRows, prepare_demonstrations, prepare_pairs
+from posttrain.data.prompts import PreparedPrompts, prepare_prompts
 from posttrain.data.report import format_report
 from posttrain.data.sources import read_rows
 from posttrain.errors import DataError, RecipeError
-from posttrain.recipe import DpoStage, Recipe, SftStage, Stage
+from posttrain.settings import DpoStage, PpoStage, Recipe, SftStage, Stage
 
 
 class Check(NamedTuple):
@@ -38,8 +39,12 @@ def prepare_stage(
     seed: int,
     evaluation_prompts: Collection[str],
     allow_dropped: float | None = None,
-) -> PreparedRows | PreparedPairs:
+) -> PreparedRows | PreparedPairs | PreparedPrompts:
     """A stage's rows as it will train on them. Raises DataError as the stage would."""
+    if isinstance(stage, PpoStage):
+        return prepare_prompts(
+            stage.data, chat, seed=seed, max_prompt_tokens=stage.max_prompt_tokens, evaluation_prompts=evaluation_prompts
+        )
     allowed = stage.allow_dropped if allow_dropped is None else allow_dropped
     keywords: dict[str, Any] = {
         "max_tokens": stage.max_tokens, "validation": stage.validation, "allow_dropped": allowed,
@@ -66,11 +71,12 @@ def plan_check(file: str, recipe: Recipe | None, stage_name: str | None, *, mode
         if model == "random:tiny" and template == "auto":
             template = "gemma"
         return Check(made, 0, model, template)
-    fitting = [s for s in recipe.stage if s.kind == kind]
+    kinds = ("sft",) if kind == "sft" else ("dpo", "reward")
+    fitting = [s for s in recipe.stage if s.kind in kinds]
+    there = ", ".join(s.name for s in fitting) or f"no {kind} stage"
     if stage_name is not None:
         fitting = [s for s in recipe.stage if s.name == stage_name]
-    if not fitting or fitting[0].kind != kind:
-        there = ", ".join(s.name for s in recipe.stage if s.kind == kind) or f"no {kind} stage"
+    if not fitting or fitting[0].kind not in kinds:
         found = f'"{stage_name}"' if stage_name else f"no {kind} stage in the recipe"
         raise RecipeError("--stage", f"{found} for this {kind} data", allowed=f"there is: {there}")
     return Check(fitting[0].model_copy(update={"data": file}), recipe.seed, recipe.base.model, recipe.base.template)
@@ -84,7 +90,7 @@ def check_rows(check: Check, chat: ChatFormat, *, evaluation_prompts: Collection
     report = prepared.report
     dropped = sum(report["dropped"].values())
     text = format_report(report, title)
-    if dropped > check.stage.allow_dropped * report["mixed_rows"]:
+    if not isinstance(check.stage, PpoStage) and dropped > check.stage.allow_dropped * report["mixed_rows"]:
         allowed = f"{check.stage.allow_dropped:.0%}"
         text += f"\n\nwarning: {dropped} of {report['mixed_rows']} rows dropped; training refuses more than {allowed}"
     return report, text

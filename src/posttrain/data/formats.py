@@ -8,6 +8,7 @@ A row that cannot be learned from is a `Problem` with its number and reason, nev
 prompt share their beginning up to the last whole word: as in TRL, that beginning is the prompt.
 """
 
+import math
 import random
 import re
 from collections.abc import Callable, Iterable
@@ -16,8 +17,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from posttrain.data.sources import RawRow, as_sources, data_hashes, read_rows
 from posttrain.errors import DataError
-from posttrain.recipe import Source
 from posttrain.records import ROLES, Conversation, Message, PreferencePair, Role
+from posttrain.settings import Source
 
 R = TypeVar("R", Conversation, PreferencePair)
 _SHAREGPT_ROLES: dict[str, Role] = {
@@ -104,7 +105,10 @@ def read_preferences(data: str | tuple[Source, ...], *, seed: int) -> Preference
             try:
                 prompt, chosen, rejected = _pair(row.value)
                 reason = str(row.value.get("reason") or "")
-                records.append(PreferencePair(name, prompt, chosen, rejected, source.path, reason))
+                margin, probability = _number(row.value, "margin", 0.0), _number(row.value, "probability", 1.0)
+                if margin < 0 or not 0 <= probability <= 1:
+                    raise _BadRow("margin is below 0, or probability is not between 0 and 1")
+                records.append(PreferencePair(name, prompt, chosen, rejected, source.path, reason, margin, probability))
             except _BadRow as bad:
                 problems.append(Problem(source.path, f"row {row.number}", str(bad)))
     return Preferences(_unique_ids(records), tuple(problems), tuple(infos))
@@ -298,6 +302,15 @@ def _messages(value: Any, name: str) -> tuple[Message, ...]:
             raise _BadRow(f"{name} has a turn without a role of {', '.join(ROLES)}")
         found.append(Message(turn["role"], _string(turn.get("content"), "content")))
     return tuple(found)
+
+
+def _number(row: dict[str, Any], name: str, default: float) -> float:
+    value = row.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise _BadRow(f"{name} is not a finite number")
+    return float(value)
 
 
 def _string(value: Any, name: str) -> str:

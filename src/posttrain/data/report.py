@@ -46,7 +46,7 @@ def format_report(report: dict[str, Any], title: str) -> str:
         f"duplicates   {report['duplicates']:,} rows",
         f"turns end    {_share(report['ends_trained'])} of the uncut rows end in a trained end-of-turn token",
     ]
-    if report["kind"] == "dpo":
+    if "mean_chosen_tokens" in report:
         lines.append(
             f"lengths      chosen {report['mean_chosen_tokens']:.0f} and rejected {report['mean_rejected_tokens']:.0f} tokens "
             f"on average; chosen is longer in {report['chosen_longer']:.0%}"

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import posttrain
 from posttrain.artifacts import hash_file
 from posttrain.errors import DataError
-from posttrain.recipe import Source
+from posttrain.settings import Source
 
 STARTER = Path(posttrain.__file__).parent / "starter"
 MAX_FIELD_BYTES = 10 * 2**20

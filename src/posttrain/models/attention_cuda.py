@@ -42,7 +42,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Se
     from torch.nn.attention.varlen import varlen_attn
 
     # The kernel has always taken fewer key heads than query heads; from torch 2.12 on it wants to be told.
-    told = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    told: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     table = segments.varlen
     if table is None:
         table = segments.varlen = varlen_table(segments.spans, q.shape[1], q.device)

@@ -5,6 +5,7 @@ metadata; an adapter of another base is refused, since it would load without a c
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from posttrain.artifacts import verify_files, write_json
 from posttrain.errors import AdapterError
+from posttrain.models.heads import SCORE_NAME, ScoreHead
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter, LoraSettings, LoraShape
 from posttrain.models.rows import TokenRows
@@ -34,7 +36,8 @@ TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 def save_adapter(folder: Path, adapter: LoraAdapter, base: BaseModel) -> None:
     """Write one adapter in PEFT's format, float32."""
     tensors = {n: p.detach().cpu().contiguous() for n, p in adapter.parameters().items()}
-    _save(folder / ADAPTER_WEIGHTS, tensors, {"format": "pt", **_identity(base)})
+    shift = {"score_shift": repr(adapter.head.shift)} if adapter.head is not None else {}
+    _save(folder / ADAPTER_WEIGHTS, tensors, {"format": "pt", **_identity(base), **shift})
     write_json(folder / ADAPTER_CONFIG, _peft_config(adapter, base))
 
 
@@ -73,6 +76,8 @@ def _peft_config(adapter: LoraAdapter, base: BaseModel) -> dict[str, Any]:
         "inference_mode": True,
         "modules_to_save": None,
     }
+    if adapter.head is not None:
+        config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
     if adapter.tokens is not None:
         config["trainable_token_indices"] = {adapter.tokens.layer.rsplit(".", 1)[-1]: list(adapter.tokens.ids)}
     return config
@@ -93,8 +98,25 @@ def load_adapter(folder: Path, name: str, base: BaseModel, *, require_hash: bool
     tensors, metadata = _read_tensors(folder / ADAPTER_WEIGHTS, where)
     check_base(metadata.get("base_weights_hash"), base, where, require_hash=require_hash)
     tokens = _take_token_rows(tensors, config.get("trainable_token_indices"), base, where)
+    head = _take_head(tensors, metadata, base, where) if config.get("modules_to_save") else None
     weights = _match(tensors, LoraShape.select(base.model, settings.targets), settings.rank, where, base.device)
-    return base.adapters.add(LoraAdapter(name, settings, weights, tokens))
+    return base.adapters.add(LoraAdapter(name, settings, weights, tokens, head))
+
+
+def _take_head(tensors: dict[str, torch.Tensor], metadata: dict[str, str], base: BaseModel, where: str) -> ScoreHead:
+    """The head of a reward model, taken out of `tensors`. One of another tool has no shift."""
+    weight = tensors.pop(SCORE_NAME, None)
+    width = base.model.get_input_embeddings().weight.shape[1]
+    if weight is None or tuple(weight.shape) != (1, width):
+        found = "is missing" if weight is None else f"has shape {tuple(weight.shape)}"
+        raise AdapterError(where, f"{SCORE_NAME} {found}", allowed=f"shape {(1, width)}: a classifier with one label")
+    try:
+        shift = float(metadata.get("score_shift", 0.0))
+    except ValueError:
+        shift = math.nan
+    if not math.isfinite(shift):
+        raise AdapterError(where, f"score_shift {metadata['score_shift'][:40]!r}", allowed="a finite number")
+    return ScoreHead(nn.Parameter(weight.float().to(base.device), requires_grad=False), shift)
 
 
 def _take_token_rows(tensors: dict[str, torch.Tensor], indices: Any, base: BaseModel, where: str) -> TokenRows | None:
@@ -130,7 +152,8 @@ def _read_config(folder: Path, where: str) -> dict[str, Any]:
             where, f"r {rank!r}, lora_alpha {alpha!r}, target_modules {str(layers)[:60]}",
             allowed="a rank, a number, and a list of layer names",
         )  # fmt: skip
-    refused = [key for key in UNSUPPORTED if config.get(key)]
+    a_reward_model = config.get("task_type") == "SEQ_CLS" and config.get("modules_to_save") == ["score"]
+    refused = [key for key in UNSUPPORTED if config.get(key) and not (key == "modules_to_save" and a_reward_model)]
     if refused:
         raise AdapterError(where, f"uses {', '.join(refused)}", allowed="plain LoRA with a list of layers")
     return config

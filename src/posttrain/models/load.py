@@ -145,6 +145,12 @@ class BaseModel:
         found: Tensor = RowGradient.apply(logprobs_N, hidden_ND, head_VD, tokens.rows, ids_K, target_N, self.softcap)  # type: ignore[no-untyped-call]
         return found
 
+    def scores(self, hidden_ND: Tensor, adapter: str) -> Tensor:
+        """The score of each completion [N] by the head of a reward model's adapter, float32."""
+        head = self.adapters.get(adapter).head
+        assert head is not None, f"{adapter} has no head"
+        return head.score(hidden_ND)
+
     def hidden(self, ids_T: Tensor, positions_T: Tensor, segments: Segments, adapter: str) -> Tensor:
         """Last hidden states [T, D] of a packed batch, all segments with one adapter ("base" for none)."""
         with self.adapters.use(adapter):

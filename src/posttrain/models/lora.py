@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from posttrain.errors import AdapterError, RecipeError
+from posttrain.models.heads import SCORE_NAME, ScoreHead
 from posttrain.models.rows import TokenRows, replace_rows
 
 ATTENTION_PARENTS = ("self_attn", "attn", "attention")
@@ -42,13 +43,16 @@ class LoraSettings(NamedTuple):
 
 
 class LoraAdapter:
-    """One adapter: for each adapted layer its A and B, float32, and the embedding rows trained beside them, if any."""
+    """One adapter: for each adapted layer its A and B, float32, and what else was trained beside them.
+
+    That is the embedding rows of some tokens, and the head of a reward model.
+    """
 
     def __init__(
         self, name: str, settings: LoraSettings, weights: dict[str, tuple[nn.Parameter, nn.Parameter]],
-        tokens: TokenRows | None = None,
+        tokens: TokenRows | None = None, head: ScoreHead | None = None,
     ) -> None:  # fmt: skip
-        self.name, self.settings, self.weights, self.tokens = name, settings, weights, tokens
+        self.name, self.settings, self.weights, self.tokens, self.head = name, settings, weights, tokens, head
         self.training = False
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -59,6 +63,8 @@ class LoraAdapter:
             named[f"base_model.model.{layer}.lora_B.weight"] = b
         if self.tokens is not None:
             named[f"base_model.model.{self.tokens.layer}.token_adapter.trainable_tokens_delta"] = self.tokens.rows
+        if self.head is not None:
+            named[SCORE_NAME] = self.head.weight
         return named
 
     @property
@@ -258,7 +264,9 @@ class AdapterSet:
         weights = {
             n: (nn.Parameter(a.detach().clone()), nn.Parameter(b.detach().clone())) for n, (a, b) in original.weights.items()
         }
-        return self.add(LoraAdapter(name, original.settings, weights, original.tokens.copy() if original.tokens else None))
+        tokens = original.tokens.copy() if original.tokens else None
+        head = original.head.copy() if original.head else None
+        return self.add(LoraAdapter(name, original.settings, weights, tokens, head))
 
     def remove(self, name: str) -> None:
         """Forget an adapter."""

@@ -11,7 +11,8 @@ from posttrain.artifacts import read_manifest
 from posttrain.errors import ArtifactError
 from posttrain.models.files import Policies
 from posttrain.models.load import BaseModel, load_base
-from posttrain.recipe import Recipe, load_recipe
+from posttrain.recipe import load_recipe
+from posttrain.settings import Recipe, RewardStage
 
 
 class Target(NamedTuple):
@@ -32,6 +33,11 @@ def split_target(target: str) -> tuple[Path, str] | None:
         return path, names[-1]
     if (path.parent / "recipe.toml").is_file():
         names = finished_policies(path.parent)
+        if path.name in (s.name for s in load_recipe(path.parent / "recipe.toml").stage if isinstance(s, RewardStage)):
+            raise ArtifactError(
+                str(path), "is a reward model: it scores answers and writes none", allowed=f"there is: {', '.join(names)}",
+                do="measure it with `posttrain evaluate RUN/STAGE --pairs FILE`",
+            )  # fmt: skip
         if path.name not in names:
             raise ArtifactError(
                 str(path), "no finished stage", allowed=f"there is: {', '.join(names)}", do="run the recipe first"
@@ -45,7 +51,32 @@ def finished_policies(run: Path) -> list[str]:
     if not (run / "recipe.toml").is_file():
         raise ArtifactError(str(run), "not a run folder", do="give a folder that `posttrain run` made")
     recipe = load_recipe(run / "recipe.toml")
-    return ["base", *(s.name for s in recipe.stage if read_manifest(run / s.name) is not None)]
+    stages = [s.name for s in recipe.stage if not isinstance(s, RewardStage)]
+    return ["base", *(name for name in stages if read_manifest(run / name) is not None)]
+
+
+class RewardTarget(NamedTuple):
+    """A loaded base, the name of the reward model's adapter on it, and the recipe it was made by."""
+
+    base: BaseModel
+    adapter: str
+    recipe: Recipe
+    stage: RewardStage
+
+
+def open_reward_model(target: str) -> RewardTarget:
+    """Load the reward model `RUN/STAGE`. Raises ArtifactError where there is none of that name."""
+    path = Path(target)
+    if not (path.parent / "recipe.toml").is_file():
+        raise ArtifactError(target, "not a reward stage of a run", do="give RUN/STAGE")
+    recipe = load_recipe(path.parent / "recipe.toml")
+    stages = {s.name: s for s in recipe.stage if isinstance(s, RewardStage) and read_manifest(path.parent / s.name) is not None}
+    if path.name not in stages:
+        there = f"there is: {', '.join(stages)}" if stages else "this run has none"
+        raise ArtifactError(target, "not a finished reward stage", allowed=there)
+    settings = recipe.base
+    base = load_base(settings.model, template=settings.template, dtype=settings.dtype, device=settings.device)
+    return RewardTarget(base, Policies(base, path.parent).activate(path.name), recipe, stages[path.name])
 
 
 def open_target(target: str, *, template: str = "auto") -> Target:

@@ -49,7 +49,7 @@ def _stage(stage: Stage, report: Mapping[str, Any]) -> Markup:
     figure = ""
     if any(b["rows"] for b in bins):
         first = next(i for i, b in enumerate(bins) if b["rows"])
-        chart = plots.histogram(labels[first:], [b["rows"] for b in bins[first:]])
+        chart = plots.histogram(labels[first:], [b["rows"] for b in bins[first:]], stage.name)
         figure = el("figure", el("figcaption", el("strong", "rows by length")), chart)
     body = el("div.beside", facts([*_sources(report), *_rows(report), *_other(report)]), figure)
     return el(

@@ -68,8 +68,8 @@ def colour(number: int) -> str:
     return f"#0f0f1{number % COLOURS}"
 
 
-def curves(series: Sequence[Series]) -> Markup:
-    """Metrics over steps. A dense noisy line is drawn faint, its running mean strong."""
+def curves(series: Sequence[Series], about: str = "") -> Markup:
+    """Metrics over steps. A dense noisy line is drawn faint, its running mean strong. `about` tells it from its like."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(WIDTH, HEIGHT)
         hovers: list[_Hover] = []
@@ -85,11 +85,11 @@ def curves(series: Sequence[Series]) -> Markup:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel("step")
-        return _svg(figure, axes, hovers, ", ".join(one.label for one in series))
+        return _svg(figure, axes, hovers, ": ".join(filter(None, (about, ", ".join(one.label for one in series)))))
 
 
-def histogram(labels: Sequence[str], counts: Sequence[int]) -> Markup:
-    """Rows by their length in tokens."""
+def histogram(labels: Sequence[str], counts: Sequence[int], about: str = "") -> Markup:
+    """Rows by their length in tokens. `about` tells it from its like."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(WIDTH, 180)
         axes.bar(range(len(counts)), counts, color=colour(1), width=0.82, zorder=3)
@@ -98,7 +98,7 @@ def histogram(labels: Sequence[str], counts: Sequence[int]) -> Markup:
         axes.set_xlabel("tokens a row")
         axes.tick_params(axis="x", length=0)
         hovers = [_Hover(i, n / 2, f"{label} tokens: {n:,} rows") for i, (label, n) in enumerate(zip(labels, counts))]
-        return _svg(figure, axes, hovers, "rows by length", radius=12)
+        return _svg(figure, axes, hovers, ": ".join(filter(None, (about, "rows by length"))), radius=12)
 
 
 def tax_against_gain(points: Sequence[Point], *, base: str, gain_label: str, tax_label: str) -> Markup:
@@ -215,7 +215,7 @@ def _inline(svg: str, dots: str, about: str, width: int, height: int) -> str:
     inner = re.sub(r"font-family: [^;\"]*;? ?", "", inner)
     inner = re.sub(r"#0f0f[01][0-9]", lambda found: _THEME[found[0]], inner)
     inner = re.sub(r"<[^>]*>", lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), inner)  # places, not labels
-    mark = hashlib.sha256(inner.encode()).hexdigest()[:6]  # several drawings stand in one page: their ids must differ
+    mark = hashlib.sha256((about + inner).encode()).hexdigest()[:6]  # several drawings stand in one page: their ids must differ
     inner = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{mark}", inner)
     inner = re.sub(r"\s*\n\s*", "\n", inner)
     label = escape(about)

@@ -17,6 +17,7 @@ from posttrain.report.headline import headline
 from posttrain.report.markup import el, join
 from posttrain.report.picture import picture
 from posttrain.report.provenance import provenance
+from posttrain.report.rewards import rewards
 from posttrain.report.run import Run, load_run
 from posttrain.report.samples import samples
 from posttrain.report.scores import scorecard, tax
@@ -26,6 +27,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Run], Markup]], ...] = (
     ("pipeline", "Pipeline", picture),
     ("scorecard", "Scorecard", scorecard),
     ("tax", "Tax and gain", tax),
+    ("reward", "Reward model", rewards),
     ("samples", "Answers", samples),
     ("training", "Training", training),
     ("data", "Data", data),

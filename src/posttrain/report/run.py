@@ -41,6 +41,13 @@ class Policy(NamedTuple):
     samples: tuple[dict[str, Any], ...]
 
 
+class RewardModel(NamedTuple):
+    """A reward model that was measured, and what was found."""
+
+    name: str
+    found: dict[str, Any]
+
+
 class Run(NamedTuple):
     """Everything that a report says. `notes` are what a reader must know before trusting it."""
 
@@ -51,6 +58,7 @@ class Run(NamedTuple):
     stages: tuple[Stage, ...]
     policies: tuple[Policy, ...]
     notes: tuple[str, ...]
+    rewards: tuple[RewardModel, ...] = ()
 
     @property
     def base(self) -> str:
@@ -64,10 +72,12 @@ def load_run(folder: Path) -> Run:
     recipe, text = read_recipe(folder)
     scorecard = read_scorecard(folder)
     stages = read_stages(folder, recipe)
-    names = ["base", *(stage.name for stage in stages)]
+    names = ["base", *(stage.name for stage in stages if stage.kind != "reward")]
+    models = [stage.name for stage in stages if stage.kind == "reward"]
     policies = tuple(policy for name in names if (policy := _policy(folder / EVALUATIONS / name, name)) is not None)
+    rewards = tuple(found for name in models if (found := _reward(folder / EVALUATIONS / name, name)) is not None)
     notes = _notes(scorecard, stages, policies)
-    return Run(str(recipe.get("name", folder.name)), recipe, text, scorecard, stages, policies, notes)
+    return Run(str(recipe.get("name", folder.name)), recipe, text, scorecard, stages, policies, notes, rewards)
 
 
 def read_recipe(folder: Path) -> tuple[dict[str, Any], str]:
@@ -134,6 +144,11 @@ def _policy(folder: Path, name: str) -> Policy | None:
         return None
     samples = _rows(folder, "samples.jsonl") if _kept(folder, "samples.jsonl", manifest) else ()
     return Policy(name, manifest, samples)
+
+
+def _reward(folder: Path, name: str) -> RewardModel | None:
+    manifest = read_manifest(folder)
+    return None if manifest is None else RewardModel(name, _read_json(_named(folder, "reward.json")))
 
 
 def _kept(folder: Path, name: str, manifest: Mapping[str, Any] | None) -> bool:

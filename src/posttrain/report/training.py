@@ -59,14 +59,14 @@ def _stage(stage: Stage) -> Markup:
     charts = charts_of(found)
     shown = [chart for chart in charts if chart.open]
     shown += [chart for chart in charts if not chart.open and chart.title in _FILLING][: max(0, _ROW - len(shown))]
-    behind = [_figure(chart, found) for chart in charts if chart not in shown]
+    behind = [_figure(stage.name, chart, found) for chart in charts if chart not in shown]
     manifest = stage.manifest or {}
     work = [f"{manifest['steps']:,} steps"] if "steps" in manifest else []
     work += [f"{manifest['tokens']:,} tokens"] if "tokens" in manifest else []
     work += [words.duration(manifest.get("train_seconds", manifest.get("seconds")))]
     more = details(f"{len(behind)} more curves of {stage.name}", el("div.plots", *behind)) if behind else ""
     head = el("h3", stage.name, " ", el("span.kind", stage.kind), el("span.small", " · ".join(work)))
-    return el("div.stage", head, el("div.plots", *(_figure(chart, found) for chart in shown)), more)
+    return el("div.stage", head, el("div.plots", *(_figure(stage.name, chart, found) for chart in shown)), more)
 
 
 def read_series(rows: Sequence[Mapping[str, object]]) -> Found:
@@ -112,7 +112,7 @@ def _without_validation(name: str) -> str:
     return name.replace(f"/{_VALIDATION}", "/")
 
 
-def _figure(chart: _Chart, found: Found) -> Markup:
+def _figure(stage: str, chart: _Chart, found: Found) -> Markup:
     series = []
     for number, name in enumerate(chart.names, 1):
         held_out = name.split("/")[-1].startswith(_VALIDATION)
@@ -122,7 +122,8 @@ def _figure(chart: _Chart, found: Found) -> Markup:
         )
     last = [f"{s.label if len(series) > 1 else 'last'} {words.plain(float(s.ys[-1]))}" for s in series]
     legend = [el("span.key", el(f"i.c{s.colour % plots.COLOURS}"), text) for s, text in zip(series, last)]
-    return el("figure", el("figcaption", el("strong", chart.title), el("span.legend", *legend)), plots.curves(series))
+    drawing = plots.curves(series, f"{stage}, {chart.title}")
+    return el("figure", el("figcaption", el("strong", chart.title), el("span.legend", *legend)), drawing)
 
 
 def _label(name: str, held_out: bool) -> str:

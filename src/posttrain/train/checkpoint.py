@@ -78,8 +78,7 @@ def load_newest(folder: Path) -> Checkpoint | None:
     for position, candidate in enumerate(candidates, start=1):
         reason = damage(candidate)
         if reason is None:
-            state = json.loads((candidate / STATE).read_text(encoding="utf-8"))
-            return Checkpoint(load_file(str(candidate / TENSORS)), state)
+            return _read(candidate)
         then = "going on from an older one" if position < len(candidates) else "there is no older one, starting over"
         print(f"{folder.name}/{candidate.name} refused: {reason}; {then}", file=sys.stderr)
         aside = folder / f".{candidate.name}.refused"
@@ -87,6 +86,17 @@ def load_newest(folder: Path) -> Checkpoint | None:
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(candidate, aside)
     return None
+
+
+def load_step(folder: Path, step: int) -> Checkpoint | None:
+    """The checkpoint of one step, or None where it is missing or damaged."""
+    candidate = folder / f"step-{step:08d}"
+    return None if damage(candidate) is not None else _read(candidate)
+
+
+def _read(candidate: Path) -> Checkpoint:
+    state = json.loads((candidate / STATE).read_text(encoding="utf-8"))
+    return Checkpoint(load_file(str(candidate / TENSORS)), state)
 
 
 def damage(candidate: Path) -> str | None:

@@ -22,7 +22,7 @@ from posttrain.losses.dpo import PairLogprobs, dpo_loss, log_ratio_divergence
 from posttrain.losses.output import LossOutput
 from posttrain.models.load import BaseModel
 from posttrain.progress import Progress
-from posttrain.recipe import DpoStage
+from posttrain.settings import DpoStage
 from posttrain.train.batches import MICRO_TOKENS, DeviceBatch, batch_logprobs, pack_pairs, sum_by_row
 from posttrain.train.checkpoint import Checkpoint, load_newest, save_checkpoint
 from posttrain.train.loop import MicroBatch, TrainTask

@@ -35,7 +35,11 @@ class MicroBatch(NamedTuple):
 
 
 class TrainTask(NamedTuple):
-    """What a stage gives the loop. Metrics of `loss` are sums; `summarise` turns a step's sums into metrics."""
+    """What a stage gives the loop. Metrics of `loss` are sums; `summarise` turns a step's sums into metrics.
+
+    With `by_step`, `rows` counts optimiser steps and `micro_batches` is asked for a step's number instead of its rows; that it
+    has none ends the stage before that step.
+    """
 
     rows: int
     parameters: dict[str, nn.Parameter]
@@ -44,6 +48,7 @@ class TrainTask(NamedTuple):
     summarise: Callable[[dict[str, float]], dict[str, float]]
     validate: Callable[[], dict[str, float]] | None
     validation_metric: str
+    by_step: bool = False
 
 
 class FitResult(NamedTuple):
@@ -142,7 +147,12 @@ def fit(
     last_save = time.monotonic()
     try:
         while not run.finished:
-            shown, step_tokens = _one_step(run, folder)
+            micros = _micro_batches(run)
+            if not micros:
+                run.finished = True
+                save_checkpoint(checkpoints, run.step, run.checkpoint())
+                break
+            shown, step_tokens = _one_step(run, folder, micros)
             run.step += 1
             best_before = run.best
             run.finished = _validate_if_due(run, shown)
@@ -165,11 +175,16 @@ def fit(
     return FitResult(run.step, run.tokens, run.seconds, published)
 
 
-def _one_step(run: _Run, folder: Path) -> tuple[dict[str, float], int]:
+def _micro_batches(run: _Run) -> list[MicroBatch]:
+    """The micro-batches of the step to come: a pure function of its number."""
+    task = run.task
+    return task.micro_batches([run.step] if task.by_step else step_rows(run.step, task.rows, run.settings))
+
+
+def _one_step(run: _Run, folder: Path, micros: list[MicroBatch]) -> tuple[dict[str, float], int]:
     """One optimiser step over its micro-batches; returns its metrics and tokens."""
     started = time.monotonic()
     task, settings = run.task, run.settings
-    micros = task.micro_batches(step_rows(run.step, task.rows, settings))
     sums: dict[str, float] = {}
     run.optimiser.zero_grad(set_to_none=True)
     for micro in micros:

@@ -12,7 +12,7 @@ from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraSettings
 from posttrain.models.tokens import token_ids
 from posttrain.progress import Tracker
-from posttrain.recipe import DpoStage, Recipe, SftStage
+from posttrain.settings import DpoStage, PpoStage, Recipe, SftStage, Stage
 from posttrain.train.loop import FitResult, TrainTask, fit
 from posttrain.train.schedule import LoopSettings
 from posttrain.train.signals import StopSignal
@@ -52,7 +52,7 @@ def lora_settings(recipe: Recipe) -> LoraSettings:
     return LoraSettings(adapter.rank, adapter.alpha, adapter.dropout, adapter.targets, adapter.scaling)
 
 
-def start_policy(context: StageContext, stage: SftStage | DpoStage) -> TrainedPolicy:
+def start_policy(context: StageContext, stage: SftStage | DpoStage | PpoStage) -> TrainedPolicy:
     """The init policy as something to train: a fresh adapter, a copy of one, or the whole model in place."""
     base = context.base
     if context.recipe.adapter.kind == "full":
@@ -71,7 +71,7 @@ def start_policy(context: StageContext, stage: SftStage | DpoStage) -> TrainedPo
 
 
 def fit_stage(
-    context: StageContext, stage: SftStage | DpoStage, policy: TrainedPolicy, task: TrainTask, report: dict[str, Any],
+    context: StageContext, stage: Stage, policy: TrainedPolicy, task: TrainTask, report: dict[str, Any],
     check: Callable[[dict[str, float]], tuple[str, ...]] | None = None,
 ) -> StageResult:  # fmt: skip
     """Train, then write the policy into the stage's folder. `check` may turn the final metrics into warnings."""
@@ -93,15 +93,21 @@ def fit_stage(
     return StageResult(result, report, warnings + _without_validation(stage, task))
 
 
-def _without_validation(stage: SftStage | DpoStage, task: TrainTask) -> tuple[str, ...]:
+def _without_validation(stage: Stage, task: TrainTask) -> tuple[str, ...]:
     """Settings that a stage without held-out rows cannot follow."""
-    if task.validate is not None or not (stage.patience or stage.keep == "best"):
+    if task.validate is not None or isinstance(stage, PpoStage) or not (stage.patience or stage.keep == "best"):
         return ()
     return ('no row is held out for validation, so keep = "best" and patience did nothing; raise validation',)
 
 
-def loop_settings(stage: SftStage | DpoStage, seed: int) -> LoopSettings:
-    """The loop's settings from a stage's."""
+def loop_settings(stage: Stage, seed: int) -> LoopSettings:
+    """The loop's settings from a stage's. The rows of a ppo stage are its steps, each seen once."""
+    if isinstance(stage, PpoStage):
+        return LoopSettings(
+            epochs=1, batch=1, learning_rate=stage.learning_rate, schedule=stage.schedule, warmup=stage.warmup,
+            weight_decay=stage.weight_decay, clip=stage.clip, keep="last", patience=0, validate_every=0,
+            checkpoint_every=stage.checkpoint_every, checkpoint_minutes=stage.checkpoint_minutes, seed=seed,
+        )  # fmt: skip
     return LoopSettings(
         epochs=stage.epochs, batch=stage.batch, learning_rate=stage.learning_rate, schedule=stage.schedule,
         warmup=stage.warmup, weight_decay=stage.weight_decay, clip=stage.clip, keep=stage.keep, patience=stage.patience,

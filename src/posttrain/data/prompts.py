@@ -1,0 +1,80 @@
+"""Prompts for a policy to answer: the beginnings of demonstrations, or the prompts of preference pairs.
+
+Where it stands: the ppo stage samples completions of these; nothing of the answers in the files is used. Each prompt once;
+prompts that an evaluation asks are left out, and those too long for the stage are dropped and counted.
+"""
+
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+from posttrain.data.chat import ChatFormat
+from posttrain.data.formats import Demonstrations, Preferences, kind_of, read_demonstrations, read_preferences
+from posttrain.data.prepare import Contamination
+from posttrain.data.report import describe_rows
+from posttrain.data.sources import as_sources, read_rows
+from posttrain.errors import DataError
+from posttrain.records import Message
+from posttrain.settings import Source
+
+
+class PromptRow(NamedTuple):
+    """A prompt as ids, up to where the assistant begins to speak."""
+
+    id: str
+    ids: list[int]
+
+
+class PreparedPrompts(NamedTuple):
+    """Prompts ready to be answered."""
+
+    train: list[PromptRow]
+    report: dict[str, Any]
+
+
+def prepare_prompts(
+    data: str | tuple[Source, ...], chat: ChatFormat, *, seed: int, max_prompt_tokens: int, evaluation_prompts: Collection[str]
+) -> PreparedPrompts:
+    """Render prompts. Raises DataError for files that cannot be read, and where no prompt is left."""
+    columns = list(read_rows(as_sources(data)[0].path)[0].value)
+    read: Demonstrations | Preferences
+    read = read_preferences(data, seed=seed) if kind_of(columns) == "dpo" else read_demonstrations(data, seed=seed)
+    contamination = Contamination(evaluation_prompts)
+    found: dict[tuple[int, ...], PromptRow] = {}
+    contaminated, repeated, long = 0, 0, 0
+    for name, messages in _beginnings(read):
+        if contamination.found(messages):
+            contaminated += 1
+            continue
+        ids = chat.encode_prompt(messages)
+        if len(ids) > max_prompt_tokens:
+            long += 1
+        elif tuple(ids) in found:
+            repeated += 1
+        else:
+            found[tuple(ids)] = PromptRow(name, ids)
+    if not found:
+        where = "data " + ", ".join(f'"{s.path}"' for s in read.sources)
+        raise DataError(
+            where, f"no prompt of at most {max_prompt_tokens} tokens", do="raise max_prompt_tokens or give other data"
+        )
+    rows = list(found.values())
+    dropped = {f"longer than max_prompt_tokens = {max_prompt_tokens}": long} if long else {}
+    dropped |= {"no prompt could be read": len(read.problems)} if read.problems else {}
+    report = describe_rows([len(r.ids) for r in rows], 0) | {
+        "kind": "ppo", "sources": [s._asdict() for s in read.sources], "formats": sorted({s.layout for s in read.sources}),
+        "rows": sum(s.rows for s in read.sources), "mixed_rows": len(read.records) + len(read.problems), "dropped": dropped,
+        "dropped_rows": [], "contaminated": contaminated, "contaminated_rows": [], "duplicates": repeated,
+        "train_rows": len(rows), "validation_rows": 0, "truncated": 0, "max_tokens": max_prompt_tokens, "ends_trained": None,
+        "examples": [],
+    }  # fmt: skip
+    return PreparedPrompts(rows, report)
+
+
+def _beginnings(read: Demonstrations | Preferences) -> Iterator[tuple[str, tuple[Message, ...]]]:
+    """What stands before the first answer of a demonstration, or before the two answers of a pair."""
+    if isinstance(read, Preferences):
+        yield from ((record.id, record.prompt) for record in read.records)
+        return
+    for record in read.records:
+        first = next(i for i, message in enumerate(record.messages) if message.role == "assistant")
+        yield record.id, record.messages[:first]

@@ -1,0 +1,175 @@
+"""The reward stage: preference pairs in, a reward model out: an adapter with a scalar head, started from a policy.
+
+All completions of one prompt hang below it in one tree and all pairs of it are trained on in one step, so a ranking of several
+completions is computed once a completion and not once a pair. A score is read at the last real token of its completion. After
+training the scores are shifted so that the demonstrations have mean 0 (Ouyang et al. 2022, section 3.5).
+
+C: completions, P: pairs.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from posttrain.data.formats import read_demonstrations, read_preferences
+from posttrain.data.packing import split_by_tokens
+from posttrain.data.prepare import TrainRow, prepare_demonstrations, prepare_pairs
+from posttrain.data.rankings import RankedPrompt, rank_prompts
+from posttrain.losses.output import LossOutput
+from posttrain.losses.reward import ScoredPairs, reward_loss
+from posttrain.models.files import save_adapter
+from posttrain.models.heads import new_head
+from posttrain.models.load import BaseModel
+from posttrain.models.lora import LoraAdapter
+from posttrain.models.scores import PromptBatch, batch_scores, pack_prompts
+from posttrain.models.tokens import token_ids
+from posttrain.settings import RewardStage, SftStage
+from posttrain.train.batches import MICRO_TOKENS, pack_rows
+from posttrain.train.loop import MicroBatch, TrainTask
+from posttrain.train.stage import StageContext, StageResult, TrainedPolicy, fit_stage, lora_settings
+
+# Demonstrations that the shift is taken over; the standard error of their mean is a tenth of the scores' spread.
+SHIFT_ROWS = 100
+
+
+class PairBatch(NamedTuple):
+    """A packed batch and its pairs [P]: which completions, the margin, how sure the label is, the share of the prompt."""
+
+    batch: PromptBatch
+    chosen_P: Tensor
+    rejected_P: Tensor
+    margin_P: Tensor
+    probability_P: Tensor
+    share_P: Tensor
+    prompts: int
+
+
+def train_reward(context: StageContext, stage: RewardStage) -> StageResult:
+    """Train on preference pairs. Raises DataError for data that cannot be trained on."""
+    base = context.base
+    prepared = prepare_pairs(
+        read_preferences(stage.data, seed=context.recipe.seed), base.chat, max_tokens=stage.max_tokens,
+        validation=stage.validation, allow_dropped=stage.allow_dropped, evaluation_prompts=context.evaluation_prompts,
+    )  # fmt: skip
+    adapter = _start(context, stage)
+    train, held_out = rank_prompts(prepared.train), rank_prompts(prepared.validation)
+
+    def save(folder: Path) -> None:
+        assert adapter.head is not None
+        shift = mean_score(base, adapter.name, _measured_against(context, stage, train))
+        adapter.head = adapter.head._replace(shift=shift)
+        save_adapter(folder, adapter, base)
+
+    policy = TrainedPolicy(adapter.name, adapter.parameters(), save)
+    task = reward_task(base, policy, train, held_out, center=stage.center)
+    return fit_stage(context, stage, policy, task, {**prepared.report, "kind": "reward", "prompts": len(train)})
+
+
+def _start(context: StageContext, stage: RewardStage) -> LoraAdapter:
+    """A copy of the init policy's adapter, or a new one, with a new head."""
+    base, recipe, name = context.base, context.recipe, f"{stage.name} in training"
+    if stage.init == "base":
+        ids = token_ids(base, recipe.adapter.train_tokens)
+        adapter = base.adapters.create(name, lora_settings(recipe), seed=recipe.seed, token_ids=ids)
+    else:
+        adapter = base.adapters.copy(context.policies.activate(stage.init), name)
+        adapter.settings = adapter.settings._replace(dropout=recipe.adapter.dropout)
+    width = base.model.get_input_embeddings().weight.shape[1]
+    adapter.head = new_head(width, seed=recipe.seed, device=base.device)
+    adapter.requires_grad_(True)
+    return adapter
+
+
+def reward_task(
+    base: BaseModel, policy: TrainedPolicy, train: Sequence[RankedPrompt], held_out: Sequence[RankedPrompt], *, center: float
+) -> TrainTask:
+    """Reward modelling as the loop sees it; its rows are prompts."""
+
+    def prompt_loss(micro: MicroBatch, step_prompts: int) -> LossOutput:
+        batch: PairBatch = micro.payload
+        score_C = batch_scores(base, batch.batch, policy.routing)
+        scored = score_C[batch.chosen_P], score_C[batch.rejected_P]
+        pairs = ScoredPairs(*scored, batch.margin_P, batch.probability_P, batch.share_P)
+        out = reward_loss(pairs, center=center, step_prompts=step_prompts)
+        return LossOutput(out.loss, out.metrics | {"prompts": torch.tensor(batch.prompts)})
+
+    def loss(micro: MicroBatch, step: Sequence[MicroBatch]) -> LossOutput:
+        return prompt_loss(micro, sum(m.payload.prompts for m in step))
+
+    @torch.no_grad()
+    def validate() -> dict[str, float]:
+        sums: dict[str, float] = {}
+        for micro in micro_batches(base, held_out):
+            for key, value in prompt_loss(micro, len(held_out)).metrics.items():
+                sums[key] = sums.get(key, 0.0) + float(value)
+        found = summarise(sums)
+        return {f"reward/validation_{k[7:]}": found[k] for k in ("reward/loss", "reward/accuracy", "reward/gap")}
+
+    return TrainTask(
+        len(train), policy.parameters, lambda indices: micro_batches(base, [train[i] for i in indices]), loss, summarise,
+        validate if held_out else None, "reward/validation_loss",
+    )  # fmt: skip
+
+
+def summarise(sums: dict[str, float]) -> dict[str, float]:
+    """Means of a step over its prompts."""
+    return {k: v / sums["prompts"] for k, v in sums.items() if k.startswith("reward/")}
+
+
+def micro_batches(base: BaseModel, prompts: Sequence[RankedPrompt]) -> list[MicroBatch]:
+    """Prompts with all of their completions, as many at once as fit."""
+    batches = []
+    for group in split_by_tokens([p.tokens for p in prompts], MICRO_TOKENS[base.device.type]):
+        chosen = [prompts[i] for i in group]
+        batch = _pair_batch(chosen, base.device)
+        batches.append(MicroBatch(batch, batch.batch.tokens, tuple(p.id for p in chosen)))
+    return batches
+
+
+def _pair_batch(prompts: Sequence[RankedPrompt], device: torch.device) -> PairBatch:
+    chosen, rejected, margin, probability, share = [], [], [], [], []
+    before = 0
+    for prompt in prompts:
+        for pair in prompt.pairs:
+            chosen.append(before + pair.chosen)
+            rejected.append(before + pair.rejected)
+            margin.append(pair.margin)
+            probability.append(pair.probability)
+            share.append(1 / len(prompt.pairs))
+        before += len(prompt.completions)
+    places = [torch.tensor(x, device=device) for x in (chosen, rejected)]
+    numbers = [torch.tensor(x, device=device) for x in (margin, probability, share)]
+    return PairBatch(pack_prompts(prompts, device), places[0], places[1], numbers[0], numbers[1], numbers[2], len(prompts))
+
+
+def _measured_against(context: StageContext, stage: RewardStage, train: Sequence[RankedPrompt]) -> list[TrainRow]:
+    """Rows whose mean score is to be 0: the demonstrations of the nearest sft stage behind, else chosen completions."""
+    stages = {s.name: s for s in context.recipe.stage}
+    name = stage.init
+    while name in stages and not isinstance(stages[name], SftStage):
+        name = stages[name].init
+    behind = stages.get(name)
+    if isinstance(behind, SftStage):
+        read = read_demonstrations(behind.data, seed=context.recipe.seed)
+        rows = prepare_demonstrations(
+            read, context.base.chat, max_tokens=behind.max_tokens, validation=0.0, allow_dropped=1.0,
+            evaluation_prompts=context.evaluation_prompts,
+        ).train  # fmt: skip
+        return rows[:SHIFT_ROWS]
+    whole = [[*p.prompt_ids, *p.completions[p.pairs[0].chosen]] for p in train[:SHIFT_ROWS]]
+    return [TrainRow("", ids, [False] * len(ids)) for ids in whole]
+
+
+@torch.no_grad()
+def mean_score(base: BaseModel, adapter: str, rows: Sequence[TrainRow]) -> float:
+    """Mean score of whole rows, read at their last token."""
+    total = 0.0
+    for group in split_by_tokens([len(r.ids) for r in rows], MICRO_TOKENS[base.device.type]):
+        batch = pack_rows([rows[i] for i in group], base.device)
+        last = [span.start + span.length - 1 for span in batch.segments.spans[-len(group) :]]
+        hidden_TD = base.hidden(batch.ids_T, batch.positions_T, batch.segments, adapter)
+        total += float(base.scores(hidden_TD[last], adapter).double().sum())
+    return total / len(rows)
