@@ -38,7 +38,7 @@ class Adapter(_Settings):
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """Scale: the low-rank product is multiplied by alpha / R."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the adapter's inputs set to zero while training."""
+    """Share of the adapter's inputs set to zero while training; ppo stages train without."""
     targets: Literal["all", "attention", "mlp"] | tuple[str, ...] = "all"
     """Linear layers that get an adapter: `all`, `attention`, `mlp`, or a list of layer names such as `q_proj`."""
     scaling: Literal["standard", "rslora"] = "standard"

@@ -27,10 +27,11 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def recipe_of(data: Path, **stage: Any) -> Recipe:
+def recipe_of(data: Path, *, dropout: float = 0.0, **stage: Any) -> Recipe:
     rm = {"kind": "reward", "name": "rm", "data": str(data), "epochs": 6, "batch": 8, "validation": 0.0, "learning_rate": 1e-3}
     ppo = {"kind": "ppo", "name": "ppo", "reward": "rm", "data": str(data), **SMALL, **stage}
-    return parse_recipe({"name": "t", "base": {"model": "random:tiny"}, "adapter": {"rank": 4}, "stage": [rm, ppo], "seed": 3})
+    adapter = {"rank": 4, "dropout": dropout}
+    return parse_recipe({"name": "t", "base": {"model": "random:tiny"}, "adapter": adapter, "stage": [rm, ppo], "seed": 3})
 
 
 def random_reward_model(base: BaseModel) -> None:
@@ -103,6 +104,16 @@ def test_0_of_10_random_stops_change_the_run(estimator: str, base: BaseModel, tm
     assert f"{different} of 10" == "0 of 10"
     coefficients = {row["ppo/kl_coef"] for row in rows_of(tmp_path / "straight")}
     assert len(coefficients) == 3
+
+
+def test_fewer_prompts_than_asked_for_are_all_there_is(base: BaseModel, tmp_path: Path) -> None:
+    result = run_ppo(base, tmp_path / "ppo", prompts=64, minibatch=8)
+    assert result.fit.steps == 3 * 2 * 3, "twenty prompts are three minibatches"
+
+
+def test_dropout_is_off_in_ppo(base: BaseModel, tmp_path: Path) -> None:
+    run_ppo(base, tmp_path / "ppo", dropout=0.3, iterations=1)
+    assert rows_of(tmp_path / "ppo")[0]["ppo/ratio"] == 1.0
 
 
 def test_the_kl_ceiling_ends_the_stage(base: BaseModel, tmp_path: Path) -> None:

@@ -62,12 +62,18 @@ def train_ppo(context: StageContext, stage: PpoStage) -> StageResult:
     )  # fmt: skip
     reference = context.policies.activate(stage.init if stage.reference == "init" else stage.reference)
     policy = start_policy(context, stage)
+    _without_dropout(base.adapters.get(policy.routing))
     run = _PpoRun(context, stage, prepared.train, policy.routing, reference, context.policies.activate(stage.reward))
     trained = TrainedPolicy(policy.routing, policy.parameters | run.value_parameters(), policy.save)
     try:
         return fit_stage(context, stage, trained, run.task(trained.parameters), prepared.report)
     finally:
         base.adapters.remove(run.value_name)
+
+
+def _without_dropout(adapter: LoraAdapter) -> None:
+    """A policy that drops inputs while it learns is not the one that sampled."""
+    adapter.settings = adapter.settings._replace(dropout=0.0)
 
 
 class _PpoRun:
@@ -83,8 +89,10 @@ class _PpoRun:
         self.value: LoraAdapter | None = None
         if stage.estimator == "gae":
             self.value = self.base.adapters.copy(reward, self.value_name)
+            _without_dropout(self.value)
             self.value.requires_grad_(True)
-        self.minibatches = -(-stage.prompts // stage.minibatch)
+        self.asked = min(stage.prompts, len(prompts))
+        self.minibatches = -(-self.asked // stage.minibatch)
         self.iteration = -1
         self.rollouts: Rollouts | None = None
 
@@ -215,16 +223,14 @@ class _PpoRun:
             self._restore(iteration - 1)
         before = self.rollouts
         assert before is not None
-        completions = stage.prompts * stage.completions
+        completions = self.asked * stage.completions
         kl, target = before.stats["ppo/kl"], stage.target_kl
         return adapted(before.kl_coef, kl=kl, target=target, completions=completions, horizon=stage.kl_horizon)
 
     def _sample(self, iteration: int) -> tuple[Sampled, list[Rollout]]:
         stage, base = self.stage, self.base
-        count = min(stage.prompts, len(self.prompts))
-        chosen = [
-            self.prompts[i] for i in torch.randperm(len(self.prompts), generator=self._generator(iteration, 0))[:count].tolist()
-        ]
+        order = torch.randperm(len(self.prompts), generator=self._generator(iteration, 0)).tolist()
+        chosen = [self.prompts[i] for i in order[: self.asked]]
         settings = SamplingSettings(stage.max_new_tokens, stage.temperature, 1.0, self.seed * 1009 + iteration)
         asked = [row.ids for row in chosen for _ in range(stage.completions)]
         answers = generate(base, asked, settings, self.policy, advance=self._watch(len(asked), iteration))
