@@ -183,7 +183,7 @@ class PpoStage(_Optimised):
     """Completions over which the coefficient follows `target_kl`."""
     max_kl: Annotated[float, Field(ge=0)] = 50.0
     """KL of a completion, in nats, at which the stage stops; 0 never does."""
-    max_mismatch: Annotated[float, Field(gt=0, le=1)] = 0.2
+    max_mismatch: Annotated[float, Field(gt=0, le=1)] = 0.4
     """Share of sampled tokens whose probability in training may be more than a tenth off before the stage stops."""
     missing_eos_penalty: Annotated[float, Field(ge=0)] = 1.0
     """What a completion that does not end loses of its score."""

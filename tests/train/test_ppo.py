@@ -150,7 +150,7 @@ def test_a_sampler_that_is_not_the_trainer_is_told(base: BaseModel, tmp_path: Pa
 
     monkeypatch.setattr(module, "generate", off)
     with pytest.raises(
-        TrainingError, match=r"100\.0% of the sampled tokens have another probability in training · at most 20%"
+        TrainingError, match=r"100\.0% of the sampled tokens have another probability in training · at most 40%"
     ):
         run_ppo(base, tmp_path / "ppo")
 

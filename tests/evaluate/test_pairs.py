@@ -1,0 +1,59 @@
+"""`posttrain evaluate RUN/rm --pairs FILE`, and what a run says of its reward model."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from posttrain.cli import main
+from tiny_runs import command, finished_run
+
+
+def test_a_reward_model_is_measured_on_any_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = [{"id": f"p{i}", "prompt": f"Say {i}.", "chosen": "yes", "rejected": "no " * (i + 1)} for i in range(6)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    assert main(["evaluate", str(finished_run() / "rm"), "--pairs", str(file), "--out", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["pairs"] == 6
+    assert found == json.loads((out / "reward.json").read_text())
+    scored = [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in scored] == [f"p{i}" for i in range(6)]
+    right = sum(row["chosen_score"] > row["rejected_score"] for row in scored)
+    assert found["accuracy"]["value"] == pytest.approx(right / 6)
+
+
+@pytest.mark.parametrize(
+    "target, message",
+    [
+        ("sft", "not a finished reward stage · there is: rm"),
+        ("nope", "not a finished reward stage · there is: rm"),
+        ("../nowhere/rm", "not a reward stage of a run · give RUN/STAGE"),
+    ],
+)
+def test_what_is_no_reward_model_is_told(target: str, message: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["evaluate", str(finished_run() / target), "--pairs", "starter/preferences.jsonl"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [["chat"], ["merge", "--out", "new"], ["evaluate"]])
+def test_a_reward_model_answers_nothing(verb: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main([verb[0], str(finished_run() / "rm"), *verb[1:]]) == 2
+    assert "is a reward model: it scores answers and writes none · there is: base, sft, dpo, ppo" in capsys.readouterr().err
+
+
+def test_the_report_says_what_the_reward_model_is_worth():
+    run = finished_run()
+    found = json.loads((run / "evaluate/rm/reward.json").read_text())
+    page = (run / "report.html").read_text()
+    assert f"of {found['pairs']} pairs" in page
+    assert f"expected error {found['calibration_error']:.3f}" in page
+
+
+def test_without_held_out_pairs_nothing_is_claimed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = tmp_path / "run"
+    assert main(command(run, "--set", "rm.validation=0.0", "--until", "rm")) == 0
+    assert json.loads((run / "evaluate/rm/reward.json").read_text()) == {"pairs": 0}
+    assert "No pair was held out" in (run / "report.html").read_text()
+    assert "pairs right" not in capsys.readouterr().err
