@@ -179,7 +179,8 @@ def test_a_defect_of_ours_ends_with_1_and_a_traceback():
 
 
 WAITING = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 import posttrain.cli as cli
 cli._report = lambda options: (print("on", flush=True), time.sleep(60))
 sys.exit(cli.main(["report", "x"]))

@@ -14,7 +14,9 @@ def test_a_reward_model_is_measured_on_any_pairs(tmp_path: Path, capsys: pytest.
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "out"
-    assert main(["evaluate", str(finished_run() / "rm"), "--pairs", str(file), "--out", str(out), "--json"]) == 0
+    run = finished_run()
+    capsys.readouterr()
+    assert main(["evaluate", str(run / "rm"), "--pairs", str(file), "--out", str(out), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["pairs"] == 6
     assert found == json.loads((out / "reward.json").read_text())
