@@ -13,9 +13,9 @@ from posttrain.data.packing import Segment, pack, row_segments, tree_segments
 from posttrain.generate.engine import SamplingSettings, generate
 from posttrain.models.attention import _reference, segment_attention
 from posttrain.models.attention_cuda import gather_keys, varlen_table
+from posttrain.models.batches import batch_logprobs, to_device
 from posttrain.models.load import BaseModel
 from posttrain.models.segments import Segments, Span
-from posttrain.train.batches import batch_logprobs, to_device
 
 # name: spans of a packed batch. Three rows; a prompt with three answers, one of which branches again; one of length one.
 PACKINGS = {

@@ -13,11 +13,11 @@ from torch import Tensor
 from posttrain.data.packing import pack, row_segments, tree_segments
 from posttrain.generate.engine import SamplingSettings, generate
 from posttrain.models.attention import segment_attention
+from posttrain.models.batches import batch_logprobs, to_device
 from posttrain.models.fused import rms_norm
 from posttrain.models.load import BaseModel, load_base
 from posttrain.models.logprobs import target_logprobs
 from posttrain.models.segments import Segments, Span
-from posttrain.train.batches import batch_logprobs, to_device
 
 # The compiler warns of what it could do on this card; that is not ours to answer for.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]

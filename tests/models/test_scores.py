@@ -12,11 +12,11 @@ from bases import CONFIGS, make_base
 from posttrain.data.prepare import PairRow
 from posttrain.data.rankings import RankedPrompt, rank_prompts
 from posttrain.errors import AdapterError
+from posttrain.models.batches import pack_trees, row_scores
 from posttrain.models.files import load_adapter, save_adapter
 from posttrain.models.heads import new_head
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter
-from posttrain.models.scores import batch_scores, pack_prompts
 
 
 def prompts(count: int = 7) -> list[RankedPrompt]:
@@ -41,7 +41,7 @@ def with_head(base: BaseModel, lively: Callable, shift: float = 0.0) -> LoraAdap
 
 def scores_of(base: BaseModel, wanted: list[RankedPrompt]) -> torch.Tensor:
     with torch.no_grad():
-        return batch_scores(base, pack_prompts(wanted, base.device), "rm")
+        return row_scores(base, pack_trees((prompt.tree for prompt in wanted), base.device), "rm")
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -10,11 +10,11 @@ from torch import Tensor
 from posttrain.data.packing import pack, row_segments
 from posttrain.data.prepare import PairRow, TrainRow
 from posttrain.data.rankings import RankedPrompt, rank_prompts
+from posttrain.models.batches import batch_logprobs, pack_pairs, pack_rows, sum_by_row, to_device
 from posttrain.models.heads import SCORE_NAME, new_head
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraSettings
 from posttrain.settings import DpoStage
-from posttrain.train.batches import batch_logprobs, pack_pairs, pack_rows, sum_by_row, to_device
 from posttrain.train.dpo import dpo_task
 from posttrain.train.loop import MicroBatch, TrainTask
 from posttrain.train.reward import reward_task

@@ -6,7 +6,7 @@ predicts it. Its length is rounded up to one of a few shapes, since a new shape 
 T: packed tokens, N: targets.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 # Packed lengths are multiples of this; small batches use the small steps so that tests and short rows waste little.
@@ -24,7 +24,7 @@ class Segment(NamedTuple):
 
 
 class PackedBatch(NamedTuple):
-    """What one forward takes. `row_N` says which row of the caller a target belongs to."""
+    """What one forward takes. `row_N` says which row of the caller a target belongs to, `last_B` where each row ends."""
 
     ids: list[int]
     positions: list[int]
@@ -32,6 +32,7 @@ class PackedBatch(NamedTuple):
     source_N: list[int]
     target_N: list[int]
     row_N: list[int]
+    last_B: list[int]
     rows: int
     tokens: int
 
@@ -44,6 +45,7 @@ def pack(segments: Sequence[Segment], rows: int, *, filler: int = 0) -> PackedBa
     source: list[int] = []
     target: list[int] = []
     row_of: list[int] = []
+    last = [0] * rows
     for segment in segments:
         start = len(ids)
         ancestors: tuple[tuple[int, int], ...] = ()
@@ -55,6 +57,8 @@ def pack(segments: Sequence[Segment], rows: int, *, filler: int = 0) -> PackedBa
             before = parent_start + parent_length - 1
             first = positions[before] + 1
         spans.append((start, len(segment.ids), ancestors))
+        if segment.row >= 0:
+            last[segment.row] = start + len(segment.ids) - 1
         ids += segment.ids
         positions += range(first, first + len(segment.ids))
         for offset, wanted in enumerate(segment.targets):
@@ -65,7 +69,9 @@ def pack(segments: Sequence[Segment], rows: int, *, filler: int = 0) -> PackedBa
                 row_of.append(segment.row)
     tokens = len(ids)
     spare = -tokens % ROUND_TO
-    return PackedBatch(ids + [filler] * spare, positions + list(range(spare)), spans, source, target, row_of, rows, tokens)
+    return PackedBatch(
+        ids + [filler] * spare, positions + list(range(spare)), spans, source, target, row_of, last, rows, tokens
+    )
 
 
 def row_segments(ids: Sequence[int], trained: Sequence[bool], row: int) -> list[Segment]:
@@ -78,6 +84,16 @@ def tree_segments(prompt: Sequence[int], completions: Sequence[Sequence[int]], *
     root = Segment(tuple(prompt), None, (False,) * len(prompt), -1)
     below = [Segment(tuple(c), index, (True,) * len(c), first_row + i) for i, c in enumerate(completions)]
     return [root, *below]
+
+
+def forest_segments(trees: Iterable[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> tuple[list[Segment], int]:
+    """Prompts with their completions; the completions of all prompts are rows, numbered through. Returns their number too."""
+    segments: list[Segment] = []
+    rows = 0
+    for prompt, completions in trees:
+        segments += tree_segments(prompt, completions, first_row=rows, index=len(segments))
+        rows += len(completions)
+    return segments, rows
 
 
 def split_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:

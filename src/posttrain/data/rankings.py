@@ -29,6 +29,11 @@ class RankedPrompt(NamedTuple):
     pairs: list[RankedPair]
 
     @property
+    def tree(self) -> tuple[list[int], list[list[int]]]:
+        """The prompt and what hangs below it."""
+        return self.prompt_ids, self.completions
+
+    @property
     def tokens(self) -> int:
         """Tokens computed for it."""
         return len(self.prompt_ids) + sum(map(len, self.completions))

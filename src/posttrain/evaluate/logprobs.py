@@ -17,8 +17,8 @@ import torch
 
 from posttrain.data.packing import Segment, pack, row_segments, split_by_tokens, tree_segments
 from posttrain.errors import ModelError
+from posttrain.models.batches import batch_logprobs, sum_by_row, to_device
 from posttrain.models.load import BaseModel
-from posttrain.models.segments import Segments, Span
 
 # Tokens computed at once.
 MICRO_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -98,12 +98,7 @@ def _tree_logprobs(base: BaseModel, adapter: str, trees: Sequence[_Tree]) -> Ite
 
 def _row_sums(base: BaseModel, adapter: str, segments: Sequence[Segment], rows: int) -> list[TextLogprob]:
     """One packed forward: the summed log-probability of each row's targets."""
-    batch = pack(segments, rows)
-    table = Segments(tuple(Span(*span) for span in batch.spans))
-    hidden_TD = base.hidden(torch.tensor(batch.ids), torch.tensor(batch.positions), table, adapter)
-    source_N, target_N = (torch.tensor(x, device=base.device) for x in (batch.source_N, batch.target_N))
-    logprobs_N = base.logprobs(hidden_TD[source_N], target_N, adapter).double().cpu()
-    row_N = torch.tensor(batch.row_N)
-    sum_B = torch.zeros(rows, dtype=torch.float64).index_add(0, row_N, logprobs_N)
-    count_B = torch.bincount(row_N, minlength=rows)
+    batch = to_device(pack(segments, rows), base.device)
+    sum_B = sum_by_row(batch_logprobs(base, batch, adapter).double(), batch)
+    count_B = torch.bincount(batch.row_N, minlength=rows)
     return [TextLogprob(logprob, count) for logprob, count in zip(sum_B.tolist(), count_B.tolist(), strict=True)]

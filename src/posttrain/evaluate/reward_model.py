@@ -22,11 +22,10 @@ from posttrain.data.rankings import RankedPrompt
 from posttrain.errors import Interrupted
 from posttrain.evaluate.run import Stop
 from posttrain.evaluate.stats import wilson
+from posttrain.models.batches import MICRO_TOKENS, pack_trees, row_scores
 from posttrain.models.load import BaseModel
-from posttrain.models.scores import batch_scores, pack_prompts
 from posttrain.progress import Progress
 
-MICRO_TOKENS = {"cpu": 2048, "cuda": 16384}
 BINS = 10
 
 
@@ -83,8 +82,8 @@ def score_pairs(
     found: list[ScoredPair] = []
     for group in split_by_tokens([p.tokens for p in prompts], MICRO_TOKENS[base.device.type]):
         chosen = [prompts[i] for i in group]
-        batch = pack_prompts(chosen, base.device)
-        scores = batch_scores(base, batch, adapter).tolist()
+        batch = pack_trees((prompt.tree for prompt in chosen), base.device)
+        scores = row_scores(base, batch, adapter).tolist()
         for prompt in chosen:
             own = [scores.pop(0) for _ in prompt.completions]
             lengths = [len(c) for c in prompt.completions]

@@ -20,10 +20,10 @@ from posttrain.data.prepare import PairRow, prepare_pairs
 from posttrain.errors import Interrupted, TrainingError
 from posttrain.losses.dpo import PairLogprobs, dpo_loss, log_ratio_divergence
 from posttrain.losses.output import LossOutput
+from posttrain.models.batches import MICRO_TOKENS, DeviceBatch, batch_logprobs, pack_pairs, sum_by_row
 from posttrain.models.load import BaseModel
 from posttrain.progress import Progress
 from posttrain.settings import DpoStage
-from posttrain.train.batches import MICRO_TOKENS, DeviceBatch, batch_logprobs, pack_pairs, sum_by_row
 from posttrain.train.checkpoint import Checkpoint, load_newest, save_checkpoint
 from posttrain.train.loop import MicroBatch, TrainTask
 from posttrain.train.schedule import run_order

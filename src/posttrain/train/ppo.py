@@ -19,20 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.artifacts import write_jsonl
-from posttrain.data.packing import Segment, pack, split_by_tokens, tree_segments
+from posttrain.data.packing import split_by_tokens
 from posttrain.data.prompts import PromptRow, prepare_prompts
-from posttrain.data.rankings import RankedPrompt
 from posttrain.errors import Interrupted, TrainingError
 from posttrain.generate.engine import SamplingSettings, generate
 from posttrain.losses.kl import adapted
 from posttrain.losses.output import LossOutput
 from posttrain.losses.ppo import PolicyTokens, ValueTokens, policy_loss, value_loss
+from posttrain.models.batches import MICRO_TOKENS, DeviceBatch, pack_trees, row_scores
 from posttrain.models.lora import LoraAdapter
-from posttrain.models.scores import batch_scores, pack_prompts
 from posttrain.progress import Progress
 from posttrain.records import Rollout
 from posttrain.settings import PpoStage
-from posttrain.train.batches import MICRO_TOKENS, DeviceBatch, to_device
 from posttrain.train.checkpoint import Checkpoint, load_step, save_checkpoint
 from posttrain.train.loop import MicroBatch, TrainTask
 from posttrain.train.rollouts import Rollouts, Sampled, from_tensors, judge_rollouts, to_tensors
@@ -134,21 +132,13 @@ class _PpoRun:
         return [[chosen[k] for k in group] for group in split_by_tokens(lengths, MICRO_TOKENS[self.base.device.type])]
 
     def _micro(self, rollouts: Rollouts, group: Sequence[int], *, first: bool) -> MicroBatch:
-        batch = self._pack([rollouts.prompts[i] for i in group], [rollouts.completions[i] for i in group])
+        batch = pack_trees(((rollouts.prompts[i], rollouts.completions[i]) for i in group), self.base.device)
         places = rollouts.tokens_of()
         tokens = torch.cat([torch.arange(start, stop) for i in group for start, stop in places[i]])
         flat = (rollouts.old_N, rollouts.advantage_N, rollouts.value_N, rollouts.return_N)
         parts = [x[tokens].to(self.base.device) for x in flat]
         payload = PpoBatch(batch, parts[0], parts[1], parts[2], parts[3], first)
         return MicroBatch(payload, batch.tokens, tuple(f"iteration {self.iteration + 1} prompt {i}" for i in group))
-
-    def _pack(self, prompts: Sequence[list[int]], completions: Sequence[Sequence[list[int]]]) -> DeviceBatch:
-        segments: list[Segment] = []
-        rows = 0
-        for prompt, group in zip(prompts, completions, strict=True):
-            segments += tree_segments(prompt, group, first_row=rows, index=len(segments))
-            rows += len(group)
-        return to_device(pack(segments, rows), self.base.device)
 
     def _loss(self, micro: MicroBatch, step: Sequence[MicroBatch]) -> LossOutput:
         payload: PpoBatch = micro.payload
@@ -250,15 +240,13 @@ class _PpoRun:
         for start in range(0, len(prompts), self.stage.minibatch):
             minibatch = list(range(start, min(start + self.stage.minibatch, len(prompts))))
             for group in self._groups(prompts, completions, minibatch):
-                some = [prompts[i] for i in group], [completions[i] for i in group]
-                batch = self._pack(*some)
+                batch = pack_trees(((prompts[i], completions[i]) for i in group), self.base.device)
                 with torch.enable_grad():  # the very computation of the first step: its log-probabilities to the last bit
                     old.append(self._logprobs(batch, self.policy).detach().cpu())
                 with torch.no_grad():
                     reference.append(self._logprobs(batch, self.reference).cpu())
                     value.append(self._values(batch).cpu() if self.value is not None else torch.zeros(len(old[-1])))
-                    ranked = [RankedPrompt("", p, list(c), []) for p, c in zip(*some, strict=True)]
-                    score.append(batch_scores(self.base, pack_prompts(ranked, self.base.device), self.reward).cpu())
+                    score.append(row_scores(self.base, batch, self.reward).cpu())
                 if self.stop.asked:
                     raise Interrupted("stopped while sampling; run the same command to go on")
         return torch.cat(old), torch.cat(reference), torch.cat(value), torch.cat(score)

@@ -20,14 +20,13 @@ from posttrain.data.prepare import TrainRow, prepare_demonstrations, prepare_pai
 from posttrain.data.rankings import RankedPrompt, rank_prompts
 from posttrain.losses.output import LossOutput
 from posttrain.losses.reward import ScoredPairs, reward_loss
+from posttrain.models.batches import MICRO_TOKENS, DeviceBatch, pack_rows, pack_trees, row_scores
 from posttrain.models.files import save_adapter
 from posttrain.models.heads import new_head
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter
-from posttrain.models.scores import PromptBatch, batch_scores, pack_prompts
 from posttrain.models.tokens import token_ids
 from posttrain.settings import RewardStage, SftStage
-from posttrain.train.batches import MICRO_TOKENS, pack_rows
 from posttrain.train.loop import MicroBatch, TrainTask
 from posttrain.train.stage import StageContext, StageResult, TrainedPolicy, fit_stage, lora_settings
 
@@ -38,7 +37,7 @@ SHIFT_ROWS = 100
 class PairBatch(NamedTuple):
     """A packed batch and its pairs [P]: which completions, the margin, how sure the label is, the share of the prompt."""
 
-    batch: PromptBatch
+    batch: DeviceBatch
     chosen_P: Tensor
     rejected_P: Tensor
     margin_P: Tensor
@@ -90,7 +89,7 @@ def reward_task(
 
     def prompt_loss(micro: MicroBatch, step_prompts: int) -> LossOutput:
         batch: PairBatch = micro.payload
-        score_C = batch_scores(base, batch.batch, policy.routing)
+        score_C = row_scores(base, batch.batch, policy.routing)
         scored = score_C[batch.chosen_P], score_C[batch.rejected_P]
         pairs = ScoredPairs(*scored, batch.margin_P, batch.probability_P, batch.share_P)
         out = reward_loss(pairs, center=center, step_prompts=step_prompts)
@@ -142,7 +141,8 @@ def _pair_batch(prompts: Sequence[RankedPrompt], device: torch.device) -> PairBa
         before += len(prompt.completions)
     places = [torch.tensor(x, device=device) for x in (chosen, rejected)]
     numbers = [torch.tensor(x, device=device) for x in (margin, probability, share)]
-    return PairBatch(pack_prompts(prompts, device), places[0], places[1], numbers[0], numbers[1], numbers[2], len(prompts))
+    batch = pack_trees((prompt.tree for prompt in prompts), device)
+    return PairBatch(batch, places[0], places[1], numbers[0], numbers[1], numbers[2], len(prompts))
 
 
 def _measured_against(context: StageContext, stage: RewardStage, train: Sequence[RankedPrompt]) -> list[TrainRow]:
@@ -169,7 +169,5 @@ def mean_score(base: BaseModel, adapter: str, rows: Sequence[TrainRow]) -> float
     total = 0.0
     for group in split_by_tokens([len(r.ids) for r in rows], MICRO_TOKENS[base.device.type]):
         batch = pack_rows([rows[i] for i in group], base.device)
-        last = [span.start + span.length - 1 for span in batch.segments.spans[-len(group) :]]
-        hidden_TD = base.hidden(batch.ids_T, batch.positions_T, batch.segments, adapter)
-        total += float(base.scores(hidden_TD[last], adapter).double().sum())
+        total += float(row_scores(base, batch, adapter).double().sum())
     return total / len(rows)

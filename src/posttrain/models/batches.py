@@ -1,15 +1,17 @@
-"""From rows to packed batches on the device, shared by the training stages and by reference log-probabilities.
+"""From rows to packed batches on the device, and what is read off them: log-probabilities of targets, scores of completions.
 
-B: rows, N: targets.
+Shared by the training stages, by reference log-probabilities, and by whatever measures a policy or a reward model.
+
+B: rows, N: targets, C: completions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from posttrain.data.packing import PackedBatch, Segment, pack, row_segments, tree_segments
+from posttrain.data.packing import PackedBatch, Segment, forest_segments, pack, row_segments
 from posttrain.data.prepare import PairRow, TrainRow
 from posttrain.models.load import BaseModel
 from posttrain.models.segments import Segments, Span
@@ -30,6 +32,7 @@ class DeviceBatch(NamedTuple):
     source_N: Tensor
     target_N: Tensor
     row_N: Tensor
+    last_B: Tensor
     rows: int
     tokens: int
 
@@ -39,10 +42,10 @@ def to_device(batch: PackedBatch, device: torch.device) -> DeviceBatch:
     segments = Segments(tuple(Span(*span) for span in batch.spans))
     numbers = [
         torch.tensor(x, dtype=torch.long, device=device)
-        for x in (batch.ids, batch.positions, batch.source_N, batch.target_N, batch.row_N)
+        for x in (batch.ids, batch.positions, batch.source_N, batch.target_N, batch.row_N, batch.last_B)
     ]
-    ids, positions, source, target, row = numbers
-    return DeviceBatch(ids, positions, segments, source, target, row, batch.rows, batch.tokens)
+    ids, positions, source, target, row, last = numbers
+    return DeviceBatch(ids, positions, segments, source, target, row, last, batch.rows, batch.tokens)
 
 
 def pack_rows(rows: Sequence[TrainRow], device: torch.device) -> DeviceBatch:
@@ -67,12 +70,12 @@ def _shared_beginning(rows: Sequence[TrainRow]) -> int:
 
 def pack_pairs(pairs: Sequence[PairRow], device: torch.device) -> DeviceBatch:
     """Pairs as trees: row 2i is the chosen completion of pair i, row 2i + 1 the rejected one."""
-    segments: list[Segment] = []
-    for index, pair in enumerate(pairs):
-        segments += tree_segments(
-            pair.prompt_ids, [pair.chosen_ids, pair.rejected_ids], first_row=2 * index, index=len(segments)
-        )
-    return to_device(pack(segments, 2 * len(pairs)), device)
+    return pack_trees(((pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in pairs), device)
+
+
+def pack_trees(trees: Iterable[tuple[Sequence[int], Sequence[Sequence[int]]]], device: torch.device) -> DeviceBatch:
+    """Prompts with their completions below them; every completion is a row."""
+    return to_device(pack(*forest_segments(trees)), device)
 
 
 def batch_logprobs(base: BaseModel, batch: DeviceBatch, policy: str) -> Tensor:
@@ -84,3 +87,9 @@ def batch_logprobs(base: BaseModel, batch: DeviceBatch, policy: str) -> Tensor:
 def sum_by_row(logprobs_N: Tensor, batch: DeviceBatch) -> Tensor:
     """Sum of the targets' log-probabilities of each row [B]."""
     return logprobs_N.new_zeros(batch.rows).index_add(0, batch.row_N, logprobs_N)
+
+
+def row_scores(base: BaseModel, batch: DeviceBatch, adapter: str) -> Tensor:
+    """The score of every row of the batch [B] by a reward model, read at the row's last token, float32."""
+    hidden_TD = base.hidden(batch.ids_T, batch.positions_T, batch.segments, adapter)
+    return base.scores(hidden_TD[batch.last_B], adapter)
