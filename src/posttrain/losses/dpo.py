@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from posttrain.losses.kl import k3
 from posttrain.losses.output import LossOutput
 
 
@@ -85,5 +86,4 @@ def log_ratio_divergence(policy_N: Tensor, reference_N: Tensor) -> Tensor:
     The completions are data, not samples, so this is a distance to the reference where the data lies. The other
     direction, exp(-d), explodes as soon as a rejected token is pushed far down; this one grows linearly there. float64.
     """
-    d_N = (policy_N - reference_N).detach().double()
-    return (torch.expm1(d_N) - d_N).sum()
+    return k3(reference_N.detach().double(), policy_N.detach().double()).sum()

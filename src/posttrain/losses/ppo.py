@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from posttrain.losses.kl import k3
 from posttrain.losses.output import LossOutput
 
 
@@ -45,10 +46,9 @@ def policy_loss(tokens: PolicyTokens, *, clip: float, step_tokens: int = 0) -> L
     plain_N = -tokens.advantage_N * ratio_N
     clipped_N = -tokens.advantage_N * ratio_N.clamp(1 - clip, 1 + clip)
     total = torch.maximum(plain_N, clipped_N).sum()
-    d_N = log_ratio_N.detach()
     sums = {
         "ppo/policy_loss": total, "ppo/clip_fraction": (clipped_N > plain_N).float().sum(),
-        "ppo/approximate_kl": (torch.expm1(d_N) - d_N).sum(), "ppo/ratio": ratio_N.sum(),
+        "ppo/approximate_kl": k3(tokens.old_logprob_N, tokens.logprob_N).sum(), "ppo/ratio": ratio_N.sum(),
     }  # fmt: skip
     return LossOutput(total / (step_tokens or len(ratio_N)), {name: value.detach() for name, value in sums.items()})
 

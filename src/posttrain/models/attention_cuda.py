@@ -7,7 +7,9 @@ no copy; of a shared prompt the keys are gathered once a completion, and their g
 T: packed tokens, H: query heads, K: key/value heads, D: head width, S: keys of all segments, N: segments.
 """
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -39,22 +41,27 @@ def takes(q: Tensor) -> bool:
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments, window: int) -> Tensor:
     """q [H, T, D], k and v [K, T, D] -> [H, T, D]; a window of 0 sees everything before."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    # The kernel has always taken fewer key heads than query heads; from torch 2.12 on it wants to be told.
-    told: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     table = segments.varlen
     if table is None:
         table = segments.varlen = varlen_table(segments.spans, q.shape[1], q.device)
     keys, values = k.transpose(0, 1), v.transpose(0, 1)
     if table.key_S is not None:
         keys, values = gather_keys(keys, table.key_S), gather_keys(values, table.key_S)
-    out = varlen_attn(
+    out = _kernel()(
         q.transpose(0, 1), keys, values, table.query_N, table.key_N, table.longest_query, table.longest_key, scale=scale,
-        window_size=(window - 1, 0) if window else (-1, 0), **told,
+        window_size=(window - 1, 0) if window else (-1, 0),
     )  # fmt: skip
     assert isinstance(out, Tensor)
     return out.transpose(0, 1)
+
+
+@functools.cache
+def _kernel() -> Callable[..., Any]:
+    """The kernel, which has always taken fewer key heads than query heads; from torch 2.12 on it wants to be told."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    told: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    return functools.partial(varlen_attn, **told)
 
 
 def varlen_table(spans: tuple[Span, ...], total: int, device: torch.device) -> VarlenTable:

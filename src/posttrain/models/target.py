@@ -32,8 +32,9 @@ def split_target(target: str) -> tuple[Path, str] | None:
         names = finished_policies(path)
         return path, names[-1]
     if (path.parent / "recipe.toml").is_file():
-        names = finished_policies(path.parent)
-        if path.name in (s.name for s in load_recipe(path.parent / "recipe.toml").stage if isinstance(s, RewardStage)):
+        recipe = load_recipe(path.parent / "recipe.toml")
+        names = _finished(path.parent, recipe)
+        if path.name in (s.name for s in recipe.stage if isinstance(s, RewardStage)):
             raise ArtifactError(
                 str(path), "is a reward model: it scores answers and writes none", allowed=f"there is: {', '.join(names)}",
                 do="measure it with `posttrain evaluate RUN/STAGE --pairs FILE`",
@@ -50,7 +51,10 @@ def finished_policies(run: Path) -> list[str]:
     """The policies of a run in the order of its recipe, the base first. Raises ArtifactError where there is no run."""
     if not (run / "recipe.toml").is_file():
         raise ArtifactError(str(run), "not a run folder", do="give a folder that `posttrain run` made")
-    recipe = load_recipe(run / "recipe.toml")
+    return _finished(run, load_recipe(run / "recipe.toml"))
+
+
+def _finished(run: Path, recipe: Recipe) -> list[str]:
     stages = [s.name for s in recipe.stage if not isinstance(s, RewardStage)]
     return ["base", *(name for name in stages if read_manifest(run / name) is not None)]
 
@@ -90,4 +94,4 @@ def open_target(target: str, *, template: str = "auto") -> Target:
     full = recipe.adapter.kind == "full"
     settings = recipe.base
     base = load_base(settings.model, template=settings.template, dtype=settings.dtype, device=settings.device, full=full)
-    return Target(base, Policies(base, run), policy, tuple(finished_policies(run)), recipe)
+    return Target(base, Policies(base, run), policy, tuple(_finished(run, recipe)), recipe)

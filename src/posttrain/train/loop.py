@@ -147,12 +147,13 @@ def fit(
     last_save = time.monotonic()
     try:
         while not run.finished:
+            started = time.monotonic()
             micros = _micro_batches(run)
             if not micros:
                 run.finished = True
                 save_checkpoint(checkpoints, run.step, run.checkpoint())
                 break
-            shown, step_tokens = _one_step(run, folder, micros)
+            shown, step_tokens = _one_step(run, folder, micros, started)
             run.step += 1
             best_before = run.best
             run.finished = _validate_if_due(run, shown)
@@ -181,9 +182,8 @@ def _micro_batches(run: _Run) -> list[MicroBatch]:
     return task.micro_batches([run.step] if task.by_step else step_rows(run.step, task.rows, run.settings))
 
 
-def _one_step(run: _Run, folder: Path, micros: list[MicroBatch]) -> tuple[dict[str, float], int]:
-    """One optimiser step over its micro-batches; returns its metrics and tokens."""
-    started = time.monotonic()
+def _one_step(run: _Run, folder: Path, micros: list[MicroBatch], started: float) -> tuple[dict[str, float], int]:
+    """One optimiser step over its micro-batches; returns its metrics and tokens. Its time runs from `started`."""
     task, settings = run.task, run.settings
     sums: dict[str, float] = {}
     run.optimiser.zero_grad(set_to_none=True)

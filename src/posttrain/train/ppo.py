@@ -215,7 +215,7 @@ class _PpoRun:
         assert before is not None
         completions = self.asked * stage.completions
         kl, target = before.stats["ppo/kl"], stage.target_kl
-        return adapted(before.kl_coef, kl=kl, target=target, completions=completions, horizon=stage.kl_horizon)
+        return adapted(before.stats["ppo/kl_coef"], kl=kl, target=target, completions=completions, horizon=stage.kl_horizon)
 
     def _sample(self, iteration: int) -> tuple[Sampled, list[Rollout]]:
         stage, base = self.stage, self.base

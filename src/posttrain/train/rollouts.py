@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from posttrain.losses import gae as estimators
-from posttrain.losses.kl import k1
+from posttrain.losses.kl import k1, k3
 from posttrain.settings import PpoStage
 
 
@@ -24,11 +24,9 @@ class Rollouts(NamedTuple):
     prompts: list[list[int]]
     completions: list[list[list[int]]]
     old_N: Tensor
-    reference_N: Tensor
     value_N: Tensor
     advantage_N: Tensor
     return_N: Tensor
-    kl_coef: float
     stats: dict[str, float]
 
     def tokens_of(self) -> list[list[tuple[int, int]]]:
@@ -78,7 +76,8 @@ def judge_rollouts(sampled: Sampled, stage: PpoStage, kl_coef: float) -> Rollout
     ratio_N = (sampled.old_N - sampled.sampler_N).exp()
     stats = {
         "ppo/score": float(sampled.score_B.mean()), "ppo/reward": float((score_B - kl_coef * kl_B).mean()),
-        "ppo/kl": float(kl_B.mean()), "ppo/kl_coef": kl_coef, "ppo/entropy": -float(sampled.old_N.mean()),
+        "ppo/kl": float(kl_B.mean()), "ppo/positive_kl": float(k3(sampled.old_N, sampled.reference_N).sum()) / len(lengths),
+        "ppo/kl_coef": kl_coef, "ppo/entropy": -float(sampled.old_N.mean()),
         "ppo/length": sum(lengths) / len(lengths), "ppo/ended": float(sampled.ended_B.float().mean()),
         "ppo/mismatch": float(((ratio_N < MISMATCH[0]) | (ratio_N > MISMATCH[1])).float().mean()),
         "ppo/score_spread": float(sampled.score_B.std()) if len(lengths) > 1 else 0.0,
@@ -87,9 +86,8 @@ def judge_rollouts(sampled: Sampled, stage: PpoStage, kl_coef: float) -> Rollout
         left = (found.return_BL - sampled.value_N).var()
         stats["ppo/explained_variance"] = float(1 - left / found.return_BL.var().clamp(min=1e-8))
     return Rollouts(
-        sampled.prompts, sampled.completions, sampled.old_N, sampled.reference_N, sampled.value_N,
-        found.advantage_BL, found.return_BL, kl_coef, stats,
-    )  # fmt: skip
+        sampled.prompts, sampled.completions, sampled.old_N, sampled.value_N, found.advantage_BL, found.return_BL, stats
+    )
 
 
 def _by_values(
@@ -110,17 +108,12 @@ def _by_values(
 def to_tensors(rollouts: Rollouts) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """For the disk."""
     tensors = {
-        "old": rollouts.old_N, "reference": rollouts.reference_N, "value": rollouts.value_N,
-        "advantage": rollouts.advantage_N, "return": rollouts.return_N,
+        "old": rollouts.old_N, "value": rollouts.value_N, "advantage": rollouts.advantage_N, "return": rollouts.return_N,
     }  # fmt: skip
-    state = {
-        "prompts": rollouts.prompts, "completions": rollouts.completions, "kl_coef": rollouts.kl_coef, "stats": rollouts.stats,
-    }  # fmt: skip
-    return tensors, state
+    return tensors, {"prompts": rollouts.prompts, "completions": rollouts.completions, "stats": rollouts.stats}
 
 
 def from_tensors(tensors: dict[str, Tensor], state: dict[str, Any]) -> Rollouts:
     """What `to_tensors` wrote."""
-    old, reference, value, advantage, returns = (tensors[n] for n in ("old", "reference", "value", "advantage", "return"))
-    figures = float(state["kl_coef"]), dict(state["stats"])
-    return Rollouts(state["prompts"], state["completions"], old, reference, value, advantage, returns, *figures)
+    old, value, advantage, returns = (tensors[name] for name in ("old", "value", "advantage", "return"))
+    return Rollouts(state["prompts"], state["completions"], old, value, advantage, returns, dict(state["stats"]))
