@@ -62,6 +62,14 @@ def test_each_metric_is_drawn_once_and_validation_beside_training():
     assert [chart.title for chart in charts if not chart.open] == ["learning rate"]
 
 
+def test_a_kl_is_named_by_what_it_is_counted_over():
+    titles = {}
+    for kind in ("dpo", "ppo"):
+        (chart,) = charts_of(read_series([{"step": 1, f"{kind}/kl": 0.5}]))
+        titles[kind] = chart.title
+    assert titles == {"dpo": "KL to the reference, nats a token", "ppo": "KL to the reference, nats a completion"}
+
+
 def test_the_picture_shows_what_every_stage_comes_from(tmp_path: Path):
     stages = [
         {"name": "sft", "data": "d.jsonl"},

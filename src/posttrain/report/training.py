@@ -21,13 +21,32 @@ class _Chart(NamedTuple):
     open: bool = True
 
 
-# By the part of a metric's name after the slash.
+# By a metric's whole name, or by the part of it after the slash.
 _CHARTS = (
+    _Chart("score", ("score",)),
+    _Chart("KL to the reference, nats a completion", ("ppo/kl",)),
     _Chart("loss", ("loss",)),
     _Chart("margin", ("margin",)),
     _Chart("accuracy", ("accuracy",)),
     _Chart("log-ratio to the reference, nats", ("chosen_log_ratio", "rejected_log_ratio")),
-    _Chart("KL to the reference, nats a token", ("kl",)),
+    _Chart("KL to the reference, nats a token", ("dpo/kl",)),
+    _Chart("score less KL and penalty", ("reward",)),
+    _Chart("tokens a completion", ("length",)),
+    _Chart("share that ended", ("ended",)),
+    _Chart("scores of both sides", ("chosen_score", "rejected_score"), False),
+    _Chart("middle of a pair's scores", ("center",), False),
+    _Chart("standard deviation of the scores", ("score_spread",), False),
+    _Chart("policy loss", ("policy_loss",), False),
+    _Chart("value loss", ("value_loss",), False),
+    _Chart("explained variance of the returns", ("explained_variance",), False),
+    _Chart("share of clipped tokens", ("clip_fraction",), False),
+    _Chart("share of clipped values", ("value_clip_fraction",), False),
+    _Chart("ratio to the policy that sampled", ("ratio",), False),
+    _Chart("approximate KL to the policy that sampled", ("approximate_kl",), False),
+    _Chart("the same KL by k3, nats a completion", ("positive_kl",), False),
+    _Chart("KL coefficient", ("kl_coef",), False),
+    _Chart("entropy, nats a token", ("entropy",), False),
+    _Chart("tokens the sampler saw otherwise", ("mismatch",), False),
     _Chart("log-probability, nats", ("chosen_logprob", "rejected_logprob"), False),
     _Chart("ranks chosen above rejected", ("ranking_accuracy",), False),
     _Chart("gradient weight", ("gradient_weight",), False),
@@ -85,7 +104,7 @@ def charts_of(found: Found) -> list[_Chart]:
     left = dict.fromkeys(found)
     charts = []
     for chart in _CHARTS:
-        names = [name for name in left if _plain(name) in chart.names]
+        names = [name for name in left if name in chart.names or _plain(name) in chart.names]
         if names:
             charts.append(chart._replace(names=_ordered(names, chart.names)))
             for name in names:
@@ -101,7 +120,7 @@ def charts_of(found: Found) -> list[_Chart]:
 
 
 def _ordered(names: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
-    return tuple(sorted(names, key=lambda name: wanted.index(_plain(name))))
+    return tuple(sorted(names, key=lambda name: wanted.index(name if name in wanted else _plain(name))))
 
 
 def _plain(name: str) -> str:
