@@ -52,6 +52,13 @@ bench-setup: dev
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	PYTHON=.venv-peers/bin/python scripts/install-torch
 	.venv-peers/bin/pip install -q -c constraints.txt -r benchmarks/requirements.txt
+	test -x .venv-peers-ppo/bin/python || $(PYTHON) -m venv .venv-peers-ppo
+	PYTHON=.venv-peers-ppo/bin/python scripts/install-torch
+	.venv-peers-ppo/bin/pip install -q -c constraints.txt -r benchmarks/requirements-ppo.txt
+	test -x .venv-peers-vllm/bin/python || $(PYTHON) -m venv .venv-peers-vllm
+	PYTHON=.venv-peers-vllm/bin/python scripts/install-torch
+	.venv-peers-vllm/bin/pip install -q -r benchmarks/requirements-vllm.txt
+	.venv-peers-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 
 clean:
-	rm -rf $(VENV) .venv-peers .pytest_cache .mypy_cache .ruff_cache dist build
+	rm -rf $(VENV) .venv-peers .venv-peers-ppo .venv-peers-vllm .pytest_cache .mypy_cache .ruff_cache dist build

@@ -24,11 +24,13 @@ def peak_gib() -> float:
 def train(race: str, folder: Path, dtype: str) -> dict[str, Any]:
     """The steps of a workload through the same tasks and loop that `posttrain run` uses."""
     from posttrain.data.prepare import PairRow, TrainRow
+    from posttrain.data.rankings import rank_prompts
     from posttrain.models.files import load_adapter
     from posttrain.models.load import load_base
     from posttrain.settings import DpoStage
     from posttrain.train.dpo import dpo_task, reference_logprobs
     from posttrain.train.loop import fit
+    from posttrain.train.reward import reward_task
     from posttrain.train.schedule import LoopSettings, step_rows
     from posttrain.train.sft import sft_task
     from posttrain.train.signals import StopSignal
@@ -53,6 +55,8 @@ def train(race: str, folder: Path, dtype: str) -> dict[str, Any]:
     if race == "sft":
         task = sft_task(base, policy, rows, [])
         units = [sum(len(rows[i].ids) for i in step_rows(s, count, settings)) for s in range(work["steps"])]
+    elif race == "reward":
+        task, units = reward_task(base, policy, rank_prompts(rows), [], center=0.0), [work["rows"]] * work["steps"]
     else:
         started = time.perf_counter()
         reference = reference_logprobs(base, "base", rows, folder, StopSignal())

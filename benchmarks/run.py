@@ -19,11 +19,15 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PEERS = ROOT / ".venv-peers/bin/python"
+# Peers that need other versions have an environment of their own.
+PPO_PEER, VLLM = ROOT / ".venv-peers-ppo/bin/python", ROOT / ".venv-peers-vllm/bin/python"
 # The peer's settings that are tried; the first is the one whose losses are compared step by step.
 SETTINGS = {
     "sft": ("bf16-padded", "bf16-grouped", "bf16-packed", "fp32-grouped"),
     "dpo": ("bf16-precomputed", "bf16", "fp32-precomputed"),
+    "reward": ("bf16-grouped", "bf16-padded", "fp32-padded"),
 }
+PPO_SETTINGS = ("bf16", "bf16-micro4")
 WARM_UP = 2
 
 
@@ -42,10 +46,10 @@ def side(python: Path | str, script: str, *arguments: str) -> dict[str, Any]:
     return found
 
 
-def speed(found: dict[str, Any]) -> dict[str, Any]:
+def speed(found: dict[str, Any], warm_up: int = WARM_UP) -> dict[str, Any]:
     """Units a second after the warm-up: median, and the slowest and fastest step."""
-    rates = [u / s for u, s in zip(found["units"][WARM_UP:], found["seconds"][WARM_UP:], strict=True)]
-    total = sum(found["units"][WARM_UP:]) / sum(found["seconds"][WARM_UP:])
+    rates = [u / s for u, s in zip(found["units"][warm_up:], found["seconds"][warm_up:], strict=True)]
+    total = sum(found["units"][warm_up:]) / sum(found["seconds"][warm_up:])
     return {
         "per_second": round(total, 4), "min": round(min(rates), 4), "median": round(statistics.median(rates), 4),
         "max": round(max(rates), 4), "steps": len(rates), "peak_gib": round(found["peak_gib"], 2), "setting": found["setting"],
@@ -54,8 +58,7 @@ def speed(found: dict[str, Any]) -> dict[str, Any]:
 
 def against_trl(race: str, steps: int, data: Path, rows: int, settings: tuple[str, ...]) -> dict[str, Any]:
     """One training race against TRL, in every setting that we found for it."""
-    if not PEERS.exists():
-        raise SystemExit("the peers are not installed: make bench-setup")
+    need(PEERS)
     with tempfile.TemporaryDirectory() as folder:
         side(sys.executable, "workload.py", race, folder, str(data), str(steps), str(rows), "1024")
         ours = side(sys.executable, "ours.py", race, folder, "auto")
@@ -96,7 +99,48 @@ def agree_in_float32(race: str, data: Path, steps: int = 10, rows: int = 2) -> d
     with tempfile.TemporaryDirectory() as folder:
         side(sys.executable, "workload.py", race, folder, str(data), str(steps), str(rows), "384")
         ours = side(sys.executable, "ours.py", race, folder, "float32")
-        return compare(ours, side(PEERS, "trl_peer.py", race, folder, "fp32-precomputed", str(steps)))
+        setting = "fp32-precomputed" if race == "dpo" else "fp32-padded"
+        return compare(ours, side(PEERS, "trl_peer.py", race, folder, setting, str(steps)))
+
+
+def rollouts(data: Path) -> dict[str, Any]:
+    """Sampling with each engine; every side warms up by itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        side(sys.executable, "rollouts.py", "prepare", folder, str(data))
+        ours = side(sys.executable, "rollouts.py", "posttrain", folder)
+        peers = {"generate": side(need(PEERS), "rollouts.py", "generate", folder)}
+        peers["vllm"] = side(need(VLLM), "rollouts.py", "vllm", folder)
+    return race_of("rollouts", "tokens", ours, peers, warm_up=0)
+
+
+def ppo(data: Path, settings: tuple[str, ...]) -> dict[str, Any]:
+    """Whole PPO iterations; the first warms up."""
+    with tempfile.TemporaryDirectory() as folder:
+        side(sys.executable, "ppo.py", "prepare", folder, str(data))
+        ours = side(sys.executable, "ppo.py", "posttrain", folder)
+        peers = {setting: side(need(PPO_PEER), "ppo.py", "trl", folder, setting) for setting in settings}
+    return race_of("ppo", "prompts", ours, peers, warm_up=1)
+
+
+def need(python: Path) -> Path:
+    """The peer's environment, or the end."""
+    if not python.exists():
+        raise SystemExit(f"{python.parent.parent.name} is not installed: make bench-setup")
+    return python
+
+
+def race_of(race: str, unit: str, ours: dict[str, Any], peers: dict[str, dict[str, Any]], *, warm_up: int) -> dict[str, Any]:
+    """A race without losses to compare: what is sampled is each side's own."""
+    our_speed, their_speeds = speed(ours, warm_up), {name: speed(peer, warm_up) for name, peer in peers.items()}
+    best = max(their_speeds.values(), key=lambda s: float(s["per_second"]))
+    return {
+        "race": race, "unit": unit, "ours": our_speed, "peer": best,
+        "ratio": round(our_speed["per_second"] / best["per_second"], 2),
+        "ratios": {name: round(our_speed["per_second"] / s["per_second"], 2) for name, s in their_speeds.items()},
+        "memory_ratio": round(our_speed["peak_gib"] / best["peak_gib"], 3), "losses_agree": None, "peers": their_speeds,
+        "last": {"ours": ours.get("last"), **{name: peer.get("last") for name, peer in peers.items()}}, "runs": 1,
+        "versions": {"ours": ours["versions"], **{name: peer["versions"] for name, peer in peers.items()}},
+    }  # fmt: skip
 
 
 def quickstart(recipe: Path) -> dict[str, Any]:
@@ -112,7 +156,9 @@ def quickstart(recipe: Path) -> dict[str, Any]:
 def main() -> None:
     """Run one race and print its JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("race", choices=["sft", "dpo", "growth", "quickstart", "gpu-sft", "gpu-lora"])
+    parser.add_argument(
+        "race", choices=["sft", "dpo", "reward", "ppo", "rollouts", "growth", "quickstart", "gpu-sft", "gpu-lora"]
+    )
     parser.add_argument("--steps", type=int, default=12, help="optimiser steps a side, the first two are warm-up")
     parser.add_argument("--rows", type=int, default=0, help="rows a step (default: 16 for sft, 8 pairs for dpo)")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data", help="folder of the public data sets")
@@ -126,6 +172,10 @@ def main() -> None:
         rows = options.rows or (16 if options.race == "sft" else 8)
         settings = tuple(options.settings.split(",")) if options.settings else SETTINGS[options.race]
         result = against_trl(options.race, options.steps, options.data, rows, settings)
+    elif options.race == "rollouts":
+        result = rollouts(options.data)
+    elif options.race == "ppo":
+        result = ppo(options.data, tuple(options.settings.split(",")) if options.settings else PPO_SETTINGS)
     elif options.race == "growth":
         result = side(sys.executable, "growth.py")
     elif options.race.startswith("gpu"):

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 # Rows of a device batch: smaller ones pad less and fit the caches better; the optimiser step is the same.
 MICRO = 4
@@ -44,13 +44,16 @@ def main() -> None:
     work = json.loads((folder / "workload.json").read_text())
     rows = work["train"][: steps * work["rows"]]
     dtype = torch.bfloat16 if setting.startswith("bf16") else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=dtype)
+    if race == "reward":
+        model = AutoModelForSequenceClassification.from_pretrained(work["model"], num_labels=1, dtype=dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=dtype)
     model = PeftModel.from_pretrained(model, str(folder / "adapter"), is_trainable=True)
     # A packed row holds about four of the data's: a quarter of the accumulation is the same step.
     accumulation = max(1, work["rows"] // MICRO // (4 if "packed" in setting else 1))
     shared = shared_settings(folder, work, setting, steps, accumulation)
     clock = Clock()
-    side = sft if race == "sft" else dpo
+    side = {"sft": sft, "dpo": dpo, "reward": reward}[race]
     trainer, units, before = side(model, AutoTokenizer.from_pretrained(work["model"]), work, rows, setting, shared, clock)
     trainer.train()
     seconds = [s + before for s in clock.seconds]
@@ -131,6 +134,19 @@ def dpo(model, tokenizer, work, rows, setting, shared, clock):
     steps = shared["max_steps"]
     before = (time.perf_counter() - started) / steps if "precomputed" in setting else 0.0
     return trainer, [work["rows"]] * steps, before
+
+
+def reward(model, tokenizer, work, rows, setting, shared, clock):
+    """The reward trainer and pairs of each step; both sides of a pair are whole rows there."""
+    data = [{side: r["prompt_ids"] + r[side] for side in ("chosen_ids", "rejected_ids")} for r in rows]
+    trainer = RewardTrainer(
+        model,
+        args=RewardConfig(**shared, disable_dropout=True),
+        train_dataset=Dataset.from_list(data),
+        processing_class=tokenizer,
+        callbacks=[clock],
+    )
+    return trainer, [work["rows"]] * shared["max_steps"], 0.0
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ def full_logits(base: BaseModel, ids: list[int], adapter: str) -> torch.Tensor:
     """Logits [T, V] of one row computed at once, as training computes them."""
     with torch.no_grad():
         row = torch.tensor(ids)
-        return base.hidden(row, torch.arange(len(ids)), Segments((Span(0, len(ids)),)), adapter) @ base.head(adapter).T
+        hidden = base.hidden(row, torch.arange(len(ids)), Segments((Span(0, len(ids)),)), adapter)
+        return base.logits(hidden, adapter)
 
 
 def tempered(logits_V: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:

@@ -17,4 +17,4 @@ def our_logits(base: BaseModel, ids: list[int], policy: str) -> torch.Tensor:
     with torch.no_grad():
         row = torch.tensor(ids)
         hidden = base.hidden(row, torch.arange(len(ids)), Segments((Span(0, len(ids)),)), policy)
-        return hidden @ base.head(policy).T
+        return base.logits(hidden, policy)

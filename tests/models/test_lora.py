@@ -32,7 +32,9 @@ def plain_model(base: BaseModel) -> nn.Module:
 
 def test_a_new_adapter_is_the_base_exactly(tiny: BaseModel) -> None:
     adapter = tiny.adapters.create("new", PLAIN, seed=0, token_ids=(3, 4))
-    assert torch.equal(our_logits(tiny, IDS, "new"), our_logits(tiny, IDS, "base"))
+    new, base = our_logits(tiny, IDS, "new"), our_logits(tiny, IDS, "base")
+    assert torch.equal(new[:, 5:], base[:, 5:])
+    assert torch.allclose(new, base, atol=1e-6)  # rows of their own are a product of their own
     a = torch.cat([a.flatten() for a, _ in adapter.weights.values() if a.shape[1] == 64])
     assert a.abs().max() <= 1 / 8  # +-1/sqrt(64)
     assert a.std() == pytest.approx(1 / 8 / 3**0.5, rel=0.05)
@@ -204,13 +206,14 @@ def test_saved_and_loaded_is_the_same_adapter(tiny: BaseModel, lively: Callable,
 def test_trained_rows_stand_in_embedding_and_tied_head(tiny: BaseModel, lively: Callable) -> None:
     adapter = lively(tiny, "a", token_ids=(3, 4))
     assert adapter.tokens is not None
-    head = tiny.head("a")
+    hidden = torch.eye(tiny.head_VD.shape[1])  # logits of unit vectors are the head's columns
+    head = tiny.logits(hidden, "a").T
     assert torch.equal(head[[3, 4]], adapter.tokens.rows)
     assert torch.equal(head[5:], tiny.head_VD[5:])
-    assert tiny.head("base") is tiny.head_VD
+    assert torch.equal(tiny.logits(hidden, "base").T, tiny.head_VD)
     other = lively(tiny, "b", token_ids=(7,), seed=5)
     assert other.tokens is not None
-    head = tiny.head("b")
+    head = tiny.logits(hidden, "b").T
     assert torch.equal(head[7], other.tokens.rows[0])
     assert torch.equal(head[[3, 4]], tiny.head_VD[[3, 4]])  # nothing of the adapter before is left
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from posttrain.models import logprobs as module
 from posttrain.models.logprobs import target_logprobs
+from posttrain.models.rows import HeadRows
 
 
 class Problem(NamedTuple):
@@ -134,3 +135,25 @@ def test_certain_and_hopeless_targets_are_finite() -> None:
 def test_no_targets_give_no_logprobs(softcap: float | None) -> None:
     given = problem(rows=0)
     assert target_logprobs(given.hidden_ND.requires_grad_(), given.head_VD, given.target_N, softcap=softcap).shape == (0,)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_stand_in_a_head_are_those_of_a_head_with_them(dtype: torch.dtype, softcap: float | None) -> None:
+    given = problem()
+    hidden, head = given.hidden_ND.to(dtype), given.head_VD.to(dtype)
+    ids = torch.tensor([int(given.target_N[0]), int(given.target_N[1]) + 1])
+    rows = HeadRows(ids, torch.randn(2, head.shape[1], generator=torch.Generator().manual_seed(5)).to(dtype))
+    replaced = head.clone()
+    replaced[ids] = rows.rows_KD
+    found, wanted = [], []
+    for into, whole, own in ((found, head, rows), (wanted, replaced, None)):
+        start = hidden.clone().requires_grad_()
+        logprobs = target_logprobs(start, whole, given.target_N, softcap=softcap, rows=own)
+        with torch.no_grad():
+            into.append(target_logprobs(start, whole, given.target_N, softcap=softcap, rows=own))
+        logprobs.sum().backward()
+        into += [logprobs.detach(), start.grad.float()]
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.allclose(ours, theirs, atol=tolerance)

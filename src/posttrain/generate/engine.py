@@ -206,7 +206,7 @@ class _Decoder:
     def _choose(self, hidden_RD: Tensor, places: list[int]) -> None:
         """Choose the next token of the rows at `places`; rows that are done leave."""
         rows = [self.rows[p] for p in places]
-        logits_RV = hidden_RD @ self.base.head(self.adapter).T
+        logits_RV = self.base.logits(hidden_RD, self.adapter)
         if self.base.softcap is not None:
             logits_RV = torch.tanh(logits_RV.float() / self.base.softcap) * self.base.softcap
         uniform_R = None

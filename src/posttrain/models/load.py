@@ -31,7 +31,7 @@ from posttrain.models.logprobs import target_logprobs
 from posttrain.models.lora import AdapterSet, LoraShape
 from posttrain.models.narrow import NarrowWeights
 from posttrain.models.norms import replace_norms
-from posttrain.models.rows import HeadCopy, RowGradient, TokenRows
+from posttrain.models.rows import HeadRows, RowGradient, TokenRows, head_logits, head_rows
 from posttrain.models.segments import Segments
 from posttrain.models.source import BaseModelFolder, locate_base
 
@@ -116,7 +116,6 @@ class BaseModel:
         self._narrow = NarrowWeights(model.base_model, self.dtype) if self.dtype != weight.dtype else None
         self.adapters = AdapterSet(model, source.weights_hash)
         self.tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-        self._head_copy = HeadCopy()
         config = model.config.get_text_config()
         self.softcap: float | None = config.to_dict().get("final_logit_softcapping")
         self.context: int = int(config.max_position_embeddings)
@@ -127,22 +126,24 @@ class BaseModel:
         weight: Tensor = self.model.get_output_embeddings().weight
         return weight.to(self.dtype)
 
-    def head(self, policy: str) -> Tensor:
-        """Weight of the head [V, D] under a policy: with its trained rows, where head and embedding share one weight."""
-        tokens = self._head_tokens(policy)
-        return self.head_VD if tokens is None else self._head_copy.with_rows(self.head_VD, tokens)
+    def logits(self, hidden_ND: Tensor, policy: str) -> Tensor:
+        """Logits [N, V] under a policy, uncapped: with its trained rows, where head and embedding are one weight."""
+        return head_logits(hidden_ND, self.head_VD, self._head_rows(policy))
 
     def _head_tokens(self, policy: str) -> TokenRows | None:
         return self.adapters.get(policy).tokens if self.tied and policy != "base" else None
 
+    def _head_rows(self, policy: str) -> HeadRows | None:
+        tokens = self._head_tokens(policy)
+        return None if tokens is None else head_rows(tokens, self.head_VD)
+
     def logprobs(self, hidden_ND: Tensor, target_N: Tensor, policy: str) -> Tensor:
         """log p of each target [N] under a policy, float32, differentiable in whatever of it is trained."""
-        head_VD, tokens = self.head(policy), self._head_tokens(policy)
-        logprobs_N = target_logprobs(hidden_ND, head_VD, target_N, softcap=self.softcap)
-        if tokens is None or not tokens.rows.requires_grad or not torch.is_grad_enabled():
+        head_VD, tokens, rows = self.head_VD, self._head_tokens(policy), self._head_rows(policy)
+        logprobs_N = target_logprobs(hidden_ND, head_VD, target_N, softcap=self.softcap, rows=rows)
+        if tokens is None or rows is None or not tokens.rows.requires_grad or not torch.is_grad_enabled():
             return logprobs_N
-        ids_K = torch.tensor(tokens.ids, device=target_N.device)
-        found: Tensor = RowGradient.apply(logprobs_N, hidden_ND, head_VD, tokens.rows, ids_K, target_N, self.softcap)  # type: ignore[no-untyped-call]
+        found: Tensor = RowGradient.apply(logprobs_N, hidden_ND, head_VD, tokens.rows, rows.ids_K, target_N, self.softcap)  # type: ignore[no-untyped-call]
         return found
 
     def scores(self, hidden_ND: Tensor, adapter: str) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from posttrain.models.fused import log_sum_exp, logit_gradient, probabilities
+from posttrain.models.rows import HeadRows, head_logits
 
 # Logits held at once: 32 Mi float32 numbers, 128 MiB; a chunk then still fills the cores at a vocabulary of 262k. On a GPU
 # 512 MiB of bfloat16 fill it.
@@ -31,21 +32,27 @@ BLOCK_ROWS = 4
 SMALLEST_PROBABILITY = 1e-5
 
 
-def target_logprobs(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, *, softcap: float | None = None) -> Tensor:
-    """log p of each target [N], float32, differentiable in the hidden states and, where it is trained, in the head."""
+def target_logprobs(
+    hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, *, softcap: float | None = None, rows: HeadRows | None = None
+) -> Tensor:
+    """log p of each target [N], float32, differentiable in the hidden states and, where it is trained, in the head.
+
+    `rows` take the places of some rows of a frozen head; they get no gradient here.
+    """
     if softcap is not None:
-        return _plain(hidden_ND, head_VD, target_N, softcap)
+        return _plain(hidden_ND, head_VD, target_N, softcap, rows)
     if head_VD.requires_grad:
+        assert rows is None, "a head that is trained whole has no rows of its own"
         return _TrainedHead.apply(hidden_ND, head_VD, target_N)  # type: ignore[no-any-return, no-untyped-call]
-    return _FrozenHead.apply(hidden_ND, head_VD, target_N)  # type: ignore[no-any-return, no-untyped-call]
+    return _FrozenHead.apply(hidden_ND, head_VD, target_N, rows)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _plain(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, softcap: float) -> Tensor:
+def _plain(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, softcap: float, rows: HeadRows | None) -> Tensor:
     """For soft-capped heads: chunks by plain operations."""
     parts = []
-    for rows in _chunks(target_N, head_VD):
-        logits = torch.tanh((hidden_ND[rows] @ head_VD.T).float() / softcap) * softcap
-        parts.append(torch.log_softmax(logits, -1).gather(1, target_N[rows, None])[:, 0])
+    for chunk in _chunks(target_N, head_VD):
+        logits = torch.tanh(head_logits(hidden_ND[chunk], head_VD, rows).float() / softcap) * softcap
+        parts.append(torch.log_softmax(logits, -1).gather(1, target_N[chunk, None])[:, 0])
     return torch.cat(parts) if parts else hidden_ND.new_zeros(0, dtype=torch.float32)
 
 
@@ -67,72 +74,83 @@ def _log_softmax_(logits: Tensor, target_n: Tensor) -> Tensor:
     return at_target_n - (top_n1 + total_n1.log())[:, 0]
 
 
-def _filtered_chunk(hidden_nD: Tensor, head_VD: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor]:
+def _targets(head_VD: Tensor, target_n: Tensor, rows: HeadRows | None) -> Tensor:
+    return head_VD[target_n] if rows is None else rows.replace(head_VD[target_n], target_n)
+
+
+def _filtered_chunk(hidden_nD: Tensor, head_VD: Tensor, target_n: Tensor, rows: HeadRows | None) -> tuple[Tensor, Tensor]:
     """log p [n] and d log p / d h [n, D] of a chunk with bfloat16 weights; see the filter in the module's docstring."""
-    logits_nV = hidden_nD @ head_VD.T
-    logprobs, rows, tokens, kept = [], [], [], []
+    logits_nV = head_logits(hidden_nD, head_VD, rows)
+    logprobs, places, tokens, kept, shares = [], [], [], [], []
     for start in range(0, len(target_n), BLOCK_ROWS):
         block = torch.log_softmax(logits_nV[start : start + BLOCK_ROWS], -1, dtype=torch.float32)
         logprobs.append(block.gather(1, target_n[start : start + BLOCK_ROWS, None])[:, 0])
-        row, token = (block > math.log(SMALLEST_PROBABILITY)).nonzero(as_tuple=True)
-        rows.append(row + start)
+        place, token = (block > math.log(SMALLEST_PROBABILITY)).nonzero(as_tuple=True)
+        places.append(place + start)
         tokens.append(token)
-        kept.append(block[row, token])
-    first_n = torch.searchsorted(torch.cat(rows), torch.arange(len(target_n)))
+        kept.append(block[place, token])
+        if rows is not None:
+            shares.append(block[:, rows.ids_K])
+    first_n = torch.searchsorted(torch.cat(places), torch.arange(len(target_n)))
     probability = torch.cat(kept).exp_().to(head_VD.dtype)
     mean_nD = functional.embedding_bag(torch.cat(tokens), head_VD, first_n, mode="sum", per_sample_weights=probability)
-    return torch.cat(logprobs), head_VD[target_n] - mean_nD
+    if rows is not None:
+        share_nK = torch.cat(shares)
+        rows.mean_(mean_nD, head_VD, share_nK.exp() * (share_nK > math.log(SMALLEST_PROBABILITY)))
+    return torch.cat(logprobs), _targets(head_VD, target_n, rows) - mean_nD
 
 
-def _chunk_on_gpu(hidden_nD: Tensor, head_VD: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor]:
-    """log p [n] and d log p / d h [n, D] of a chunk."""
-    logits_nV = hidden_nD @ head_VD.T
-    total_n = log_sum_exp(logits_nV)
-    return _value(logits_nV, target_n, total_n), head_VD[target_n] - probabilities(logits_nV, total_n) @ head_VD
-
-
-def _exact_chunk(hidden_nD: Tensor, head_VD: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor]:
+def _whole_chunk(hidden_nD: Tensor, head_VD: Tensor, target_n: Tensor, rows: HeadRows | None) -> tuple[Tensor, Tensor]:
     """log p [n] and d log p / d h [n, D] of a chunk, by whole products."""
-    logits = (hidden_nD @ head_VD.T).float()
-    logprobs_n = _log_softmax_(logits, target_n)
-    return logprobs_n, head_VD[target_n] - logits.to(head_VD.dtype) @ head_VD
+    logits_nV = head_logits(hidden_nD, head_VD, rows)
+    if head_VD.is_cuda:
+        total_n = log_sum_exp(logits_nV)
+        logprobs_n, share_nV = _value(logits_nV, target_n, total_n), probabilities(logits_nV, total_n)
+    else:
+        share_nV = logits_nV.float()
+        logprobs_n = _log_softmax_(share_nV, target_n)
+        share_nV = share_nV.to(head_VD.dtype)
+    mean_nD = share_nV @ head_VD
+    if rows is not None:
+        rows.mean_(mean_nD, head_VD, share_nV[:, rows.ids_K])
+    return logprobs_n, _targets(head_VD, target_n, rows) - mean_nD
 
 
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, rows: HeadRows | None) -> Tensor:
         if not ctx.needs_input_grad[0]:
-            return _values(hidden_ND, head_VD, target_N)[0]
+            return _values(hidden_ND, head_VD, target_N, rows)[0]
         logprobs_N = hidden_ND.new_empty(len(target_N), dtype=torch.float32)
         slope_ND = torch.empty_like(hidden_ND)
-        on_cpu = _filtered_chunk if head_VD.dtype == torch.bfloat16 else _exact_chunk
-        chunk = _chunk_on_gpu if head_VD.is_cuda else on_cpu
-        for rows in _chunks(target_N, head_VD):
-            logprobs_N[rows], slope_ND[rows] = chunk(hidden_ND[rows], head_VD, target_N[rows])
+        filtered = head_VD.dtype == torch.bfloat16 and not head_VD.is_cuda
+        chunk_of = _filtered_chunk if filtered else _whole_chunk
+        for chunk in _chunks(target_N, head_VD):
+            logprobs_N[chunk], slope_ND[chunk] = chunk_of(hidden_ND[chunk], head_VD, target_N[chunk], rows)
         ctx.save_for_backward(slope_ND)
         return logprobs_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (slope_ND,) = ctx.saved_tensors
-        return slope_ND * grads[0].to(slope_ND.dtype)[:, None], None, None
+        return slope_ND * grads[0].to(slope_ND.dtype)[:, None], None, None, None
 
 
-def _values(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+def _values(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, rows: HeadRows | None) -> tuple[Tensor, Tensor]:
     """log p of each target and log sum exp of its logits [N], no gradient."""
     logprobs_N = hidden_ND.new_empty(len(target_N), dtype=torch.float32)
     total_N = torch.empty_like(logprobs_N)
-    for rows in _chunks(target_N, head_VD):
-        logits_nV = hidden_ND[rows] @ head_VD.T
-        total_N[rows] = log_sum_exp(logits_nV)
-        logprobs_N[rows] = _value(logits_nV, target_N[rows], total_N[rows])
+    for chunk in _chunks(target_N, head_VD):
+        logits_nV = head_logits(hidden_ND[chunk], head_VD, rows)
+        total_N[chunk] = log_sum_exp(logits_nV)
+        logprobs_N[chunk] = _value(logits_nV, target_N[chunk], total_N[chunk])
     return logprobs_N, total_N
 
 
 class _TrainedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> Tensor:
-        logprobs_N, total_N = _values(hidden_ND, head_VD, target_N)
+        logprobs_N, total_N = _values(hidden_ND, head_VD, target_N, None)
         ctx.save_for_backward(hidden_ND, head_VD, target_N, total_N)
         return logprobs_N
 

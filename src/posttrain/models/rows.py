@@ -39,24 +39,33 @@ def replace_rows(embedded: Tensor, ids: Tensor, tokens: TokenRows, scale: Tensor
     return torch.where(match.any(-1, keepdim=True), rows_KD[match.int().argmax(-1)], embedded)
 
 
-class HeadCopy:
-    """A copy of a shared head in which the rows of one adapter at a time stand; made at the first use."""
+class HeadRows(NamedTuple):
+    """Rows [K, D], in the head's type and detached, that stand for those of ids [K] in a head: no copy of the head is made."""
 
-    def __init__(self) -> None:
-        self._copy_VD: Tensor | None = None
-        self._patched: list[int] = []
+    ids_K: Tensor
+    rows_KD: Tensor
 
-    def with_rows(self, head_VD: Tensor, tokens: TokenRows) -> Tensor:
-        """The head [V, D] with the rows of `tokens`, detached; it holds until the next call."""
-        with torch.inference_mode(False), torch.no_grad():
-            if self._copy_VD is None:
-                self._copy_VD = head_VD.detach().clone()
-        copy_VD = self._copy_VD
-        with torch.no_grad():
-            copy_VD[self._patched] = head_VD[self._patched]
-            self._patched = list(tokens.ids)
-            copy_VD[self._patched] = tokens.rows.to(head_VD.dtype)
-        return copy_VD
+    def replace(self, picked_ND: Tensor, ids_N: Tensor) -> Tensor:
+        """Rows of the head picked by ids [N], with these in their places."""
+        match_NK = ids_N[:, None] == self.ids_K
+        return torch.where(match_NK.any(1, keepdim=True), self.rows_KD[match_NK.int().argmax(1)], picked_ND)
+
+    def mean_(self, mean_ND: Tensor, head_VD: Tensor, share_NK: Tensor) -> Tensor:
+        """What probabilities [N, K] of these rows change in a mean over the rows of the head."""
+        return mean_ND.add_(share_NK.to(head_VD.dtype) @ (self.rows_KD - head_VD[self.ids_K]))
+
+
+def head_rows(tokens: TokenRows, head_VD: Tensor) -> HeadRows:
+    """The trained rows as the head sees them."""
+    return HeadRows(torch.tensor(tokens.ids, device=head_VD.device), tokens.rows.detach().to(head_VD.dtype))
+
+
+def head_logits(hidden_ND: Tensor, head_VD: Tensor, rows: HeadRows | None) -> Tensor:
+    """Logits [N, V] of a head, in its type."""
+    logits_NV = hidden_ND @ head_VD.T
+    if rows is not None:
+        logits_NV[:, rows.ids_K] = hidden_ND @ rows.rows_KD.T
+    return logits_NV
 
 
 class RowGradient(torch.autograd.Function):
@@ -67,8 +76,10 @@ class RowGradient(torch.autograd.Function):
         ctx: Any, logprobs_N: Tensor, hidden_ND: Tensor, head_VD: Tensor, rows_KD: Tensor, ids_K: Tensor, target_N: Tensor,
         softcap: float | None,
     ) -> Tensor:  # fmt: skip
-        target_logit_N = _capped((hidden_ND.float() * head_VD[target_N].float()).sum(-1), softcap)
-        logits_NK = _capped(hidden_ND.float() @ head_VD[ids_K].float().T, softcap)
+        rows = HeadRows(ids_K, rows_KD.to(head_VD.dtype))
+        picked_ND = rows.replace(head_VD[target_N], target_N)
+        target_logit_N = _capped((hidden_ND.float() * picked_ND.float()).sum(-1), softcap)
+        logits_NK = _capped(hidden_ND.float() @ rows.rows_KD.float().T, softcap)
         share_NK = (logits_NK - (target_logit_N - logprobs_N)[:, None]).exp().clamp_(max=1)
         slope_NK = (target_N[:, None] == ids_K).float() - share_NK
         if softcap is not None:

