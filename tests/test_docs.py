@@ -138,7 +138,8 @@ def tiny_run(tmp_path_factory) -> Path:
     for name, rows in (("sft", sft), ("dpo", dpo)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     stage = {"epochs": 1.0, "batch": 4, "learning_rate": 0.01, "validation": 0.3}
-    rollouts = {"iterations": 1, "prompts": 4, "minibatch": 4, "max_new_tokens": 4}
+    rollouts = {"iterations": 1, "prompts": 4, "minibatch": 4, "max_new_tokens": 4, "ptx_coef": 1.0}
+    rollouts |= {"ptx_data": str(folder / "sft.jsonl")}
     recipe = parse_recipe({
         "name": "docs", "base": {"model": "random:tiny", "template": "chatml", "dtype": "float32"},
         "stage": [

@@ -153,12 +153,17 @@ def _check_data(plan: Plan) -> None:
         return
     say("checking the data")
     from posttrain.data.doctor import prepare_stage
+    from posttrain.data.prompts import PreparedPrompts, check_room
     from posttrain.models.load import load_chat
 
     chat = load_chat(plan.source, plan.recipe.base.template)
     for step in plan.due:
-        if step.stage is not None:
-            prepare_stage(step.stage, chat, seed=plan.recipe.seed, evaluation_prompts=plan.evaluation_prompts)
+        if step.stage is None:
+            continue
+        found = prepare_stage(step.stage, chat, seed=plan.recipe.seed, evaluation_prompts=plan.evaluation_prompts)
+        if isinstance(found, PreparedPrompts) and step.stage.kind == "ppo":
+            room, where = step.stage.max_new_tokens, f'stage "{step.name}"'
+            check_room(found.train, max_new_tokens=room, context=plan.source.context(), where=where)
 
 
 def _open_partial(step: Step) -> Path:
@@ -253,7 +258,8 @@ def _manifest(plan: Plan, step: Step, policies: "Policies", extra: dict[str, Any
     kind = {"evaluate": "scores", "measure": "scores", "reward": "reward"}.get(step.kind, trained)
     report = partial_folder(step.folder) / "data_report.json"
     found = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
-    rows = {source["path"]: source["rows"] for source in found.get("sources", [])}
+    sources = [*found.get("sources", []), *found.get("ptx", {}).get("sources", [])]
+    rows = {source["path"]: source["rows"] for source in sources}
     base = policies.base
     return {
         "kind": kind, "name": step.name, "stage": step.kind, "policy": step.policy, "fingerprint": step.fingerprint,

@@ -17,7 +17,7 @@ from posttrain.models.source import BaseModelFolder, locate_base
 from posttrain.settings import DpoStage, PpoStage, Recipe, RewardStage, Stage
 
 # Raise a number when the code of that kind of step would make something else of the same input.
-CODE_VERSION = {"sft": 1, "dpo": 1, "reward": 1, "ppo": 1, "evaluate": 1, "measure": 1}
+CODE_VERSION = {"sft": 1, "dpo": 1, "reward": 1, "ppo": 2, "evaluate": 1, "measure": 1}
 EVALUATIONS = "evaluate"
 # In a partial folder: what it is being built for.
 WORKING_ON = "working_on.json"
@@ -95,10 +95,13 @@ def _training_step(recipe: Recipe, run: Path, stage: Stage, known: dict[str, str
     names = {stage.init}
     if isinstance(stage, PpoStage):
         names.add(stage.reward)
+        names |= {stage.value_init} & known.keys()
     if isinstance(stage, DpoStage | PpoStage):
         names.add(stage.init if stage.reference == "init" else stage.reference)
     inputs = {name: known[name] for name in sorted(names)}
     data = data_hashes(stage.data)
+    if isinstance(stage, PpoStage) and stage.ptx_data:
+        data |= data_hashes(stage.ptx_data)
     settings = {
         "stage": stage.model_dump(mode="json", exclude=set(_NO_EFFECT)),
         "adapter": recipe.adapter.model_dump(mode="json"),

@@ -201,6 +201,10 @@ def _check_references(recipe: Recipe, where: str) -> None:
         raise RecipeError(f"{where} · [adapter]", 'train_tokens with kind = "full"', do="remove it: every row is trained")
 
 
+# Settings of a ppo stage that only its value function reads.
+_OF_GAE = frozenset({"value", "value_init", "value_coef", "value_clip", "gamma", "lam", "whiten_rewards"})
+
+
 def _check_ppo(place: str, stage: PpoStage, policies: list[str], rewards: list[str]) -> None:
     _check_policy(place, "reference", stage.reference, ("init", "base"), policies)
     if stage.reward not in rewards:
@@ -210,10 +214,27 @@ def _check_ppo(place: str, stage: PpoStage, policies: list[str], rewards: list[s
     if stage.estimator != "gae" and stage.completions < 2:
         found = f'estimator = "{stage.estimator}" with completions = {stage.completions}'
         raise RecipeError(place, found, allowed="at least 2 completions of a prompt", do="raise completions, or use gae")
-    if stage.estimator != "gae" and stage.whiten_rewards:
-        raise RecipeError(
-            place, f'whiten_rewards with estimator = "{stage.estimator}"', allowed='estimator = "gae"', do="remove it"
-        )
+    only_gae = sorted(_OF_GAE & stage.model_fields_set)
+    if stage.estimator != "gae" and only_gae:
+        found = f'{", ".join(only_gae)} with estimator = "{stage.estimator}"'
+        raise RecipeError(place, found, allowed='estimator = "gae"', do="remove it")
+    if stage.target_kl and not stage.kl_coef:
+        found = f"target_kl = {stage.target_kl:g} with kl_coef = 0, which no factor moves"
+        raise RecipeError(place, found, allowed="kl_coef above 0", do="set kl_coef to where it starts")
+    if bool(stage.ptx_coef) != bool(stage.ptx_data):
+        found = f"ptx_coef = {stage.ptx_coef:g} without ptx_data" if stage.ptx_coef else "ptx_data with ptx_coef = 0"
+        raise RecipeError(place, found, allowed="both or neither", do="set both, or remove both")
+    _check_value(place, stage, rewards)
+
+
+def _check_value(place: str, stage: PpoStage, rewards: list[str]) -> None:
+    if stage.value == "shared" and stage.value_init not in ("auto", "policy"):
+        found = f'value_init = "{stage.value_init}" with value = "shared"'
+        raise RecipeError(place, found, allowed="auto or policy: it stands on the policy's adapter", do="remove it")
+    there = ["auto", "reward", "policy", *rewards]
+    if stage.value_init not in there:
+        found = f'value_init = "{stage.value_init}" is not an earlier reward stage'
+        raise RecipeError(place, found, allowed=f"there is: {', '.join(there)}", do=nearest(stage.value_init, there))
 
 
 def _check_policy(place: str, field: str, name: str, special: tuple[str, ...], policies: list[str]) -> None:

@@ -164,7 +164,7 @@ class PpoStage(_Optimised):
     ppo_epochs: Annotated[int, Field(ge=1)] = 2
     """Passes over an iteration's completions."""
     minibatch: Annotated[int, Field(ge=1)] = 16
-    """Prompts of one optimiser step."""
+    """Prompts of one optimiser step; where it is more than there are, a pass is one step."""
     clip_range: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """How far a token's probability ratio counts before it is clipped."""
     value_clip: Annotated[float, Field(ge=0)] = 0.2
@@ -175,6 +175,11 @@ class PpoStage(_Optimised):
     """Discount of later rewards."""
     lam: Annotated[float, Field(ge=0, le=1)] = 0.95
     """GAE's lambda."""
+    value: Literal["own", "shared"] = "own"
+    """Whether the value function has an adapter of its own, or is a head on the policy's adapter."""
+    value_init: Literal["auto", "reward", "policy"] | Name = "auto"
+    """Where the value function starts: `reward` (the reward model with its head), another reward stage, or `policy` (the init
+    policy's adapter, a head of zeros). `auto` is `reward`; `policy` where no model scores, or with `value = "shared"`."""
     kl_coef: Annotated[float, Field(ge=0)] = 0.05
     """What a nat of KL from the reference costs of the reward; with `target_kl` where it starts."""
     target_kl: Annotated[float, Field(ge=0)] = 0.0
@@ -183,12 +188,22 @@ class PpoStage(_Optimised):
     """Completions over which the coefficient follows `target_kl`."""
     max_kl: Annotated[float, Field(ge=0)] = 50.0
     """KL of a completion, in nats, at which the stage stops; 0 never does."""
+    max_update_kl: Annotated[float, Field(ge=0)] = 0.0
+    """Approximate KL from the policy that sampled, in nats a token, above which no further pass is taken; 0 takes all."""
+    min_entropy: Annotated[float, Field(ge=0)] = 0.01
+    """Entropy of the samples, in nats a token, below which the stage stops: they are all the same; 0 never does."""
     max_mismatch: Annotated[float, Field(gt=0, le=1)] = 0.4
     """Share of sampled tokens whose probability in training may be more than a tenth off before the stage stops."""
     missing_eos_penalty: Annotated[float, Field(ge=0)] = 1.0
     """What a completion that does not end loses of its score."""
     whiten_rewards: bool = False
     """Whether rewards are divided by their standard deviation over the iteration (`gae` only)."""
+    ptx_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the log-likelihood of `ptx_data`, the mean over its tokens, in every optimiser step (PPO-ptx); 0 has none."""
+    ptx_data: str | tuple[Source, ...] = ""
+    """Demonstrations, or rows of plain text (`text`), that are mixed into the update: `minibatch` of them a step."""
+    ptx_max_tokens: Annotated[int, Field(ge=8)] = 512
+    """Longest row of `ptx_data` in tokens; longer rows are cut, counted and shown."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 5e-5
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "constant"

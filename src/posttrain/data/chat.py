@@ -163,6 +163,12 @@ class ChatFormat:
         """Ids of plain text with the model's BOS and no template, as the base saw it in pretraining."""
         return self._ids(self._control.sub(self._stand_in, text), first=True)
 
+    def encode_document(self, text: str) -> list[int]:
+        """`encode_text`; a model without BOS gets the token that ends texts in front: the first token is predicted too."""
+        ids = self.encode_text(text)
+        start = self.eos_id if self.eos_id is not None else self.end_id
+        return ids if ids[:1] == [self.bos_id] else [start, *ids]
+
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
         """Text of token ids."""
         return self._tokenizer.decode(ids, special=special)

@@ -17,6 +17,7 @@ from posttrain.data.formats import (
 )
 from posttrain.data.prepare import PreparedPairs, PreparedRows, prepare_demonstrations, prepare_pairs
 from posttrain.data.prompts import PreparedPrompts, prepare_prompts
+from posttrain.data.ptx import prepare_ptx
 from posttrain.data.report import format_report
 from posttrain.data.sources import read_rows
 from posttrain.errors import DataError, RecipeError
@@ -42,6 +43,8 @@ def prepare_stage(
 ) -> PreparedRows | PreparedPairs | PreparedPrompts:
     """A stage's rows as it will train on them. Raises DataError as the stage would."""
     if isinstance(stage, PpoStage):
+        if stage.ptx_data:
+            prepare_ptx(stage, chat, seed=seed, evaluation_prompts=evaluation_prompts)
         return prepare_prompts(
             stage.data, chat, seed=seed, max_prompt_tokens=stage.max_prompt_tokens, evaluation_prompts=evaluation_prompts
         )

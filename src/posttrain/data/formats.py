@@ -64,6 +64,22 @@ class Preferences(NamedTuple):
     sources: tuple[SourceInfo, ...]
 
 
+class PlainText(NamedTuple):
+    """A document without roles, as in pretraining."""
+
+    id: str
+    text: str
+    source: str
+
+
+class Texts(NamedTuple):
+    """Documents that can be learned from, and the rows that cannot."""
+
+    records: tuple[PlainText, ...]
+    problems: tuple[Problem, ...]
+    sources: tuple[SourceInfo, ...]
+
+
 class _BadRow(Exception):
     """A row that cannot be learned from; its text is the reason."""
 
@@ -112,6 +128,24 @@ def read_preferences(data: str | tuple[Source, ...], *, seed: int) -> Preference
             except _BadRow as bad:
                 problems.append(Problem(source.path, f"row {row.number}", str(bad)))
     return Preferences(_unique_ids(records), tuple(problems), tuple(infos))
+
+
+def read_texts(data: str | tuple[Source, ...], *, seed: int) -> Texts:
+    """Plain texts (the column `text`) of all sources, mixed by weight. Raises DataError for files that cannot be read."""
+    records: list[PlainText] = []
+    problems: list[Problem] = []
+    infos: list[SourceInfo] = []
+    for source, rows, sha256 in _sources(data):
+        infos.append(SourceInfo(source.path, "text", len(rows), sha256))
+        for row, name in _weighted(rows, source, seed):
+            try:
+                text = _string(row.value.get("text"), "text")
+                if not text.strip():
+                    raise _BadRow("empty text")
+                records.append(PlainText(name, text, source.path))
+            except _BadRow as bad:
+                problems.append(Problem(source.path, f"row {row.number}", str(bad)))
+    return Texts(tuple(records), tuple(problems), tuple(infos))
 
 
 def _sources(data: str | tuple[Source, ...]) -> Iterable[tuple[Source, list[RawRow], str]]:

@@ -58,7 +58,8 @@ def pack(segments: Sequence[Segment], rows: int, *, filler: int = 0) -> PackedBa
             first = positions[before] + 1
         spans.append((start, len(segment.ids), ancestors))
         if segment.row >= 0:
-            last[segment.row] = start + len(segment.ids) - 1
+            # An empty completion ends where its prompt does.
+            last[segment.row] = start + len(segment.ids) - 1 if segment.ids or before is None else before
         ids += segment.ids
         positions += range(first, first + len(segment.ids))
         for offset, wanted in enumerate(segment.targets):

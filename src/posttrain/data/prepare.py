@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from posttrain.data.chat import ChatFormat
-from posttrain.data.formats import Demonstrations, Preferences, Problem
+from posttrain.data.formats import Demonstrations, Preferences, Problem, Texts
 from posttrain.data.report import describe_rows
 from posttrain.errors import DataError
 from posttrain.records import Message
@@ -119,7 +119,7 @@ def prepare_demonstrations(
             problems.append(Problem(record.source, record.id, f"no trained token within max_tokens = {max_tokens}"))
             continue
         sides[in_validation(record.messages, validation)].append(row)
-    _refuse(problems, len(read.records), read, sides[0], allow_dropped)
+    refuse(problems, len(read.records), read, sides[0], allow_dropped)
     rows = [*sides[0], *sides[1]]
     report = describe_rows([len(r.ids) for r in rows], sum(sum(r.trained) for r in rows))
     report |= _counts(read, problems, contaminated) | {
@@ -156,7 +156,7 @@ def prepare_pairs(
             problems.append(Problem(record.source, record.id, "chosen equals rejected once rendered"))
         else:
             sides[in_validation(record.prompt, validation)].append(row)
-    _refuse(problems, len(read.records), read, sides[0], allow_dropped)
+    refuse(problems, len(read.records), read, sides[0], allow_dropped)
     rows = [*sides[0], *sides[1]]
     completions = [side for r in rows for side in (r.chosen_ids, r.rejected_ids)]
     lengths = [len(r.prompt_ids) + len(r.chosen_ids) + len(r.rejected_ids) for r in rows]
@@ -174,8 +174,8 @@ def prepare_pairs(
     return PreparedPairs(sides[0], sides[1], report)
 
 
-def _refuse(
-    problems: list[Problem], kept: int, read: Demonstrations | Preferences, train: Sequence[Any], allow_dropped: float
+def refuse(
+    problems: list[Problem], kept: int, read: Demonstrations | Preferences | Texts, train: Sequence[Any], allow_dropped: float
 ) -> None:
     """Too many rows dropped, or none left, ends the stage before it begins."""
     where = "data " + ", ".join(f'"{s.path}"' for s in read.sources)

@@ -4,7 +4,7 @@ Where it stands: the ppo stage samples completions of these; nothing of the answ
 prompts that an evaluation asks are left out, and those too long for the stage are dropped and counted.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from posttrain.data.chat import ChatFormat
@@ -68,6 +68,16 @@ def prepare_prompts(
         "examples": [],
     }  # fmt: skip
     return PreparedPrompts(rows, report)
+
+
+def check_room(rows: Sequence[PromptRow], *, max_new_tokens: int, context: int, where: str) -> None:
+    """Refuse prompts that leave no room for their completions in the base's context. Raises DataError."""
+    longest = max(rows, key=lambda row: len(row.ids))
+    if len(longest.ids) + max_new_tokens > context:
+        raise DataError(
+            where, f"the prompt {longest.id} of {len(longest.ids)} tokens and {max_new_tokens} new ones",
+            allowed=f"together at most {context}, the base's context", do="lower max_prompt_tokens or max_new_tokens",
+        )  # fmt: skip
 
 
 def _beginnings(read: Demonstrations | Preferences) -> Iterator[tuple[str, tuple[Message, ...]]]:

@@ -69,11 +69,8 @@ def _choice_tree(base: BaseModel, question: str, choices: Sequence[str]) -> _Tre
 
 
 def _ids(base: BaseModel, text: str) -> list[int]:
-    """Ids of a text; a model without BOS gets the token that ends texts in front: its first token is predicted too."""
-    ids = base.chat.encode_text(text)
-    if ids[:1] != [base.chat.bos_id]:
-        start = base.chat.eos_id if base.chat.eos_id is not None else base.chat.end_id
-        ids = [start, *ids]
+    """Ids of a whole text."""
+    ids = base.chat.encode_document(text)
     if len(ids) > base.context:
         raise ModelError("evaluation", f"a text of {len(ids)} tokens", allowed=f"at most {base.context}", do="shorten the item")
     return ids

@@ -37,3 +37,8 @@ def new_head(width: int, *, seed: int, device: torch.device) -> ScoreHead:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.empty(1, width).normal_(std=1 / math.sqrt(width + 1), generator=generator)
     return ScoreHead(nn.Parameter(weight.to(device)))
+
+
+def zero_head(width: int, *, device: torch.device) -> ScoreHead:
+    """A head that scores everything 0."""
+    return ScoreHead(nn.Parameter(torch.zeros(1, width, device=device)))

@@ -78,6 +78,10 @@ class LoraAdapter:
         for parameter in self.parameters().values():
             parameter.requires_grad_(on)
 
+    def without_dropout(self) -> None:
+        """A policy that drops inputs while it learns is not the one that sampled."""
+        self.settings = self.settings._replace(dropout=0.0)
+
 
 class LoraShape:
     """Which linear layers of a model an adapter covers."""

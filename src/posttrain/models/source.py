@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +42,12 @@ class BaseModelFolder(NamedTuple):
     folder: Path
     weights_hash: str
     tokenizer_hash: str
+
+    def context(self) -> int:
+        """Tokens that the model can hold, as its config says; very many where it does not say."""
+        config: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        found = config.get("text_config", config).get("max_position_embeddings")
+        return found if isinstance(found, int) else sys.maxsize
 
 
 def cache_folder() -> Path:

@@ -91,6 +91,10 @@ def _rows(report: Mapping[str, Any]) -> list[tuple[str, Markup | str]]:
         rows.append(("left out", _count(report["contaminated"], "rows that an evaluation asks")))
     if "duplicates" in report:
         rows.append(("duplicates", _count(report["duplicates"], "rows")))
+    if "ptx" in report:
+        mix = report["ptx"]
+        lost = f"{mix['truncated']:,} cut, {mix['dropped']:,} dropped, {mix['contaminated']:,} that an evaluation asks left out"
+        rows.append(("pretraining mix", f"{mix['rows']:,} rows, {mix['tokens']:,} tokens; {lost}"))
     if report.get("ends_trained") is not None:
         rows.append(("turns end", f"{report['ends_trained']:.1%} of the uncut rows end in a trained end-of-turn token"))
     return rows

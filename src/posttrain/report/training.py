@@ -33,11 +33,14 @@ _CHARTS = (
     _Chart("score less KL and penalty", ("reward",)),
     _Chart("tokens a completion", ("length",)),
     _Chart("share that ended", ("ended",)),
+    _Chart("repeated runs of four tokens", ("repetition",), False),
     _Chart("scores of both sides", ("chosen_score", "rejected_score"), False),
     _Chart("middle of a pair's scores", ("center",), False),
     _Chart("standard deviation of the scores", ("score_spread",), False),
     _Chart("policy loss", ("policy_loss",), False),
     _Chart("value loss", ("value_loss",), False),
+    _Chart("loss of the pretraining mix, nats a token", ("ptx_loss",), False),
+    _Chart("advantages before whitening", ("advantage", "advantage_spread"), False),
     _Chart("explained variance of the returns", ("explained_variance",), False),
     _Chart("share of clipped tokens", ("clip_fraction",), False),
     _Chart("share of clipped values", ("value_clip_fraction",), False),
@@ -54,9 +57,11 @@ _CHARTS = (
     _Chart("learning rate", ("learning_rate",), False),
     _Chart("gradient norm before clipping", ("grad_norm",), False),
     _Chart("tokens a second", ("tokens_per_second",), False),
+    _Chart("tokens a second of sampling and judging", ("rollout_tokens_per_second",), False),
+    _Chart("tokens a second of the update", ("update_tokens_per_second",), False),
 )
 # Not worth a chart: the x axis in other units, and the inverse of tokens a second.
-_NOT_DRAWN = frozenset({"step", "train/epoch", "time/step"})
+_NOT_DRAWN = frozenset({"step", "train/epoch", "time/step", "time/rollout"})
 _GENERAL = frozenset({"train", "time"})
 _VALIDATION = "validation_"
 # What a row of charts is filled up with where a stage has few.

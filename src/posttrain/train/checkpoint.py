@@ -32,8 +32,8 @@ class Checkpoint(NamedTuple):
     state: dict[str, Any]
 
 
-def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint; older ones beyond the newest two go, after the new one is safe. Raises ArtifactError."""
+def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, *, keep: int = KEEP) -> None:
+    """Write a checkpoint; older ones beyond the newest `keep` go, after the new one is safe. Raises ArtifactError."""
     final = folder / f"step-{step:08d}"
     partial = folder / f".step-{step:08d}.partial"
     with disk_errors(final):
@@ -47,7 +47,7 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint) -> None:
         shutil.rmtree(final, ignore_errors=True)
         os.rename(partial, final)
         fsync_folder(folder)
-    for old in checkpoint_folders(folder)[KEEP:]:
+    for old in checkpoint_folders(folder)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -67,6 +67,11 @@ def disk_errors(path: Path) -> Iterator[None]:
 def checkpoint_folders(folder: Path) -> list[Path]:
     """Published checkpoints, newest first."""
     return sorted(folder.glob("step-*"), reverse=True)
+
+
+def oldest_step(folder: Path) -> int:
+    """The step of the oldest published checkpoint, 0 where there is none: as far back as a resumed stage may go."""
+    return min((int(found.name.removeprefix("step-")) for found in checkpoint_folders(folder)), default=0)
 
 
 def load_newest(folder: Path) -> Checkpoint | None:

@@ -38,7 +38,7 @@ class TrainTask(NamedTuple):
     """What a stage gives the loop. Metrics of `loss` are sums; `summarise` turns a step's sums into metrics.
 
     With `by_step`, `rows` counts optimiser steps and `micro_batches` is asked for a step's number instead of its rows; that it
-    has none ends the stage before that step.
+    has none ends the stage before that step. `next_step` may put a later step in the place of one that is not to be taken.
     """
 
     rows: int
@@ -49,6 +49,7 @@ class TrainTask(NamedTuple):
     validate: Callable[[], dict[str, float]] | None
     validation_metric: str
     by_step: bool = False
+    next_step: Callable[[int], int] | None = None
 
 
 class FitResult(NamedTuple):
@@ -73,7 +74,7 @@ class _Run:
             eps=ADAM_EPSILON,
             fused=all(p.is_cuda for p in task.parameters.values()) or None,
         )
-        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.step, self.skipped, self.tokens, self.seconds = 0, 0, 0, 0.0
         self.best, self.since_best = math.inf, 0
         self.best_weights: dict[str, Tensor] = {}
         self.finished = False
@@ -90,7 +91,7 @@ class _Run:
         if torch.cuda.is_available():
             tensors["random/cuda"] = torch.cuda.get_rng_state()
         state = {
-            "step": self.step, "tokens": self.tokens, "seconds": self.seconds,
+            "step": self.step, "skipped": self.skipped, "tokens": self.tokens, "seconds": self.seconds,
             "metrics": self.last_metrics, "best_metrics": self.best_metrics,
             "best": None if math.isinf(self.best) else self.best, "since_best": self.since_best, "finished": self.finished,
         }  # fmt: skip
@@ -115,6 +116,7 @@ class _Run:
             torch.cuda.set_rng_state(saved.tensors["random/cuda"])
         state = saved.state
         self.step, self.tokens, self.seconds = int(state["step"]), int(state["tokens"]), float(state["seconds"])
+        self.skipped = int(state.get("skipped", 0))
         self.best = math.inf if state["best"] is None else float(state["best"])
         self.since_best, self.finished = int(state["since_best"]), bool(state["finished"])
         self.last_metrics, self.best_metrics = dict(state["metrics"]), dict(state.get("best_metrics", {}))
@@ -148,7 +150,8 @@ def fit(
     try:
         while not run.finished:
             started = time.monotonic()
-            micros = _micro_batches(run)
+            skipped = _skip(run)
+            micros = _micro_batches(run) if run.step < run.steps else []
             if not micros:
                 run.finished = True
                 save_checkpoint(checkpoints, run.step, run.checkpoint())
@@ -162,7 +165,7 @@ def fit(
                 run.best_metrics = run.last_metrics
             metrics.log(run.step, shown)
             headline = next(k for k in shown if k.endswith("/loss"))
-            progress.update(tokens=step_tokens, loss=shown[headline])
+            progress.update(1 + skipped, tokens=step_tokens, loss=shown[headline])
             due = time.monotonic() - last_save > settings.checkpoint_minutes * 60
             due |= settings.checkpoint_every > 0 and run.step % settings.checkpoint_every == 0
             if due or stop.asked or run.finished:
@@ -173,7 +176,17 @@ def fit(
     finally:
         metrics.close()
     published = _publish_choice(run)
-    return FitResult(run.step, run.tokens, run.seconds, published)
+    return FitResult(run.step - run.skipped, run.tokens, run.seconds, published)
+
+
+def _skip(run: _Run) -> int:
+    """Go on to the next step that is to be taken; returns how many are not."""
+    if run.task.next_step is None:
+        return 0
+    passed = run.task.next_step(run.step) - run.step
+    run.step += passed
+    run.skipped += passed
+    return passed
 
 
 def _micro_batches(run: _Run) -> list[MicroBatch]:

@@ -11,6 +11,7 @@ N: tokens, B: completions.
 """
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,21 +21,25 @@ from torch import Tensor, nn
 
 from posttrain.artifacts import write_jsonl
 from posttrain.data.packing import split_by_tokens
-from posttrain.data.prompts import PromptRow, prepare_prompts
+from posttrain.data.prepare import TrainRow
+from posttrain.data.prompts import PromptRow, check_room, prepare_prompts
+from posttrain.data.ptx import prepare_ptx
 from posttrain.errors import Interrupted, TrainingError
 from posttrain.generate.engine import SamplingSettings, generate
-from posttrain.losses.kl import adapted
+from posttrain.losses.kl import adapted, k3
 from posttrain.losses.output import LossOutput
 from posttrain.losses.ppo import PolicyTokens, ValueTokens, policy_loss, value_loss
 from posttrain.models.batches import MICRO_TOKENS, DeviceBatch, pack_trees, row_scores
-from posttrain.models.lora import LoraAdapter
 from posttrain.progress import Progress
 from posttrain.records import Rollout
 from posttrain.settings import PpoStage
-from posttrain.train.checkpoint import Checkpoint, load_step, save_checkpoint
+from posttrain.train.checkpoint import Checkpoint, load_newest, load_step, oldest_step, save_checkpoint
+from posttrain.train.guards import check_sampled, check_sampler, why_ended
 from posttrain.train.loop import MicroBatch, TrainTask
+from posttrain.train.ptx import PtxBatch, ptx_batches, ptx_loss
 from posttrain.train.rollouts import Rollouts, Sampled, from_tensors, judge_rollouts, to_tensors
 from posttrain.train.stage import StageContext, StageResult, TrainedPolicy, fit_stage, start_policy
+from posttrain.train.value import ValueFunction, start_value, value_name
 
 SAMPLES = "samples.jsonl"
 SHOWN = 5
@@ -51,6 +56,22 @@ class PpoBatch(NamedTuple):
     first: bool
 
 
+class Roles(NamedTuple):
+    """Who samples, who it is held to, who scores, and who says what was to be expected."""
+
+    policy: str
+    reference: str
+    reward: str
+    value: ValueFunction | None
+
+
+class Rows(NamedTuple):
+    """Prompts to answer, and rows of the pretraining mix."""
+
+    prompts: Sequence[PromptRow]
+    ptx: Sequence[TrainRow]
+
+
 def train_ppo(context: StageContext, stage: PpoStage) -> StageResult:
     """Train against a reward model. Raises DataError for prompts that cannot be used, TrainingError where PPO cannot go on."""
     base, seed = context.base, context.recipe.seed
@@ -58,70 +79,95 @@ def train_ppo(context: StageContext, stage: PpoStage) -> StageResult:
         stage.data, base.chat, seed=seed, max_prompt_tokens=stage.max_prompt_tokens,
         evaluation_prompts=context.evaluation_prompts,
     )  # fmt: skip
+    where = f'stage "{stage.name}"'
+    check_room(prepared.train, max_new_tokens=stage.max_new_tokens, context=base.context, where=where)
+    report, ptx = prepared.report, []
+    if stage.ptx_data:
+        found = prepare_ptx(stage, base.chat, seed=seed, evaluation_prompts=context.evaluation_prompts)
+        report, ptx = {**report, "ptx": found.report}, found.train
     reference = context.policies.activate(stage.init if stage.reference == "init" else stage.reference)
     policy = start_policy(context, stage)
-    _without_dropout(base.adapters.get(policy.routing))
-    run = _PpoRun(context, stage, prepared.train, policy.routing, reference, context.policies.activate(stage.reward))
-    trained = TrainedPolicy(policy.routing, policy.parameters | run.value_parameters(), policy.save)
+    base.adapters.get(policy.routing).without_dropout()
+    value = start_value(context, stage, policy.routing)
+    roles = Roles(policy.routing, reference, context.policies.activate(stage.reward), value)
+    run = _PpoRun(context, stage, Rows(prepared.train, ptx), roles)
+    trained = TrainedPolicy(policy.routing, policy.parameters | (value.parameters if value else {}), policy.save)
     try:
-        return fit_stage(context, stage, trained, run.task(trained.parameters), prepared.report)
+        return fit_stage(context, stage, trained, run.task(trained.parameters), report, check=run.warnings)
     finally:
-        base.adapters.remove(run.value_name)
-
-
-def _without_dropout(adapter: LoraAdapter) -> None:
-    """A policy that drops inputs while it learns is not the one that sampled."""
-    adapter.settings = adapter.settings._replace(dropout=0.0)
+        base.adapters.remove(value_name(stage))
 
 
 class _PpoRun:
     """The iteration in hand; all of its state is on disk or a function of the step."""
 
-    def __init__(
-        self, context: StageContext, stage: PpoStage, prompts: Sequence[PromptRow], policy: str, reference: str, reward: str
-    ) -> None:
+    def __init__(self, context: StageContext, stage: PpoStage, rows: Rows, roles: Roles) -> None:
         self.base, self.stage, self.folder, self.stop = context.base, stage, context.folder, context.stop
-        self.seed, self.prompts = context.recipe.seed, prompts
-        self.policy, self.reference, self.reward = policy, reference, reward
-        self.value_name = f"{stage.name} value in training"
-        self.value: LoraAdapter | None = None
-        if stage.estimator == "gae":
-            self.value = self.base.adapters.copy(reward, self.value_name)
-            _without_dropout(self.value)
-            self.value.requires_grad_(True)
-        self.asked = min(stage.prompts, len(prompts))
+        self.seed, self.prompts, self.ptx = context.recipe.seed, rows.prompts, rows.ptx
+        self.policy, self.reference, self.reward, self.value = roles
+        self.asked = min(stage.prompts, len(self.prompts))
         self.minibatches = -(-self.asked // stage.minibatch)
+        self.steps = stage.ppo_epochs * self.minibatches  # of an iteration
         self.iteration = -1
         self.rollouts: Rollouts | None = None
-
-    def value_parameters(self) -> dict[str, nn.Parameter]:
-        """The value function's adapter and head, under names of their own."""
-        return {f"value.{name}": p for name, p in self.value.parameters().items()} if self.value is not None else {}
+        self.begun, self.tokens = 0.0, 0  # of the step in hand
 
     def task(self, parameters: dict[str, nn.Parameter]) -> TrainTask:
         """PPO as the loop sees it; a row is an optimiser step."""
-        steps = self.stage.iterations * self.stage.ppo_epochs * self.minibatches
-        return TrainTask(steps, parameters, self.batches_at, self._loss, self._summarise, None, "ppo/score", by_step=True)
+        steps = self.stage.iterations * self.steps
+        return TrainTask(
+            steps, parameters, self.batches_at, self._loss, self._summarise, None, "ppo/score", by_step=True,
+            next_step=self.next_step if self.stage.max_update_kl else None,
+        )  # fmt: skip
+
+    def warnings(self, _: dict[str, float]) -> tuple[str, ...]:
+        """Why the stage ended before its last iteration, where it did."""
+        if self.rollouts is None:
+            found = load_newest(self._kept)
+            assert found is not None, "a finished stage has rollouts"
+            self.iteration, self.rollouts = int(found.state["iteration"]), from_tensors(*found)
+        why = why_ended(self.rollouts.stats, self.stage)
+        after = f"ended after {self.iteration} of {self.stage.iterations} iterations"
+        return (f"{after}: {why}; lower learning_rate or raise kl_coef",) if why else ()
+
+    def next_step(self, step: int) -> int:
+        """The step itself, or the first of the next iteration where the passes so far moved the policy by `max_update_kl`."""
+        iteration, inside = divmod(step, self.steps)
+        if inside == 0 or inside % self.minibatches or iteration >= self.stage.iterations:
+            return step
+        return (iteration + 1) * self.steps if self._moved(self._at(iteration)) > self.stage.max_update_kl else step
+
+    @torch.no_grad()
+    def _moved(self, rollouts: Rollouts) -> float:
+        """Approximate KL from the policy that sampled to the policy now, over all of the iteration's tokens, nats a token."""
+        total, start = 0.0, 0
+        for group in self._groups(rollouts.prompts, rollouts.completions, range(len(rollouts.prompts))):
+            batch = pack_trees(((rollouts.prompts[i], rollouts.completions[i]) for i in group), self.base.device)
+            logprobs_N = self._outputs(batch)[0].cpu()
+            stop = start + len(logprobs_N)
+            total += float(k3(rollouts.old_N[start:stop], logprobs_N).double().sum())
+            start = stop
+        return total / start
 
     def batches_at(self, steps: Sequence[int]) -> list[MicroBatch]:
         """The micro-batches of one step; none where the KL ceiling was passed, which ends the stage."""
         (step,) = steps
-        iteration, inside = divmod(step, self.stage.ppo_epochs * self.minibatches)
+        iteration, inside = divmod(step, self.steps)
         epoch, minibatch = divmod(inside, self.minibatches)
         if inside == 0:
             self._roll(iteration)
-        elif iteration != self.iteration:
-            self._restore(iteration)
-        rollouts = self.rollouts
-        assert rollouts is not None
-        if rollouts.stats["ppo/kl"] > self.stage.max_kl > 0:
+        rollouts = self._at(iteration)
+        if why_ended(rollouts.stats, self.stage):
             return []
         order = list(range(len(rollouts.prompts)))
         if epoch:  # the first pass is packed as the log-probabilities were
             order = torch.randperm(len(order), generator=self._generator(iteration, epoch)).tolist()
         chosen = order[minibatch * self.stage.minibatch : (minibatch + 1) * self.stage.minibatch]
         groups = self._groups(rollouts.prompts, rollouts.completions, chosen)
-        return [self._micro(rollouts, group, first=inside == 0) for group in groups]
+        micros = [self._micro(rollouts, group, first=inside == 0) for group in groups]
+        micros += ptx_batches(self.base, self.ptx, step, size=self.stage.minibatch, seed=self.seed)
+        self.begun, self.tokens = time.monotonic(), sum(m.tokens for m in micros)
+        return micros
 
     def _generator(self, iteration: int, epoch: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + iteration * 1009 + epoch) % (2**31 - 1))
@@ -138,12 +184,15 @@ class _PpoRun:
         flat = (rollouts.old_N, rollouts.advantage_N, rollouts.value_N, rollouts.return_N)
         parts = [x[tokens].to(self.base.device) for x in flat]
         payload = PpoBatch(batch, parts[0], parts[1], parts[2], parts[3], first)
-        return MicroBatch(payload, batch.tokens, tuple(f"iteration {self.iteration + 1} prompt {i}" for i in group))
+        asked = self._asked(self.iteration)
+        return MicroBatch(payload, batch.tokens, tuple(f"{asked[i].id} (iteration {self.iteration + 1})" for i in group))
 
     def _loss(self, micro: MicroBatch, step: Sequence[MicroBatch]) -> LossOutput:
+        if isinstance(micro.payload, PtxBatch):
+            return ptx_loss(self.base, self.policy, micro, step, coef=self.stage.ptx_coef)
         payload: PpoBatch = micro.payload
-        total = sum(len(m.payload.old_N) for m in step)
-        logprobs_N = self._logprobs(payload.batch, self.policy)
+        total = sum(len(m.payload.old_N) for m in step if isinstance(m.payload, PpoBatch))
+        logprobs_N, value_N = self._outputs(payload.batch)
         tokens = PolicyTokens(logprobs_N, payload.old_N, payload.advantage_N)
         out = policy_loss(tokens, clip=self.stage.clip_range, step_tokens=total)
         if payload.first and float(out.metrics["ppo/approximate_kl"]) != 0:
@@ -153,7 +202,7 @@ class _PpoRun:
             )  # fmt: skip
         loss, metrics = out.loss, {**out.metrics, "tokens": torch.tensor(len(logprobs_N))}
         if self.value is not None:
-            values = ValueTokens(self._values(payload.batch), payload.value_N, payload.return_N)
+            values = ValueTokens(value_N, payload.value_N, payload.return_N)
             learned = value_loss(values, clip=self.stage.value_clip, step_tokens=total)
             loss, metrics = loss + self.stage.value_coef * learned.loss, metrics | learned.metrics
         return LossOutput(loss, metrics)
@@ -161,41 +210,64 @@ class _PpoRun:
     def _summarise(self, sums: dict[str, float]) -> dict[str, float]:
         assert self.rollouts is not None
         means = {name: value / sums["tokens"] for name, value in sums.items() if name.startswith("ppo/")}
-        value = self.stage.value_coef * means.get("ppo/value_loss", 0.0)
-        return {"ppo/loss": means["ppo/policy_loss"] + value, **means, **self.rollouts.stats}
+        loss = means["ppo/policy_loss"] + self.stage.value_coef * means.get("ppo/value_loss", 0.0)
+        if "ptx/nll" in sums:
+            means["ppo/ptx_loss"] = sums["ptx/nll"] / sums["ptx/targets"]
+            loss += self.stage.ptx_coef * means["ppo/ptx_loss"]
+        speed = {"time/update_tokens_per_second": self.tokens / (time.monotonic() - self.begun)}
+        return {"ppo/loss": loss, **means, **self.rollouts.stats, **speed}
 
-    def _logprobs(self, batch: DeviceBatch, adapter: str) -> Tensor:
+    def _hidden(self, batch: DeviceBatch, adapter: str) -> Tensor:
+        """What each token of the completions is predicted from [N, D]."""
+        return self.base.hidden(batch.ids_T, batch.positions_T, batch.segments, adapter)[batch.source_N]
+
+    def _logprobs(self, hidden_ND: Tensor, batch: DeviceBatch, adapter: str) -> Tensor:
         """log p of every token of the completions [N] at the stage's temperature."""
-        hidden_TD = self.base.hidden(batch.ids_T, batch.positions_T, batch.segments, adapter)
-        return self.base.logprobs(hidden_TD[batch.source_N] / self.stage.temperature, batch.target_N, adapter)
+        return self.base.logprobs(hidden_ND / self.stage.temperature, batch.target_N, adapter)
 
-    def _values(self, batch: DeviceBatch) -> Tensor:
-        """What was to be expected before each token of the completions [N]."""
-        assert self.value is not None
-        hidden_TD = self.base.hidden(batch.ids_T, batch.positions_T, batch.segments, self.value.name)
-        return self.base.scores(hidden_TD[batch.source_N], self.value.name)
+    def _outputs(self, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
+        """Of every token of the completions: its log p under the policy, and what was to be expected before it [N]."""
+        hidden_ND = self._hidden(batch, self.policy)
+        logprobs_N = self._logprobs(hidden_ND, batch, self.policy)
+        if self.value is None:
+            return logprobs_N, torch.zeros_like(logprobs_N)
+        shared = self.value.adapter == self.policy
+        return logprobs_N, self.value.head.score(hidden_ND if shared else self._hidden(batch, self.value.adapter))
 
     # --- rollouts -----------------------------------------------------------------------------------------------------
 
     def _roll(self, iteration: int) -> None:
         """Sample, score and judge one iteration, and put it on disk."""
+        started = time.monotonic()
         sampled, answers = self._sample(iteration)
+        names = [row.id for row in self._asked(iteration) for _ in range(self.stage.completions)]
+        check_sampled(sampled, names, where=f'stage "{self.stage.name}" · iteration {iteration + 1}')
         rollouts = judge_rollouts(sampled, self.stage, self._coefficient(iteration))
-        mismatch = rollouts.stats["ppo/mismatch"]
-        if mismatch > self.stage.max_mismatch:
-            raise TrainingError(
-                f'stage "{self.stage.name}"', f"{mismatch:.1%} of the sampled tokens have another probability in training",
-                allowed=f"at most {self.stage.max_mismatch:.0%} (max_mismatch)", do='use [base] dtype = "float32"',
-            )  # fmt: skip
-        save_checkpoint(self._kept, iteration, Checkpoint(*to_tensors(rollouts)))
+        check_sampler(rollouts.stats["ppo/mismatch"], self.stage)
+        seconds = time.monotonic() - started
+        speed = {"time/rollout": seconds, "time/rollout_tokens_per_second": len(rollouts.old_N) / seconds}
+        rollouts = rollouts._replace(stats={**rollouts.stats, **speed})
+        # As far back as the oldest checkpoint goes, and the iteration before it, whose KL moves the coefficient.
+        oldest = oldest_step(self.folder / "checkpoints") // self.steps
+        tensors, state = to_tensors(rollouts)
+        kept = Checkpoint(tensors, {**state, "iteration": iteration})
+        save_checkpoint(self._kept, iteration, kept, keep=iteration - oldest + 2)
         self._show(iteration, sampled, answers)
         self.iteration, self.rollouts = iteration, rollouts
+
+    def _asked(self, iteration: int) -> list[PromptRow]:
+        """The prompts of an iteration, in order."""
+        order = torch.randperm(len(self.prompts), generator=self._generator(iteration, 0)).tolist()
+        return [self.prompts[i] for i in order[: self.asked]]
 
     @property
     def _kept(self) -> Path:
         return self.folder / "checkpoints" / "rollouts"
 
-    def _restore(self, iteration: int) -> None:
+    def _at(self, iteration: int) -> Rollouts:
+        """The rollouts of an iteration that was begun, from memory or from disk. Raises TrainingError."""
+        if self.rollouts is not None and self.iteration == iteration:
+            return self.rollouts
         saved = load_step(self._kept, iteration)
         if saved is None:
             raise TrainingError(
@@ -203,24 +275,21 @@ class _PpoRun:
                 do="remove the stage's unfinished folder to begin it again",
             )  # fmt: skip
         self.iteration, self.rollouts = iteration, from_tensors(*saved)
+        return self.rollouts
 
     def _coefficient(self, iteration: int) -> float:
         """The KL coefficient: fixed, or moved by how far the iteration before went."""
         stage = self.stage
         if not stage.target_kl or iteration == 0:
             return stage.kl_coef
-        if self.iteration != iteration - 1:
-            self._restore(iteration - 1)
-        before = self.rollouts
-        assert before is not None
+        before = self._at(iteration - 1)
         completions = self.asked * stage.completions
         kl, target = before.stats["ppo/kl"], stage.target_kl
         return adapted(before.stats["ppo/kl_coef"], kl=kl, target=target, completions=completions, horizon=stage.kl_horizon)
 
     def _sample(self, iteration: int) -> tuple[Sampled, list[Rollout]]:
         stage, base = self.stage, self.base
-        order = torch.randperm(len(self.prompts), generator=self._generator(iteration, 0)).tolist()
-        chosen = [self.prompts[i] for i in order[: self.asked]]
+        chosen = self._asked(iteration)
         settings = SamplingSettings(stage.max_new_tokens, stage.temperature, 1.0, self.seed * 1009 + iteration)
         asked = [row.ids for row in chosen for _ in range(stage.completions)]
         answers = generate(base, asked, settings, self.policy, advance=self._watch(len(asked), iteration))
@@ -242,10 +311,11 @@ class _PpoRun:
             for group in self._groups(prompts, completions, minibatch):
                 batch = pack_trees(((prompts[i], completions[i]) for i in group), self.base.device)
                 with torch.enable_grad():  # the very computation of the first step: its log-probabilities to the last bit
-                    old.append(self._logprobs(batch, self.policy).detach().cpu())
+                    logprobs_N, value_N = self._outputs(batch)
+                old.append(logprobs_N.detach().cpu())
+                value.append(value_N.detach().cpu())
                 with torch.no_grad():
-                    reference.append(self._logprobs(batch, self.reference).cpu())
-                    value.append(self._values(batch).cpu() if self.value is not None else torch.zeros(len(old[-1])))
+                    reference.append(self._logprobs(self._hidden(batch, self.reference), batch, self.reference).cpu())
                     score.append(row_scores(self.base, batch, self.reward).cpu())
                 if self.stop.asked:
                     raise Interrupted("stopped while sampling; run the same command to go on")

@@ -25,10 +25,9 @@ from posttrain.models.files import save_adapter
 from posttrain.models.heads import new_head
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter
-from posttrain.models.tokens import token_ids
 from posttrain.settings import RewardStage, SftStage
 from posttrain.train.loop import MicroBatch, TrainTask
-from posttrain.train.stage import StageContext, StageResult, TrainedPolicy, fit_stage, lora_settings
+from posttrain.train.stage import StageContext, StageResult, TrainedPolicy, fit_stage, start_adapter
 
 # Demonstrations that the shift is taken over; the standard error of their mean is a tenth of the scores' spread.
 SHIFT_ROWS = 100
@@ -69,15 +68,10 @@ def train_reward(context: StageContext, stage: RewardStage) -> StageResult:
 
 def _start(context: StageContext, stage: RewardStage) -> LoraAdapter:
     """A copy of the init policy's adapter, or a new one, with a new head."""
-    base, recipe, name = context.base, context.recipe, f"{stage.name} in training"
-    if stage.init == "base":
-        ids = token_ids(base, recipe.adapter.train_tokens)
-        adapter = base.adapters.create(name, lora_settings(recipe), seed=recipe.seed, token_ids=ids)
-    else:
-        adapter = base.adapters.copy(context.policies.activate(stage.init), name)
-        adapter.settings = adapter.settings._replace(dropout=recipe.adapter.dropout)
+    base = context.base
+    adapter = start_adapter(context, stage.init, f"{stage.name} in training")
     width = base.model.get_input_embeddings().weight.shape[1]
-    adapter.head = new_head(width, seed=recipe.seed, device=base.device)
+    adapter.head = new_head(width, seed=context.recipe.seed, device=base.device)
     adapter.requires_grad_(True)
     return adapter
 

@@ -56,6 +56,8 @@ class Sampled(NamedTuple):
 
 # A token's ratio of trainer to sampler outside of these is a mismatch.
 MISMATCH = (0.9, 1.1)
+# Tokens in a row that count as repeated where they come again.
+REPEATED = 4
 
 
 def judge_rollouts(sampled: Sampled, stage: PpoStage, kl_coef: float) -> Rollouts:
@@ -68,6 +70,7 @@ def judge_rollouts(sampled: Sampled, stage: PpoStage, kl_coef: float) -> Rollout
     group = len(sampled.completions[0])
     if stage.estimator == "gae":
         found = _by_values(sampled, stage, kl_N, score_B, lengths, kl_coef)
+        advantage_N = estimators.whiten(found.advantage_BL, torch.ones_like(found.advantage_BL))
     else:
         whole_B = score_B - kl_coef * kl_B
         estimate = estimators.rloo if stage.estimator == "rloo" else estimators.grpo
@@ -81,19 +84,25 @@ def judge_rollouts(sampled: Sampled, stage: PpoStage, kl_coef: float) -> Rollout
         "ppo/length": sum(lengths) / len(lengths), "ppo/ended": float(sampled.ended_B.float().mean()),
         "ppo/mismatch": float(((ratio_N < MISMATCH[0]) | (ratio_N > MISMATCH[1])).float().mean()),
         "ppo/score_spread": float(sampled.score_B.std()) if len(lengths) > 1 else 0.0,
+        "ppo/advantage": float(found.advantage_BL.mean()), "ppo/advantage_spread": float(found.advantage_BL.std(correction=0)),
+        "ppo/repetition": sum(repetition(c) for group in sampled.completions for c in group) / len(lengths),
     }  # fmt: skip
     if stage.estimator == "gae":
-        left = (found.return_BL - sampled.value_N).var()
-        stats["ppo/explained_variance"] = float(1 - left / found.return_BL.var().clamp(min=1e-8))
-    return Rollouts(
-        sampled.prompts, sampled.completions, sampled.old_N, sampled.value_N, found.advantage_BL, found.return_BL, stats
-    )
+        left = (found.return_BL - sampled.value_N).var(correction=0)
+        stats["ppo/explained_variance"] = float(1 - left / found.return_BL.var(correction=0).clamp(min=1e-8))
+    return Rollouts(sampled.prompts, sampled.completions, sampled.old_N, sampled.value_N, advantage_N, found.return_BL, stats)
+
+
+def repetition(completion: list[int]) -> float:
+    """Share of a completion's runs of four tokens that stand in it before; 0 for one of fewer than five tokens."""
+    runs = [tuple(completion[k : k + REPEATED]) for k in range(len(completion) - REPEATED + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def _by_values(
     sampled: Sampled, stage: PpoStage, kl_N: Tensor, score_B: Tensor, lengths: list[int], kl_coef: float
 ) -> estimators.Advantages:
-    """GAE over a table of the completions; flat again, advantages whitened over all tokens."""
+    """GAE over a table of the completions; flat again [N]."""
     mask_BL = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
     reward_BL, value_BL = torch.zeros(mask_BL.shape), torch.zeros(mask_BL.shape)
     reward_BL[mask_BL], value_BL[mask_BL] = -kl_coef * kl_N, sampled.value_N
@@ -101,8 +110,7 @@ def _by_values(
     if stage.whiten_rewards:
         reward_BL = estimators.whiten(reward_BL, mask_BL, shift_mean=False)
     found = estimators.gae(reward_BL=reward_BL, value_BL=value_BL, mask_BL=mask_BL, gamma=stage.gamma, lam=stage.lam)
-    whitened_BL = estimators.whiten(found.advantage_BL, mask_BL)
-    return estimators.Advantages(whitened_BL[mask_BL], found.return_BL[mask_BL])
+    return estimators.Advantages(found.advantage_BL[mask_BL], found.return_BL[mask_BL])
 
 
 def to_tensors(rollouts: Rollouts) -> tuple[dict[str, Tensor], dict[str, Any]]:

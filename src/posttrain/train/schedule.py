@@ -50,8 +50,13 @@ def total_steps(rows: int, settings: LoopSettings) -> int:
 def step_rows(step: int, rows: int, settings: LoopSettings) -> list[int]:
     """Row indices of one step, counted from 0."""
     first, last = step * settings.batch, min((step + 1) * settings.batch, total_rows(rows, settings))
+    return rows_between(first, last, rows, settings.seed)
+
+
+def rows_between(first: int, last: int, rows: int, seed: int) -> list[int]:
+    """Row indices at the positions [first, last) of an endless run over `rows` rows."""
     places = [divmod(position, rows) for position in range(first, last)]
-    return [_permutation(epoch, rows, settings.seed)[offset] for epoch, offset in places]
+    return [_permutation(epoch, rows, seed)[offset] for epoch, offset in places]
 
 
 def run_order(rows: int, settings: LoopSettings) -> Iterator[list[int]]:

@@ -9,7 +9,7 @@ from torch import nn
 from posttrain.artifacts import write_json
 from posttrain.models.files import Policies, full_state, save_adapter, save_full
 from posttrain.models.load import BaseModel
-from posttrain.models.lora import LoraSettings
+from posttrain.models.lora import LoraAdapter, LoraSettings
 from posttrain.models.tokens import token_ids
 from posttrain.progress import Tracker
 from posttrain.settings import DpoStage, PpoStage, Recipe, SftStage, Stage
@@ -59,15 +59,20 @@ def start_policy(context: StageContext, stage: SftStage | DpoStage | PpoStage) -
         context.policies.activate(stage.init)
         base.model.requires_grad_(True)
         return TrainedPolicy("base", full_state(base), lambda folder: save_full(folder, base))
-    name = f"{stage.name} in training"
-    if stage.init == "base":
-        ids = token_ids(base, context.recipe.adapter.train_tokens)
-        adapter = base.adapters.create(name, lora_settings(context.recipe), seed=context.recipe.seed, token_ids=ids)
-    else:
-        adapter = base.adapters.copy(context.policies.activate(stage.init), name)
-        adapter.settings = adapter.settings._replace(dropout=context.recipe.adapter.dropout)
+    adapter = start_adapter(context, stage.init, f"{stage.name} in training")
     adapter.requires_grad_(True)
-    return TrainedPolicy(name, adapter.parameters(), lambda folder: save_adapter(folder, adapter, base))
+    return TrainedPolicy(adapter.name, adapter.parameters(), lambda folder: save_adapter(folder, adapter, base))
+
+
+def start_adapter(context: StageContext, init: str, name: str) -> LoraAdapter:
+    """A new adapter, or a copy of a policy's, under a name of its own."""
+    base, recipe = context.base, context.recipe
+    if init == "base":
+        ids = token_ids(base, recipe.adapter.train_tokens)
+        return base.adapters.create(name, lora_settings(recipe), seed=recipe.seed, token_ids=ids)
+    adapter = base.adapters.copy(context.policies.activate(init), name)
+    adapter.settings = adapter.settings._replace(dropout=recipe.adapter.dropout)
+    return adapter
 
 
 def fit_stage(

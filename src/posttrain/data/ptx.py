@@ -1,0 +1,71 @@
+"""Rows that PPO keeps in mind while it learns (PPO-ptx): demonstrations, or plain text of which every token is trained.
+
+Where it stands: the ppo stage mixes their likelihood into its update. A source whose rows have the column `text`, and not those
+of demonstrations, is plain text: it is rendered with the model's BOS and without a template, as in pretraining, and has no end
+token, since it may be a part of a document. Everything else is what an sft stage would make of it.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+from posttrain.data.chat import ChatFormat
+from posttrain.data.formats import Texts, kind_of, read_demonstrations, read_texts
+from posttrain.data.prepare import Contamination, PreparedRows, TrainRow, prepare_demonstrations, refuse
+from posttrain.data.sources import as_sources, read_rows
+from posttrain.records import Message
+from posttrain.settings import PpoStage
+
+# Share of the rows that may be dropped before it is an error, as an sft stage has it by default.
+ALLOW_DROPPED = 0.01
+
+
+def prepare_ptx(
+    stage: PpoStage, chat: ChatFormat, *, seed: int, evaluation_prompts: Collection[str], allow_dropped: float = ALLOW_DROPPED
+) -> PreparedRows:
+    """The rows of `ptx_data`. Raises DataError as an sft stage would."""
+    rows: list[TrainRow] = []
+    reports: list[dict[str, Any]] = []
+    for source in as_sources(stage.ptx_data):
+        columns = list(read_rows(source.path)[0].value)
+        if "text" in columns and kind_of(columns) != "sft":
+            texts = read_texts((source,), seed=seed)
+            found = prepare_texts(
+                texts, chat, max_tokens=stage.ptx_max_tokens, allow_dropped=allow_dropped, evaluation_prompts=evaluation_prompts
+            )
+        else:
+            found = prepare_demonstrations(
+                read_demonstrations((source,), seed=seed), chat, max_tokens=stage.ptx_max_tokens, validation=0.0,
+                allow_dropped=allow_dropped, evaluation_prompts=evaluation_prompts,
+            )  # fmt: skip
+        rows += found.train
+        reports.append(found.report)
+    report = {
+        "rows": len(rows), "tokens": sum(len(r.ids) for r in rows), "trained_tokens": sum(sum(r.trained) for r in rows),
+        "sources": [one for report in reports for one in report["sources"]],
+        **{name: sum(report[name] for report in reports) for name in ("truncated", "contaminated")},
+        "dropped": sum(sum(report["dropped"].values()) for report in reports),
+    }  # fmt: skip
+    return PreparedRows(rows, [], report)
+
+
+def prepare_texts(
+    read: Texts, chat: ChatFormat, *, max_tokens: int, allow_dropped: float, evaluation_prompts: Collection[str]
+) -> PreparedRows:
+    """Encode and cut plain texts. Raises DataError when too many are dropped or none is left."""
+    contamination = Contamination(evaluation_prompts)
+    rows: list[TrainRow] = []
+    contaminated, truncated = 0, 0
+    for record in read.records:
+        if contamination.found([Message("user", record.text)]):
+            contaminated += 1
+            continue
+        ids = chat.encode_document(record.text)
+        truncated += len(ids) > max_tokens
+        ids = ids[:max_tokens]
+        rows.append(TrainRow(record.id, ids, [False] + [True] * (len(ids) - 1)))
+    refuse(list(read.problems), len(read.records), read, rows, allow_dropped)
+    report = {
+        "sources": [s._asdict() for s in read.sources], "truncated": truncated, "contaminated": contaminated,
+        "dropped": {"text that is none": len(read.problems)},
+    }  # fmt: skip
+    return PreparedRows(rows, [], report)

@@ -1,0 +1,57 @@
+"""What ends a ppo stage before its last iteration, and what must not go on at all.
+
+A policy that went too far from its reference, or whose samples are all the same, ends the stage before it learns from that
+iteration: what it has is published, and the manifest says why. A number that is not finite, or a sampler that is not the policy
+in training, is an error. Both are functions of what lies on disk, so a resumed stage decides the same.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from posttrain.errors import NonFiniteError, TrainingError
+from posttrain.settings import PpoStage
+from posttrain.train.rollouts import Sampled
+
+# Rows that an error names.
+SHOWN = 8
+
+
+def why_ended(stats: dict[str, float], stage: PpoStage) -> str:
+    """Why the stage does not learn from an iteration with these figures; empty where it does."""
+    kl, entropy = stats["ppo/kl"], stats["ppo/entropy"]
+    if stage.max_kl and kl > stage.max_kl:
+        return f"KL to the reference is {kl:.1f} nats a completion, above max_kl = {stage.max_kl:g}"
+    if stage.min_entropy and entropy < stage.min_entropy:
+        return f"the samples' entropy is {entropy:.4f} nats a token, below min_entropy = {stage.min_entropy:g}"
+    return ""
+
+
+def check_sampled(sampled: Sampled, names: Sequence[str], *, where: str) -> None:
+    """Refuse rollouts with a number that is not finite; `names` are of the prompts of all completions.
+
+    Raises NonFiniteError before anything is learned or written.
+    """
+    lengths = torch.tensor([len(completion) for group in sampled.completions for completion in group])
+    row_N = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    bad = {"score": (~sampled.score_B.isfinite()).nonzero().flatten()}
+    of_tokens = {"log-probability": sampled.old_N, "reference's log-probability": sampled.reference_N, "value": sampled.value_N}
+    bad |= {what: torch.unique(row_N[~values_N.isfinite()]) for what, values_N in of_tokens.items()}
+    for what, rows in bad.items():
+        if len(rows):
+            shown = ", ".join(names[i] for i in rows[:SHOWN].tolist())
+            more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
+            raise NonFiniteError(
+                where, f"the {what} of {len(rows)} of {len(lengths)} completions is not finite; no step was taken on them",
+                allowed=f"their prompts: {shown}{more}",
+                do="look at what scores them, or lower learning_rate; the last checkpoint is whole",
+            )  # fmt: skip
+
+
+def check_sampler(mismatch: float, stage: PpoStage) -> None:
+    """Refuse rollouts of a sampler whose probabilities are not those of the policy in training. Raises TrainingError."""
+    if mismatch > stage.max_mismatch:
+        raise TrainingError(
+            f'stage "{stage.name}"', f"{mismatch:.1%} of the sampled tokens have another probability in training",
+            allowed=f"at most {stage.max_mismatch:.0%} (max_mismatch)", do='use [base] dtype = "float32"',
+        )  # fmt: skip

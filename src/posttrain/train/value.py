@@ -1,0 +1,58 @@
+"""Where PPO's value function starts, and what it stands on: an adapter of its own, or a head on the policy's adapter.
+
+    V(state) = w . h - shift,   h: the last hidden state before a token
+
+`value = "own"` has an adapter that starts as a reward model's, with its head, or as the init policy's, with a head of zeros.
+`value = "shared"` has a head of zeros on the policy's adapter: no second forward, and one gradient for both.
+"""
+
+from typing import NamedTuple
+
+from torch import nn
+
+from posttrain.errors import AdapterError
+from posttrain.models.heads import ScoreHead, zero_head
+from posttrain.settings import PpoStage
+from posttrain.train.stage import StageContext, start_adapter
+
+
+class ValueFunction(NamedTuple):
+    """The adapter whose hidden states are read, the head that reads them, and what is trained of both."""
+
+    adapter: str
+    head: ScoreHead
+    parameters: dict[str, nn.Parameter]
+
+
+def start_value(context: StageContext, stage: PpoStage, policy: str) -> ValueFunction | None:
+    """The value function at the first step, frozen dropout; None for estimators without one. Raises AdapterError."""
+    base = context.base
+    if stage.estimator != "gae":
+        return None
+    width = base.model.get_input_embeddings().weight.shape[1]
+    if stage.value == "shared":
+        head = zero_head(width, device=base.device)
+        return ValueFunction(policy, head, {"value.score.weight": head.weight})
+    source, name = value_source(stage), value_name(stage)
+    if source == "policy":
+        adapter = start_adapter(context, stage.init, name)
+        adapter.head = zero_head(width, device=base.device)
+    else:
+        adapter = base.adapters.copy(context.policies.activate(source), name)
+    if adapter.head is None:
+        raise AdapterError(f'stage "{stage.name}"', f'value_init = "{source}" has no head', allowed="a reward model, or policy")
+    adapter.without_dropout()
+    adapter.requires_grad_(True)
+    return ValueFunction(name, adapter.head, {f"value.{n}": p for n, p in adapter.parameters().items()})
+
+
+def value_name(stage: PpoStage) -> str:
+    """The name of an adapter of its own while it is trained."""
+    return f"{stage.name} value in training"
+
+
+def value_source(stage: PpoStage) -> str:
+    """The reward stage that the value function starts as a copy of, or "policy"."""
+    if stage.value_init in ("auto", "reward"):
+        return stage.reward
+    return stage.value_init
