@@ -221,3 +221,53 @@ def test_divergence_of_samples_of_the_reference_is_the_kl() -> None:
 def test_divergence_survives_a_token_pushed_far_down() -> None:
     far = log_ratio_divergence(torch.tensor([-1000.0]), torch.tensor([-1.0]))
     assert float(far) == pytest.approx(998.0)
+
+
+def bandit(loss: str, beta: float, steps: int, rate: float) -> float:
+    """Probability of the preferred one of two answers after gradient steps on the one pair, from a uniform reference."""
+    reference = torch.full((2,), -math.log(2), dtype=torch.float64)
+    logits = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.Adam([logits], lr=rate)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        chosen, rejected = torch.log_softmax(logits, 0)
+        dpo_loss(PairLogprobs(chosen[None], rejected[None], reference[:1], reference[1:]), beta=beta, loss=loss).loss.backward()
+        optimiser.step()
+    return float(torch.softmax(logits.detach(), 0)[0])
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.0, 3.0])
+def test_on_a_bandit_of_two_answers_dpo_goes_to_one_and_ipo_to_its_fixed_point(beta: float) -> None:
+    """One answer always wins. DPO goes to probability 1 whatever beta is, IPO to sigmoid(1 / (2 beta)) (Azar et al. 2023)."""
+    early, late = bandit("sigmoid", beta, 100, 1.0), bandit("sigmoid", beta, 400, 1.0)
+    assert late > early
+    assert late > 1 - 1e-4
+    assert bandit("ipo", beta, 600, 0.1) == pytest.approx(1 / (1 + math.exp(-1 / (2 * beta))), abs=1e-6)
+
+
+def test_dpo_reaches_the_tilted_optimum() -> None:
+    """Six answers, labels of a Bradley-Terry rater in expectation: the optimum is pi_ref exp(r / beta) / Z."""
+    random = torch.Generator().manual_seed(0)
+    reference = torch.log_softmax(torch.randn(6, generator=random, dtype=torch.float64), 0)
+    reward, beta = torch.randn(6, generator=random, dtype=torch.float64), 0.7
+    wanted = torch.softmax(reference + reward / beta, 0)
+    better, worse = torch.combinations(reward.argsort(descending=True)).unbind(1)
+    flipped = torch.sigmoid(reward[worse] - reward[better])  # how often the rater prefers the worse one
+    logits = reference.clone().requires_grad_()
+    optimiser = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        now = torch.log_softmax(logits, 0)
+        pair = PairLogprobs(now[better], now[worse], reference[better], reference[worse])
+        total = sum(
+            dpo_loss(PairLogprobs(*(x[k : k + 1] for x in pair)), beta=beta, label_smoothing=float(flipped[k])).loss
+            for k in range(len(better))
+        )
+        assert isinstance(total, Tensor)
+        total.backward()
+        return total
+
+    optimiser.step(loss)
+    distance = 0.5 * float((torch.softmax(logits.detach(), 0) - wanted).abs().sum())
+    assert distance < 1e-2, f"total variation {distance:.1e}"
