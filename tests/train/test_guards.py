@@ -46,9 +46,11 @@ def test_a_stage_that_runs_to_its_end_warns_of_nothing(base: BaseModel, tmp_path
 
 
 def test_passes_that_would_go_too_far_are_left_out(base: BaseModel, tmp_path: Path) -> None:
-    """With a bound that every pass breaks, each iteration takes its first pass alone, the last one too."""
+    """With a bound that every pass breaks, each iteration takes its first pass alone; a row counts the steps that follow it."""
     result = run_ppo(base, tmp_path / "ppo", ppo_epochs=3, max_update_kl=1e-9)
-    assert [row["step"] for row in rows_of(tmp_path / "ppo")] == [1, 2, 7, 8, 13, 14]
+    assert [row["step"] for row in rows_of(tmp_path / "ppo")] == [1, 6, 7, 12, 13, 18], (
+        "a row counts the steps left out after it"
+    )
     assert result.fit.steps == 6
     whole = run_ppo(base, tmp_path / "whole", ppo_epochs=3, max_update_kl=1e9)
     assert whole.fit.steps == 18

@@ -38,7 +38,7 @@ class TrainTask(NamedTuple):
     """What a stage gives the loop. Metrics of `loss` are sums; `summarise` turns a step's sums into metrics.
 
     With `by_step`, `rows` counts optimiser steps and `micro_batches` is asked for a step's number instead of its rows; that it
-    has none ends the stage before that step. `next_step` may put a later step in the place of one that is not to be taken.
+    has none ends the stage before that step. `next_step` is told after every step which would be next, and may leave some out.
     """
 
     rows: int
@@ -150,14 +150,13 @@ def fit(
     try:
         while not run.finished:
             started = time.monotonic()
-            skipped = _skip(run)
-            micros = _micro_batches(run) if run.step < run.steps else []
+            micros = _micro_batches(run)
             if not micros:
                 run.finished = True
                 save_checkpoint(checkpoints, run.step, run.checkpoint())
                 break
             shown, step_tokens = _one_step(run, folder, micros, started)
-            run.step += 1
+            passed = _go_on(run)
             best_before = run.best
             run.finished = _validate_if_due(run, shown)
             run.last_metrics = {name: value for name, value in shown.items() if math.isfinite(value)}
@@ -165,7 +164,7 @@ def fit(
                 run.best_metrics = run.last_metrics
             metrics.log(run.step, shown)
             headline = next(k for k in shown if k.endswith("/loss"))
-            progress.update(1 + skipped, tokens=step_tokens, loss=shown[headline])
+            progress.update(passed, tokens=step_tokens, loss=shown[headline])
             due = time.monotonic() - last_save > settings.checkpoint_minutes * 60
             due |= settings.checkpoint_every > 0 and run.step % settings.checkpoint_every == 0
             if due or stop.asked or run.finished:
@@ -179,13 +178,12 @@ def fit(
     return FitResult(run.step - run.skipped, run.tokens, run.seconds, published)
 
 
-def _skip(run: _Run) -> int:
-    """Go on to the next step that is to be taken; returns how many are not."""
-    if run.task.next_step is None:
-        return 0
-    passed = run.task.next_step(run.step) - run.step
-    run.step += passed
-    run.skipped += passed
+def _go_on(run: _Run) -> int:
+    """Count the step that was taken, and those after it that are left out; returns how many they are together."""
+    after = run.step + 1
+    wanted = run.task.next_step(after) if run.task.next_step is not None else after
+    passed = wanted - run.step
+    run.step, run.skipped = wanted, run.skipped + passed - 1
     return passed
 
 

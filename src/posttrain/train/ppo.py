@@ -133,7 +133,7 @@ class _PpoRun:
     def next_step(self, step: int) -> int:
         """The step itself, or the first of the next iteration where the passes so far moved the policy by `max_update_kl`."""
         iteration, inside = divmod(step, self.steps)
-        if inside == 0 or inside % self.minibatches or iteration >= self.stage.iterations:
+        if inside % self.minibatches or not inside:
             return step
         return (iteration + 1) * self.steps if self._moved(self._at(iteration)) > self.stage.max_update_kl else step
 
@@ -221,14 +221,17 @@ class _PpoRun:
         """What each token of the completions is predicted from [N, D]."""
         return self.base.hidden(batch.ids_T, batch.positions_T, batch.segments, adapter)[batch.source_N]
 
-    def _logprobs(self, hidden_ND: Tensor, batch: DeviceBatch, adapter: str) -> Tensor:
+    def _logprobs(self, batch: DeviceBatch, adapter: str) -> Tensor:
         """log p of every token of the completions [N] at the stage's temperature."""
+        return self._predict(self._hidden(batch, adapter), batch, adapter)
+
+    def _predict(self, hidden_ND: Tensor, batch: DeviceBatch, adapter: str) -> Tensor:
         return self.base.logprobs(hidden_ND / self.stage.temperature, batch.target_N, adapter)
 
     def _outputs(self, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
         """Of every token of the completions: its log p under the policy, and what was to be expected before it [N]."""
         hidden_ND = self._hidden(batch, self.policy)
-        logprobs_N = self._logprobs(hidden_ND, batch, self.policy)
+        logprobs_N = self._predict(hidden_ND, batch, self.policy)
         if self.value is None:
             return logprobs_N, torch.zeros_like(logprobs_N)
         shared = self.value.adapter == self.policy
@@ -315,7 +318,7 @@ class _PpoRun:
                 old.append(logprobs_N.detach().cpu())
                 value.append(value_N.detach().cpu())
                 with torch.no_grad():
-                    reference.append(self._logprobs(self._hidden(batch, self.reference), batch, self.reference).cpu())
+                    reference.append(self._logprobs(batch, self.reference).cpu())
                     score.append(row_scores(self.base, batch, self.reward).cpu())
                 if self.stop.asked:
                     raise Interrupted("stopped while sampling; run the same command to go on")

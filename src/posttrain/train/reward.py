@@ -69,7 +69,7 @@ def train_reward(context: StageContext, stage: RewardStage) -> StageResult:
 def _start(context: StageContext, stage: RewardStage) -> LoraAdapter:
     """A copy of the init policy's adapter, or a new one, with a new head."""
     base = context.base
-    adapter = start_adapter(context, stage.init, f"{stage.name} in training")
+    adapter = start_adapter(context, stage.init, f"{stage.name} in training", seed=context.recipe.seed)
     width = base.model.get_input_embeddings().weight.shape[1]
     adapter.head = new_head(width, seed=context.recipe.seed, device=base.device)
     adapter.requires_grad_(True)

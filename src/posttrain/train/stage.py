@@ -59,17 +59,17 @@ def start_policy(context: StageContext, stage: SftStage | DpoStage | PpoStage) -
         context.policies.activate(stage.init)
         base.model.requires_grad_(True)
         return TrainedPolicy("base", full_state(base), lambda folder: save_full(folder, base))
-    adapter = start_adapter(context, stage.init, f"{stage.name} in training")
+    adapter = start_adapter(context, stage.init, f"{stage.name} in training", seed=context.recipe.seed)
     adapter.requires_grad_(True)
     return TrainedPolicy(adapter.name, adapter.parameters(), lambda folder: save_adapter(folder, adapter, base))
 
 
-def start_adapter(context: StageContext, init: str, name: str) -> LoraAdapter:
+def start_adapter(context: StageContext, init: str, name: str, *, seed: int) -> LoraAdapter:
     """A new adapter, or a copy of a policy's, under a name of its own."""
     base, recipe = context.base, context.recipe
     if init == "base":
         ids = token_ids(base, recipe.adapter.train_tokens)
-        return base.adapters.create(name, lora_settings(recipe), seed=recipe.seed, token_ids=ids)
+        return base.adapters.create(name, lora_settings(recipe), seed=seed, token_ids=ids)
     adapter = base.adapters.copy(context.policies.activate(init), name)
     adapter.settings = adapter.settings._replace(dropout=recipe.adapter.dropout)
     return adapter

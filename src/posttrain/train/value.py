@@ -35,7 +35,7 @@ def start_value(context: StageContext, stage: PpoStage, policy: str) -> ValueFun
         return ValueFunction(policy, head, {"value.score.weight": head.weight})
     source, name = value_source(stage), value_name(stage)
     if source == "policy":
-        adapter = start_adapter(context, stage.init, name)
+        adapter = start_adapter(context, stage.init, name, seed=context.recipe.seed)
         adapter.head = zero_head(width, device=base.device)
     else:
         adapter = base.adapters.copy(context.policies.activate(source), name)
