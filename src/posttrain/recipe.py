@@ -179,9 +179,8 @@ def _check_references(recipe: Recipe, where: str) -> None:
         if stage.name in seen:
             raise RecipeError(place, "a second stage of that name", do="give each stage a name of its own")
         _check_policy(place, "init", stage.init, ("base",), policies)
-        if isinstance(stage, RewardStage | PpoStage) and recipe.adapter.kind == "full":
-            found = f'a {stage.kind} stage with [adapter] kind = "full"'
-            raise RecipeError(place, found, allowed='kind = "lora"', do="use an adapter")
+        if isinstance(stage, PpoStage) and recipe.adapter.kind == "full":
+            _check_full(place, stage)
         if isinstance(stage, PpoStage):
             _check_ppo(place, stage, policies, [name for name in seen if name not in policies])
         if isinstance(stage, DpoStage):
@@ -225,6 +224,13 @@ def _check_ppo(place: str, stage: PpoStage, policies: list[str], rewards: list[s
         found = f"ptx_coef = {stage.ptx_coef:g} without ptx_data" if stage.ptx_coef else "ptx_data with ptx_coef = 0"
         raise RecipeError(place, found, allowed="both or neither", do="set both, or remove both")
     _check_value(place, stage, rewards)
+
+
+def _check_full(place: str, stage: PpoStage) -> None:
+    """One set of weights is in memory: what is trained beside the policy must stand on it."""
+    if stage.value == "own" or stage.value_init not in ("auto", "policy"):
+        found = f'value = "{stage.value}", value_init = "{stage.value_init}" with [adapter] kind = "full"'
+        raise RecipeError(place, found, allowed='value = "shared", a head on the policy', do="remove both settings")
 
 
 def _check_value(place: str, stage: PpoStage, rewards: list[str]) -> None:

@@ -175,8 +175,9 @@ class PpoStage(_Optimised):
     """Discount of later rewards."""
     lam: Annotated[float, Field(ge=0, le=1)] = 0.95
     """GAE's lambda."""
-    value: Literal["own", "shared"] = "own"
-    """Whether the value function has an adapter of its own, or is a head on the policy's adapter."""
+    value: Literal["auto", "own", "shared"] = "auto"
+    """The value function: `own` (an adapter of its own) or `shared` (a head on the policy). `auto` is `own`; `shared` with full
+    weights, where there is no other."""
     value_init: Literal["auto", "reward", "policy"] | Name = "auto"
     """Where the value function starts: `reward` (the reward model with its head), another reward stage, or `policy` (the init
     policy's adapter, a head of zeros). `auto` is `reward`; `policy` where no model scores, or with `value = "shared"`."""

@@ -6,6 +6,8 @@ metadata; an adapter of another base is refused, since it would load without a c
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 FULL_WEIGHTS = "model.safetensors"
 PREFIX = "base_model.model."
+FULL_SCORE = "score.weight"
 # Settings of PEFT that change what an adapter computes; read as plain LoRA it would answer something else.
 UNSUPPORTED = (
     "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "lora_bias", "use_qalora",
@@ -103,13 +106,15 @@ def load_adapter(folder: Path, name: str, base: BaseModel, *, require_hash: bool
     return base.adapters.add(LoraAdapter(name, settings, weights, tokens, head))
 
 
-def _take_head(tensors: dict[str, torch.Tensor], metadata: dict[str, str], base: BaseModel, where: str) -> ScoreHead:
+def _take_head(
+    tensors: dict[str, torch.Tensor], metadata: dict[str, str], base: BaseModel, where: str, name: str = SCORE_NAME
+) -> ScoreHead:
     """The head of a reward model, taken out of `tensors`. One of another tool has no shift."""
-    weight = tensors.pop(SCORE_NAME, None)
+    weight = tensors.pop(name, None)
     width = base.model.get_input_embeddings().weight.shape[1]
     if weight is None or tuple(weight.shape) != (1, width):
         found = "is missing" if weight is None else f"has shape {tuple(weight.shape)}"
-        raise AdapterError(where, f"{SCORE_NAME} {found}", allowed=f"shape {(1, width)}: a classifier with one label")
+        raise AdapterError(where, f"{name} {found}", allowed=f"shape {(1, width)}: a classifier with one label")
     try:
         shift = float(metadata.get("score_shift", 0.0))
     except ValueError:
@@ -213,20 +218,29 @@ def full_state(base: BaseModel) -> dict[str, nn.Parameter]:
     return {name.replace(".base.", "."): p for name, p in base.model.named_parameters()}
 
 
-def save_full(folder: Path, base: BaseModel) -> None:
-    """Write all weights and the model's config, so that the folder loads in transformers."""
+def save_full(folder: Path, base: BaseModel, head: ScoreHead | None = None) -> None:
+    """Write all weights, the head of a reward model among them, and the model's config: the folder loads in transformers."""
     tensors = {n: p.detach().cpu().contiguous() for n, p in full_state(base).items()}
-    _save(folder / FULL_WEIGHTS, tensors, {"format": "pt", **_identity(base)})
+    extra = {"format": "pt", **_identity(base)}
+    if head is not None:
+        tensors[FULL_SCORE] = head.weight.detach().cpu().contiguous()
+        extra["score_shift"] = repr(head.shift)
+    _save(folder / FULL_WEIGHTS, tensors, extra)
     base.model.config.save_pretrained(folder)
     base.tokenizer.inner.save_pretrained(folder)
 
 
-def load_full(path: Path, base: BaseModel) -> None:
-    """Put the weights of a finished full stage into the model in place. Raises AdapterError on another base."""
+def load_full(path: Path, base: BaseModel) -> ScoreHead | None:
+    """Put the weights of a finished full stage into the model in place; returns the head of a reward model.
+
+    Raises AdapterError on another base.
+    """
     where = f"weights {path}"
     tensors, metadata = _read_tensors(path, where)
     check_base(metadata.get("base_weights_hash"), base, where, require_hash=True)
+    head = _take_head(tensors, metadata, base, where, FULL_SCORE) if FULL_SCORE in tensors else None
     _copy_into(base, tensors, where)
+    return head
 
 
 def base_tensors(base: BaseModel) -> dict[str, torch.Tensor]:
@@ -258,20 +272,44 @@ class Policies:
         self._in_place = "base"
 
     def activate(self, name: str) -> str:
-        """Make a policy answer; returns the adapter name to route to ("base" for full weights, now in place)."""
+        """Make a policy answer; returns the adapter name to route to: "base" for full weights, now in place, or the name of
+        their head.
+        """
         if name == "base" or (self.run / name / FULL_WEIGHTS).exists():
             if self._in_place != name:
                 if name == "base":
                     reload_base(self.base)
                 else:
                     verify_files(self.run / name, (FULL_WEIGHTS,))
-                    load_full(self.run / name / FULL_WEIGHTS, self.base)
+                    head = load_full(self.run / name / FULL_WEIGHTS, self.base)
+                    if head is not None:
+                        self.base.adapters.add_head(name, head)
                 self._in_place = name
-            return "base"
+            return name if name in self.base.adapters else "base"
         if name not in self.base.adapters:
             verify_files(self.run / name, (ADAPTER_WEIGHTS, ADAPTER_CONFIG))
             load_adapter(self.run / name, name, self.base)
         return name
+
+    @contextmanager
+    def instead(self, name: str) -> Iterator[str]:
+        """Another policy answers inside, under the name that is given; full weights in training come back after it."""
+        if name != "base" and not (self.run / name / FULL_WEIGHTS).exists():
+            yield self.activate(name)
+            return
+        trained = [p for p in full_state(self.base).values() if p.requires_grad]
+        kept = [p.detach().clone() for p in trained]
+        if not trained:
+            yield self.activate(name)
+            return
+        self._in_place = "changed"
+        try:
+            yield self.activate(name)
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(trained, kept, strict=True):
+                    parameter.copy_(value)
+            self._in_place = "changed"
 
     def forget(self, name: str) -> None:
         """A stage has trained or replaced this policy: what is in memory is not what is on disk."""

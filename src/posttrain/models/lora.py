@@ -262,6 +262,10 @@ class AdapterSet:
         self._adapters[adapter.name] = adapter
         return adapter
 
+    def add_head(self, name: str, head: ScoreHead) -> LoraAdapter:
+        """A head alone under a name, on the model's own weights: a reward model of full fine-tuning."""
+        return self.add(LoraAdapter(name, LoraSettings(1, 1.0, 0.0, (), "standard"), {}, head=head))
+
     def copy(self, source: str, name: str) -> LoraAdapter:
         """A copy of an adapter under another name."""
         original = self.get(source)

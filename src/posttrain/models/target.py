@@ -79,7 +79,8 @@ def open_reward_model(target: str) -> RewardTarget:
         there = f"there is: {', '.join(stages)}" if stages else "this run has none"
         raise ArtifactError(target, "not a finished reward stage", allowed=there)
     settings = recipe.base
-    base = load_base(settings.model, template=settings.template, dtype=settings.dtype, device=settings.device)
+    full = recipe.adapter.kind == "full"
+    base = load_base(settings.model, template=settings.template, dtype=settings.dtype, device=settings.device, full=full)
     return RewardTarget(base, Policies(base, path.parent).activate(path.name), recipe, stages[path.name])
 
 

@@ -12,7 +12,7 @@ N: tokens, B: completions.
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,7 +57,7 @@ class PpoBatch(NamedTuple):
 
 
 class Roles(NamedTuple):
-    """Who samples, who it is held to, who scores, and who says what was to be expected."""
+    """Who samples (an adapter), who it is held to and who scores (stages), and who says what was to be expected."""
 
     policy: str
     reference: str
@@ -85,11 +85,14 @@ def train_ppo(context: StageContext, stage: PpoStage) -> StageResult:
     if stage.ptx_data:
         found = prepare_ptx(stage, base.chat, seed=seed, evaluation_prompts=context.evaluation_prompts)
         report, ptx = {**report, "ptx": found.report}, found.train
-    reference = context.policies.activate(stage.init if stage.reference == "init" else stage.reference)
+    reference = stage.init if stage.reference == "init" else stage.reference
+    for name in (reference, stage.reward):  # one that cannot be read is told before anything is sampled
+        context.policies.activate(name)
     policy = start_policy(context, stage)
-    base.adapters.get(policy.routing).without_dropout()
+    if policy.routing != "base":
+        base.adapters.get(policy.routing).without_dropout()
     value = start_value(context, stage, policy.routing)
-    roles = Roles(policy.routing, reference, context.policies.activate(stage.reward), value)
+    roles = Roles(policy.routing, reference, stage.reward, value)
     run = _PpoRun(context, stage, Rows(prepared.train, ptx), roles)
     trained = TrainedPolicy(policy.routing, policy.parameters | (value.parameters if value else {}), policy.save)
     try:
@@ -103,6 +106,7 @@ class _PpoRun:
 
     def __init__(self, context: StageContext, stage: PpoStage, rows: Rows, roles: Roles) -> None:
         self.base, self.stage, self.folder, self.stop = context.base, stage, context.folder, context.stop
+        self.policies = context.policies
         self.seed, self.prompts, self.ptx = context.recipe.seed, rows.prompts, rows.ptx
         self.policy, self.reference, self.reward, self.value = roles
         self.asked = min(stage.prompts, len(self.prompts))
@@ -308,21 +312,28 @@ class _PpoRun:
 
     def _judged(self, prompts: list[list[int]], completions: list[list[list[int]]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Log-probabilities under policy and reference, values [N], and scores [B]; packed as the first pass will be."""
-        old, reference, value, score = [], [], [], []
+        batches = []
         for start in range(0, len(prompts), self.stage.minibatch):
             minibatch = list(range(start, min(start + self.stage.minibatch, len(prompts))))
             for group in self._groups(prompts, completions, minibatch):
-                batch = pack_trees(((prompts[i], completions[i]) for i in group), self.base.device)
-                with torch.enable_grad():  # the very computation of the first step: its log-probabilities to the last bit
-                    logprobs_N, value_N = self._outputs(batch)
-                old.append(logprobs_N.detach().cpu())
-                value.append(value_N.detach().cpu())
-                with torch.no_grad():
-                    reference.append(self._logprobs(batch, self.reference).cpu())
-                    score.append(row_scores(self.base, batch, self.reward).cpu())
-                if self.stop.asked:
-                    raise Interrupted("stopped while sampling; run the same command to go on")
+                batches.append(pack_trees(((prompts[i], completions[i]) for i in group), self.base.device))
+        old, value = [], []
+        for batch in self._unless_stopped(batches):
+            with torch.enable_grad():  # the very computation of the first step: its log-probabilities to the last bit
+                logprobs_N, value_N = self._outputs(batch)
+            old.append(logprobs_N.detach().cpu())
+            value.append(value_N.detach().cpu())
+        with torch.no_grad(), self.policies.instead(self.reference) as name:
+            reference = [self._logprobs(batch, name).cpu() for batch in self._unless_stopped(batches)]
+        with torch.no_grad(), self.policies.instead(self.reward) as name:
+            score = [row_scores(self.base, batch, name).cpu() for batch in self._unless_stopped(batches)]
         return torch.cat(old), torch.cat(reference), torch.cat(value), torch.cat(score)
+
+    def _unless_stopped(self, batches: Sequence[DeviceBatch]) -> Iterator[DeviceBatch]:
+        for batch in batches:
+            yield batch
+            if self.stop.asked:
+                raise Interrupted("stopped while sampling; run the same command to go on")
 
     def _watch(self, total: int, iteration: int) -> Callable[[int, int], None]:
         progress = Progress(f"{self.stage.name} rollouts {iteration + 1}", total)

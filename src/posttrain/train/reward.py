@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from posttrain.data.formats import read_demonstrations, read_preferences
 from posttrain.data.packing import split_by_tokens
@@ -21,13 +21,13 @@ from posttrain.data.rankings import RankedPrompt, rank_prompts
 from posttrain.losses.output import LossOutput
 from posttrain.losses.reward import ScoredPairs, reward_loss
 from posttrain.models.batches import MICRO_TOKENS, DeviceBatch, pack_rows, pack_trees, row_scores
-from posttrain.models.files import save_adapter
+from posttrain.models.files import save_adapter, save_full
 from posttrain.models.heads import new_head
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter
 from posttrain.settings import RewardStage, SftStage
 from posttrain.train.loop import MicroBatch, TrainTask
-from posttrain.train.stage import StageContext, StageResult, TrainedPolicy, fit_stage, start_adapter
+from posttrain.train.stage import StageContext, StageResult, TrainedPolicy, fit_stage, start_adapter, start_policy
 
 # Demonstrations that the shift is taken over; the standard error of their mean is a tenth of the scores' spread.
 SHIFT_ROWS = 100
@@ -52,28 +52,37 @@ def train_reward(context: StageContext, stage: RewardStage) -> StageResult:
         read_preferences(stage.data, seed=context.recipe.seed), base.chat, max_tokens=stage.max_tokens,
         validation=stage.validation, allow_dropped=stage.allow_dropped, evaluation_prompts=context.evaluation_prompts,
     )  # fmt: skip
-    adapter = _start(context, stage)
+    adapter, parameters = _start(context, stage)
     train, held_out = rank_prompts(prepared.train), rank_prompts(prepared.validation)
 
     def save(folder: Path) -> None:
         assert adapter.head is not None
         shift = mean_score(base, adapter.name, _measured_against(context, stage, train))
         adapter.head = adapter.head._replace(shift=shift)
-        save_adapter(folder, adapter, base)
+        if adapter.weights:
+            save_adapter(folder, adapter, base)
+        else:
+            save_full(folder, base, adapter.head)
 
-    policy = TrainedPolicy(adapter.name, adapter.parameters(), save)
+    policy = TrainedPolicy(adapter.name, parameters, save)
     task = reward_task(base, policy, train, held_out, center=stage.center)
     return fit_stage(context, stage, policy, task, {**prepared.report, "kind": "reward", "prompts": len(train)})
 
 
-def _start(context: StageContext, stage: RewardStage) -> LoraAdapter:
-    """A copy of the init policy's adapter, or a new one, with a new head."""
-    base = context.base
-    adapter = start_adapter(context, stage.init, f"{stage.name} in training", seed=context.recipe.seed)
+def _start(context: StageContext, stage: RewardStage) -> tuple[LoraAdapter, dict[str, nn.Parameter]]:
+    """A copy of the init policy's adapter, or a new one, or its full weights in place; with a new head. And what is trained."""
+    base, name, seed = context.base, f"{stage.name} in training", context.recipe.seed
     width = base.model.get_input_embeddings().weight.shape[1]
-    adapter.head = new_head(width, seed=context.recipe.seed, device=base.device)
+    head = new_head(width, seed=seed, device=base.device)
+    if context.recipe.adapter.kind == "full":
+        whole = start_policy(context, stage).parameters
+        adapter = base.adapters.add_head(name, head)
+    else:
+        whole = {}
+        adapter = start_adapter(context, stage.init, name, seed=seed)
+        adapter.head = head
     adapter.requires_grad_(True)
-    return adapter
+    return adapter, whole | adapter.parameters()
 
 
 def reward_task(

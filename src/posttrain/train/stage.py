@@ -12,7 +12,7 @@ from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter, LoraSettings
 from posttrain.models.tokens import token_ids
 from posttrain.progress import Tracker
-from posttrain.settings import DpoStage, PpoStage, Recipe, SftStage, Stage
+from posttrain.settings import PpoStage, Recipe, Stage
 from posttrain.train.loop import FitResult, TrainTask, fit
 from posttrain.train.schedule import LoopSettings
 from posttrain.train.signals import StopSignal
@@ -52,7 +52,7 @@ def lora_settings(recipe: Recipe) -> LoraSettings:
     return LoraSettings(adapter.rank, adapter.alpha, adapter.dropout, adapter.targets, adapter.scaling)
 
 
-def start_policy(context: StageContext, stage: SftStage | DpoStage | PpoStage) -> TrainedPolicy:
+def start_policy(context: StageContext, stage: Stage) -> TrainedPolicy:
     """The init policy as something to train: a fresh adapter, a copy of one, or the whole model in place."""
     base = context.base
     if context.recipe.adapter.kind == "full":
@@ -94,6 +94,8 @@ def fit_stage(
     finally:
         context.base.model.requires_grad_(False)
         context.policies.forget(policy.routing)
+        if context.recipe.adapter.kind == "full":
+            context.policies.forget("base")
     warnings = check(result.metrics) if check else ()
     return StageResult(result, report, warnings + _without_validation(stage, task))
 

@@ -3,7 +3,7 @@
     V(state) = w . h - shift,   h: the last hidden state before a token
 
 `value = "own"` has an adapter that starts as a reward model's, with its head, or as the init policy's, with a head of zeros.
-`value = "shared"` has a head of zeros on the policy's adapter: no second forward, and one gradient for both.
+`value = "shared"` has a head of zeros on the policy's adapter, or on its full weights: no second forward, and one gradient.
 """
 
 from typing import NamedTuple
@@ -30,7 +30,7 @@ def start_value(context: StageContext, stage: PpoStage, policy: str) -> ValueFun
     if stage.estimator != "gae":
         return None
     width = base.model.get_input_embeddings().weight.shape[1]
-    if stage.value == "shared":
+    if stage.value == "shared" or (stage.value == "auto" and context.recipe.adapter.kind == "full"):
         head = zero_head(width, device=base.device)
         return ValueFunction(policy, head, {"value.score.weight": head.weight})
     source, name = value_source(stage), value_name(stage)
