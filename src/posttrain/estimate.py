@@ -119,7 +119,11 @@ def _ppo(stage: PpoStage, report: dict[str, Any], body: int, head: int) -> Work:
     targets = rows * stage.max_new_tokens
     tokens = round(rows * report["tokens"] / report["train_rows"]) + targets
     a_pass = tokens * 8 * body + targets * 4 * head
-    return Work(rows, tokens, targets, tokens * 10.0 * body + targets * 6 * head + stage.ppo_epochs * a_pass)
+    operations = tokens * 10.0 * body + targets * 6 * head + stage.ppo_epochs * a_pass
+    if "ptx" in report:  # as many rows as the passes see prompts
+        seen = stage.ppo_epochs * rows / stage.completions / report["ptx"]["rows"]
+        operations += seen * (report["ptx"]["tokens"] * 4 * body + report["ptx"]["trained_tokens"] * 4 * head)
+    return Work(rows, tokens, targets, operations)
 
 
 def _evaluation(plan: Plan, chat: ChatFormat, body: int, head: int) -> Work:

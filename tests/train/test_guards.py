@@ -41,6 +41,13 @@ def test_equal_samples_end_the_stage(base: BaseModel, tmp_path: Path) -> None:
     assert all(row["ppo/entropy"] >= 5.2 for row in rows_of(tmp_path / "ppo"))
 
 
+def test_a_stage_may_end_before_its_first_step(base: BaseModel, tmp_path: Path) -> None:
+    result = run_ppo(base, tmp_path / "ppo", min_entropy=6.0)
+    assert result.fit.steps == 0
+    assert result.warnings[0].startswith("ended after 0 of 3 iterations: the samples' entropy is 5.")
+    assert (tmp_path / "ppo/adapter_model.safetensors").exists()
+
+
 def test_a_stage_that_runs_to_its_end_warns_of_nothing(base: BaseModel, tmp_path: Path) -> None:
     assert run_ppo(base, tmp_path / "ppo", iterations=1).warnings == ()
 

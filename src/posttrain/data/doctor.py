@@ -43,11 +43,13 @@ def prepare_stage(
 ) -> PreparedRows | PreparedPairs | PreparedPrompts:
     """A stage's rows as it will train on them. Raises DataError as the stage would."""
     if isinstance(stage, PpoStage):
-        if stage.ptx_data:
-            prepare_ptx(stage, chat, seed=seed, evaluation_prompts=evaluation_prompts)
-        return prepare_prompts(
+        prompts = prepare_prompts(
             stage.data, chat, seed=seed, max_prompt_tokens=stage.max_prompt_tokens, evaluation_prompts=evaluation_prompts
         )
+        if not stage.ptx_data:
+            return prompts
+        mix = prepare_ptx(stage, chat, seed=seed, evaluation_prompts=evaluation_prompts).report
+        return prompts._replace(report={**prompts.report, "ptx": mix})
     allowed = stage.allow_dropped if allow_dropped is None else allow_dropped
     keywords: dict[str, Any] = {
         "max_tokens": stage.max_tokens, "validation": stage.validation, "allow_dropped": allowed,

@@ -147,7 +147,7 @@ class _PpoRun:
         total, start = 0.0, 0
         for group in self._groups(rollouts.prompts, rollouts.completions, range(len(rollouts.prompts))):
             batch = pack_trees(((rollouts.prompts[i], rollouts.completions[i]) for i in group), self.base.device)
-            logprobs_N = self._outputs(batch)[0].cpu()
+            logprobs_N = self._logprobs(batch, self.policy).cpu()
             stop = start + len(logprobs_N)
             total += float(k3(rollouts.old_N[start:stop], logprobs_N).double().sum())
             start = stop
