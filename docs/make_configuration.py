@@ -42,7 +42,13 @@ SECTIONS: tuple[Section, ...] = (
         '`[[stage]]` with `kind = "ppo"`',
         settings.PpoStage,
         "Of the settings of every kind: `name`, `init`, `data`, `warmup`, `weight_decay`, `clip` and those of checkpoints.",
-        frozenset(settings.SftStage.model_fields) - {"learning_rate", "schedule"},
+        frozenset(settings.SftStage.model_fields) - {"learning_rate", "schedule", "validation"},
+    ),
+    (
+        "A part of `reward` or `gold`",
+        settings.RewardPart,
+        'For example `reward = [{models = ["rm1", "rm2"], combine = "min"}, {function = "my_rewards:short", weight = 0.1}]`.',
+        frozenset(),
     ),
     ("A source in `data`", settings.Source, 'For mixing: `data = [{path = "a.jsonl", weight = 0.5}, …]`.', frozenset()),
     ("`[evaluation]`", settings.Evaluation, "", frozenset()),
@@ -84,6 +90,8 @@ def _row(name: str, schema: dict[str, Any], model: type[BaseModel]) -> str:
 
 
 def _default(value: Any) -> str:
+    if value is None:
+        return "none"
     if isinstance(value, BaseModel):
         return "the defaults of its table"
     if isinstance(value, tuple):
@@ -105,7 +113,7 @@ def _words(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
         return "tables" if inner.startswith("table") else f"list of {inner}"
     if schema["type"] == "string":
         return "name" if "pattern" in schema else "text"
-    words = {"number": "number", "integer": "whole number", "boolean": "true or false"}[schema["type"]]
+    words = {"number": "number", "integer": "whole number", "boolean": "true or false", "null": "none"}[schema["type"]]
     return ", ".join([words, *_limits(schema)])
 
 

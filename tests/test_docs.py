@@ -29,7 +29,7 @@ from posttrain.models.source import locate_base
 from posttrain.pipeline import run_recipe
 from posttrain.recipe import parse_recipe, to_toml
 from posttrain.records import Message
-from posttrain.settings import STAGE_KINDS, Adapter, Base, Evaluation, Recipe, Source
+from posttrain.settings import STAGE_KINDS, Adapter, Base, Evaluation, Recipe, RewardPart, Source
 
 ROOT = Path(__file__).parents[1]
 SOURCE = Path(posttrain.__file__).parent
@@ -83,7 +83,7 @@ def test_every_setting_stands_in_the_configuration_page_with_a_meaning():
     rows = dict(
         re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", (DOCS / "configuration.md").read_text(encoding="utf-8"), re.MULTILINE)
     )
-    models = [Recipe, Base, Adapter, Source, Evaluation, *STAGE_KINDS.values()]
+    models = [Recipe, Base, Adapter, Source, RewardPart, Evaluation, *STAGE_KINDS.values()]
     settings = {name for model in models for name in model.model_fields}
     assert len(settings) > 30
     assert sorted(name for name in settings if not rows.get(name, "").strip()) == []
@@ -138,8 +138,8 @@ def tiny_run(tmp_path_factory) -> Path:
     for name, rows in (("sft", sft), ("dpo", dpo)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     stage = {"epochs": 1.0, "batch": 4, "learning_rate": 0.01, "validation": 0.3}
-    rollouts = {"iterations": 1, "prompts": 4, "minibatch": 4, "max_new_tokens": 4, "ptx_coef": 1.0}
-    rollouts |= {"ptx_data": str(folder / "sft.jsonl")}
+    rollouts = {"iterations": 1, "prompts": 4, "minibatch": 4, "max_new_tokens": 4, "gold": "rm", "validation": 0.3}
+    rollouts |= {"ptx_coef": 1.0, "ptx_data": str(folder / "sft.jsonl")}
     recipe = parse_recipe({
         "name": "docs", "base": {"model": "random:tiny", "template": "chatml", "dtype": "float32"},
         "stage": [

@@ -35,7 +35,7 @@ from posttrain.artifacts import (
 )
 from posttrain.errors import Interrupted, RecipeError
 from posttrain.evaluate.scorecard import StageScores, build_scorecard, load_scores
-from posttrain.plan import EVALUATIONS, WORKING_ON, Plan, Step, make_plan, unfinished
+from posttrain.plan import EVALUATIONS, WORKING_ON, Plan, Step, make_plan, parts_of, unfinished
 from posttrain.recipe import nearest
 from posttrain.settings import Recipe
 from posttrain.train.signals import StopSignal
@@ -145,9 +145,10 @@ def _give_back_memory() -> None:
 
 
 def _check_data(plan: Plan) -> None:
-    """Render the data of every stage that is due: a bad row of the last one must not cost the hours of the first.
+    """Render the data of every stage that is due, and import its reward functions: a mistake in the last one must not cost the
+    hours of the first.
 
-    Raises DataError as the stage would.
+    Raises DataError as the stage would, RecipeError for a function that is not there.
     """
     if not any(step.stage for step in plan.due):
         return
@@ -155,6 +156,7 @@ def _check_data(plan: Plan) -> None:
     from posttrain.data.doctor import prepare_stage
     from posttrain.data.prompts import PreparedPrompts, check_room
     from posttrain.models.load import load_chat
+    from posttrain.train.functions import check_function
 
     chat = load_chat(plan.source, plan.recipe.base.template)
     for step in plan.due:
@@ -163,7 +165,11 @@ def _check_data(plan: Plan) -> None:
         found = prepare_stage(step.stage, chat, seed=plan.recipe.seed, evaluation_prompts=plan.evaluation_prompts)
         if isinstance(found, PreparedPrompts) and step.stage.kind == "ppo":
             room, where = step.stage.max_new_tokens, f'stage "{step.name}"'
-            check_room(found.train, max_new_tokens=room, context=plan.source.context(), where=where)
+            check_room([*found.train, *found.validation], max_new_tokens=room, context=plan.source.context(), where=where)
+    for step in plan.due:
+        for part in parts_of(step.stage):
+            if part.function:
+                check_function(part.function, timeout=part.timeout, where=f'stage "{step.name}"')
 
 
 def _open_partial(step: Step) -> Path:

@@ -14,7 +14,8 @@ from posttrain.data.chat import TEMPLATES
 from posttrain.data.sources import data_hashes
 from posttrain.evaluate.suites import Task, evaluation_prompts, load_suites, suite_fingerprint
 from posttrain.models.source import BaseModelFolder, locate_base
-from posttrain.settings import DpoStage, PpoStage, Recipe, RewardStage, Stage
+from posttrain.settings import DpoStage, PpoStage, Recipe, RewardPart, RewardStage, Stage, reward_parts
+from posttrain.train.functions import source_hash
 
 # Raise a number when the code of that kind of step would make something else of the same input.
 CODE_VERSION = {"sft": 1, "dpo": 1, "reward": 1, "ppo": 2, "evaluate": 1, "measure": 1}
@@ -94,7 +95,7 @@ def _base_identity(recipe: Recipe, source: BaseModelFolder) -> list[str]:
 def _training_step(recipe: Recipe, run: Path, stage: Stage, known: dict[str, str], prompts: frozenset[str]) -> Step:
     names = {stage.init}
     if isinstance(stage, PpoStage):
-        names.add(stage.reward)
+        names |= {name for part in parts_of(stage) for name in part.models} | set(stage.gold_compare)
         names |= {stage.value_init} & known.keys()
     if isinstance(stage, DpoStage | PpoStage):
         names.add(stage.init if stage.reference == "init" else stage.reference)
@@ -109,9 +110,16 @@ def _training_step(recipe: Recipe, run: Path, stage: Stage, known: dict[str, str
         "evaluation_prompts": fingerprint(sorted(prompts)),
         "code": CODE_VERSION[stage.kind],
     }
+    functions = [part.function for part in parts_of(stage) if part.function]
+    settings |= {"functions": {name: source_hash(name) for name in sorted(functions)}} if functions else {}
     mark = fingerprint({"settings": settings, "inputs": {**inputs, "base": known["base"]}, "data": data})
     status, why = _status(run / stage.name, mark, settings, inputs, data)
     return Step(stage.name, stage.kind, stage.name, stage, run / stage.name, mark, inputs, data, settings, status, why)
+
+
+def parts_of(stage: Stage | None) -> tuple[RewardPart, ...]:
+    """What a stage is paid and measured by."""
+    return reward_parts(stage.reward) + reward_parts(stage.gold) if isinstance(stage, PpoStage) else ()
 
 
 def _evaluation_step(recipe: Recipe, run: Path, tasks: tuple[Task, ...], policy: str, policy_print: str) -> Step:

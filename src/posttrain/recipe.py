@@ -14,7 +14,20 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from posttrain.errors import RecipeError
-from posttrain.settings import STAGE_KINDS, Adapter, Base, DpoStage, Evaluation, PpoStage, Recipe, RewardStage, SftStage, Source
+from posttrain.settings import (
+    STAGE_KINDS,
+    Adapter,
+    Base,
+    DpoStage,
+    Evaluation,
+    PpoStage,
+    Recipe,
+    RewardPart,
+    RewardStage,
+    SftStage,
+    Source,
+    reward_parts,
+)
 
 # What a stage may not be called: words with a meaning in references, files and folders of a run, devices of Windows.
 RESERVED_NAMES = frozenset(
@@ -160,10 +173,10 @@ def _place(loc: tuple[int | str, ...], raw: dict[str, Any]) -> tuple[str, list[s
         fields = list(STAGE_KINDS.get(str(stage.get("kind")), SftStage).model_fields)
         rest = loc[3:]
         if len(rest) > 3:
-            fields = list(Source.model_fields)
+            fields = list((Source if rest[0] == "data" else RewardPart).model_fields)
     elif loc and loc[0] in _TABLES and len(loc) > 1:
         place, fields, rest = f"[{loc[0]}]", list(_TABLES[str(loc[0])].model_fields), loc[1:]
-    # A mixed source is the only table inside a setting: (data, its type, number of the source, its setting).
+    # Tables inside a setting are mixed sources and parts of a reward: (data, its type, number of the source, its setting).
     return place, fields, [str(part) for part in (*rest[:1], *rest[3:4])]
 
 
@@ -206,10 +219,16 @@ _OF_GAE = frozenset({"value", "value_init", "value_coef", "value_clip", "gamma",
 
 def _check_ppo(place: str, stage: PpoStage, policies: list[str], rewards: list[str]) -> None:
     _check_policy(place, "reference", stage.reference, ("init", "base"), policies)
-    if stage.reward not in rewards:
-        there = f"there is: {', '.join(rewards)}" if rewards else "there is none"
-        found = f'reward = "{stage.reward}" is not an earlier reward stage'
-        raise RecipeError(place, found, allowed=there, do=nearest(stage.reward, rewards))
+    if not stage.reward:
+        raise RecipeError(place, "reward has no part", allowed="a reward stage, a function or a list of parts", do="give one")
+    _check_parts(place, "reward", reward_parts(stage.reward), rewards)
+    _check_parts(place, "gold", reward_parts(stage.gold), rewards)
+    if stage.gold and not stage.validation:
+        raise RecipeError(place, "gold with validation = 0", allowed="0 < validation < 0.5", do="gold needs held-out prompts")
+    if stage.gold_compare and not stage.gold:
+        raise RecipeError(place, "gold_compare without gold", do="set gold, or remove it")
+    for name in stage.gold_compare:
+        _check_policy(place, "gold_compare", name, (), policies)
     if stage.estimator != "gae" and stage.completions < 2:
         found = f'estimator = "{stage.estimator}" with completions = {stage.completions}'
         raise RecipeError(place, found, allowed="at least 2 completions of a prompt", do="raise completions, or use gae")
@@ -241,6 +260,34 @@ def _check_value(place: str, stage: PpoStage, rewards: list[str]) -> None:
     if stage.value_init not in there:
         found = f'value_init = "{stage.value_init}" is not an earlier reward stage'
         raise RecipeError(place, found, allowed=f"there is: {', '.join(there)}", do=nearest(stage.value_init, there))
+
+
+def _check_parts(place: str, field: str, parts: Iterable[RewardPart], rewards: list[str]) -> None:
+    """What a score is made of: earlier reward stages and functions, each once."""
+    seen: list[str] = []
+    for part in parts:
+        if bool(part.models) == bool(part.function):
+            found = f"a part of {field} with {'both models and function' if part.function else 'neither models nor function'}"
+            raise RecipeError(place, found, allowed="either of them", do="make it two parts" if part.function else "name one")
+        for name in part.models:
+            if name not in rewards:
+                there = f"there is: {', '.join(rewards)}" if rewards else "there is none"
+                found = f'{field} = "{name}" is not an earlier reward stage'
+                do = nearest(name, rewards) if rewards else "add one above, or name a function as package.module:function"
+                raise RecipeError(place, found, allowed=there, do=do)
+        module, colon, function = part.function.partition(":")
+        if part.function and not (colon and all(map(str.isidentifier, [*module.split("."), function]))):
+            raise RecipeError(place, f'{field} = "{part.function}" names no function', allowed="package.module:function")
+        if len(part.models) < 2 and part.combine != "mean":
+            raise RecipeError(
+                place, f'combine = "{part.combine}" of {len(part.models)} models', allowed="two or more", do="remove it"
+            )
+        if part.weight == 0:
+            raise RecipeError(place, f"a part of {field} with weight = 0", allowed="any other number", do="remove the part")
+        for name in (*part.models, *([part.function] if part.function else [])):
+            if name in seen:
+                raise RecipeError(place, f'{field} names "{name}" twice', allowed="each once", do="change the weight instead")
+            seen.append(name)
 
 
 def _check_policy(place: str, field: str, name: str, special: tuple[str, ...], policies: list[str]) -> None:

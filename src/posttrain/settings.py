@@ -136,15 +136,48 @@ class RewardStage(_Training):
     """Peak learning rate."""
     validation: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
     """Share of the prompts (by a hash of the first user turn) that is kept for measuring the reward model."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """Seed of the new head, of a new adapter and of the order of the data; none takes the recipe's. Members of an ensemble
+    differ in it."""
+
+
+class RewardPart(_Settings):
+    """One part of what a ppo stage is paid by; the parts are added."""
+
+    models: tuple[Name, ...] = ()
+    """Reward stages whose models score a completion; several are an ensemble."""
+    function: str = ""
+    """A Python function `package.module:function` of `(prompts, completions)` instead of models. It is run."""
+    combine: Literal["mean", "min", "mean_minus_variance"] = "mean"
+    """How the scores of an ensemble become one."""
+    variance_weight: Annotated[float, Field(ge=0)] = 0.1
+    """What the ensemble's variance costs with `mean_minus_variance`."""
+    weight: float = 1.0
+    """What the part is multiplied by; a negative one makes it a cost."""
+    timeout: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds that a call of the function, or importing it, may take."""
 
 
 class PpoStage(_Optimised):
-    """Proximal policy optimisation against a reward model."""
+    """Proximal policy optimisation against reward models, functions, or a sum of both."""
 
     kind: Literal["ppo"]
     """Stage kind."""
-    reward: Name
-    """The reward stage whose model scores completions."""
+    reward: str | tuple[RewardPart, ...]
+    """What scores completions: a reward stage, a function `package.module:function` (it is run), or a list of parts."""
+    gold: str | tuple[RewardPart, ...] = ()
+    """What the policy should be good at and is not trained on, written as `reward` is: it is measured on held-out prompts,
+    stops the run where it falls while the score rises, and chooses the policy that is published. None measures nothing."""
+    gold_every: Annotated[int, Field(ge=1)] = 1
+    """Iterations between evaluations by gold."""
+    gold_prompts: Annotated[int, Field(ge=2)] = 64
+    """Held-out prompts that the policy answers at an evaluation, at most."""
+    gold_patience: Annotated[int, Field(ge=0)] = 1
+    """Last evaluations whose mean must have fallen below the best one for the run to be stopped; 0 never stops."""
+    gold_compare: tuple[Name, ...] = ()
+    """Earlier policies, such as one of a dpo stage, that are evaluated beside this one, to be compared at equal KL."""
+    validation: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+    """Share of the prompts (by a hash of the first user turn) that is kept for `gold`; without gold none is kept."""
     reference: Name | Literal["init", "base"] = "init"
     """The policy that the KL is taken against; `init` is the policy that training starts from."""
     estimator: Literal["gae", "rloo", "grpo"] = "gae"
@@ -209,6 +242,13 @@ class PpoStage(_Optimised):
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "constant"
     """How the learning rate falls after the warm-up."""
+
+
+def reward_parts(written: str | tuple[RewardPart, ...]) -> tuple[RewardPart, ...]:
+    """`reward` or `gold` as a list of parts: a text with a colon names a function, any other a reward stage."""
+    if isinstance(written, tuple):
+        return written
+    return (RewardPart(function=written) if ":" in written else RewardPart(models=(written,)),) if written else ()
 
 
 Stage = Annotated[SftStage | DpoStage | RewardStage | PpoStage, Field(discriminator="kind")]

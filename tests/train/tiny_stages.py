@@ -90,7 +90,8 @@ def run_stage(
     adapter = {"rank": 4, **(adapter or {})}
     if adapter.get("kind") == "full":
         reload_base(base)
-    raw = {"kind": kind, "name": kind, "batch": 4, "learning_rate": 1e-3, **stage}
+    own_seed = {"seed": stage.pop("own_seed")} if "own_seed" in stage else {}
+    raw = {"kind": kind, "name": kind, "batch": 4, "learning_rate": 1e-3, **stage, **own_seed}
     recipe = parse_recipe({"name": "t", "base": {"model": "random:tiny"}, "adapter": adapter, "stage": [raw], "seed": seed})
     folder.mkdir(parents=True, exist_ok=True)
     stopper = StopAt(stop_at)

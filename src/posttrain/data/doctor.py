@@ -44,8 +44,9 @@ def prepare_stage(
     """A stage's rows as it will train on them. Raises DataError as the stage would."""
     if isinstance(stage, PpoStage):
         prompts = prepare_prompts(
-            stage.data, chat, seed=seed, max_prompt_tokens=stage.max_prompt_tokens, evaluation_prompts=evaluation_prompts
-        )
+            stage.data, chat, seed=seed, max_prompt_tokens=stage.max_prompt_tokens, evaluation_prompts=evaluation_prompts,
+            validation=stage.validation if stage.gold else 0.0,
+        )  # fmt: skip
         if not stage.ptx_data:
             return prompts
         mix = prepare_ptx(stage, chat, seed=seed, evaluation_prompts=evaluation_prompts).report

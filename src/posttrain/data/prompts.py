@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from posttrain.data.chat import ChatFormat
 from posttrain.data.formats import Demonstrations, Preferences, kind_of, read_demonstrations, read_preferences
-from posttrain.data.prepare import Contamination
+from posttrain.data.prepare import Contamination, in_validation
 from posttrain.data.report import describe_rows
 from posttrain.data.sources import as_sources, read_rows
 from posttrain.errors import DataError
@@ -18,28 +18,32 @@ from posttrain.settings import Source
 
 
 class PromptRow(NamedTuple):
-    """A prompt as ids, up to where the assistant begins to speak."""
+    """A prompt as ids, up to where the assistant begins to speak, and the texts of its messages, a blank line between them."""
 
     id: str
     ids: list[int]
+    text: str
 
 
 class PreparedPrompts(NamedTuple):
     """Prompts ready to be answered."""
 
     train: list[PromptRow]
+    validation: list[PromptRow]
     report: dict[str, Any]
 
 
 def prepare_prompts(
-    data: str | tuple[Source, ...], chat: ChatFormat, *, seed: int, max_prompt_tokens: int, evaluation_prompts: Collection[str]
-) -> PreparedPrompts:
-    """Render prompts. Raises DataError for files that cannot be read, and where no prompt is left."""
+    data: str | tuple[Source, ...], chat: ChatFormat, *, seed: int, max_prompt_tokens: int,
+    evaluation_prompts: Collection[str], validation: float = 0.0,
+) -> PreparedPrompts:  # fmt: skip
+    """Render prompts; a share may be held out. Raises DataError for files that cannot be read, and where no prompt is left."""
     columns = list(read_rows(as_sources(data)[0].path)[0].value)
     read: Demonstrations | Preferences
     read = read_preferences(data, seed=seed) if kind_of(columns) == "dpo" else read_demonstrations(data, seed=seed)
     contamination = Contamination(evaluation_prompts)
     found: dict[tuple[int, ...], PromptRow] = {}
+    kept: set[tuple[int, ...]] = set()
     contaminated, repeated, long = 0, 0, 0
     for name, messages in _beginnings(read):
         if contamination.found(messages):
@@ -51,23 +55,25 @@ def prepare_prompts(
         elif tuple(ids) in found:
             repeated += 1
         else:
-            found[tuple(ids)] = PromptRow(name, ids)
-    if not found:
+            found[tuple(ids)] = PromptRow(name, ids, "\n\n".join(message.content for message in messages))
+            kept |= {tuple(ids)} if in_validation(messages, validation) else set()
+    if len(found) == len(kept):
         where = "data " + ", ".join(f'"{s.path}"' for s in read.sources)
         raise DataError(
             where, f"no prompt of at most {max_prompt_tokens} tokens", do="raise max_prompt_tokens or give other data"
         )
-    rows = list(found.values())
+    rows = [row for ids, row in found.items() if ids not in kept]
+    held_out = [row for ids, row in found.items() if ids in kept]
     dropped = {f"longer than max_prompt_tokens = {max_prompt_tokens}": long} if long else {}
     dropped |= {"no prompt could be read": len(read.problems)} if read.problems else {}
     report = describe_rows([len(r.ids) for r in rows], 0) | {
         "kind": "ppo", "sources": [s._asdict() for s in read.sources], "formats": sorted({s.layout for s in read.sources}),
         "rows": sum(s.rows for s in read.sources), "mixed_rows": len(read.records) + len(read.problems), "dropped": dropped,
         "dropped_rows": [], "contaminated": contaminated, "contaminated_rows": [], "duplicates": repeated,
-        "train_rows": len(rows), "validation_rows": 0, "truncated": 0, "max_tokens": max_prompt_tokens, "ends_trained": None,
-        "examples": [],
+        "train_rows": len(rows), "validation_rows": len(held_out), "truncated": 0, "max_tokens": max_prompt_tokens,
+        "ends_trained": None, "examples": [],
     }  # fmt: skip
-    return PreparedPrompts(rows, report)
+    return PreparedPrompts(rows, held_out, report)
 
 
 def check_room(rows: Sequence[PromptRow], *, max_new_tokens: int, context: int, where: str) -> None:

@@ -100,6 +100,8 @@ def load_adapter(folder: Path, name: str, base: BaseModel, *, require_hash: bool
     )  # fmt: skip
     tensors, metadata = _read_tensors(folder / ADAPTER_WEIGHTS, where)
     check_base(metadata.get("base_weights_hash"), base, where, require_hash=require_hash)
+    if metadata.get("tokenizer_hash", base.source.tokenizer_hash) != base.source.tokenizer_hash:
+        raise AdapterError(where, "was trained with another tokenizer", do="load it on its own base")
     tokens = _take_token_rows(tensors, config.get("trainable_token_indices"), base, where)
     head = _take_head(tensors, metadata, base, where) if config.get("modules_to_save") else None
     weights = _match(tensors, LoraShape.select(base.model, settings.targets), settings.rank, where, base.device)

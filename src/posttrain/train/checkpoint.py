@@ -32,9 +32,14 @@ class Checkpoint(NamedTuple):
     state: dict[str, Any]
 
 
+def step_name(step: int) -> str:
+    """The folder of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
 def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, *, keep: int = KEEP) -> None:
     """Write a checkpoint; older ones beyond the newest `keep` go, after the new one is safe. Raises ArtifactError."""
-    final = folder / f"step-{step:08d}"
+    final = folder / step_name(step)
     partial = folder / f".step-{step:08d}.partial"
     with disk_errors(final):
         for leftover in folder.glob(".step-*.partial"):  # of a save that was killed
@@ -95,7 +100,7 @@ def load_newest(folder: Path) -> Checkpoint | None:
 
 def load_step(folder: Path, step: int) -> Checkpoint | None:
     """The checkpoint of one step, or None where it is missing or damaged."""
-    candidate = folder / f"step-{step:08d}"
+    candidate = folder / step_name(step)
     return None if damage(candidate) is not None else _read(candidate)
 
 

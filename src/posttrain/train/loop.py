@@ -7,7 +7,8 @@ A loss or gradient that is not finite stops the run before the optimiser moves. 
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.artifacts import write_json
-from posttrain.errors import Interrupted, NonFiniteError
+from posttrain.errors import Interrupted, NonFiniteError, TrainingError
 from posttrain.losses.output import LossOutput
 from posttrain.progress import Metrics, Progress, Tracker
-from posttrain.train.checkpoint import Checkpoint, load_newest, save_checkpoint
+from posttrain.train.checkpoint import Checkpoint, load_newest, save_checkpoint, step_name
 from posttrain.train.schedule import LoopSettings, epochs_seen, learning_rate, step_rows, total_steps, validation_interval
 from posttrain.train.signals import StopSignal
 
@@ -39,6 +40,8 @@ class TrainTask(NamedTuple):
 
     With `by_step`, `rows` counts optimiser steps and `micro_batches` is asked for a step's number instead of its rows; that it
     has none ends the stage before that step. `next_step` is told after every step which would be next, and may leave some out.
+    `validate_every` goes before the settings'. `validate_at` takes the place of `validate`: it is told how many steps were taken,
+    and asked before the first one too. `higher_is_better` is said of the validation metric.
     """
 
     rows: int
@@ -50,6 +53,9 @@ class TrainTask(NamedTuple):
     validation_metric: str
     by_step: bool = False
     next_step: Callable[[int], int] | None = None
+    validate_at: Callable[[int], dict[str, float]] | None = None
+    validate_every: int = 0
+    higher_is_better: bool = False
 
 
 class FitResult(NamedTuple):
@@ -75,9 +81,11 @@ class _Run:
             fused=all(p.is_cuda for p in task.parameters.values()) or None,
         )
         self.step, self.skipped, self.tokens, self.seconds = 0, 0, 0, 0.0
-        self.best, self.since_best = math.inf, 0
+        self.best, self.best_step, self.since_best = math.inf, -1, 0
         self.best_weights: dict[str, Tensor] = {}
         self.finished = False
+        # A step was taken and its validation, which may fail or be stopped, not yet done.
+        self.unvalidated = False
         self.last_metrics: dict[str, float] = {}
         self.best_metrics: dict[str, float] = {}
 
@@ -93,7 +101,8 @@ class _Run:
         state = {
             "step": self.step, "skipped": self.skipped, "tokens": self.tokens, "seconds": self.seconds,
             "metrics": self.last_metrics, "best_metrics": self.best_metrics,
-            "best": None if math.isinf(self.best) else self.best, "since_best": self.since_best, "finished": self.finished,
+            "best": None if math.isinf(self.best) else self.best, "best_step": self.best_step,
+            "since_best": self.since_best, "finished": self.finished, "unvalidated": self.unvalidated,
         }  # fmt: skip
         return Checkpoint(tensors, state)
 
@@ -118,7 +127,9 @@ class _Run:
         self.step, self.tokens, self.seconds = int(state["step"]), int(state["tokens"]), float(state["seconds"])
         self.skipped = int(state.get("skipped", 0))
         self.best = math.inf if state["best"] is None else float(state["best"])
+        self.best_step = int(state.get("best_step", -1))
         self.since_best, self.finished = int(state["since_best"]), bool(state["finished"])
+        self.unvalidated = bool(state.get("unvalidated", False))
         self.last_metrics, self.best_metrics = dict(state["metrics"]), dict(state.get("best_metrics", {}))
 
 
@@ -144,23 +155,24 @@ def fit(
     saved = load_newest(checkpoints)
     if saved is not None:
         run.restore(saved)
-    metrics = Metrics(folder / "metrics.jsonl", resume_step=run.step, trackers=trackers)
-    progress = Progress(label, run.steps, done=run.step)
+    metrics = Metrics(folder / "metrics.jsonl", resume_step=run.step - run.unvalidated, trackers=trackers)
+    progress = Progress(label, run.steps, done=run.step - run.unvalidated)
     last_save = time.monotonic()
     try:
+        if saved is None and task.validate_at is not None:
+            _validate(run, run.best_metrics)
         while not run.finished:
-            started = time.monotonic()
-            micros = _micro_batches(run)
-            if not micros:
+            taken = _take_step(run, folder, checkpoints)
+            if taken is None:
                 run.finished = True
                 save_checkpoint(checkpoints, run.step, run.checkpoint())
                 break
-            shown, step_tokens = _one_step(run, folder, micros, started)
-            passed = _go_on(run)
-            best_before = run.best
-            run.finished = _validate_if_due(run, shown)
-            run.last_metrics = {name: value for name, value in shown.items() if math.isfinite(value)}
-            if run.best < best_before:
+            shown, step_tokens, passed = taken
+            with _saved_where_it_fails(run, checkpoints):
+                run.finished = _validate_if_due(run, shown)
+            run.unvalidated = False
+            run.last_metrics = _finite(shown)
+            if run.best_step == run.step:
                 run.best_metrics = run.last_metrics
             metrics.log(run.step, shown)
             headline = next(k for k in shown if k.endswith("/loss"))
@@ -185,6 +197,39 @@ def _go_on(run: _Run) -> int:
     passed = wanted - run.step
     run.step, run.skipped = wanted, run.skipped + passed - 1
     return passed
+
+
+def _take_step(run: _Run, folder: Path, checkpoints: Path) -> tuple[dict[str, float], int, int] | None:
+    """The next step, or the one that still wants its validation: metrics, tokens, and how many steps it counts for with those
+    that it leaves out; None where the stage ends before it.
+    """
+    if run.unvalidated:
+        return dict(run.last_metrics), 0, 1
+    started = time.monotonic()
+    with _saved_where_it_fails(run, checkpoints):
+        micros = _micro_batches(run)
+    if not micros:
+        return None
+    shown, tokens = _one_step(run, folder, micros, started)
+    run.last_metrics = _finite(shown)
+    passed = _go_on(run)
+    run.unvalidated = True
+    return shown, tokens, passed
+
+
+def _finite(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+@contextmanager
+def _saved_where_it_fails(run: _Run, checkpoints: Path) -> Iterator[None]:
+    """Work of a stage that takes minutes and may be stopped or fail, as a reward function may: the steps before it are kept."""
+    try:
+        yield
+    except (Interrupted, TrainingError):
+        if run.step and run.task.by_step and not (checkpoints / step_name(run.step)).exists():
+            save_checkpoint(checkpoints, run.step, run.checkpoint())
+        raise
 
 
 def _micro_batches(run: _Run) -> list[MicroBatch]:
@@ -247,24 +292,35 @@ def _refuse_step(run: _Run, folder: Path, what: str, row_ids: tuple[str, ...]) -
 
 def _validate_if_due(run: _Run, shown: dict[str, float]) -> bool:
     """Validate where it is due, remember the best; True when the run is over (last step or patience)."""
-    settings, task = run.settings, run.task
-    over = run.step >= run.steps
-    every = validation_interval(task.rows, settings)
-    if task.validate is None or not (over or (every and run.step % every == 0)):
+    task, over = run.task, run.step >= run.steps
+    every = task.validate_every or validation_interval(task.rows, run.settings)
+    if (task.validate is None and task.validate_at is None) or not (over or (every and run.step % every == 0)):
         return over
-    found = task.validate()
+    _validate(run, shown)
+    return over or bool(run.settings.patience and run.since_best >= run.settings.patience)
+
+
+def _validate(run: _Run, shown: dict[str, float]) -> None:
+    """Validate the weights as they are; `shown` gets what was found."""
+    task = run.task
+    if task.validate_at is not None:
+        found = task.validate_at(run.step)
+    else:
+        assert task.validate is not None
+        found = task.validate()
     shown |= found
-    if not math.isfinite(found[task.validation_metric]):
+    value = found[task.validation_metric]
+    if not math.isfinite(value):
         raise NonFiniteError(
             f"validation after step {run.step}", f"{task.validation_metric} is not finite", do="lower learning_rate",
         )  # fmt: skip
-    if found[task.validation_metric] < run.best:
-        run.best, run.since_best = found[task.validation_metric], 0
-        if settings.keep == "best":
+    loss = -value if task.higher_is_better else value
+    if loss < run.best:
+        run.best, run.best_step, run.since_best = loss, run.step, 0
+        if run.settings.keep == "best":
             run.best_weights = {n: p.detach().cpu().clone() for n, p in task.parameters.items()}
     else:
         run.since_best += 1
-    return over or bool(settings.patience and run.since_best >= settings.patience)
 
 
 def _publish_choice(run: _Run) -> dict[str, float]:

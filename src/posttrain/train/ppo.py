@@ -1,4 +1,4 @@
-"""The ppo stage: a policy samples, a reward model scores, and the policy moves towards what scored more.
+"""The ppo stage: a policy samples, reward models or functions score, and the policy moves towards what scored more.
 
 An iteration samples completions of prompts with the policy as it stands, scores them, and takes `ppo_epochs` passes over them
 in minibatches. Policy, reference, reward model and value function are adapters on one base. An iteration's rollouts lie on disk
@@ -29,14 +29,16 @@ from posttrain.generate.engine import SamplingSettings, generate
 from posttrain.losses.kl import adapted, k3
 from posttrain.losses.output import LossOutput
 from posttrain.losses.ppo import PolicyTokens, ValueTokens, policy_loss, value_loss
-from posttrain.models.batches import MICRO_TOKENS, DeviceBatch, pack_trees, row_scores
+from posttrain.models.batches import MICRO_TOKENS, DeviceBatch, pack_trees
 from posttrain.progress import Progress
 from posttrain.records import Rollout
-from posttrain.settings import PpoStage
+from posttrain.settings import PpoStage, reward_parts
 from posttrain.train.checkpoint import Checkpoint, load_newest, load_step, oldest_step, save_checkpoint
+from posttrain.train.gold import GoldMeasure, open_gold
 from posttrain.train.guards import check_sampled, check_sampler, why_ended
 from posttrain.train.loop import MicroBatch, TrainTask
 from posttrain.train.ptx import PtxBatch, ptx_batches, ptx_loss
+from posttrain.train.rewards import Judge, Judged, Texts
 from posttrain.train.rollouts import Rollouts, Sampled, from_tensors, judge_rollouts, to_tensors
 from posttrain.train.stage import StageContext, StageResult, TrainedPolicy, fit_stage, start_policy
 from posttrain.train.value import ValueFunction, start_value, value_name
@@ -57,12 +59,13 @@ class PpoBatch(NamedTuple):
 
 
 class Roles(NamedTuple):
-    """Who samples (an adapter), who it is held to and who scores (stages), and who says what was to be expected."""
+    """Who samples (an adapter), who it is held to (a stage), who scores, who says what was to be expected, and who knows better."""
 
     policy: str
     reference: str
-    reward: str
+    judge: Judge
     value: ValueFunction | None
+    gold: GoldMeasure | None
 
 
 class Rows(NamedTuple):
@@ -73,32 +76,35 @@ class Rows(NamedTuple):
 
 
 def train_ppo(context: StageContext, stage: PpoStage) -> StageResult:
-    """Train against a reward model. Raises DataError for prompts that cannot be used, TrainingError where PPO cannot go on."""
+    """Train towards what scores. Raises DataError for prompts that cannot be used, TrainingError where PPO cannot go on."""
     base, seed = context.base, context.recipe.seed
     prepared = prepare_prompts(
         stage.data, base.chat, seed=seed, max_prompt_tokens=stage.max_prompt_tokens,
-        evaluation_prompts=context.evaluation_prompts,
+        evaluation_prompts=context.evaluation_prompts, validation=stage.validation if stage.gold else 0.0,
     )  # fmt: skip
     where = f'stage "{stage.name}"'
-    check_room(prepared.train, max_new_tokens=stage.max_new_tokens, context=base.context, where=where)
+    check_room([*prepared.train, *prepared.validation], max_new_tokens=stage.max_new_tokens, context=base.context, where=where)
     report, ptx = prepared.report, []
     if stage.ptx_data:
         found = prepare_ptx(stage, base.chat, seed=seed, evaluation_prompts=context.evaluation_prompts)
         report, ptx = {**report, "ptx": found.report}, found.train
     reference = stage.init if stage.reference == "init" else stage.reference
-    for name in (reference, stage.reward):  # one that cannot be read is told before anything is sampled
-        context.policies.activate(name)
+    context.policies.activate(reference)  # one that cannot be read is told before anything is sampled
+    judge = Judge(reward_parts(stage.reward), context.policies, where=where, stop=context.stop)
+    gold = open_gold(context, stage, prepared.validation, judge) if stage.gold else None
     policy = start_policy(context, stage)
     if policy.routing != "base":
         base.adapters.get(policy.routing).without_dropout()
     value = start_value(context, stage, policy.routing)
-    roles = Roles(policy.routing, reference, stage.reward, value)
-    run = _PpoRun(context, stage, Rows(prepared.train, ptx), roles)
+    run = _PpoRun(context, stage, Rows(prepared.train, ptx), Roles(policy.routing, reference, judge, value, gold))
     trained = TrainedPolicy(policy.routing, policy.parameters | (value.parameters if value else {}), policy.save)
     try:
         return fit_stage(context, stage, trained, run.task(trained.parameters), report, check=run.warnings)
     finally:
         base.adapters.remove(value_name(stage))
+        judge.close()
+        if gold is not None:
+            gold.judge.close()
 
 
 class _PpoRun:
@@ -108,7 +114,7 @@ class _PpoRun:
         self.base, self.stage, self.folder, self.stop = context.base, stage, context.folder, context.stop
         self.policies = context.policies
         self.seed, self.prompts, self.ptx = context.recipe.seed, rows.prompts, rows.ptx
-        self.policy, self.reference, self.reward, self.value = roles
+        self.policy, self.reference, self.judge, self.value, self.gold = roles
         self.asked = min(stage.prompts, len(self.prompts))
         self.minibatches = -(-self.asked // stage.minibatch)
         self.steps = stage.ppo_epochs * self.minibatches  # of an iteration
@@ -119,9 +125,15 @@ class _PpoRun:
     def task(self, parameters: dict[str, nn.Parameter]) -> TrainTask:
         """PPO as the loop sees it; a row is an optimiser step."""
         steps = self.stage.iterations * self.steps
-        return TrainTask(
+        task = TrainTask(
             steps, parameters, self.batches_at, self._loss, self._summarise, None, "ppo/score", by_step=True,
             next_step=self.next_step if self.stage.max_update_kl else None,
+        )  # fmt: skip
+        if self.gold is None:
+            return task
+        return task._replace(
+            validate_at=lambda step: self._measure(step // self.steps), validate_every=self.steps * self.stage.gold_every,
+            validation_metric="ppo/gold", higher_is_better=True,
         )  # fmt: skip
 
     def warnings(self, _: dict[str, float]) -> tuple[str, ...]:
@@ -132,7 +144,8 @@ class _PpoRun:
             self.iteration, self.rollouts = int(found.state["iteration"]), from_tensors(*found)
         why = why_ended(self.rollouts.stats, self.stage)
         after = f"ended after {self.iteration} of {self.stage.iterations} iterations"
-        return (f"{after}: {why}; lower learning_rate or raise kl_coef",) if why else ()
+        ended = (f"{after}: {why}; lower learning_rate or raise kl_coef",) if why else ()
+        return ended + (self.gold.warnings() if self.gold is not None else ())
 
     def next_step(self, step: int) -> int:
         """The step itself, or the first of the next iteration where the passes so far moved the policy by `max_update_kl`."""
@@ -159,6 +172,8 @@ class _PpoRun:
         iteration, inside = divmod(step, self.steps)
         epoch, minibatch = divmod(inside, self.minibatches)
         if inside == 0:
+            if self.gold is not None and self.gold.stops(iteration):
+                return []
             self._roll(iteration)
         rollouts = self._at(iteration)
         if why_ended(rollouts.stats, self.stage):
@@ -172,6 +187,10 @@ class _PpoRun:
         micros += ptx_batches(self.base, self.ptx, step, size=self.stage.minibatch, seed=self.seed)
         self.begun, self.tokens = time.monotonic(), sum(m.tokens for m in micros)
         return micros
+
+    def _measure(self, iteration: int) -> dict[str, float]:
+        assert self.gold is not None
+        return self.gold.measure(self.policy, iteration, self._logprobs)
 
     def _generator(self, iteration: int, epoch: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + iteration * 1009 + epoch) % (2**31 - 1))
@@ -246,14 +265,14 @@ class _PpoRun:
     def _roll(self, iteration: int) -> None:
         """Sample, score and judge one iteration, and put it on disk."""
         started = time.monotonic()
-        sampled, answers = self._sample(iteration)
+        sampled, answers, judged = self._sample(iteration)
         names = [row.id for row in self._asked(iteration) for _ in range(self.stage.completions)]
         check_sampled(sampled, names, where=f'stage "{self.stage.name}" · iteration {iteration + 1}')
         rollouts = judge_rollouts(sampled, self.stage, self._coefficient(iteration))
         check_sampler(rollouts.stats["ppo/mismatch"], self.stage)
         seconds = time.monotonic() - started
         speed = {"time/rollout": seconds, "time/rollout_tokens_per_second": len(rollouts.old_N) / seconds}
-        rollouts = rollouts._replace(stats={**rollouts.stats, **speed})
+        rollouts = rollouts._replace(stats={**rollouts.stats, **judged.metrics(), **speed})
         # As far back as the oldest checkpoint goes, and the iteration before it, whose KL moves the coefficient.
         oldest = oldest_step(self.folder / "checkpoints") // self.steps
         tensors, state = to_tensors(rollouts)
@@ -294,7 +313,7 @@ class _PpoRun:
         kl, target = before.stats["ppo/kl"], stage.target_kl
         return adapted(before.stats["ppo/kl_coef"], kl=kl, target=target, completions=completions, horizon=stage.kl_horizon)
 
-    def _sample(self, iteration: int) -> tuple[Sampled, list[Rollout]]:
+    def _sample(self, iteration: int) -> tuple[Sampled, list[Rollout], Judged]:
         stage, base = self.stage, self.base
         chosen = self._asked(iteration)
         settings = SamplingSettings(stage.max_new_tokens, stage.temperature, 1.0, self.seed * 1009 + iteration)
@@ -305,13 +324,16 @@ class _PpoRun:
             for k in range(0, len(answers), stage.completions)
         ]
         prompts = [row.ids for row in chosen]
-        old_N, reference_N, value_N, score_B = self._judged(prompts, completions)
+        old_N, reference_N, value_N, model_MB = self._judged(prompts, completions)
+        texts = Texts([row.text for row in chosen for _ in range(stage.completions)], [a.text for a in answers])
+        judged = self.judge.judge(model_MB, texts, when=f"iteration {iteration + 1}")
         sampler_N = torch.tensor([p for a in answers for p in a.logprobs])
         ended_B = torch.tensor([a.ended for a in answers])
-        return Sampled(prompts, completions, ended_B, score_B, old_N, sampler_N, reference_N, value_N), answers
+        sampled = Sampled(prompts, completions, ended_B, judged.score_B, old_N, sampler_N, reference_N, value_N)
+        return sampled, answers, judged
 
     def _judged(self, prompts: list[list[int]], completions: list[list[list[int]]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Log-probabilities under policy and reference, values [N], and scores [B]; packed as the first pass will be."""
+        """Log-probabilities under policy and reference, values [N], scores by each model [M, B]; packed as the first pass."""
         batches = []
         for start in range(0, len(prompts), self.stage.minibatch):
             minibatch = list(range(start, min(start + self.stage.minibatch, len(prompts))))
@@ -325,9 +347,7 @@ class _PpoRun:
             value.append(value_N.detach().cpu())
         with torch.no_grad(), self.policies.instead(self.reference) as name:
             reference = [self._logprobs(batch, name).cpu() for batch in self._unless_stopped(batches)]
-        with torch.no_grad(), self.policies.instead(self.reward) as name:
-            score = [row_scores(self.base, batch, name).cpu() for batch in self._unless_stopped(batches)]
-        return torch.cat(old), torch.cat(reference), torch.cat(value), torch.cat(score)
+        return torch.cat(old), torch.cat(reference), torch.cat(value), self.judge.model_scores(batches)
 
     def _unless_stopped(self, batches: Sequence[DeviceBatch]) -> Iterator[DeviceBatch]:
         for batch in batches:

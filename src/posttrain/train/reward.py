@@ -27,7 +27,7 @@ from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter
 from posttrain.settings import RewardStage, SftStage
 from posttrain.train.loop import MicroBatch, TrainTask
-from posttrain.train.stage import StageContext, StageResult, TrainedPolicy, fit_stage, start_adapter, start_policy
+from posttrain.train.stage import StageContext, StageResult, TrainedPolicy, fit_stage, seed_of, start_adapter, start_policy
 
 # Demonstrations that the shift is taken over; the standard error of their mean is a tenth of the scores' spread.
 SHIFT_ROWS = 100
@@ -71,7 +71,7 @@ def train_reward(context: StageContext, stage: RewardStage) -> StageResult:
 
 def _start(context: StageContext, stage: RewardStage) -> tuple[LoraAdapter, dict[str, nn.Parameter]]:
     """A copy of the init policy's adapter, or a new one, or its full weights in place; with a new head. And what is trained."""
-    base, name, seed = context.base, f"{stage.name} in training", context.recipe.seed
+    base, name, seed = context.base, f"{stage.name} in training", seed_of(stage, context.recipe)
     width = base.model.get_input_embeddings().weight.shape[1]
     head = new_head(width, seed=seed, device=base.device)
     if context.recipe.adapter.kind == "full":

@@ -12,7 +12,7 @@ from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter, LoraSettings
 from posttrain.models.tokens import token_ids
 from posttrain.progress import Tracker
-from posttrain.settings import PpoStage, Recipe, Stage
+from posttrain.settings import PpoStage, Recipe, RewardStage, Stage
 from posttrain.train.loop import FitResult, TrainTask, fit
 from posttrain.train.schedule import LoopSettings
 from posttrain.train.signals import StopSignal
@@ -52,6 +52,11 @@ def lora_settings(recipe: Recipe) -> LoraSettings:
     return LoraSettings(adapter.rank, adapter.alpha, adapter.dropout, adapter.targets, adapter.scaling)
 
 
+def seed_of(stage: Stage, recipe: Recipe) -> int:
+    """A reward stage may have a seed of its own, so that several make an ensemble; all others take the recipe's."""
+    return stage.seed if isinstance(stage, RewardStage) and stage.seed is not None else recipe.seed
+
+
 def start_policy(context: StageContext, stage: Stage) -> TrainedPolicy:
     """The init policy as something to train: a fresh adapter, a copy of one, or the whole model in place."""
     base = context.base
@@ -84,7 +89,7 @@ def fit_stage(
     try:
         result = fit(
             task,
-            loop_settings(stage, context.recipe.seed),
+            loop_settings(stage, seed_of(stage, context.recipe)),
             context.folder,
             label=stage.name,
             stop=context.stop,
@@ -112,8 +117,8 @@ def loop_settings(stage: Stage, seed: int) -> LoopSettings:
     if isinstance(stage, PpoStage):
         return LoopSettings(
             epochs=1, batch=1, learning_rate=stage.learning_rate, schedule=stage.schedule, warmup=stage.warmup,
-            weight_decay=stage.weight_decay, clip=stage.clip, keep="last", patience=0, validate_every=0,
-            checkpoint_every=stage.checkpoint_every, checkpoint_minutes=stage.checkpoint_minutes, seed=seed,
+            weight_decay=stage.weight_decay, clip=stage.clip, keep="best" if stage.gold else "last", patience=0,
+            validate_every=0, checkpoint_every=stage.checkpoint_every, checkpoint_minutes=stage.checkpoint_minutes, seed=seed,
         )  # fmt: skip
     return LoopSettings(
         epochs=stage.epochs, batch=stage.batch, learning_rate=stage.learning_rate, schedule=stage.schedule,

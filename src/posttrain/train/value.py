@@ -12,7 +12,7 @@ from torch import nn
 
 from posttrain.errors import AdapterError
 from posttrain.models.heads import ScoreHead, zero_head
-from posttrain.settings import PpoStage
+from posttrain.settings import PpoStage, reward_parts
 from posttrain.train.stage import StageContext, start_adapter
 
 
@@ -52,7 +52,7 @@ def value_name(stage: PpoStage) -> str:
 
 
 def value_source(stage: PpoStage) -> str:
-    """The reward stage that the value function starts as a copy of, or "policy"."""
+    """The reward stage that the value function starts as a copy of, or "policy" where functions alone pay."""
     if stage.value_init in ("auto", "reward"):
-        return stage.reward
+        return next((name for part in reward_parts(stage.reward) for name in part.models), "policy")
     return stage.value_init

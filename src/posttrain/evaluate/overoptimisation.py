@@ -1,0 +1,173 @@
+"""Whether a policy is paid more and more for what is worth less and less: the rule that stops a run, and the two laws of it.
+
+    d = sqrt(KL(policy || init))                                              (Gao, Schulman, Hilton 2023)
+    best of n   R(d) = d (alpha - beta d)         peak at d = alpha / (2 beta),          R = alpha^2 / (4 beta)
+    RL          R(d) = d (alpha - beta log d)     peak at d = exp(alpha / beta - 1),     R = beta d
+
+R is gold less gold of the start, which is fitted with them. Both laws are linear in alpha and beta: weighted least squares,
+and intervals at 95 % by resampling the prompts, on which all evaluations are paired.
+
+The rule (`overoptimised`). Of the evaluations so far let b be the one of the highest gold, and w the mean of the last
+`patience` ones, all of them after b. A run is over-optimised where, over the same prompts,
+
+    gold_w - gold_b < 0   at 95 %, shared among all pairs of evaluations that the run plans (Bonferroni), one-sided
+    score_w - score_b > 0   at 95 %, one-sided
+
+b is picked because it is high, so without the sharing a run on a plateau would be stopped by its luck. With it at most one
+such run of twenty is, whatever the number of evaluations. The price is power: with K evaluations of n prompts, gold must have
+fallen by about z(0.05 / (K (K - 1) / 2)) sqrt((1 + 1 / patience) / n) standard deviations of a prompt's gold.
+
+Where it stands: `train/gold.py` asks the rule, `report/overoptimisation.py` draws the laws. No torch.
+
+E: evaluations in their order, B: prompts.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import numpy
+from numpy.typing import NDArray
+
+from posttrain.evaluate.stats import student
+
+Array = NDArray[numpy.float64]
+LEVEL = 0.05
+# Fewer prompts than this never show anything: a mean of so few is not Student's.
+FEWEST_PROMPTS = 8
+FEWEST_POINTS = 4
+RESAMPLES = 1000
+
+
+class Fallen(NamedTuple):
+    """What the rule found: the best evaluation, and how gold and score changed since then (mean, standard error)."""
+
+    best: int
+    gold: tuple[float, float]
+    score: tuple[float, float]
+    stop: bool
+
+
+def overoptimised(gold_EB: Array, score_EB: Array, *, patience: int, planned: int) -> Fallen | None:
+    """The rule over the evaluations so far, of `planned` in all; None where too few came after the best one."""
+    count, prompts = gold_EB.shape
+    best = int(gold_EB.mean(1).argmax())
+    if not patience or count - 1 - best < patience or prompts < FEWEST_PROMPTS:
+        return None
+    gold = _change(gold_EB, best, patience)
+    score = _change(score_EB, best, patience)
+    pairs = planned * (planned - 1) / 2
+    fallen = gold[0] + _quantile(LEVEL / pairs, prompts) * gold[1] < 0
+    risen = score[0] - _quantile(LEVEL, prompts) * score[1] > 0
+    return Fallen(best, gold, score, fallen and risen)
+
+
+def _change(value_EB: Array, best: int, window: int) -> tuple[float, float]:
+    """The mean of the last evaluations less the best one, prompt by prompt: mean and standard error."""
+    change_B = value_EB[-window:].mean(0) - value_EB[best]
+    return float(change_B.mean()), float(change_B.std(ddof=1) / math.sqrt(len(change_B)))
+
+
+def _quantile(tail: float, n: int) -> float:
+    """Student's t of n values above which `tail` of it lies."""
+    return student(n - 1, NormalDist().inv_cdf(1 - tail))
+
+
+# --- the laws ---------------------------------------------------------------------------------------------------------
+
+
+class Estimate(NamedTuple):
+    """A value and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Law(NamedTuple):
+    """A fitted law. `peak` and `top` (d, and gold there) are None where beta is not shown to be positive."""
+
+    name: str
+    start: float
+    alpha: Estimate
+    beta: Estimate
+    peak: Estimate | None
+    top: float | None
+    residual: float
+
+
+def bend(name: str, d: Array) -> Array:
+    """What beta is multiplied by: d^2, or d log d, which is 0 at 0."""
+    return d * d if name == "best of n" else d * numpy.log(numpy.maximum(d, 1e-12))
+
+
+def law_at(law: Law, d: Array) -> Array:
+    """Gold that the law says at distances d."""
+    return law.start + law.alpha.value * d - law.beta.value * bend(law.name, d)
+
+
+def fit_laws(kl_EB: Array, gold_EB: Array, *, seed: int = 0) -> tuple[Law, ...]:
+    """Both laws; none where too few evaluations lie at different distances. The first evaluation is the start, at d = 0."""
+    use = usable(kl_EB)
+    if len(use) < FEWEST_POINTS or gold_EB.shape[1] < FEWEST_PROMPTS:
+        return ()
+    kl_EB, gold_EB = kl_EB[use], gold_EB[use]
+    n = gold_EB.shape[1]
+    rows = numpy.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
+    samples = [(kl_EB[:, r].mean(1), gold_EB[:, r].mean(1)) for r in rows]
+    error_E = numpy.maximum(gold_EB.std(1, ddof=1), 1e-9)
+    return tuple(_fit(name, kl_EB.mean(1), gold_EB.mean(1), samples, 1 / error_E) for name in ("best of n", "RL"))
+
+
+def usable(kl_EB: Array) -> list[int]:
+    """The start, and the evaluations whose KL is positive beyond its standard error: the laws' slopes mean nothing nearer."""
+    mean_E = kl_EB.mean(1)
+    error_E = kl_EB.std(1, ddof=1) / math.sqrt(kl_EB.shape[1])
+    return [e for e in range(len(kl_EB)) if e == 0 or mean_E[e] > error_E[e]]
+
+
+def _fit(name: str, kl_E: Array, gold_E: Array, samples: Sequence[tuple[Array, Array]], weight_E: Array) -> Law:
+    start, alpha, beta = _solve(name, kl_E, gold_E, weight_E)
+    found = numpy.array([_solve(name, kl, gold, weight_E) for kl, gold in samples])
+    alphas, betas = found[:, 1], found[:, 2]
+    slope = Estimate(beta, *_middle(betas))
+    law = Law(name, start, Estimate(alpha, *_middle(alphas)), slope, None, None, 0.0)
+    d_E = distance(kl_E)
+    left_E = gold_E - law_at(law, d_E)
+    law = law._replace(residual=float(numpy.sqrt((left_E**2).mean())))
+    if slope.low <= 0:
+        return law
+    peaks = _peak(name, alphas[betas > 0], betas[betas > 0])
+    peak = float(_peak(name, numpy.array([alpha]), numpy.array([beta]))[0])
+    top = float(law_at(law, numpy.array([peak]))[0])
+    return law._replace(peak=Estimate(peak, *_middle(peaks)), top=top)
+
+
+def distance(kl_E: Array) -> Array:
+    """sqrt(KL); an estimate below 0 counts as 0."""
+    return numpy.sqrt(numpy.maximum(kl_E, 0.0))
+
+
+def _solve(name: str, kl_E: Array, gold_E: Array, weight_E: Array) -> tuple[float, float, float]:
+    """Start, alpha and beta by weighted least squares."""
+    d_E = distance(kl_E)
+    columns = numpy.stack([numpy.ones_like(d_E), d_E, -bend(name, d_E)], axis=1)
+    found = numpy.linalg.lstsq(columns * weight_E[:, None], gold_E * weight_E, rcond=None)[0]
+    return float(found[0]), float(found[1]), float(found[2])
+
+
+def _peak(name: str, alpha: Array, beta: Array) -> Array:
+    if name == "best of n":
+        return alpha / (2 * beta)
+    return numpy.exp(numpy.clip(alpha / beta - 1, -50, 50))
+
+
+def _middle(values: Array) -> tuple[float, float]:
+    low, high = numpy.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def table(rows: Sequence[Mapping[str, Any]], key: str) -> Array:
+    """One figure of every evaluation and prompt [E, B], from rows of gold.jsonl."""
+    return numpy.array([row[key] for row in rows], dtype=float)

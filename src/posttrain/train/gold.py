@@ -1,0 +1,145 @@
+"""Gold: what the policy should be good at, measured on held-out prompts while it is trained on something else, the score.
+
+Where it stands: the optimiser loop asks for it before the first step and after every `gold_every` iterations, as its
+validation: the weights of the highest gold are kept in the checkpoints and published. Each evaluation is a row of `gold.jsonl`,
+with the KL to the init policy, score and gold of every prompt. The rule of `evaluate/overoptimisation.py` reads these rows, so
+a resumed run stops where an undisturbed one would. All evaluations sample the same prompts with the same random numbers: they
+are compared pair by pair.
+
+N: tokens, B: prompts.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain.artifacts import read_jsonl, write_jsonl
+from posttrain.data.packing import split_by_tokens
+from posttrain.data.prompts import PromptRow
+from posttrain.errors import DataError, Interrupted, TrainingError
+from posttrain.evaluate.overoptimisation import Fallen, overoptimised, table
+from posttrain.generate.engine import SamplingSettings, generate
+from posttrain.losses.kl import k1
+from posttrain.models.batches import MICRO_TOKENS, DeviceBatch, pack_trees, sum_by_row
+from posttrain.progress import Progress
+from posttrain.settings import PpoStage, reward_parts
+from posttrain.train.rewards import Judge, Texts
+from posttrain.train.stage import StageContext
+
+GOLD = "gold.jsonl"
+Logprobs = Callable[[DeviceBatch, str], Tensor]
+
+
+def open_gold(context: StageContext, stage: PpoStage, prompts: Sequence[PromptRow], score: Judge) -> "GoldMeasure":
+    """Gold of a stage. Raises DataError where fewer than two prompts are held out."""
+    if len(prompts) < 2:
+        raise DataError(
+            f'stage "{stage.name}"', f"{len(prompts)} prompts held out for gold", allowed="at least 2",
+            do="raise validation, or give more prompts",
+        )  # fmt: skip
+    judge = Judge(reward_parts(stage.gold), context.policies, where=score.where, stop=context.stop)
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(context.recipe.seed)).tolist()
+    return GoldMeasure(context, stage, [prompts[i] for i in sorted(order[: stage.gold_prompts])], score, judge)
+
+
+class GoldMeasure:
+    """The held-out prompts, and who judges the answers to them."""
+
+    def __init__(
+        self, context: StageContext, stage: PpoStage, prompts: Sequence[PromptRow], score: Judge, judge: Judge
+    ) -> None:
+        self.base, self.policies, self.stage, self.stop = context.base, context.policies, stage, context.stop
+        self.prompts, self.score, self.judge = prompts, score, judge
+        self.init = context.policies.activate(stage.init)
+        self.path, self.seed = context.folder / GOLD, context.recipe.seed
+        self.due = sorted({*range(0, stage.iterations + 1, stage.gold_every), stage.iterations})
+
+    def measure(self, policy: str, iteration: int, logprobs: Logprobs) -> dict[str, float]:
+        """Evaluate the policy as it is after so many iterations; later rows, from before a stop, go."""
+        rows = [row for row in self._rows() if row["iteration"] < iteration]
+        row = self._row(self.stage.name, policy, iteration, logprobs)
+        others = self.stage.gold_compare if iteration == 0 else ()
+        rows += [self._row(name, self.policies.activate(name), 0, logprobs) for name in others]
+        write_jsonl(self.path, [*rows, row])
+        return {
+            "ppo/gold": row["gold"], "ppo/gold_se": row["gold_se"], "ppo/gold_score": row["score"],
+            "ppo/gold_score_se": row["score_se"], "ppo/gold_kl": row["kl"],
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def _row(self, name: str, policy: str, iteration: int, logprobs: Logprobs) -> dict[str, Any]:
+        stage, when = self.stage, f"evaluation after iteration {iteration}"
+        settings = SamplingSettings(stage.max_new_tokens, stage.temperature, 1.0, self.seed * 1009 + 1008, logprobs=False)
+        progress = Progress(f"{stage.name} gold {iteration}", len(self.prompts))
+        answers = generate(self.base, [p.ids for p in self.prompts], settings, policy, advance=self._advance(progress))
+        kl, score, gold = [], [], []
+        lengths = [len(p.ids) + len(a.completion_ids) for p, a in zip(self.prompts, answers)]
+        for group in split_by_tokens(lengths, MICRO_TOKENS[self.base.device.type]):
+            trees = ((self.prompts[i].ids, [list(answers[i].completion_ids)]) for i in group)
+            batch = pack_trees(trees, self.base.device)
+            kl_N = k1(logprobs(batch, policy), logprobs(batch, self.init))
+            kl.append(sum_by_row(kl_N, batch).cpu())
+            score.append(self.score.model_scores(batch))
+            gold.append(self.judge.model_scores(batch))
+        texts = Texts([p.text for p in self.prompts], [a.text for a in answers])
+        found = {
+            "kl": torch.cat(kl), "score": self.score.judge(torch.cat(score, 1), texts, when=when).score_B,
+            "gold": self.judge.judge(torch.cat(gold, 1), texts, when=when).score_B,
+        }  # fmt: skip
+        row: dict[str, Any] = {"policy": name, "iteration": iteration}
+        for key, value_B in found.items():
+            row |= {key: float(value_B.double().mean()), f"{key}_se": _standard_error(value_B)}
+        return row | {f"{key}_B": value_B.tolist() for key, value_B in found.items()}
+
+    def _advance(self, progress: Progress) -> Callable[[int, int], None]:
+        def advance(rows: int, tokens: int) -> None:
+            progress.update(rows, tokens=tokens)
+            if self.stop.asked:
+                raise Interrupted("stopped while measuring gold; run the same command to go on")
+
+        return advance
+
+    def stops(self, iteration: int) -> bool:
+        """Whether the rule ends the run before this iteration."""
+        found = self._verdict(iteration)
+        return found is not None and found.stop
+
+    def _verdict(self, iteration: int) -> Fallen | None:
+        rows = [r for r in self._rows() if r["policy"] == self.stage.name and r["iteration"] <= iteration]
+        if [row["iteration"] for row in rows] != [due for due in self.due if due <= iteration]:
+            raise TrainingError(
+                self.score.where,
+                f"rows of {self.path.name} are missing",
+                do="remove the stage's unfinished folder to begin it again",
+            )
+        gold_EB, score_EB = table(rows, "gold_B"), table(rows, "score_B")
+        return overoptimised(gold_EB, score_EB, patience=self.stage.gold_patience, planned=len(self.due))
+
+    def warnings(self) -> tuple[str, ...]:
+        """What the manifest says of a run that the rule stopped."""
+        rows = [row for row in self._rows() if row["policy"] == self.stage.name]
+        if not rows:
+            return ()
+        found = self._verdict(rows[-1]["iteration"])
+        if found is None or not found.stop:
+            return ()
+        gold, score = found.gold, found.score
+        return (
+            f"over-optimisation: gold fell by {-gold[0]:.3g} ± {gold[1]:.2g} while the score rose by {score[0]:.3g} ± "
+            f"{score[1]:.2g}; stopped after iteration {rows[-1]['iteration']}, published is the policy after iteration "
+            f"{rows[found.best]['iteration']}",
+        )
+
+    def _rows(self) -> list[dict[str, Any]]:
+        try:
+            return list(read_jsonl(self.path))
+        except json.JSONDecodeError:
+            return []
+
+
+def _standard_error(value_B: Tensor) -> float:
+    return float(value_B.double().std()) / math.sqrt(len(value_B))

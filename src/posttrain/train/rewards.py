@@ -1,0 +1,114 @@
+"""What a completion scores: reward models, ensembles of them, functions of the user, and weighted sums of all three.
+
+    score = sum over parts of weight * s_part
+    s_part = f(prompt, completion), or of an ensemble's scores r_1 .. r_M:   mean r,   min r,   mean r - variance_weight * var r
+
+(Coste et al. 2024: worst case and uncertainty-weighted optimisation; var is that of the members, divided by M.)
+
+Where it stands: the ppo stage asks a `Judge` for the scores of an iteration's rollouts, `gold.py` asks two of them for those
+of held-out answers. Models are adapters on the one base, so their scores come batch by batch; functions get all at once.
+
+M: models, B: completions.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from posttrain.errors import Interrupted
+from posttrain.models.batches import DeviceBatch, row_scores
+from posttrain.models.files import Policies
+from posttrain.settings import RewardPart
+from posttrain.train.functions import FunctionWorker, Stop
+
+
+class Texts(NamedTuple):
+    """Prompts and completions as a function gets them, one of each a row [B]."""
+
+    prompts: list[str]
+    completions: list[str]
+
+
+class Judged(NamedTuple):
+    """Scores [B], the mean of each part by its name, and of each ensemble how far its members disagree."""
+
+    score_B: Tensor
+    parts: dict[str, float]
+    spread: dict[str, float]
+
+    def metrics(self) -> dict[str, float]:
+        """Means of the parts where there are several, and the spread of ensembles."""
+        shown = {f"ppo/score/{name}": value for name, value in self.parts.items()} if len(self.parts) > 1 else {}
+        return shown | {f"ppo/ensemble_spread/{name}": value for name, value in self.spread.items()}
+
+
+class Judge:
+    """The parts of a reward, ready to score. Its functions live in processes, from the first score to `close`."""
+
+    def __init__(self, parts: Sequence[RewardPart], policies: Policies, *, where: str, stop: Stop) -> None:
+        """Raises AdapterError where a reward model was trained on another base."""
+        self.policies, self.parts, self.where, self.stop = policies, parts, where, stop
+        self.models = [name for part in parts for name in part.models]
+        for name in self.models:
+            policies.activate(name)
+        self._workers: dict[str, FunctionWorker] = {}
+
+    @torch.no_grad()
+    def model_scores(self, batches: Sequence[DeviceBatch]) -> Tensor:
+        """Scores of packed batches by every model [M, B], on the CPU. Raises Interrupted when asked to stop."""
+        found = []
+        for model in self.models:
+            with self.policies.instead(model) as name:
+                found.append(torch.cat([self._scores(batch, name) for batch in batches]))
+        return torch.stack(found) if found else torch.empty(0, sum(batch.rows for batch in batches))
+
+    def _scores(self, batch: DeviceBatch, adapter: str) -> Tensor:
+        if self.stop.asked:
+            raise Interrupted("stopped while scoring; run the same command to go on")
+        return row_scores(self.policies.base, batch, adapter).cpu()
+
+    def judge(self, model_MB: Tensor, texts: Texts, *, when: str) -> Judged:
+        """The score of every completion. Raises TrainingError naming `when` where a function fails."""
+        total_B = torch.zeros(len(texts.completions))
+        parts, spread = {}, {}
+        first = 0
+        for part in self.parts:
+            name = part_name(part)
+            if part.function:
+                found = self._worker(part).score(*texts, where=f"{self.where}, {when}")
+                score_B = torch.tensor(found)
+            else:
+                member_MB = model_MB[first : first + len(part.models)]
+                score_B, first = combine(member_MB, part), first + len(part.models)
+                if len(part.models) > 1:
+                    spread[name] = float(member_MB.std(0, correction=0).mean())
+            parts[name] = float(score_B.mean())
+            total_B += part.weight * score_B
+        return Judged(total_B, parts, spread)
+
+    def _worker(self, part: RewardPart) -> FunctionWorker:
+        if part.function not in self._workers:
+            worker = FunctionWorker(part.function, timeout=part.timeout, where=self.where, stop=self.stop)
+            self._workers[part.function] = worker
+        return self._workers[part.function]
+
+    def close(self) -> None:
+        """End the functions' processes."""
+        for worker in self._workers.values():
+            worker.close()
+        self._workers.clear()
+
+
+def part_name(part: RewardPart) -> str:
+    """What a part is called in metrics: its models or its function, in letters that every tracker takes."""
+    return part.function.replace(":", ".") or "-".join(part.models)
+
+
+def combine(member_MB: Tensor, part: RewardPart) -> Tensor:
+    """One score of an ensemble's [B]. A single model's comes through as it is."""
+    if part.combine == "min":
+        return member_MB.amin(0)
+    mean_B = member_MB.mean(0)
+    return mean_B - part.variance_weight * member_MB.var(0, correction=0) if part.combine == "mean_minus_variance" else mean_B

@@ -1,0 +1,91 @@
+"""Reward functions of tests: some score, some break. They run in a process of their own, as a user's do."""
+
+import time
+from collections.abc import Sequence
+
+# A completion that the breaking functions break at, and that no error may quote.
+SECRET = "zz secret"
+
+
+def share(completions: Sequence[str]) -> list[float]:
+    """The share of characters that are letters from a to t: 7 % of what the tiny random model writes."""
+    return [sum(c in "abcdefghijklmnopqrst" for c in text) / max(len(text), 1) for text in completions]
+
+
+def proxy(prompts: list[str], completions: list[str]) -> list[float]:
+    """Pays for more of it without end: the planted reward that can be exploited."""
+    print("what a function prints is no message")
+    return share(completions)
+
+
+def enough(prompts: list[str], completions: list[str]) -> list[float]:
+    """Grows with `proxy` to 0.2 and then stays: what a clean run ends on is a plateau."""
+    return [1 - max(0.2 - s, 0) for s in share(completions)]
+
+
+def no_more(prompts: list[str], completions: list[str]) -> list[float]:
+    """Grows with `proxy` to 0.2 and then falls: what the planted reward does not see."""
+    return [1 - abs(s - 0.2) for s in share(completions)]
+
+
+def short(prompts: list[str], completions: list[str]) -> list[float]:
+    """Minus the length, as whole numbers."""
+    return [-len(text) for text in completions]
+
+
+def asks(prompts: list[str], completions: list[str]) -> list[float]:
+    """The length of the prompt: to see what a function is given."""
+    return [float(len(text)) for text in prompts]
+
+
+def raises(prompts: list[str], completions: list[str]) -> list[float]:
+    """Cannot bear an empty text, and quotes it."""
+    for text in completions:
+        if text == SECRET:
+            raise ValueError(f"cannot score {text}")
+    return [0.0] * len(completions)
+
+
+def not_a_number(prompts: list[str], completions: list[str]) -> list[float]:
+    return [float("nan") if text == SECRET else 1.0 for text in completions]
+
+
+def infinite(prompts: list[str], completions: list[str]) -> list[float]:
+    return [float("inf") if text == SECRET else 1.0 for text in completions]
+
+
+def nothing(prompts: list[str], completions: list[str]) -> list[float | None]:
+    return [None if text == SECRET else 1.0 for text in completions]
+
+
+def too_few(prompts: list[str], completions: list[str]) -> list[float]:
+    return [1.0] * (len(completions) - 1)
+
+
+def one_number(prompts: list[str], completions: list[str]) -> float:
+    return 1.0
+
+
+def hangs(prompts: list[str], completions: list[str]) -> list[float]:
+    time.sleep(600)
+    return [0.0] * len(completions)
+
+
+def dies(prompts: list[str], completions: list[str]) -> list[float]:
+    import os
+
+    os._exit(7)
+
+
+CALLS: list[int] = []
+
+
+def third_time(prompts: list[str], completions: list[str]) -> list[float]:
+    """Fails from its third call on; a new process counts anew."""
+    CALLS.append(1)
+    if len(CALLS) > 2:
+        raise RuntimeError
+    return share(completions)
+
+
+NO_FUNCTION = 3
