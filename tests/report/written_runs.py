@@ -40,7 +40,7 @@ def scores(policy: str, *, follows: int, facts: int, prose: float = 3.0, tokens:
 def write_run(
     run: Path, policies: Mapping[str, Sequence[Score]], stages: Sequence[Mapping[str, Any]] = (), **more: Any
 ) -> Path:
-    """A run folder with these scores (`base` first) and stages (recipe tables; `metrics` and `manifest` are taken out).
+    """A run folder with these scores (`base` first) and stages (tables; `metrics`, `manifest` and `gold_rows` are taken out).
 
     `settings` and `tokenizer` in `more` go into the manifests of the evaluations.
     """
@@ -68,10 +68,12 @@ def write_run(
 
 def _write_stage(folder: Path, table: dict[str, Any]) -> None:
     """`manifest = None` in a table leaves the stage unmade."""
-    metrics, manifest = table.pop("metrics", []), table.pop("manifest", {})
+    metrics, manifest, gold_rows = table.pop("metrics", []), table.pop("manifest", {}), table.pop("gold_rows", [])
     if manifest is None:
         return
     folder.mkdir()
+    if gold_rows:
+        (folder / "gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in gold_rows))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
     inputs = {table["init"]: f"print-{table['init']}"} if table["init"] != "base" else {}
     made = {

@@ -22,6 +22,7 @@ Where it stands: `train/gold.py` asks the rule, `report/overoptimisation.py` dra
 E: evaluations in their order, B: prompts.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist
@@ -142,6 +143,17 @@ def _fit(name: str, kl_E: Array, gold_E: Array, samples: Sequence[tuple[Array, A
     peak = float(_peak(name, numpy.array([alpha]), numpy.array([beta]))[0])
     top = float(law_at(law, numpy.array([peak]))[0])
     return law._replace(peak=Estimate(peak, *_middle(peaks)), top=top)
+
+
+def at_distance(kl_EB: Array, value_EB: Array, kl: float) -> Array | None:
+    """What every prompt [B] had at this KL, between the two evaluations around it (linear in d); None outside of them."""
+    d_E, d = distance(kl_EB.mean(1)), math.sqrt(max(kl, 0.0))
+    for first, (low, high) in enumerate(itertools.pairwise(d_E)):
+        if min(low, high) <= d <= max(low, high):
+            share = (d - low) / (high - low) if high != low else 0.0
+            found: Array = value_EB[first] * (1 - share) + value_EB[first + 1] * share
+            return found
+    return None
 
 
 def distance(kl_E: Array) -> Array:

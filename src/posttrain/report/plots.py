@@ -57,6 +57,28 @@ class Point(NamedTuple):
     tax: tuple[float, float, float]
 
 
+class Measured(NamedTuple):
+    """Evaluations of a policy, in the page's colour of that number: places, values and their standard errors."""
+
+    label: str
+    colour: int
+    xs: Sequence[float]
+    ys: Sequence[float]
+    errors: Sequence[float]
+    # The evaluation that is ringed, if one is.
+    chosen: int | None = None
+
+
+class Curve(NamedTuple):
+    """A fitted curve, dashed, and the place of its peak."""
+
+    label: str
+    colour: int
+    xs: Sequence[float]
+    ys: Sequence[float]
+    peak: tuple[float, float] | None
+
+
 class _Hover(NamedTuple):
     x: float
     y: float
@@ -86,6 +108,36 @@ def curves(series: Sequence[Series], about: str = "") -> Markup:
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel("step")
         return _svg(figure, axes, hovers, ": ".join(filter(None, (about, ", ".join(one.label for one in series)))))
+
+
+def against_distance(measured: Sequence[Measured], curves: Sequence[Curve], *, ylabel: str, about: str) -> Markup:
+    """Evaluations over sqrt(KL) with bars of 1.96 standard errors, fitted curves, a cross at a curve's peak."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(WIDTH, HEIGHT)
+        hovers: list[_Hover] = []
+        for one in measured:
+            tint = colour(one.colour)
+            bars = [1.96 * error for error in one.errors]
+            axes.errorbar(one.xs, one.ys, yerr=bars, color=tint, linewidth=1.4 if len(one.xs) > 1 else 0, elinewidth=1.4,
+                          marker="o", markersize=4.5, alpha=0.9, zorder=4)  # fmt: skip
+            if one.chosen is not None:
+                axes.plot([one.xs[one.chosen]], [one.ys[one.chosen]], "o", markersize=11, markerfacecolor="none",
+                          markeredgecolor=INK, markeredgewidth=1.5, zorder=6)  # fmt: skip
+            hovers += [
+                _Hover(x, y, f"{one.label} · √KL {x:.3g}: {y:.4g} ± {bar:.2g}") for x, y, bar in zip(one.xs, one.ys, bars)
+            ]
+        for curve in curves:
+            axes.plot(curve.xs, curve.ys, "--", color=colour(curve.colour), linewidth=1.6, zorder=3)
+            if curve.peak is not None:
+                axes.plot(
+                    *[[v] for v in curve.peak], "x", color=colour(curve.colour), markersize=8, markeredgewidth=2, zorder=5
+                )
+                hovers.append(_Hover(*curve.peak, f"{curve.label} · peak at √KL {curve.peak[0]:.3g}: {curve.peak[1]:.4g}"))
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlabel("√KL to the start, nats")
+        axes.set_ylabel(ylabel)
+        return _svg(figure, axes, hovers, about)
 
 
 def histogram(labels: Sequence[str], counts: Sequence[int], about: str = "") -> Markup:

@@ -15,6 +15,7 @@ from posttrain.artifacts import write_bytes
 from posttrain.report.data import data
 from posttrain.report.headline import headline
 from posttrain.report.markup import el, join
+from posttrain.report.overoptimisation import overoptimisation
 from posttrain.report.picture import picture
 from posttrain.report.provenance import provenance
 from posttrain.report.rewards import rewards
@@ -28,6 +29,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Run], Markup]], ...] = (
     ("scorecard", "Scorecard", scorecard),
     ("tax", "Tax and gain", tax),
     ("reward", "Reward model", rewards),
+    ("gold", "Over-optimisation", overoptimisation),
     ("samples", "Answers", samples),
     ("training", "Training", training),
     ("data", "Data", data),

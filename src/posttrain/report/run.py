@@ -31,6 +31,7 @@ class Stage(NamedTuple):
     metrics: tuple[dict[str, Any], ...]
     data_report: dict[str, Any] | None
     status: str
+    gold: tuple[dict[str, Any], ...] = ()
 
 
 class Policy(NamedTuple):
@@ -128,13 +129,14 @@ def _stage(folder: Path, table: Mapping[str, Any]) -> Stage:
     sources = [written] if isinstance(written, str) else [one.get("path") if isinstance(one, dict) else one for one in written]
     report = _read_json(_named(folder, "data_report.json")) if _kept(folder, "data_report.json", manifest) else None
     metrics = _rows(folder, "metrics.jsonl") if _kept(folder, "metrics.jsonl", manifest) else ()
+    gold = _rows(folder, "gold.jsonl") if _kept(folder, "gold.jsonl", manifest) else ()
     if manifest is not None:
         status = "finished"
     else:
         status = "unfinished" if partial_folder(folder).is_dir() else "not made yet"
     return Stage(
         str(table["name"]), str(table.get("kind", "stage")), str(table.get("init", "base")),
-        tuple(str(source) for source in sources), manifest, metrics, report, status,
+        tuple(str(source) for source in sources), manifest, metrics, report, status, gold,
     )  # fmt: skip
 
 

@@ -25,6 +25,9 @@ class _Chart(NamedTuple):
 _CHARTS = (
     _Chart("score", ("score",)),
     _Chart("KL to the reference, nats a completion", ("ppo/kl",)),
+    _Chart("gold on held-out prompts", ("gold",)),
+    _Chart("mean of each part of the score", ("score part",)),
+    _Chart("how far an ensemble's members disagree", ("ensemble part",)),
     _Chart("loss", ("loss",)),
     _Chart("margin", ("margin",)),
     _Chart("accuracy", ("accuracy",)),
@@ -49,6 +52,10 @@ _CHARTS = (
     _Chart("the same KL by k3, nats a completion", ("positive_kl",), False),
     _Chart("KL coefficient", ("kl_coef",), False),
     _Chart("entropy, nats a token", ("entropy",), False),
+    _Chart("score on held-out prompts", ("gold_score",), False),
+    _Chart("KL to the start on held-out prompts", ("gold_kl",), False),
+    _Chart("standard error of gold", ("gold_se",), False),
+    _Chart("standard error of the score on held-out prompts", ("gold_score_se",), False),
     _Chart("tokens the sampler saw otherwise", ("mismatch",), False),
     _Chart("log-probability, nats", ("chosen_logprob", "rejected_logprob"), False),
     _Chart("ranks chosen above rejected", ("ranking_accuracy",), False),
@@ -64,6 +71,8 @@ _CHARTS = (
 _NOT_DRAWN = frozenset({"step", "train/epoch", "time/step", "time/rollout"})
 _GENERAL = frozenset({"train", "time"})
 _VALIDATION = "validation_"
+# Metrics that end in a name of the recipe's.
+_PARTS = {"ppo/score/": "score part", "ppo/ensemble_spread/": "ensemble part"}
 # What a row of charts is filled up with where a stage has few.
 _ROW, _FILLING = 3, ("learning rate", "gradient norm before clipping")
 Found = dict[str, list[tuple[float, float]]]
@@ -129,6 +138,9 @@ def _ordered(names: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
 
 
 def _plain(name: str) -> str:
+    for start, plain in _PARTS.items():
+        if name.startswith(start):
+            return plain
     return name.split("/")[-1].removeprefix(_VALIDATION)
 
 
@@ -152,6 +164,8 @@ def _figure(stage: str, chart: _Chart, found: Found) -> Markup:
 
 def _label(name: str, held_out: bool) -> str:
     short = name.split("/")[-1]
+    if _plain(name) in _PARTS.values():
+        return short
     for word in ("chosen", "rejected"):
         if short.startswith(f"{word}_"):
             return word
