@@ -24,7 +24,7 @@ from posttrain.evaluate.suites import sample_prompts
 from posttrain.models.load import choose_device, load_chat, native_bfloat16
 from posttrain.plan import Plan, make_plan
 from posttrain.records import Message
-from posttrain.settings import PpoStage, Recipe, Stage
+from posttrain.settings import PpoStage, Recipe, Stage, reward_parts
 
 # Share of the measured product speed that a whole step reached in the benchmarks.
 EFFICIENCY = 0.55
@@ -114,15 +114,20 @@ def _training(plan: Plan, stage: Stage, chat: ChatFormat, body: int, head: int) 
 
 
 def _ppo(stage: PpoStage, report: dict[str, Any], body: int, head: int) -> Work:
-    """Sampling, four forwards to judge (policy, reference, value, reward model), and the passes of policy and value."""
+    """Sampling, forwards to judge (policy, reference, value, reward models), the passes of policy and value, and gold."""
+    models = sum(len(part.models) for part in reward_parts(stage.reward))
     rows = stage.iterations * min(stage.prompts, report["train_rows"]) * stage.completions
     targets = rows * stage.max_new_tokens
     tokens = round(rows * report["tokens"] / report["train_rows"]) + targets
     a_pass = tokens * 8 * body + targets * 4 * head
-    operations = tokens * 10.0 * body + targets * 6 * head + stage.ppo_epochs * a_pass
+    operations = tokens * 2.0 * (4 + models) * body + targets * 6 * head + stage.ppo_epochs * a_pass
     if "ptx" in report:  # as many rows as the passes see prompts
         seen = stage.ppo_epochs * rows / stage.completions / report["ptx"]["rows"]
         operations += seen * (report["ptx"]["tokens"] * 4 * body + report["ptx"]["trained_tokens"] * 4 * head)
+    if stage.gold:
+        answers = min(stage.gold_prompts, report["validation_rows"]) * (stage.iterations // stage.gold_every + 1)
+        models += sum(len(part.models) for part in reward_parts(stage.gold))
+        operations += answers * (tokens * 2.0 * (3 + models) * body + targets * 6 * head) / rows
     return Work(rows, tokens, targets, operations)
 
 

@@ -65,7 +65,7 @@ def test_a_hump_is_told_with_its_peak_and_others_at_equal_kl(tmp_path: Path) -> 
     page = Page(render(load_run(written(tmp_path / "run", hump(), warnings=[warning]))))
     assert page.section("gold")
     assert "published (ringed) 4 5.12 ± 0.21 " in page.text
-    assert "Stopped early: gold fell by 0.3 ± 0.05; stopped after iteration 8" in page.text
+    assert "Over-optimised: gold fell by 0.3 ± 0.05; stopped after iteration 8" in page.text
     assert "best of n: d (α − β d)" in page.text
     assert "no peak shown" not in page.text
     peak = float(page.text.split("best of n: d (α − β d)")[1].split(") ")[2].split(" (")[0])
@@ -78,7 +78,7 @@ def test_a_hump_is_told_with_its_peak_and_others_at_equal_kl(tmp_path: Path) -> 
 
 def test_a_rise_has_no_peak_and_two_rows_no_law(tmp_path: Path) -> None:
     rising = Page(render(load_run(written(tmp_path / "rise", rows_of("ppo", KL_E, alpha=1.0, beta=-0.05)))))
-    assert "The rule did not stop it." in rising.text
+    assert "Not shown to be over-optimised." in rising.text
     assert "no peak shown" in rising.text
     assert "at equal KL" not in rising.text
     two = Page(render(load_run(written(tmp_path / "two", rows_of("ppo", [0.0, 1.0], alpha=1.0, beta=0.1)))))

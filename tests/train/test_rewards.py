@@ -13,7 +13,7 @@ from test_ppo import SMALL, random_reward_model, recipe_of, run_ppo
 from tiny_stages import StopAt, digest, newest, preferences, rows_of, run_stage
 
 from posttrain.cli import main
-from posttrain.errors import AdapterError, RecipeError, TrainingError
+from posttrain.errors import AdapterError, Interrupted, RecipeError, TrainingError
 from posttrain.models.batches import pack_trees
 from posttrain.models.files import Policies, save_adapter
 from posttrain.models.load import BaseModel
@@ -74,6 +74,25 @@ def test_a_function_that_hangs_is_ended() -> None:
     with pytest.raises(TrainingError, match=r'"planted_rewards:hangs" took longer than timeout = 0.3 seconds'):
         worker.score(["p"], ["c"], where="here")
     assert worker._process.poll() is not None, "its process is gone"
+
+
+def test_a_function_that_hangs_ends_with_whoever_called_it() -> None:
+    """As after a kill of the run: its standard input ends."""
+    worker = FunctionWorker("planted_rewards:hangs", timeout=30, where="here")
+    pipe = worker._process.stdin
+    assert pipe is not None
+    worker._send(b'{"prompts": ["p"], "completions": ["c"]}\n')
+    pipe.close()
+    assert worker._process.wait(timeout=30) == 0
+    worker.close()
+
+
+def test_a_run_that_is_asked_to_stop_does_not_wait_for_a_function() -> None:
+    stop = StopSignal()
+    worker = FunctionWorker("planted_rewards:hangs", timeout=60, where="here", stop=stop)
+    stop.asked = True
+    with pytest.raises(Interrupted, match="stopped while a reward function worked"):
+        worker.score(["p"], ["c"], where="here")
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def _outcome(stage: Stage, found: _Gold) -> Markup:
     warned = [str(w) for w in (stage.manifest or {}).get("warnings", ()) if str(w).startswith(_WARNING)]
     places = (("start", found.rows[0]), ("published (ringed)", found.rows[found.best]), ("end", found.rows[-1]))
     body = [(what, f"{row['iteration']}", _value(row, "kl"), _value(row, "gold"), _value(row, "score")) for what, row in places]
-    ended = f"Stopped early: {warned[0].removeprefix(_WARNING)}." if warned else "The rule did not stop it."
+    ended = f"Over-optimised: {warned[0].removeprefix(_WARNING)}." if warned else "Not shown to be over-optimised."
     return el("p", ended) + _table(("", "after iteration", "KL, nats", "gold", "score"), body, "course")
 
 

@@ -54,7 +54,6 @@ class GoldMeasure:
     ) -> None:
         self.base, self.policies, self.stage, self.stop = context.base, context.policies, stage, context.stop
         self.prompts, self.score, self.judge = prompts, score, judge
-        self.init = context.policies.activate(stage.init)
         self.path, self.seed = context.folder / GOLD, context.recipe.seed
         self.due = sorted({*range(0, stage.iterations + 1, stage.gold_every), stage.iterations})
 
@@ -63,7 +62,9 @@ class GoldMeasure:
         rows = [row for row in self._rows() if row["iteration"] < iteration]
         row = self._row(self.stage.name, policy, iteration, logprobs)
         others = self.stage.gold_compare if iteration == 0 else ()
-        rows += [self._row(name, self.policies.activate(name), 0, logprobs) for name in others]
+        for name in others:
+            with self.policies.instead(name) as other:
+                rows.append(self._row(name, other, 0, logprobs))
         write_jsonl(self.path, [*rows, row])
         return {
             "ppo/gold": row["gold"], "ppo/gold_se": row["gold_se"], "ppo/gold_score": row["score"],
@@ -76,19 +77,17 @@ class GoldMeasure:
         settings = SamplingSettings(stage.max_new_tokens, stage.temperature, 1.0, self.seed * 1009 + 1008, logprobs=False)
         progress = Progress(f"{stage.name} gold {iteration}", len(self.prompts))
         answers = generate(self.base, [p.ids for p in self.prompts], settings, policy, advance=self._advance(progress))
-        kl, score, gold = [], [], []
-        lengths = [len(p.ids) + len(a.completion_ids) for p, a in zip(self.prompts, answers)]
-        for group in split_by_tokens(lengths, MICRO_TOKENS[self.base.device.type]):
-            trees = ((self.prompts[i].ids, [list(answers[i].completion_ids)]) for i in group)
-            batch = pack_trees(trees, self.base.device)
-            kl_N = k1(logprobs(batch, policy), logprobs(batch, self.init))
-            kl.append(sum_by_row(kl_N, batch).cpu())
-            score.append(self.score.model_scores(batch))
-            gold.append(self.judge.model_scores(batch))
+        lengths = [len(p.ids) + len(a.completion_ids) for p, a in zip(self.prompts, answers, strict=True)]
+        trees = [(p.ids, [list(a.completion_ids)]) for p, a in zip(self.prompts, answers, strict=True)]
+        groups = split_by_tokens(lengths, MICRO_TOKENS[self.base.device.type])
+        batches = [pack_trees((trees[i] for i in group), self.base.device) for group in groups]
+        own = [logprobs(batch, policy) for batch in batches]
+        with self.policies.instead(stage.init) as init:
+            kl = [sum_by_row(k1(own_N, logprobs(b, init)), b).cpu() for own_N, b in zip(own, batches, strict=True)]
         texts = Texts([p.text for p in self.prompts], [a.text for a in answers])
         found = {
-            "kl": torch.cat(kl), "score": self.score.judge(torch.cat(score, 1), texts, when=when).score_B,
-            "gold": self.judge.judge(torch.cat(gold, 1), texts, when=when).score_B,
+            "kl": torch.cat(kl), "score": self.score.judge(self.score.model_scores(batches), texts, when=when).score_B,
+            "gold": self.judge.judge(self.judge.model_scores(batches), texts, when=when).score_B,
         }  # fmt: skip
         row: dict[str, Any] = {"policy": name, "iteration": iteration}
         for key, value_B in found.items():
@@ -120,18 +119,18 @@ class GoldMeasure:
         return overoptimised(gold_EB, score_EB, patience=self.stage.gold_patience, planned=len(self.due))
 
     def warnings(self) -> tuple[str, ...]:
-        """What the manifest says of a run that the rule stopped."""
+        """What the manifest says of a run that the rule stopped, or would have stopped at its end."""
         rows = [row for row in self._rows() if row["policy"] == self.stage.name]
         if not rows:
             return ()
         found = self._verdict(rows[-1]["iteration"])
         if found is None or not found.stop:
             return ()
-        gold, score = found.gold, found.score
+        gold, score, last = found.gold, found.score, rows[-1]["iteration"]
+        stopped = f"stopped after iteration {last}" if last < self.stage.iterations else "at the end"
         return (
             f"over-optimisation: gold fell by {-gold[0]:.3g} ± {gold[1]:.2g} while the score rose by {score[0]:.3g} ± "
-            f"{score[1]:.2g}; stopped after iteration {rows[-1]['iteration']}, published is the policy after iteration "
-            f"{rows[found.best]['iteration']}",
+            f"{score[1]:.2g}; {stopped}, published is the policy after iteration {rows[found.best]['iteration']}",
         )
 
     def _rows(self) -> list[dict[str, Any]]:
