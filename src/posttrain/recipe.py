@@ -256,7 +256,8 @@ def _check_value(place: str, stage: PpoStage, rewards: list[str]) -> None:
     if stage.value == "shared" and stage.value_init not in ("auto", "policy"):
         found = f'value_init = "{stage.value_init}" with value = "shared"'
         raise RecipeError(place, found, allowed="auto or policy: it stands on the policy's adapter", do="remove it")
-    there = ["auto", "reward", "policy", *rewards]
+    models = [name for part in reward_parts(stage.reward) for name in part.models]
+    there = ["auto", *(["reward"] if models else []), "policy", *rewards]
     if stage.value_init not in there:
         found = f'value_init = "{stage.value_init}" is not an earlier reward stage'
         raise RecipeError(place, found, allowed=f"there is: {', '.join(there)}", do=nearest(stage.value_init, there))

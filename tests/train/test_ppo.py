@@ -232,7 +232,7 @@ def test_completions_are_shown_with_their_scores(base: BaseModel, tmp_path: Path
         ),
         ({"value_init": "sft"}, 'value_init = "sft" is not an earlier reward stage · there is: auto, reward, policy, rm, rm2'),
         ({"value": "shared", "value_init": "rm2"}, 'value_init = "rm2" with value = "shared" · auto or policy'),
-        ({"value": "both"}, "value = 'both' · 'own' or 'shared'"),
+        ({"value": "both"}, "value = 'both' · 'auto', 'own' or 'shared'"),
         ({"target_kl": 6.0, "kl_coef": 0.0}, "target_kl = 6 with kl_coef = 0, which no factor moves · kl_coef above 0"),
         ({"ptx_coef": 1.0}, "ptx_coef = 1 without ptx_data · both or neither"),
         ({"ptx_data": "starter/demonstrations.jsonl"}, "ptx_data with ptx_coef = 0 · both or neither"),

@@ -154,7 +154,7 @@ def test_an_ensemble_by_hand() -> None:
 
 def test_parts_are_weighted_and_added(base: BaseModel, tmp_path: Path) -> None:
     for seed in (1, 2, 3):
-        random_reward_model(base, f"rm{seed}", seed)
+        random_reward_model(base, f"rm{seed}", seed=seed)
     parts = [
         RewardPart(models=("rm1", "rm2"), combine="min", weight=2.0), RewardPart(function="planted_rewards:short", weight=-0.5),
         RewardPart(models=("rm3",)),
@@ -162,7 +162,7 @@ def test_parts_are_weighted_and_added(base: BaseModel, tmp_path: Path) -> None:
     judge = Judge(parts, Policies(base, tmp_path), where="here", stop=StopSignal())
     ids = [5, 6, 7], [[8, 9], [10, 11, 12]]
     with torch.no_grad():
-        model_MB = judge.model_scores(pack_trees([ids], base.device))
+        model_MB = judge.model_scores([pack_trees([ids], base.device)])
     try:
         found = judge.judge(model_MB, Texts(["p", "p"], ["ab", "abc"]), when="now")
     finally:
@@ -238,7 +238,7 @@ def test_a_reward_model_of_another_base_or_tokenizer_is_refused(
     (tmp_path / "ppo").mkdir()
     context = StageContext(base, Policies(base, tmp_path), recipe, tmp_path / "ppo", StopAt(0).stop)
     with pytest.raises(AdapterError, match=found):
-        train_ppo(context, recipe.stage[1])  # type: ignore[arg-type]
+        train_ppo(context, recipe.stage[-1])  # type: ignore[arg-type]
 
 
 # --- the recipe -------------------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def test_a_reward_model_of_another_base_or_tokenizer_is_refused(
         ({"reward": "a.b:c:d"}, 'reward = "a.b:c:d" names no function · package.module:function'),
         ({"reward": "../x:f"}, 'reward = "../x:f" names no function'),
         ({"reward": 3}, "reward = 3"),
-        ({"gold": "rmm"}, 'gold = "rmm" is not an earlier reward stage · there is: rm · did you mean "rm"'),
+        ({"gold": "rmm"}, 'gold = "rmm" is not an earlier reward stage · there is: rm, rm2 · did you mean "rm"'),
         ({"gold": [{"models": ["rm"]}], "validation": 0.0}, "gold with validation = 0 · 0 < validation < 0.5"),
         ({"gold": "rm", "gold_every": 0}, "gold_every = 0 · greater than or equal to 1"),
         ({"gold": "rm", "gold_compare": ["dpo"]}, 'gold_compare = "dpo" is not an earlier policy stage'),

@@ -59,7 +59,7 @@ class PpoBatch(NamedTuple):
 
 
 class Roles(NamedTuple):
-    """Who samples (an adapter), who it is held to (a stage), who scores, who says what was to be expected, and who knows better."""
+    """Who samples (an adapter), who it is held to (a stage), who scores, who says what to expect, and who knows better."""
 
     policy: str
     reference: str
