@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Role = Literal["system", "user", "assistant"]
+# Why a completion stopped: the model's end of a turn, a stop id, a stop string, `max_new_tokens`, or somebody who left.
+Finish = Literal["end", "stop id", "stop string", "length", "cancelled"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 
 
@@ -48,7 +50,12 @@ class PreferencePair:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One sampled completion. `logprobs[i]` is log p(completion_ids[i]) under the distribution sampled from."""
+    """One sampled completion.
+
+    `logprobs[i]` is log p(completion_ids[i]) under the distribution sampled from, `model_logprobs[i]` the model's own at
+    temperature 1 with nothing cut or moved. `ended`: the last token is one that ends, and `text` is without it. `finish` says
+    why it stopped; a `text` that met a stop string ends before it, and the ids go on to the token that completed it.
+    """
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
@@ -56,6 +63,8 @@ class Rollout:
     text: str
     ended: bool
     adapter: str
+    model_logprobs: tuple[float, ...] = ()
+    finish: Finish = "length"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,17 @@
 """Generation: what a row says does not depend on its neighbours, and its log-probabilities are those of a full forward."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
 import transformers
 
-from posttrain.errors import ModelError
-from posttrain.generate import engine
-from posttrain.generate.engine import SamplingSettings, choose_tokens, generate, stream
+from posttrain.errors import AdapterError, ModelError
+from posttrain.generate import engine as engine_module
+from posttrain.generate.engine import Engine, generate, stream
+from posttrain.generate.rows import Request
+from posttrain.generate.sampling import SamplingSettings
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraSettings
 from posttrain.models.segments import Segments, Span
@@ -33,8 +35,8 @@ def base(tiny: BaseModel) -> Iterator[BaseModel]:
 @pytest.fixture
 def crowded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few places and small prefills: rows join and leave all the time."""
-    monkeypatch.setitem(engine.ROWS, "cpu", 7)
-    monkeypatch.setitem(engine.PREFILL_TOKENS, "cpu", 100)
+    monkeypatch.setitem(engine_module.ROWS, "cpu", 7)
+    monkeypatch.setitem(engine_module.PREFILL_TOKENS, "cpu", 100)
 
 
 def ragged_prompts(count: int = 64) -> list[list[int]]:
@@ -69,7 +71,7 @@ def tempered(logits_V: torch.Tensor, temperature: float, top_p: float) -> torch.
 @pytest.mark.parametrize("adapter", ["base", ADAPTER])
 def test_greedy_answers_of_64_ragged_prompts_are_those_of_each_alone(base: BaseModel, crowded: None, adapter: str):
     prompts = ragged_prompts()
-    settings = SamplingSettings(max_new_tokens=20)
+    settings = SamplingSettings(max_new_tokens=10)
     together = generate(base, prompts, settings, adapter)
     alone = [generate(base, [p], settings, adapter)[0] for p in prompts]
     differing = sum(a.completion_ids != b.completion_ids for a, b in zip(together, alone, strict=True))
@@ -126,48 +128,6 @@ def test_the_seed_and_the_index_choose_the_randomness(base: BaseModel):
     assert one == [r.completion_ids for r in without]
 
 
-def test_ties_take_the_first_of_equals():
-    logits_RV = torch.tensor([[0.0, 2.0, 2.0, 1.0], [1.0, 1.0, 1.0, 1.0], [-3.0, -1.0, -2.0, -1.0]])
-    token_R, logprob_R = choose_tokens(logits_RV, SamplingSettings(temperature=0.0), None)
-    assert token_R.tolist() == [1, 0, 1]
-    assert torch.allclose(logprob_R, torch.log_softmax(logits_RV, 1)[torch.arange(3), token_R])
-
-
-@pytest.mark.parametrize(
-    ("uniform", "top_p", "token", "p"),
-    [
-        (0.00, 1.0, 0, 0.5), (0.49, 1.0, 0, 0.5), (0.51, 1.0, 1, 0.3), (0.79, 1.0, 1, 0.3), (0.94, 1.0, 2, 0.15),
-        (0.96, 1.0, 3, 0.05), (0.999999, 1.0, 3, 0.05),
-        # the smallest set with mass 0.79 is {0, 1}: of the draw's 0.8, token 0 has 5/8
-        (0.62, 0.79, 0, 5 / 8), (0.63, 0.79, 1, 3 / 8), (0.999999, 0.79, 1, 3 / 8),
-        (0.999999, 0.81, 2, 0.15 / 0.95), (0.5, 0.01, 0, 1.0),
-    ],
-)  # fmt: skip
-def test_a_draw_by_hand(uniform: float, top_p: float, token: int, p: float):
-    logits_RV = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    settings = SamplingSettings(temperature=1.0, top_p=top_p)
-    token_R, logprob_R = choose_tokens(logits_RV, settings, torch.tensor([uniform], dtype=torch.float64))
-    assert token_R.tolist() == [token]
-    assert math.isclose(float(logprob_R[0]), math.log(p), abs_tol=1e-6)
-
-
-def test_temperature_sharpens_by_its_power():
-    # p^(1/T) with T = 1/2: 0.25, 0.09, 0.0225, 0.0025 of 0.365
-    logits_RV = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    _, logprob_R = choose_tokens(logits_RV, SamplingSettings(temperature=0.5), torch.tensor([0.1], dtype=torch.float64))
-    assert math.isclose(float(logprob_R[0]), math.log(0.25 / 0.365), abs_tol=1e-6)
-
-
-def test_100000_draws_have_the_frequencies_of_the_distribution():
-    p = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    count = 100_000
-    uniform_R = torch.rand(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    token_R, _ = choose_tokens(p.log().expand(count, 4), SamplingSettings(temperature=1.0), uniform_R)
-    found = torch.bincount(token_R, minlength=4).double()
-    chi_square = float(((found - count * p) ** 2 / (count * p)).sum())
-    assert chi_square < 11.34  # 99 % quantile with 3 degrees of freedom
-
-
 def test_a_row_stops_at_the_end_of_its_turn_and_only_there(base: BaseModel, crowded: None, monkeypatch: pytest.MonkeyPatch):
     prompts = ragged_prompts(12)
     free = generate(base, prompts, SamplingSettings(20), "base")
@@ -189,8 +149,7 @@ def test_progress_counts_every_row_and_token_once(base: BaseModel, crowded: None
     told: list[tuple[int, int]] = []
     rollouts = generate(base, ragged_prompts(20), SamplingSettings(9), "base", advance=lambda r, t: told.append((r, t)))
     assert sum(rows for rows, _ in told) == 20
-    # the first token of a row comes with its prompt
-    assert sum(tokens for _, tokens in told) == sum(len(r.completion_ids) - 1 for r in rollouts)
+    assert sum(tokens for _, tokens in told) == sum(len(r.completion_ids) for r in rollouts)
 
 
 def test_no_prompt_and_no_token(base: BaseModel):
@@ -207,19 +166,160 @@ def test_a_prompt_may_fill_the_context_and_not_more(base: BaseModel):
         generate(base, [[7], [7] * room], SamplingSettings(1), "base")
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        SamplingSettings(-1), SamplingSettings(temperature=-0.1), SamplingSettings(temperature=math.nan),
-        SamplingSettings(temperature=math.inf), SamplingSettings(top_p=0.0), SamplingSettings(top_p=1.1),
-        SamplingSettings(top_p=math.nan),
-    ],
-)  # fmt: skip
-def test_settings_that_cannot_be(base: BaseModel, settings: SamplingSettings):
-    with pytest.raises(ModelError, match="max_new_tokens >= 0, temperature >= 0, 0 < top_p <= 1"):
-        generate(base, [[1]], settings, "base")
-
-
 def test_an_empty_prompt_is_refused(base: BaseModel):
     with pytest.raises(ModelError, match="an empty prompt"):
         generate(base, [[1], []], SamplingSettings(), "base")
+
+
+def test_what_cannot_be_asked(base: BaseModel):
+    engine = Engine(base)
+    with pytest.raises(ModelError, match="generation · completions = 0 · 1 or more"):
+        engine.submit(Request([1], completions=0))
+    with pytest.raises(ModelError, match="a prompt with ids out of the vocabulary · 0 to 262"):
+        engine.submit(Request([1, 263]))
+    with pytest.raises(ModelError, match=r"token id 263 in stop_ids or logit_bias · 0 to 262"):
+        engine.submit(Request([1], SamplingSettings(logit_bias=((263, 1.0),))))
+    with pytest.raises(AdapterError, match='adapter "nobody" · is not loaded'):
+        engine.submit(Request([1], adapter="nobody"))
+    assert not engine.live
+
+
+def test_completions_of_a_shared_prompt_are_those_of_the_prompt_repeated(base: BaseModel, crowded: None):
+    prompts = ragged_prompts(6)
+    settings = SamplingSettings(12, 1.0, seed=3)
+    shared = generate(base, prompts, settings, ADAPTER, completions=3)
+    repeated = generate(base, [p for p in prompts for _ in range(3)], settings, ADAPTER)
+    assert [r.completion_ids for r in shared] == [r.completion_ids for r in repeated]
+    assert worst(r.logprobs for r in shared) == pytest.approx(worst(r.logprobs for r in repeated), abs=1e-4)
+
+
+def worst(logprobs: Iterable[tuple[float, ...]]) -> float:
+    return min(min(row) for row in logprobs)
+
+
+def test_a_shared_prompt_is_computed_once(base: BaseModel):
+    computed = []
+    hook = base.model.base_model.register_forward_pre_hook(
+        lambda _, __, given: computed.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    generate(base, [[1] * 50], SamplingSettings(3, 1.0), "base", completions=8)
+    hook.remove()
+    assert computed == [64, 8, 8]  # 50 rounded up to a multiple of 32, then 8 rows twice
+
+
+def test_more_completions_than_rows(base: BaseModel, crowded: None):
+    settings = SamplingSettings(5, 1.0, seed=2)
+    many = generate(base, [[1, 40, 41]], settings, "base", completions=17)
+    assert [r.completion_ids for r in many] == [r.completion_ids for r in generate(base, [[1, 40, 41]] * 17, settings, "base")]
+    assert len({r.completion_ids for r in many}) > 10
+
+
+def mixed(index: int) -> SamplingSettings:
+    """Settings of row `index` of a batch in which every row has others."""
+    kinds = [
+        SamplingSettings(14, 1.0, seed=4), SamplingSettings(9), SamplingSettings(20, 0.7, 0.9, seed=1),
+        SamplingSettings(5, 1.3, top_k=7), SamplingSettings(18, 1.0, min_p=0.02, repetition_penalty=1.3),
+        SamplingSettings(11, 0.0, repetition_penalty=1.5), SamplingSettings(8, 1.0, logit_bias=((50, 5.0), (60, -50.0))),
+        SamplingSettings(16, 1.0, stop=("k", "zz"), min_new_tokens=3), SamplingSettings(100, 1.0, stop_ids=(70, 71, 72, 73)),
+    ]  # fmt: skip
+    return kinds[index % len(kinds)]
+
+
+def test_adapters_and_settings_of_a_mixed_batch_are_each_alone(base: BaseModel, crowded: None):
+    """Ranks, layers and trained rows differ between the adapters."""
+    base.adapters.create("narrow", LoraSettings(2, 2.0, 0.0, "attention", "rslora"), seed=5)
+    base.adapters.create("rows", LoraSettings(3, 6.0, 0.0, "mlp", "standard"), seed=6, token_ids=(5, 60, 61))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name in ("narrow", "rows"):
+            for _, b in base.adapters.get(name).weights.values():
+                b.normal_(std=0.3, generator=generator)
+        rows = base.adapters.get("rows").tokens
+        assert rows is not None
+        rows.rows.normal_(std=0.4, generator=generator)
+    names = ["base", ADAPTER, "narrow", "rows"]
+    prompts = [[*p, 60, 61] for p in ragged_prompts(36)]
+    own, adapters = [mixed(i) for i in range(36)], [names[i % 4] for i in range(36)]
+    together = generate(base, prompts, own, adapters, completions=2)
+    for index, (prompt, settings, adapter) in enumerate(zip(prompts, own, adapters, strict=True)):
+        engine = Engine(base)
+        for offset in range(2):
+            engine.submit(Request(prompt, settings, adapter, 2 * index + offset))
+        alone = {}
+        while engine.live:
+            alone |= {e.row: e.rollout for e in engine.step() if e.rollout is not None}
+        for offset in range(2):
+            here, there = alone[offset], together[2 * index + offset]
+            assert (here.completion_ids, here.text, here.finish) == (there.completion_ids, there.text, there.finish)
+            assert here.logprobs == pytest.approx(there.logprobs, abs=1e-4)
+        full = full_logits(base, [*prompt, *there.completion_ids], adapter)[len(prompt) - 1 : -1]
+        wanted = torch.log_softmax(full, -1).gather(1, torch.tensor(there.completion_ids)[:, None])[:, 0]
+        assert torch.allclose(torch.tensor(there.model_logprobs), wanted, atol=1e-5)
+    assert {r.finish for r in together} >= {"length", "stop string", "stop id"}
+    for name in ("narrow", "rows"):
+        base.adapters.remove(name)
+
+
+def test_an_adapter_that_was_trained_in_the_meantime_is_read_again(base: BaseModel):
+    engine = Engine(base)
+
+    def answer() -> tuple[float, ...]:
+        engine.submit(Request([1, 50, 51], SamplingSettings(4, 0.0), ADAPTER))
+        events = [event for _ in range(4) for event in engine.step()]
+        return tuple(event.logprob for event in events)
+
+    before = answer()
+    assert answer() == before
+    _, b = next(iter(base.adapters.get(ADAPTER).weights.values()))
+    with torch.no_grad():
+        b.mul_(1.5)
+        changed = answer()
+        b.div_(1.5)
+    assert changed != before
+
+
+def test_a_cancelled_row_leaves_and_the_others_do_not_notice(base: BaseModel, crowded: None):
+    prompts, settings = ragged_prompts(12), SamplingSettings(10, 1.0, seed=8)
+    wanted = generate(base, prompts, settings, "base")
+    engine = Engine(base)
+    numbers = [engine.submit(Request(p, settings, "base", i))[0] for i, p in enumerate(prompts)]
+    ends, steps = {}, 0
+    while engine.live:
+        if steps == 3:
+            for gone in (numbers[2], numbers[11], numbers[11], 1000):  # in flight, waiting, twice, never there
+                engine.cancel(gone)
+        ends |= {event.row: event.rollout for event in engine.step() if event.rollout is not None}
+        steps += 1
+    assert len(ends) == 12
+    assert (ends[2].finish, ends[2].completion_ids) == ("cancelled", wanted[2].completion_ids[:3])
+    assert (ends[11].finish, ends[11].completion_ids) == ("cancelled", ())
+    assert [ends[i].completion_ids for i in range(12) if i not in (2, 11)] == [
+        r.completion_ids for i, r in enumerate(wanted) if i not in (2, 11)
+    ]
+
+
+def test_rows_wait_while_the_cache_would_be_too_large(base: BaseModel, monkeypatch: pytest.MonkeyPatch):
+    prompts, settings = ragged_prompts(9), SamplingSettings(6, 1.0, seed=1)
+    wanted = generate(base, prompts, settings, "base")
+    monkeypatch.setitem(engine_module.CACHE_BYTES, "cpu", 512 * 140)  # 2 layers, 2 heads of 16, float32: 512 bytes a token
+    engine = Engine(base)
+    for index, prompt in enumerate(prompts):
+        engine.submit(Request(prompt, settings, "base", index))
+    widths, ends = [], {}
+    while engine.live:
+        events = engine.step()
+        widths.append(sum(event.token is not None for event in events))
+        ends |= {event.row: event.rollout for event in events if event.rollout is not None}
+    assert max(widths) == 2  # two shelves of 64 tokens
+    assert [ends[i].completion_ids for i in range(9)] == [r.completion_ids for r in wanted]
+
+
+def test_rows_join_in_the_step_after_a_place_is_free(base: BaseModel, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(engine_module.ROWS, "cpu", 2)
+    engine = Engine(base)
+    for length in (2, 5, 3, 1):
+        engine.submit(Request([1, 9], SamplingSettings(length)))
+    steps = []
+    while engine.live:
+        steps.append([event.row for event in engine.step()])
+    assert [sorted(rows) for rows in steps] == [[0, 1], [0, 1], [1, 2], [1, 2], [1, 2], [3]]

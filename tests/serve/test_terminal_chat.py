@@ -130,9 +130,9 @@ def test_a_conversation_beyond_the_context_is_told_and_the_chat_goes_on(target: 
 
 
 def test_ctrl_c_ends_an_answer_and_then_the_chat(target: Target, monkeypatch: pytest.MonkeyPatch):
-    real, calls = engine._Decoder.step, []
+    real, calls = engine.Engine.step, []
 
-    def interrupted(self: engine._Decoder) -> tuple[int, int]:
+    def interrupted(self: engine.Engine) -> list[engine.Event]:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
@@ -145,7 +145,7 @@ def test_ctrl_c_ends_an_answer_and_then_the_chat(target: Target, monkeypatch: py
                 raise KeyboardInterrupt
             return line
 
-    monkeypatch.setattr(engine._Decoder, "step", interrupted)
+    monkeypatch.setattr(engine.Engine, "step", interrupted)
     out = io.StringIO()
     assert chat(target, GREEDY, source=Source("Hi\nHi\n"), out=out) == 0
     # the answer that was cut short is forgotten: the second is the first one's whole

@@ -28,7 +28,7 @@ from posttrain.errors import ArtifactError, ModelError
 from posttrain.models.attention import ATTENTION_NAME, register_attention
 from posttrain.models.kernels import replace_mlps, replace_rotary
 from posttrain.models.logprobs import target_logprobs
-from posttrain.models.lora import AdapterSet, LoraShape
+from posttrain.models.lora import AdapterSet, LoraAdapter, LoraShape
 from posttrain.models.narrow import NarrowWeights
 from posttrain.models.norms import replace_norms
 from posttrain.models.rows import HeadRows, RowGradient, TokenRows, head_logits, head_rows
@@ -145,6 +145,16 @@ class BaseModel:
             return logprobs_N
         found: Tensor = RowGradient.apply(logprobs_N, hidden_ND, head_VD, tokens.rows, rows.ids_K, target_N, self.softcap)  # type: ignore[no-untyped-call]
         return found
+
+    def row_logits(self, hidden_RD: Tensor, adapters: Sequence[LoraAdapter | None]) -> Tensor:
+        """Logits [R, V] of rows with adapters of their own, soft-capped where the model is, without gradient."""
+        logits_RV = hidden_RD @ self.head_VD.T
+        for adapter in dict.fromkeys(adapters):
+            if adapter is not None and adapter.tokens is not None and self.tied:
+                own = torch.tensor([r for r, a in enumerate(adapters) if a is adapter], device=logits_RV.device)
+                rows = head_rows(adapter.tokens, self.head_VD)
+                logits_RV[own[:, None], rows.ids_K] = hidden_RD[own] @ rows.rows_KD.T
+        return logits_RV if self.softcap is None else torch.tanh(logits_RV.float() / self.softcap) * self.softcap
 
     def scores(self, hidden_ND: Tensor, adapter: str) -> Tensor:
         """The score of each completion [N] by the head of a reward model's adapter, float32."""

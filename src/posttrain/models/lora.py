@@ -10,6 +10,7 @@ Embedding rows trained beside: `models/rows.py`.
 T: tokens, R: rank.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from torch.nn import functional
 
 from posttrain.errors import AdapterError, RecipeError
 from posttrain.models.heads import SCORE_NAME, ScoreHead
+from posttrain.models.mixed import TokenAdapters
 from posttrain.models.rows import TokenRows, replace_rows
 
 ATTENTION_PARENTS = ("self_attn", "attn", "attention")
@@ -136,6 +138,7 @@ class Routing:
     def __init__(self) -> None:
         self.whole: LoraAdapter | None = None
         self.spans: tuple[Span, ...] = ()
+        self.tokens: TokenAdapters | None = None
 
 
 class LoraLinear(nn.Module):
@@ -153,6 +156,8 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs]."""
+        if self.routing.tokens is not None:
+            return self.routing.tokens.apply(self.name, x, self.base.weight, self.base.bias)
         if self.routing.spans:
             return self._forward_spans(x)
         adapter = self.routing.whole
@@ -301,10 +306,19 @@ class AdapterSet:
         finally:
             self.routing.whole, self.routing.spans = before
 
+    @contextmanager
+    def use_tokens(self, tokens: TokenAdapters) -> Iterator[None]:
+        """Tokens of the batch use different adapters, without gradients: for generation."""
+        before, self.routing.tokens = self.routing.tokens, tokens
+        try:
+            yield
+        finally:
+            self.routing.tokens = before
+
     def _embed(self, module: nn.Module, inputs: tuple[Tensor], embedded: Tensor) -> Tensor | None:
         """After the embedding: trained rows of the adapters in force replace the base's. None leaves the output as it is."""
         ids, whole = inputs[0], self.routing.whole
-        spans = self.routing.spans or (Span(0, ids.shape[1], whole),)
+        spans = self._embedded_spans() or (Span(0, ids.shape[1], whole),)
         if all(adapter is None or adapter.tokens is None for _, _, adapter in spans):
             return None
         parts = []
@@ -314,6 +328,13 @@ class AdapterSet:
                 part = replace_rows(part, ids[:, start:stop], adapter.tokens, self._embedding_scale)
             parts.append(part)
         return torch.cat(parts, dim=1)
+
+    def _embedded_spans(self) -> tuple[Span, ...]:
+        if self.routing.tokens is None:
+            return self.routing.spans
+        stops = list(itertools.accumulate(count for count, _ in self.routing.tokens.runs))
+        runs = zip(stops, self.routing.tokens.runs, strict=True)
+        return tuple(Span(stop - count, stop, adapter) for stop, (count, adapter) in runs)
 
     def _device(self) -> torch.device:
         return self._embedding.weight.device

@@ -1,12 +1,14 @@
-"""The table of segments of one packed batch, and the cache of a decoding batch: what the attention functions read.
+"""The table of segments of one packed batch: what the attention functions read.
 
-T: packed tokens, K: key/value heads, D: head width, L: segment length, S: keys seen, R: rows.
+L: segment length, S: keys seen.
 """
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from posttrain.models.decoding import CacheStep
 
 
 class Span(NamedTuple):
@@ -22,38 +24,14 @@ class Span(NamedTuple):
         return self.length + sum(length for _, length in self.ancestors)
 
 
-class KeyValueCache:
-    """Keys and values of the rows of a decoding batch, preallocated: [R, K, capacity, D] a layer."""
-
-    def __init__(self, rows: int, capacity: int) -> None:
-        self.rows, self.capacity = rows, capacity
-        self.lengths_R = torch.zeros(rows, dtype=torch.long)
-        # The row that each span of a prefill goes to.
-        self.filling: list[int] = list(range(rows))
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The tensors of one layer; made at the first use, when the shapes are known."""
-        if index not in self._layers:
-            shape = (self.rows, like.shape[0], self.capacity, like.shape[-1])
-            self._layers[index] = (like.new_zeros(shape), like.new_zeros(shape))
-        return self._layers[index]
-
-    def keep(self, rows_R: Tensor) -> None:
-        """Drop all rows but these, in this order."""
-        self.rows = len(rows_R)
-        self.lengths_R = self.lengths_R[rows_R]
-        self._layers = {i: (k[rows_R], v[rows_R]) for i, (k, v) in self._layers.items()}
-
-
 class Segments:
     """The table of segments of one packed batch, handed to the attention function through the model's forward."""
 
-    def __init__(self, spans: tuple[Span, ...], *, cache: KeyValueCache | None = None, decoding: bool = False) -> None:
-        self.spans, self.cache, self.decoding = spans, cache, decoding
+    def __init__(self, spans: tuple[Span, ...], *, step: CacheStep | None = None) -> None:
+        # With a cache the spans are those of the tokens behind the decoding rows, and are counted from there.
+        self.spans, self.step = spans, step
         self._invisible: dict[tuple[int, int, int], Tensor] = {}
-        # Made at the first use and kept for the other layers: masks of decoding rows by window, the GPU kernel's table.
-        self.masks: dict[int, Tensor] = {}
+        # The GPU kernel's table, made at the first use and kept for the other layers.
         self.varlen: Any = None
 
     def invisible(self, length: int, keys: int, window: int, device: torch.device) -> Tensor:

@@ -317,13 +317,13 @@ class _PpoRun:
         stage, base = self.stage, self.base
         chosen = self._asked(iteration)
         settings = SamplingSettings(stage.max_new_tokens, stage.temperature, 1.0, self.seed * 1009 + iteration)
-        asked = [row.ids for row in chosen for _ in range(stage.completions)]
-        answers = generate(base, asked, settings, self.policy, advance=self._watch(len(asked), iteration))
+        prompts = [row.ids for row in chosen]
+        watch = self._watch(len(prompts) * stage.completions, iteration)
+        answers = generate(base, prompts, settings, self.policy, completions=stage.completions, advance=watch)
         completions = [
             [list(a.completion_ids) for a in answers[k : k + stage.completions]]
             for k in range(0, len(answers), stage.completions)
         ]
-        prompts = [row.ids for row in chosen]
         old_N, reference_N, value_N, model_MB = self._judged(prompts, completions)
         texts = Texts([row.text for row in chosen for _ in range(stage.completions)], [a.text for a in answers])
         judged = self.judge.judge(model_MB, texts, when=f"iteration {iteration + 1}")

@@ -1,0 +1,170 @@
+"""The places of the rows in flight, and the one forward that a step needs: decoding rows first, joining prompts behind them.
+
+A row stands on a shelf (`models/decoding.py`) by what it needs, a power of two of tokens. Rows that leave are replaced by rows
+that join; where none does, the last rows of the shelf move into the gaps, so that the rows computed are always the first ones.
+
+T: tokens of the forward.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from posttrain.generate.rows import Row
+from posttrain.models.decoding import KEYS_ROUND, CacheStep, Filling, Reading, Shelf
+from posttrain.models.lora import LoraAdapter
+from posttrain.models.segments import Segments, Span
+
+SMALLEST_SHELF = 64
+# Rows computed are rounded up to these; beyond, to multiples of the last.
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+# A forward with prompts in it is rounded up to multiples of so many tokens.
+ROUND_TO = 32
+
+
+class Work(NamedTuple):
+    """One forward: token ids and positions [T], the table for attention, runs of tokens with one adapter.
+
+    `chosen` are the rows that get a token, and `source` the token that each of them is read at.
+    """
+
+    ids_T: Tensor
+    positions_T: Tensor
+    segments: Segments
+    runs: list[tuple[int, LoraAdapter | None]]
+    chosen: list[Row]
+    source: list[int]
+
+
+def rounded(rows: int) -> int:
+    """How many rows are computed for so many."""
+    return next((size for size in SIZES if size >= rows), -(-rows // SIZES[-1]) * SIZES[-1])
+
+
+def capacity_for(need: int) -> int:
+    """Tokens of the shelf that a row with this need stands on."""
+    return max(SMALLEST_SHELF, 1 << max(0, need - 1).bit_length())
+
+
+class Places:
+    """Who stands where: for each capacity its shelf and the rows on it, None for a gap."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.shelves: dict[int, tuple[Shelf, list[Row | None]]] = {}
+
+    def rows(self) -> list[Row]:
+        """Everybody in flight."""
+        return [row for _, rows in self.shelves.values() for row in rows if row is not None]
+
+    def put(self, joining: Sequence[Row], expected: Mapping[int, int], limit: int) -> None:
+        """Give places to new rows, gaps first. Where a shelf must grow, it does so for the rows of its capacity that are
+        `expected` as well, up to `limit`."""
+        for row in joining:
+            capacity = capacity_for(row.need)
+            shelf, rows = self.shelves.setdefault(capacity, (Shelf(0, capacity), []))
+            if None in rows:
+                rows[rows.index(None)] = row
+            else:
+                rows.append(row)
+            if len(rows) > shelf.places:
+                shelf.grow(rounded(max(len(rows), min(limit, len(joining) + expected.get(capacity, 0)))))
+
+    def leave(self, leaving: Sequence[Row]) -> None:
+        """Take rows off their shelves; a shelf without rows is given up."""
+        gone = {id(row) for row in leaving}
+        for _, rows in self.shelves.values():
+            rows[:] = [None if id(row) in gone else row for row in rows]
+        self.shelves = {capacity: pair for capacity, pair in self.shelves.items() if any(pair[1])}
+
+    def close_gaps(self) -> None:
+        """Move the last rows of each shelf into its gaps."""
+        for shelf, rows in self.shelves.values():
+            count = sum(row is not None for row in rows)
+            gaps = [place for place, row in enumerate(rows[:count]) if row is None]
+            last = [place for place in range(count, len(rows)) if rows[place] is not None]
+            if gaps:
+                shelf.move(last, gaps, max(row.length for row in rows[count:] if row is not None))
+                for source, target in zip(last, gaps, strict=True):
+                    rows[target] = rows[source]
+            del rows[count:]
+
+
+def lay_out(places: Places, joining: Sequence[Sequence[Row]]) -> Work:
+    """The forward in which all rows get a token; each of `joining` is a prompt and the rows that share it."""
+    new = {id(row) for group in joining for row in group}
+    work = Work(torch.empty(0), torch.empty(0), Segments(()), [], [], [])
+    ids: list[int] = []
+    positions: list[int] = []
+    readings = []
+    for shelf, rows in places.shelves.values():
+        decoding = [(place, row) for place, row in enumerate(rows) if row is not None and id(row) not in new]
+        if not decoding:
+            continue
+        start, size = len(ids), min(rounded(decoding[-1][0] + 1), shelf.places)
+        ids += [0] * size
+        positions += [0] * size
+        runs: list[tuple[int, LoraAdapter | None]] = [(1, decoding[0][1].adapter)] * size
+        for place, row in decoding:
+            ids[start + place], positions[start + place] = row.ids[-1], row.length
+            runs[place] = (1, row.adapter)
+            work.chosen.append(row)
+            work.source.append(start + place)
+        work.runs.extend(runs)
+        readings.append(_reading(shelf, start, size, decoding, places.device))
+    decoded = len(ids)
+    spans = []
+    for group in joining:
+        prompt = group[0].prompt
+        spans.append(Span(len(ids) - decoded, len(prompt)))
+        ids += prompt
+        positions += range(len(prompt))
+        work.runs.append((len(prompt), group[0].adapter))
+        work.chosen.extend(group)
+        work.source.extend([len(ids) - 1] * len(group))
+    if spans:
+        spare = -len(ids) % ROUND_TO
+        ids += [0] * spare
+        positions += [0] * spare
+        work.runs.append((spare, work.runs[-1][1]))
+    step = CacheStep(decoded, tuple(readings), tuple(_fillings(places, joining, spans, decoded)))
+    return work._replace(
+        ids_T=torch.tensor(ids, device=places.device), positions_T=torch.tensor(positions, device=places.device),
+        segments=Segments(tuple(spans), step=step), runs=_merged(work.runs),
+    )  # fmt: skip
+
+
+def _reading(shelf: Shelf, start: int, size: int, decoding: list[tuple[int, Row]], device: torch.device) -> Reading:
+    lengths = [row.length for _, row in decoding]
+    seen = min(-(-(max(lengths) + 1) // KEYS_ROUND) * KEYS_ROUND, shelf.capacity)
+    place_N = torch.tensor([place for place, _ in decoding], device=device)
+    return Reading(shelf, start, size, place_N, torch.tensor(lengths, device=device), seen, {})
+
+
+def _fillings(places: Places, joining: Sequence[Sequence[Row]], spans: list[Span], decoded: int) -> list[Filling]:
+    """Where the tokens of the prompts go, shelf by shelf."""
+    span_of = {id(row): span for group, span in zip(joining, spans, strict=True) for row in group}
+    fillings = []
+    for shelf, rows in places.shelves.values():
+        moves = [(place, span_of[id(row)]) for place, row in enumerate(rows) if id(row) in span_of]
+        if moves:
+            numbers = (
+                torch.tensor([place for place, span in moves for _ in range(span.length)], device=places.device),
+                torch.cat([torch.arange(span.length) for _, span in moves]).to(places.device),
+                torch.cat([torch.arange(span.length) + decoded + span.start for _, span in moves]).to(places.device),
+            )
+            fillings.append(Filling(shelf, *numbers))
+    return fillings
+
+
+def _merged(runs: list[tuple[int, LoraAdapter | None]]) -> list[tuple[int, LoraAdapter | None]]:
+    """Neighbouring runs of one adapter as one."""
+    found: list[tuple[int, LoraAdapter | None]] = []
+    for count, adapter in runs:
+        if found and found[-1][1] is adapter:
+            found[-1] = (found[-1][0] + count, adapter)
+        elif count:
+            found.append((count, adapter))
+    return found

@@ -1,0 +1,98 @@
+"""What is asked of the engine, what it tells, and one completion on its way."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from posttrain.data.chat import ChatFormat
+from posttrain.generate.sampling import Draw, SamplingSettings, uniform
+from posttrain.generate.text import TextStream
+from posttrain.models.lora import LoraAdapter
+from posttrain.records import Finish, Rollout
+
+
+class Request(NamedTuple):
+    """A prompt, and how it is to be answered. `completions` answers have the indices `first`, `first + 1`, ...
+
+    Randomness is a function of (seed, index, position): the same request gives the same answers in any company.
+    """
+
+    prompt: Sequence[int]
+    settings: SamplingSettings = SamplingSettings()
+    adapter: str = "base"
+    first: int = 0
+    completions: int = 1
+
+
+class Event(NamedTuple):
+    """A token of a completion, or its end, or both. `token` is None where it ended without a new one."""
+
+    row: int
+    token: int | None
+    logprob: float
+    model_logprob: float
+    rollout: Rollout | None
+
+
+class Row:
+    """One completion: `number` names it to the caller, `adapter` is what it is computed with."""
+
+    def __init__(self, number: int, request: Request, completion: int, adapter: LoraAdapter | None, chat: ChatFormat) -> None:
+        self.number, self.request, self.adapter = number, request, adapter
+        self.prompt, self.settings = tuple(request.prompt), request.settings
+        self._index, self._chat = request.first + completion, chat
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.model_logprobs: list[float] = []
+        self.finish: Finish | None = None if self.settings.max_new_tokens else "length"
+        self._ends = (*sorted(chat.end_ids), *self.settings.stop_ids)
+        self._seen = dict.fromkeys(self.prompt) if self.settings.repetition_penalty != 1 else {}
+        self._text = ""
+        self._stream: TextStream | None = None
+        if self.settings.stop:
+            self._stream = TextStream(chat.decode, self.settings.stop, after=self.settings.min_new_tokens)
+
+    @property
+    def need(self) -> int:
+        """Tokens that the cache must have room for; the last one is never computed."""
+        return len(self.prompt) + self.settings.max_new_tokens - 1
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache: all but the newest."""
+        return len(self.prompt) + len(self.ids) - 1
+
+    def draw(self) -> Draw:
+        """What this row brings to its next choice."""
+        settings, position = self.settings, len(self.ids)
+        number = uniform(settings.seed, self._index, position) if settings.temperature else 0.0
+        return Draw(settings, number, tuple(self._seen), self._ends if position < settings.min_new_tokens else ())
+
+    def accept(self, token: int, logprob: float, model_logprob: float) -> None:
+        """Take one token; what ends a completion is kept as its last."""
+        self.ids.append(token)
+        if self.settings.logprobs:
+            self.logprobs.append(logprob)
+            self.model_logprobs.append(model_logprob)
+        if self._seen:
+            self._seen[token] = None
+        if token in self._chat.end_ids:
+            self.finish = "end"
+        elif token in self.settings.stop_ids:
+            self.finish = "stop id"
+        elif self._stream is not None and self._met(self._stream, token):
+            self.finish = "stop string"
+        elif len(self.ids) >= self.settings.max_new_tokens:
+            self.finish = "length"
+
+    def _met(self, stream: TextStream, token: int) -> bool:
+        self._text += stream.add(token)
+        return stream.stopped
+
+    def rollout(self) -> Rollout:
+        """The completion as it stands."""
+        ended = self.finish in ("end", "stop id")
+        text = self._text if self.finish == "stop string" else self._chat.decode(self.ids[:-1] if ended else self.ids)
+        return Rollout(
+            self.prompt, tuple(self.ids), tuple(self.logprobs), text, ended, self.request.adapter, tuple(self.model_logprobs),
+            self.finish or "cancelled",
+        )  # fmt: skip

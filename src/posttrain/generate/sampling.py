@@ -1,0 +1,258 @@
+"""From logits to tokens: settings of a row, what they do to its distribution, and the draw. Pure functions, no model.
+
+In this order, as transformers has it:
+
+    z_t = z_t / penalty where z_t > 0 else z_t penalty      t was there before     repetition penalty (Keskar et al. 2019)
+    z_t = z_t + bias_t                                                             logit bias
+    z_t = -inf for tokens that end                          before min_new_tokens  minimum length
+    p = softmax(z / temperature)
+    keep p_t >= the k-th largest                                                   top-k (Fan et al. 2018)
+    keep the smallest set of likeliest with mass top_p                             top-p (Holtzman et al. 2020)
+    keep p_t >= min_p max p                                                        min-p (Nguyen et al. 2024)
+
+Tokens as likely as the last one that is kept are kept too, so that no cut depends on an order. Temperature 0 takes the
+likeliest token, the first of equals, and its log-probability at temperature 1. A row's randomness is a function of (seed,
+index, position) and nothing else; the token is where it falls in the cumulative distribution: one number a row.
+
+R: rows, b: rows of a block, V: vocabulary, W: tokens of a block of the vocabulary, C: such blocks.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from posttrain.errors import ModelError
+
+# Tokens of the vocabulary that are looked through at once when one of them is chosen.
+BLOCK = 512
+# Rows worked on at once on a CPU: their float32 logits stay in the cache for all passes over them.
+BLOCK_ROWS = 4
+# Candidates that top-p looks at before it sorts the whole vocabulary.
+CANDIDATES = 1024
+_MASK = 2**64 - 1
+
+
+class SamplingSettings(NamedTuple):
+    """How to choose tokens. `logprobs=False` saves passes over the vocabulary where nobody reads them."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    logprobs: bool = True
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def cuts(self) -> bool:
+        """Whether tokens are left out of the draw."""
+        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
+
+    @property
+    def moves(self) -> bool:
+        """Whether logits are changed before the temperature."""
+        return self.repetition_penalty != 1 or bool(self.logit_bias) or self.min_new_tokens > 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether what is sampled from is the model's own distribution."""
+        return self.temperature in (0, 1) and not self.cuts and not self.moves
+
+
+class Draw(NamedTuple):
+    """What one row brings to one choice: its settings, a number in [0, 1), tokens seen before, tokens forbidden now."""
+
+    settings: SamplingSettings
+    uniform: float = 0.0
+    seen: Sequence[int] = ()
+    forbidden: Sequence[int] = ()
+
+
+class Chosen(NamedTuple):
+    """Tokens with their log-probabilities under the distribution sampled from and the model's own, all [R]."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    model_logprobs: list[float]
+
+
+def check_settings(settings: SamplingSettings, vocabulary: int) -> None:
+    """Raise ModelError for settings that cannot be."""
+    s = settings
+    ids = [*s.stop_ids, *(token for token, _ in s.logit_bias)]
+    unknown = next((i for i in ids if not 0 <= i < vocabulary), None)
+    problems = [
+        (s.max_new_tokens >= 0, f"max_new_tokens = {s.max_new_tokens}", "0 or more"),
+        (0 <= s.temperature < math.inf, f"temperature = {s.temperature}", "0 or more"),
+        (0 < s.top_p <= 1, f"top_p = {s.top_p}", "more than 0, at most 1"),
+        (s.top_k >= 0, f"top_k = {s.top_k}", "0 (all tokens) or more"),
+        (0 <= s.min_p <= 1, f"min_p = {s.min_p}", "0 to 1"),
+        (0 < s.repetition_penalty < math.inf, f"repetition_penalty = {s.repetition_penalty}", "more than 0"),
+        (
+            0 <= s.min_new_tokens <= s.max_new_tokens,
+            f"min_new_tokens = {s.min_new_tokens}", f"0 to max_new_tokens ({s.max_new_tokens})",
+        ),
+        (all(s.stop), "an empty stop string", "strings of at least one character"),
+        (unknown is None, f"token id {unknown} in stop_ids or logit_bias", f"0 to {vocabulary - 1}"),
+        (all(math.isfinite(bias) for _, bias in s.logit_bias), "a logit_bias that is not finite", "finite numbers"),
+    ]  # fmt: skip
+    for fine, found, allowed in problems:
+        if not fine:
+            raise ModelError("generation", found, allowed=allowed)
+
+
+def uniform(seed: int, index: int, position: int) -> float:
+    """A number in [0, 1) for each token of each row: the mixing function of SplitMix64 (Steele et al. 2014), chained."""
+    return (_mix(_mix(_mix(seed) + index) + position) >> 11) / 2**53
+
+
+def _mix(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def choose_tokens(logits_RV: Tensor, draws: Sequence[Draw]) -> Chosen:
+    """The next token of each row; what a row gets does not depend on the others. Waits for the device once."""
+    size = BLOCK_ROWS if logits_RV.device.type == "cpu" else len(draws)
+    parts = [_choose(logits_RV[i : i + size], draws[i : i + size]) for i in range(0, len(draws), size)]
+    token_R, logprob_R, model_R = torch.cat(parts, 1).tolist()
+    return Chosen([int(token) for token in token_R], logprob_R, model_R)
+
+
+def _choose(logits_bV: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Tokens and both log-probabilities [3, b], float64."""
+    settings = [draw.settings for draw in draws]
+    told = any(s.logprobs for s in settings)
+    z_bV = logits_bV.float()
+    model_total_b = torch.logsumexp(z_bV, 1) if told and not all(s.plain for s in settings) else None
+    if any(s.moves for s in settings):
+        z_bV = move_logits(z_bV, draws)
+    if not told and not any(s.temperature for s in settings):
+        likeliest_b = _argmax(z_bV).double()
+        return torch.stack([likeliest_b, torch.zeros_like(likeliest_b), torch.zeros_like(likeliest_b)])
+    weights_bV = torch.softmax(_tempered(z_bV, settings), 1)
+    if any(s.cuts for s in settings):
+        weights_bV = cut(weights_bV, settings)
+    total_b: Tensor | None = None
+    token_b: Tensor | None = _argmax(z_bV) if not all(s.temperature for s in settings) else None
+    if any(s.temperature for s in settings):
+        drawn_b, total_b = _draw(weights_bV, _numbers([draw.uniform for draw in draws], weights_bV, torch.float64))
+        greedy_b = _numbers([not s.temperature for s in settings], weights_bV, torch.bool)
+        token_b = drawn_b if token_b is None else torch.where(greedy_b, token_b, drawn_b)
+    assert token_b is not None
+    weight_b = weights_bV.gather(1, token_b[:, None])[:, 0].double()
+    logprob_b = (weight_b if total_b is None else weight_b / total_b).log()
+    model_b = logprob_b
+    if model_total_b is not None:
+        own_b = (logits_bV.gather(1, token_b[:, None])[:, 0].float() - model_total_b).double()
+        model_b = torch.where(_numbers([s.plain for s in settings], weights_bV, torch.bool), logprob_b, own_b)
+    return torch.stack([token_b.double(), logprob_b, model_b])
+
+
+def _numbers(values: Sequence[float], like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=like.device)
+
+
+def _tempered(z_bV: Tensor, settings: Sequence[SamplingSettings]) -> Tensor:
+    temperatures = [s.temperature or 1.0 for s in settings]
+    if all(t == 1 for t in temperatures):
+        return z_bV
+    # The largest is taken off first: at a temperature near 0 the others may then fall to -inf, and none rises to inf.
+    return (z_bV - z_bV.amax(1, keepdim=True)) / _numbers(temperatures, z_bV, torch.float32)[:, None]
+
+
+def move_logits(z_bV: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Logits [b, V] after repetition penalty, logit bias and minimum length, float32; a copy."""
+    z_bV = z_bV.clone()
+    for z_V, draw in zip(z_bV, draws, strict=True):
+        settings = draw.settings
+        if settings.repetition_penalty != 1:
+            seen = torch.tensor(draw.seen, device=z_V.device)
+            z = z_V[seen]
+            z_V[seen] = torch.where(z > 0, z / settings.repetition_penalty, z * settings.repetition_penalty)
+        if settings.logit_bias:
+            ids = torch.tensor([token for token, _ in settings.logit_bias], device=z_V.device)
+            z_V.index_add_(0, ids, _numbers([bias for _, bias in settings.logit_bias], z_V, torch.float32))
+        if draw.forbidden:
+            z_V[torch.tensor(draw.forbidden, device=z_V.device)] = -math.inf
+    return z_bV
+
+
+def cut(weights_bV: Tensor, settings: Sequence[SamplingSettings]) -> Tensor:
+    """Weights [b, V] with zeros where top-k, top-p or min-p leave tokens out; each is a least weight a row."""
+    vocabulary = weights_bV.shape[1]
+    cutting = [s if s.cuts else SamplingSettings() for s in settings]
+    largest = [min(s.top_k, vocabulary) or vocabulary for s in cutting]
+    ks = [k for k in largest if k < vocabulary]
+    if ks:
+        top_bk = weights_bV.topk(max(ks), 1).values
+        least = [top_bk[i, k - 1] if k < vocabulary else top_bk.new_zeros(()) for i, k in enumerate(largest)]
+        weights_bV = _at_least(weights_bV, torch.stack(least))
+    if any(s.top_p < 1 for s in cutting):
+        weights_bV = _at_least(
+            weights_bV, _top_p_weight(weights_bV, _numbers([s.top_p for s in cutting], weights_bV, torch.float64))
+        )
+    if any(s.min_p > 0 for s in cutting):
+        weights_bV = _at_least(weights_bV, weights_bV.amax(1) * _numbers([s.min_p for s in cutting], weights_bV, torch.float32))
+    return weights_bV
+
+
+def _at_least(weights_bV: Tensor, least_b: Tensor) -> Tensor:
+    return weights_bV.masked_fill(weights_bV < least_b[:, None], 0.0)
+
+
+def _top_p_weight(weights_bV: Tensor, top_p_b: Tensor) -> Tensor:
+    """The weight of the last token that is needed for mass top_p [b]; 0 where all are."""
+    wanted_b1 = (weights_bV.sum(1, dtype=torch.float64) * top_p_b)[:, None]
+    count = min(CANDIDATES, weights_bV.shape[1])
+    # On a GPU the whole is sorted at once: looking whether candidates are enough would wait for it.
+    if weights_bV.is_cuda:
+        count = weights_bV.shape[1]
+    while True:
+        ordered_bn = weights_bV.topk(count, 1).values
+        before_bn = ordered_bn.double().cumsum(1) - ordered_bn
+        if count == weights_bV.shape[1] or bool(((before_bn[:, -1:] >= wanted_b1) | (top_p_b[:, None] == 1)).all()):
+            break
+        count = weights_bV.shape[1]
+    last_b1 = (before_bn < wanted_b1).sum(1, keepdim=True).clamp(min=1) - 1
+    return torch.where(top_p_b < 1, ordered_bn.gather(1, last_b1)[:, 0], 0.0)
+
+
+def _in_blocks(x_bV: Tensor, filler: float) -> Tensor:
+    """The vocabulary cut into blocks [b, C, W]: what is looked for is found in its block, then inside of it."""
+    spare = -x_bV.shape[1] % BLOCK
+    padded_bV = functional.pad(x_bV, (0, spare), value=filler) if spare else x_bV
+    return padded_bV.view(len(padded_bV), -1, BLOCK)
+
+
+def _argmax(z_bV: Tensor) -> Tensor:
+    """The first of the largest logits [b]: at 262k tokens a twentieth of the time of argmax, which is not vectorised."""
+    blocks_bCW = _in_blocks(z_bV, -math.inf)
+    block_b = blocks_bCW.amax(2).argmax(1)
+    return block_b * BLOCK + blocks_bCW[torch.arange(len(block_b), device=block_b.device), block_b].argmax(1)
+
+
+def _draw(weights_bV: Tensor, uniform_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Where uniform_b in [0, 1) falls in the cumulative distribution of weights: token [b], total weight [b] in float64."""
+    blocks_bCW = _in_blocks(weights_bV, 0.0)
+    cumulative_bC = blocks_bCW.sum(2, dtype=torch.float64).cumsum(1)
+    total_b = cumulative_bC[:, -1]
+    # Rounding must not carry a draw past the last token with any weight, neither here nor inside of a block.
+    draw_b1 = torch.minimum(uniform_b * total_b, torch.nextafter(total_b, torch.zeros_like(total_b)))[:, None]
+    block_b1 = torch.searchsorted(cumulative_bC, draw_b1, right=True).clamp(max=cumulative_bC.shape[1] - 1)
+    before_b1 = torch.where(block_b1 > 0, cumulative_bC.gather(1, (block_b1 - 1).clamp(min=0)), 0.0)
+    inside_bW = blocks_bCW[torch.arange(len(block_b1), device=block_b1.device), block_b1[:, 0]].double()
+    place_b1 = torch.searchsorted(inside_bW.cumsum(1), draw_b1 - before_b1, right=True)
+    last_b1 = BLOCK - 1 - (inside_bW.flip(1) > 0).int().argmax(1, keepdim=True)
+    return (block_b1 * BLOCK + torch.minimum(place_b1, last_b1))[:, 0], total_b
