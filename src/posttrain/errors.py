@@ -7,6 +7,7 @@
     ├── AdapterError          an adapter that does not belong to this base, or is damaged
     ├── ArtifactError         a run folder, a manifest, a checkpoint
     │   └── RunLockedError    another process works on the same run
+    ├── BusyError             a server that has no room for a request, or is going down
     └── TrainingError         training cannot go on
         └── NonFiniteError    a loss or gradient is not finite; nothing was updated
 
@@ -44,6 +45,10 @@ class ArtifactError(PosttrainError):
 
 class RunLockedError(ArtifactError):
     """Another process is working on the same run folder."""
+
+
+class BusyError(PosttrainError):
+    """A server that cannot take a request now."""
 
 
 class TrainingError(PosttrainError):

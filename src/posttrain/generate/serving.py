@@ -1,0 +1,175 @@
+"""The engine for a server: requests come from asyncio, one thread of its own runs the steps.
+
+    async with serving(base) as server:
+        answer = server.submit(Request(...))
+        async for event in answer: ...        a client that leaves early: `answer.cancel()`
+
+Requests wait in a bounded queue; where it is full the answer is `BusyError`, at once. All work on the model happens in the one
+thread, and in it every event is handed to the loop of whoever asked. Shutting down ends what is in flight with "cancelled".
+"""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator
+from typing import NamedTuple
+
+from posttrain.errors import BusyError, PosttrainError
+from posttrain.generate.engine import Engine
+from posttrain.generate.rows import Event, Request
+from posttrain.models.load import BaseModel
+
+# Completions that may wait for a place.
+WAITING = 256
+
+
+class Answer:
+    """What comes of one request: an async iterator of the events of all its completions, to the end of the last."""
+
+    def __init__(self, server: "Server", request: Request) -> None:
+        self.request, self._server = request, server
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
+        # The engine's number of each completion; known once the thread has taken the request.
+        self.numbers: list[int] = []
+        self._left = request.completions
+
+    def __aiter__(self) -> "Answer":
+        return self
+
+    async def __anext__(self) -> Event:
+        """The next event; `event.row` counts the request's completions from 0. Raises what the engine died of."""
+        if not self._left:
+            raise StopAsyncIteration
+        try:
+            event = await self._events.get()
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        if isinstance(event, BaseException):
+            self._left = 0
+            raise event
+        if event.rollout is not None:
+            self._left -= 1
+        return event
+
+    def cancel(self) -> None:
+        """End what is left of it; its completions still send their last events. For a client that has gone."""
+        self._server.tell(_Cancel(self))
+
+    def deliver(self, event: Event | BaseException) -> None:
+        """Called by the engine's thread."""
+        with contextlib.suppress(RuntimeError):  # a loop that was closed in the meantime hears nothing any more
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+
+class _Submit(NamedTuple):
+    answer: Answer
+
+
+class _Cancel(NamedTuple):
+    answer: Answer
+
+
+class Server:
+    """Runs an engine in a thread. Made by `serving`; `submit` and `Answer.cancel` may be called from any event loop."""
+
+    def __init__(self, base: BaseModel, waiting: int = WAITING) -> None:
+        self._engine, self._limit = Engine(base), waiting
+        self._changed = threading.Condition()
+        self._told: list[_Submit | _Cancel] = []
+        self._waiting = 0
+        self._closing = False
+        self._failed: BaseException | None = None
+        self._answers: dict[int, tuple[Answer, int]] = {}
+        self._thread = threading.Thread(target=self._run, name="posttrain engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> Answer:
+        """Take a request. Raises ModelError or AdapterError where it cannot be answered, BusyError where too many wait."""
+        self._engine.check(request)
+        with self._changed:
+            if self._closing or self._failed is not None:
+                raise BusyError("generation", "the engine has stopped", do="start the server again")
+            if self._waiting + request.completions > self._limit:
+                raise BusyError(
+                    "generation", f"{self._waiting} completions wait and {request.completions} more are asked for",
+                    allowed=f"at most {self._limit}", do="ask again later",
+                )  # fmt: skip
+            self._waiting += request.completions
+            answer = Answer(self, request)
+            self._told.append(_Submit(answer))
+            self._changed.notify()
+        return answer
+
+    def tell(self, what: _Submit | _Cancel) -> None:
+        """Leave a note for the thread."""
+        with self._changed:
+            self._told.append(what)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Stop after the step in hand and end what is in flight. Waits for the thread."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._take_notes():
+                self._step()
+            for number in self._answers:
+                self._engine.cancel(number)
+            self._step()
+        except BaseException as error:  # noqa: BLE001 - whoever waits must hear of it, whatever it is
+            with self._changed:
+                self._failed = error
+                told, self._told = self._told, []
+            for answer in {id(a): a for a, _ in self._answers.values()}.values():
+                answer.deliver(error)
+            for note in told:
+                if isinstance(note, _Submit):
+                    note.answer.deliver(error)
+
+    def _take_notes(self) -> bool:
+        """Wait for something to do, and let the engine know what came. False when it is time to go."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._told or self._closing or self._engine.live)
+            told, self._told, closing = self._told, [], self._closing
+        for note in told:
+            answer = note.answer
+            if isinstance(note, _Cancel):
+                for number in answer.numbers:
+                    self._engine.cancel(number)
+                continue
+            try:
+                answer.numbers = self._engine.submit(answer.request)
+            except PosttrainError as error:  # an adapter that went in the meantime
+                answer.deliver(error)
+                continue
+            for completion, number in enumerate(answer.numbers):
+                self._answers[number] = (answer, completion)
+        return not closing
+
+    def _step(self) -> None:
+        events = self._engine.step() if self._engine.live else []
+        with self._changed:
+            self._waiting = self._engine.waiting + sum(
+                n.answer.request.completions for n in self._told if isinstance(n, _Submit)
+            )
+        for event in events:
+            answer, completion = self._answers[event.row]
+            if event.rollout is not None:
+                del self._answers[event.row]
+            answer.deliver(event._replace(row=completion))
+
+
+@contextlib.asynccontextmanager
+async def serving(base: BaseModel, waiting: int = WAITING) -> AsyncIterator[Server]:
+    """A running server for the length of a block."""
+    server = Server(base, waiting)
+    try:
+        yield server
+    finally:
+        await asyncio.to_thread(server.close)
