@@ -207,6 +207,29 @@ def test_a_shared_prompt_is_computed_once(base: BaseModel):
     assert computed == [64, 8, 8]  # 50 rounded up to a multiple of 32, then 8 rows twice
 
 
+def test_what_all_prompts_begin_with_is_computed_once_and_changes_nothing(base: BaseModel):
+    prompts = [[*range(30, 60), *p[:9]] for p in ragged_prompts(10)] + [[*range(30, 60)]]
+    prompts, settings = [*prompts, *prompts], SamplingSettings(8, 1.0, seed=6)
+    adapters = ["base"] * 11 + [ADAPTER] * 11
+    computed = []
+    hook = base.model.base_model.register_forward_pre_hook(
+        lambda _, __, given: computed.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    together = generate(base, prompts, settings, adapters, completions=2)
+    hook.remove()
+    own = sum(len(p) - 29 for p in prompts)  # the shortest prompt keeps one token of its own
+    assert computed[0] == -(-(2 * 29 + own) // 32) * 32
+    for index, (prompt, adapter) in enumerate(zip(prompts, adapters, strict=True)):
+        engine = Engine(base)
+        engine.submit(Request(prompt, settings, adapter, 2 * index, 2))
+        ends = {}
+        while engine.live:
+            ends |= {event.row: event.rollout for event in engine.step() if event.rollout is not None}
+        for g in range(2):
+            assert ends[g].completion_ids == together[2 * index + g].completion_ids
+            assert ends[g].logprobs == pytest.approx(together[2 * index + g].logprobs, abs=1e-5)
+
+
 def test_more_completions_than_rows(base: BaseModel, crowded: None):
     settings = SamplingSettings(5, 1.0, seed=2)
     many = generate(base, [[1, 40, 41]], settings, "base", completions=17)

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from posttrain.generate.rows import Row
-from posttrain.models.decoding import KEYS_ROUND, CacheStep, Filling, Reading, Shelf
+from posttrain.models.attention_cpu import pieces
+from posttrain.models.batches import WORTH_SHARING
+from posttrain.models.decoding import BLOCK, CacheStep, Filling, Reading, Shelf
 from posttrain.models.lora import LoraAdapter
 from posttrain.models.segments import Segments, Span
 
-SMALLEST_SHELF = 64
+SMALLEST_SHELF = BLOCK
 # Rows computed are rounded up to these; beyond, to multiples of the last.
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 # A forward with prompts in it is rounded up to multiples of so many tokens.
@@ -64,7 +66,7 @@ class Places:
         `expected` as well, up to `limit`."""
         for row in joining:
             capacity = capacity_for(row.need)
-            shelf, rows = self.shelves.setdefault(capacity, (Shelf(0, capacity), []))
+            shelf, rows = self.shelves.setdefault(capacity, (Shelf(0, capacity, self.device), []))
             if None in rows:
                 rows[rows.index(None)] = row
             else:
@@ -93,7 +95,10 @@ class Places:
 
 
 def lay_out(places: Places, joining: Sequence[Sequence[Row]]) -> Work:
-    """The forward in which all rows get a token; each of `joining` is a prompt and the rows that share it."""
+    """The forward in which all rows get a token; each of `joining` is a prompt and the rows that share it.
+
+    What all prompts of an adapter begin with is computed once too.
+    """
     new = {id(row) for group in joining for row in group}
     work = Work(torch.empty(0), torch.empty(0), Segments(()), [], [], [])
     ids: list[int] = []
@@ -115,21 +120,31 @@ def lay_out(places: Places, joining: Sequence[Sequence[Row]]) -> Work:
         work.runs.extend(runs)
         readings.append(_reading(shelf, start, size, decoding, places.device))
     decoded = len(ids)
-    spans = []
-    for group in joining:
-        prompt = group[0].prompt
-        spans.append(Span(len(ids) - decoded, len(prompt)))
-        ids += prompt
-        positions += range(len(prompt))
-        work.runs.append((len(prompt), group[0].adapter))
-        work.chosen.extend(group)
-        work.source.extend([len(ids) - 1] * len(group))
+    spans: list[Span] = []
+    span_of: dict[int, Span] = {}
+    for groups in _by_adapter(joining):
+        shared = _shared_beginning([group[0].prompt for group in groups])
+        above: tuple[tuple[int, int], ...] = ()
+        if shared:
+            above = ((len(ids) - decoded, shared),)
+            spans.append(Span(*above[0]))
+            ids += groups[0][0].prompt[:shared]
+            positions += range(shared)
+        for group in groups:
+            own = group[0].prompt[shared:]
+            spans.append(Span(len(ids) - decoded, len(own), above))
+            span_of |= {id(row): spans[-1] for row in group}
+            ids += own
+            positions += range(shared, shared + len(own))
+            work.chosen.extend(group)
+            work.source.extend([len(ids) - 1] * len(group))
+        work.runs.append((len(ids) - sum(count for count, _ in work.runs), groups[0][0].adapter))
     if spans:
         spare = -len(ids) % ROUND_TO
         ids += [0] * spare
         positions += [0] * spare
         work.runs.append((spare, work.runs[-1][1]))
-    step = CacheStep(decoded, tuple(readings), tuple(_fillings(places, joining, spans, decoded)))
+    step = CacheStep(decoded, tuple(readings), tuple(_fillings(places, span_of, decoded)))
     return work._replace(
         ids_T=torch.tensor(ids, device=places.device), positions_T=torch.tensor(positions, device=places.device),
         segments=Segments(tuple(spans), step=step), runs=_merged(work.runs),
@@ -138,24 +153,39 @@ def lay_out(places: Places, joining: Sequence[Sequence[Row]]) -> Work:
 
 def _reading(shelf: Shelf, start: int, size: int, decoding: list[tuple[int, Row]], device: torch.device) -> Reading:
     lengths = [row.length for _, row in decoding]
-    seen = min(-(-(max(lengths) + 1) // KEYS_ROUND) * KEYS_ROUND, shelf.capacity)
+    seen = min(-(-(max(lengths) + 1) // BLOCK) * BLOCK, shelf.capacity)
     place_N = torch.tensor([place for place, _ in decoding], device=device)
-    return Reading(shelf, start, size, place_N, torch.tensor(lengths, device=device), seen, {})
+    return Reading(shelf, start, size, place_N, torch.tensor(lengths, device=device), place_N + start, seen, {})
 
 
-def _fillings(places: Places, joining: Sequence[Sequence[Row]], spans: list[Span], decoded: int) -> list[Filling]:
+def _by_adapter(joining: Sequence[Sequence[Row]]) -> list[list[Sequence[Row]]]:
+    """Prompts of one adapter side by side."""
+    found: dict[LoraAdapter | None, list[Sequence[Row]]] = {}
+    for group in joining:
+        found.setdefault(group[0].adapter, []).append(group)
+    return list(found.values())
+
+
+def _shared_beginning(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with, a system prompt for instance; each keeps one of its own. 0 where not worth it."""
+    limit = min(map(len, prompts)) - 1
+    first = prompts[0]
+    same = next((i for i in range(limit) if any(prompt[i] != first[i] for prompt in prompts)), limit)
+    return same if len(prompts) > 1 and same >= WORTH_SHARING else 0
+
+
+def _fillings(places: Places, span_of: Mapping[int, Span], decoded: int) -> list[Filling]:
     """Where the tokens of the prompts go, shelf by shelf."""
-    span_of = {id(row): span for group, span in zip(joining, spans, strict=True) for row in group}
     fillings = []
     for shelf, rows in places.shelves.values():
         moves = [(place, span_of[id(row)]) for place, row in enumerate(rows) if id(row) in span_of]
         if moves:
             numbers = (
-                torch.tensor([place for place, span in moves for _ in range(span.length)], device=places.device),
-                torch.cat([torch.arange(span.length) for _, span in moves]).to(places.device),
-                torch.cat([torch.arange(span.length) + decoded + span.start for _, span in moves]).to(places.device),
+                torch.cat([torch.full((span.keys,), place) for place, span in moves]),
+                torch.cat([torch.arange(span.keys) for _, span in moves]),
+                torch.cat([torch.arange(a, a + n) + decoded for _, span in moves for a, n in pieces(span)]),
             )
-            fillings.append(Filling(shelf, *numbers))
+            fillings.append(Filling(shelf, *(x.to(places.device) for x in numbers)))
     return fillings
 
 

@@ -1,7 +1,7 @@
 """Attention of decoding rows over a cache of keys and values that is written in place and never copied as a whole.
 
-Rows with similar needs stand on one shelf: a tensor [places, K, capacity, D] a layer. One forward may hold decoding rows, one
-token each, and behind them the packed prompts of rows that join: the first read their shelf, the second fill their places.
+Rows with similar needs stand on one shelf: a tensor [blocks, places, K, block, D] a layer. One forward may hold decoding
+rows, one token each, and behind them the packed prompts of rows that join: the first read their shelf, the second fill it.
 
     o_r = softmax(scale K_r q_r) V_r     over the tokens of row r, on a CPU as two batched products with K_r and V_r as they lie
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Keys seen are rounded up to multiples of this.
-KEYS_ROUND = 32
+# Tokens of one block of keys or values on a CPU; keys seen are rounded up to it everywhere.
+BLOCK = 64
 
 
 def bytes_per_token(config: dict[str, Any], dtype: torch.dtype) -> int:
@@ -30,39 +30,48 @@ def bytes_per_token(config: dict[str, Any], dtype: torch.dtype) -> int:
 
 
 class Shelf:
-    """Keys and values of rows that need at most `capacity` tokens."""
+    """Keys and values of rows that need at most `capacity` tokens, in blocks of `block` of them."""
 
-    def __init__(self, places: int, capacity: int) -> None:
+    def __init__(self, places: int, capacity: int, device: torch.device) -> None:
         self.places, self.capacity = places, capacity
+        self.block = capacity if device.type == "cuda" else min(capacity, BLOCK)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The tensors of one layer; made at the first use, when the shapes are known. Zeros: a masked key must be finite."""
+        """The tensors of one layer; made at the first use, when the shapes are known. Zeros: a masked key must be finite, and
+        a system gives memory to zeros only where they are written."""
         if index not in self._layers:
-            shape = (self.places, like.shape[0], self.capacity, like.shape[-1])
+            shape = (self.capacity // self.block, self.places, like.shape[0], self.block, like.shape[-1])
             self._layers[index] = (like.new_zeros(shape), like.new_zeros(shape))
         return self._layers[index]
+
+    def write(self, layer: int, k: Tensor, v: Tensor, place_N: Tensor, position_N: Tensor, token_N: Tensor) -> None:
+        """Packed token `token_N` of k and v [K, T, D] becomes token `position_N` of the row at `place_N`."""
+        block_N = position_N // self.block
+        for kept, new in zip(self.layer(layer, k), (k, v), strict=True):
+            kept[block_N, place_N, :, position_N - block_N * self.block] = new[:, token_N].transpose(0, 1)
 
     def grow(self, places: int) -> None:
         """Make room for more rows; those that are there are copied once."""
         for index, pair in self._layers.items():
-            keys, values = (x.new_zeros((places, *x.shape[1:])) for x in pair)
-            keys[: self.places], values[: self.places] = pair
+            keys, values = (x.new_zeros((x.shape[0], places, *x.shape[2:])) for x in pair)
+            keys[:, : self.places], values[:, : self.places] = pair
             self._layers[index] = (keys, values)
         self.places = places
 
     def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
         """Put rows, of at most `length` tokens, into other places."""
+        blocks = -(-length // self.block)
         for keys, values in self._layers.values():
-            for tensor in (keys, values):
+            for tensor in (keys[:blocks], values[:blocks]):
                 source, target = (torch.tensor(places, device=tensor.device) for places in (sources, targets))
-                tensor[target, :, :length] = tensor[source, :, :length]
+                tensor[:, target] = tensor[:, source]
 
 
 class Reading(NamedTuple):
     """Decoding rows of one shelf: tokens [start, start + rows) of the batch stand for its first places.
 
-    Of these only the places `place_N` hold a row, which is `length_N` tokens long before this one.
+    Of these only the places `place_N` hold a row, `length_N` tokens long before this one, which is `token_N` of the batch.
     """
 
     shelf: Shelf
@@ -70,6 +79,7 @@ class Reading(NamedTuple):
     rows: int
     place_N: Tensor
     length_N: Tensor
+    token_N: Tensor
     seen: int
     # Which keys each row sees, by window; made at the first use and kept for the other layers.
     masks: dict[int, Tensor]
@@ -106,9 +116,7 @@ class CacheStep(NamedTuple):
 def fill(step: CacheStep, layer: int, k: Tensor, v: Tensor) -> None:
     """Keep the keys and values [K, T, D] of packed prompts; a prompt that several rows share is written for each."""
     for filling in step.fillings:
-        keys, values = filling.shelf.layer(layer, k)
-        keys[filling.place_N, :, filling.position_N] = k[:, filling.source_N].transpose(0, 1)
-        values[filling.place_N, :, filling.position_N] = v[:, filling.source_N].transpose(0, 1)
+        filling.shelf.write(layer, k, v, filling.place_N, filling.position_N, filling.source_N)
 
 
 def decode(
@@ -117,30 +125,40 @@ def decode(
     """One new token a row: append its key and value, attend to the row's cache. q [H, T, D] -> [H, step.rows, D]."""
     parts = []
     for reading in step.readings:
-        keys, values = reading.shelf.layer(layer, k)
-        token_N = reading.place_N + reading.start
-        keys[reading.place_N, :, reading.length_N] = k[:, token_N].transpose(0, 1)
-        values[reading.place_N, :, reading.length_N] = v[:, token_N].transpose(0, 1)
-        rows, heads = slice(reading.start, reading.start + reading.rows), len(q)
-        grouped = q[:, rows].transpose(0, 1).reshape(reading.rows, len(k), heads // len(k), -1)
-        seen_keys, seen_values = keys[: reading.rows, :, : reading.seen], values[: reading.rows, :, : reading.seen]
+        shelf, rows, heads = reading.shelf, reading.rows, len(q)
+        shelf.write(layer, k, v, reading.place_N, reading.length_N, reading.token_N)
+        keys, values = shelf.layer(layer, k)
+        grouped = q[:, reading.start : reading.start + rows].transpose(0, 1).reshape(rows, len(k), heads // len(k), -1)
         if softcap is None and q.is_cuda:
-            mask = reading.mask(window)[:, None, None]
-            out = functional.scaled_dot_product_attention(grouped, seen_keys, seen_values, attn_mask=mask, scale=scale)
+            out = functional.scaled_dot_product_attention(
+                grouped, keys[0, :rows, :, : reading.seen], values[0, :rows, :, : reading.seen],
+                attn_mask=reading.mask(window)[:, None, None], scale=scale,
+            )  # fmt: skip
         else:
-            out = _attend(grouped, seen_keys, seen_values, reading.mask(window), scale, softcap)
-        parts.append(out.reshape(reading.rows, heads, -1))
+            out = _attend(grouped, keys[:, :rows], values[:, :rows], reading.mask(window), scale, softcap)
+        parts.append(out.reshape(rows, heads, -1))
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).transpose(0, 1)
 
 
-def _attend(q_RKGD: Tensor, k_RKSD: Tensor, v_RKSD: Tensor, seen_RS: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """Plain products. The keys stand on the left: a small right side is what gets packed for the product."""
+def _attend(q_RKGD: Tensor, keys: Tensor, values: Tensor, seen_RS: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Plain products over the blocks [blocks, R, K, block, D] that hold the keys seen.
+
+    The keys stand on the left: only the right side of a product is packed, and here it is the small one. Whole blocks are one
+    piece of memory; of pieces of them, products would make copies.
+    """
     rows, heads, groups, width = q_RKGD.shape
-    flat = (rows * heads, -1, width)
-    scores_NSG = torch.bmm(k_RKSD.reshape(flat), q_RKGD.reshape(flat).transpose(1, 2))
-    scores = scores_NSG.transpose(1, 2).contiguous().float().mul_(scale)
+    size = keys.shape[3]
+    blocks = range(-(-seen_RS.shape[1] // size))
+    q_NDG = q_RKGD.reshape(rows * heads, groups, width).transpose(1, 2)
+    scores = torch.stack([torch.bmm(keys[b].view(rows * heads, size, width), q_NDG) for b in blocks])
+    scores = scores.permute(1, 3, 0, 2).to(torch.float32, memory_format=torch.contiguous_format).contiguous().mul_(scale)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.view(rows, heads * groups, -1).masked_fill_(~seen_RS[:, None], float("-inf"))
-    weights = torch.softmax(scores, -1).to(q_RKGD.dtype)
-    return torch.bmm(weights.view(rows * heads, groups, -1), v_RKSD.reshape(flat)).view(q_RKGD.shape)
+    scores = scores.view(rows, heads * groups, -1)[..., : seen_RS.shape[1]]
+    weights = torch.softmax(scores.masked_fill_(~seen_RS[:, None], float("-inf")), -1).to(q_RKGD.dtype)
+    weights = weights.view(rows * heads, groups, -1)
+    out = sum(
+        torch.bmm(weights[..., b * size : (b + 1) * size], values[b].view(rows * heads, size, width)).float() for b in blocks
+    )
+    assert isinstance(out, Tensor)
+    return out.to(q_RKGD.dtype).view(q_RKGD.shape)
