@@ -19,7 +19,7 @@ fallen by about z(0.05 / (K (K - 1) / 2)) sqrt((1 + 1 / patience) / n) standard 
 
 Where it stands: `train/gold.py` asks the rule, `report/overoptimisation.py` draws the laws. No torch.
 
-E: evaluations in their order, B: prompts.
+E: evaluations in their order, B: prompts, S: resamples.
 """
 
 import itertools
@@ -115,10 +115,11 @@ def fit_laws(kl_EB: Array, gold_EB: Array, *, seed: int = 0) -> tuple[Law, ...]:
         return ()
     kl_EB, gold_EB = kl_EB[use], gold_EB[use]
     n = gold_EB.shape[1]
-    rows = numpy.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
-    samples = [(kl_EB[:, r].mean(1), gold_EB[:, r].mean(1)) for r in rows]
-    error_E = numpy.maximum(gold_EB.std(1, ddof=1), 1e-9)
-    return tuple(_fit(name, kl_EB.mean(1), gold_EB.mean(1), samples, 1 / error_E) for name in ("best of n", "RL"))
+    rows_SB = numpy.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
+    kl_SE, gold_SE = (numpy.stack([row_B[rows_SB].mean(1) for row_B in table_EB], axis=1) for table_EB in (kl_EB, gold_EB))
+    weight_E = 1 / numpy.maximum(gold_EB.std(1, ddof=1), 1e-9)
+    means = numpy.stack([kl_EB.mean(1)]), numpy.stack([gold_EB.mean(1)])
+    return tuple(_fit(name, means, (kl_SE, gold_SE), weight_E) for name in ("best of n", "RL"))
 
 
 def usable(kl_EB: Array) -> list[int]:
@@ -128,21 +129,18 @@ def usable(kl_EB: Array) -> list[int]:
     return [e for e in range(len(kl_EB)) if e == 0 or mean_E[e] > error_E[e]]
 
 
-def _fit(name: str, kl_E: Array, gold_E: Array, samples: Sequence[tuple[Array, Array]], weight_E: Array) -> Law:
-    start, alpha, beta = _solve(name, kl_E, gold_E, weight_E)
-    found = numpy.array([_solve(name, kl, gold, weight_E) for kl, gold in samples])
-    alphas, betas = found[:, 1], found[:, 2]
-    slope = Estimate(beta, *_middle(betas))
-    law = Law(name, start, Estimate(alpha, *_middle(alphas)), slope, None, None, 0.0)
-    d_E = distance(kl_E)
-    left_E = gold_E - law_at(law, d_E)
+def _fit(name: str, means: tuple[Array, Array], samples: tuple[Array, Array], weight_E: Array) -> Law:
+    start, alpha, beta = map(float, _solve(name, *means, weight_E)[0])
+    _, alpha_S, beta_S = _solve(name, *samples, weight_E).T
+    law = Law(name, start, Estimate(alpha, *_middle(alpha_S)), Estimate(beta, *_middle(beta_S)), None, None, 0.0)
+    left_E = means[1][0] - law_at(law, distance(means[0][0]))
     law = law._replace(residual=float(numpy.sqrt((left_E**2).mean())))
-    if slope.low <= 0:
+    if law.beta.low <= 0:
         return law
-    peaks = _peak(name, alphas[betas > 0], betas[betas > 0])
+    peak_S = _peak(name, alpha_S[beta_S > 0], beta_S[beta_S > 0])
     peak = float(_peak(name, numpy.array([alpha]), numpy.array([beta]))[0])
     top = float(law_at(law, numpy.array([peak]))[0])
-    return law._replace(peak=Estimate(peak, *_middle(peaks)), top=top)
+    return law._replace(peak=Estimate(peak, *_middle(peak_S)), top=top)
 
 
 def at_distance(kl_EB: Array, value_EB: Array, kl: float) -> Array | None:
@@ -161,12 +159,12 @@ def distance(kl_E: Array) -> Array:
     return numpy.sqrt(numpy.maximum(kl_E, 0.0))
 
 
-def _solve(name: str, kl_E: Array, gold_E: Array, weight_E: Array) -> tuple[float, float, float]:
-    """Start, alpha and beta by weighted least squares."""
-    d_E = distance(kl_E)
-    columns = numpy.stack([numpy.ones_like(d_E), d_E, -bend(name, d_E)], axis=1)
-    found = numpy.linalg.lstsq(columns * weight_E[:, None], gold_E * weight_E, rcond=None)[0]
-    return float(found[0]), float(found[1]), float(found[2])
+def _solve(name: str, kl_SE: Array, gold_SE: Array, weight_E: Array) -> Array:
+    """Start, alpha and beta of every resample [S, 3] by weighted least squares."""
+    d_SE = distance(kl_SE)
+    columns = numpy.stack([numpy.ones_like(d_SE), d_SE, -bend(name, d_SE)], axis=2) * weight_E[:, None]
+    found: Array = numpy.einsum("sce,se->sc", numpy.linalg.pinv(columns), gold_SE * weight_E)
+    return found
 
 
 def _peak(name: str, alpha: Array, beta: Array) -> Array:

@@ -17,6 +17,8 @@ from posttrain.errors import ArtifactError
 
 EVALUATIONS = "evaluate"
 _AGAIN = "run the recipe again"
+# What an evaluation by gold has of every prompt, and the mean and standard error of.
+_MEASURED = ("kl", "score", "gold")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 
 
@@ -129,7 +131,7 @@ def _stage(folder: Path, table: Mapping[str, Any]) -> Stage:
     sources = [written] if isinstance(written, str) else [one.get("path") if isinstance(one, dict) else one for one in written]
     report = _read_json(_named(folder, "data_report.json")) if _kept(folder, "data_report.json", manifest) else None
     metrics = _rows(folder, "metrics.jsonl") if _kept(folder, "metrics.jsonl", manifest) else ()
-    gold = _rows(folder, "gold.jsonl") if _kept(folder, "gold.jsonl", manifest) else ()
+    gold = _gold(folder) if _kept(folder, "gold.jsonl", manifest) else ()
     if manifest is not None:
         status = "finished"
     else:
@@ -146,6 +148,20 @@ def _policy(folder: Path, name: str) -> Policy | None:
         return None
     samples = _rows(folder, "samples.jsonl") if _kept(folder, "samples.jsonl", manifest) else ()
     return Policy(name, manifest, samples)
+
+
+def _gold(folder: Path) -> tuple[dict[str, Any], ...]:
+    """Evaluations of a ppo stage, each of the same prompts."""
+    rows = _rows(folder, "gold.jsonl")
+    for row in rows:
+        means = [row.get(f"{key}{end}") for key in _MEASURED for end in ("", "_se")]
+        lists = [row.get(f"{key}_B") for key in _MEASURED]
+        whole = isinstance(row.get("policy"), str) and isinstance(row.get("iteration"), int)
+        whole &= all(isinstance(x, int | float) for x in means)
+        whole &= all(isinstance(x, list) and len(x) == len(rows[0].get("gold_B", ())) > 0 for x in lists)
+        if not whole or not all(isinstance(v, int | float) for x in lists for v in x or ()):
+            raise ArtifactError(str(folder / "gold.jsonl"), "not rows of evaluations", do=f"remove {folder} and {_AGAIN}")
+    return rows
 
 
 def _reward(folder: Path, name: str) -> RewardModel | None:

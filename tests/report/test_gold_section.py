@@ -9,6 +9,7 @@ import pytest
 from pages import Page
 from written_runs import scores, write_run
 
+from posttrain.errors import ArtifactError
 from posttrain.report.render import render
 from posttrain.report.run import load_run
 
@@ -91,6 +92,16 @@ def test_a_policy_beyond_the_data_is_not_compared(tmp_path: Path) -> None:
     rows = [*rows_of("ppo", KL_E[:3], alpha=1.0, beta=0.2), *rows_of("dpo", [9.0], alpha=1.0, beta=0.2)]
     page = Page(render(load_run(written(tmp_path / "run", rows))))
     assert "it was never that far" in page.text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"gold": "much"}, {"gold_B": [1.0]}, {"policy": None}, {"score_B": None}, {"kl_B": ["x"] * 80}, {"iteration": 1.5}],
+)
+def test_damaged_evaluations_are_told(change: dict[str, Any], tmp_path: Path) -> None:
+    rows = rows_of("ppo", KL_E[:3], alpha=1.0, beta=0.2)
+    with pytest.raises(ArtifactError, match=r"gold\.jsonl · not rows of evaluations"):
+        load_run(written(tmp_path / "run", [rows[0], {**rows[1], **change}, rows[2]]))
 
 
 def test_the_parts_of_a_score_share_a_chart(tmp_path: Path) -> None:
