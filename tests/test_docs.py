@@ -295,7 +295,7 @@ def test_recipes_of_the_pages_are_accepted():
 def test_the_data_examples_are_read_as_what_they_are(tmp_path):
     readers = {"sft": read_demonstrations, "dpo": read_preferences}
     examples = [block for block in blocks(DOCS / "data.md", "jsonl") if block.title in readers]
-    assert [sum(block.title == kind for block in examples) for kind in readers] == [4, 5]
+    assert [sum(block.title == kind for block in examples) for kind in readers] == [4, 6]
     for number, block in enumerate(examples):
         path = tmp_path / f"{number}.jsonl"
         path.write_text(block.text, encoding="utf-8")

@@ -130,8 +130,18 @@ def _add_models(verbs: Any) -> None:
     )
     evaluate.add_argument("target", metavar="MODEL_OR_RUN/STAGE", help="a stage of a run, a run (its last stage) or a model")
     evaluate.add_argument("--pairs", metavar="FILE", help="measure a reward stage on these preference pairs instead")
+    evaluate.add_argument("--against", metavar="RUN/STAGE", help="with --pairs: another reward stage, and how often both agree")
+    evaluate.add_argument("--best-of", metavar="RUN/STAGE", help="best-of-n by this reward stage instead, on --prompts")
+    evaluate.add_argument(
+        "--prompts", metavar="FILE", help="with --best-of: demonstrations or pairs whose prompts are answered"
+    )
+    evaluate.add_argument("--samples", type=_whole(1), default=16, help="with --best-of: completions a prompt (default: 16)")
+    evaluate.add_argument("--gold", metavar="RUN/STAGE", help="with --best-of: another reward stage judges what was chosen")
+    evaluate.add_argument("--temperature", type=_temperature, default=1.0, help="with --best-of (default: 1)")
     evaluate.add_argument("--suite", action="append", metavar="NAME_OR_FILE", help="default: starter")
-    evaluate.add_argument("--limit", type=_whole(0), default=0, help="first items of each task (or pairs) only; 0 is all")
+    evaluate.add_argument(
+        "--limit", type=_whole(0), default=0, help="first items of each task (or pairs, prompts) only; 0 is all"
+    )
     evaluate.add_argument("--max-new-tokens", type=_whole(1), default=64, help="longest answer in tokens (default: 64)")
     evaluate.add_argument("--seed", type=_whole(0), default=0, help="seed of what is sampled (default: 0)")
     evaluate.add_argument("--template", default="auto", help="chat template of a model without one (a run knows its own)")
@@ -251,20 +261,36 @@ def _chat(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from posttrain.evaluate.target import evaluate_pairs, evaluate_target
+    from posttrain.evaluate.target import evaluate_best_of, evaluate_pairs, evaluate_target
+    from posttrain.generate.engine import SamplingSettings
     from posttrain.models.target import open_reward_model, open_target
 
+    _check_evaluate(options)
     if options.pairs is not None:
-        found, text = evaluate_pairs(open_reward_model(options.target), options.pairs, limit=options.limit, out=options.out)
-        print(json.dumps(found, indent=2) if options.json else text)
-        return 0
-    scorecard, table = evaluate_target(
-        open_target(options.target, template=options.template), tuple(options.suite or ["starter"]), limit=options.limit,
-        max_new_tokens=options.max_new_tokens, seed=options.seed, out=options.out,
-        width=_width(),
-    )  # fmt: skip
-    print(json.dumps(scorecard, indent=2) if options.json else table)
+        found, text = evaluate_pairs(
+            open_reward_model(options.target), options.pairs, limit=options.limit, out=options.out, against=options.against
+        )
+    elif options.best_of is not None:
+        found, text = evaluate_best_of(
+            open_target(options.target, template=options.template), options.best_of, options.prompts,
+            SamplingSettings(options.max_new_tokens, options.temperature, 1.0, options.seed),
+            samples=options.samples, gold=options.gold, limit=options.limit, out=options.out,
+        )  # fmt: skip
+    else:
+        found, text = evaluate_target(
+            open_target(options.target, template=options.template), tuple(options.suite or ["starter"]), limit=options.limit,
+            max_new_tokens=options.max_new_tokens, seed=options.seed, out=options.out, width=_width(),
+        )  # fmt: skip
+    print(json.dumps(found, indent=2) if options.json else text)
     return 0
+
+
+def _check_evaluate(options: argparse.Namespace) -> None:
+    """Options that mean nothing without another one. Raises RecipeError."""
+    for name, needed in (("against", "pairs"), ("prompts", "best_of"), ("gold", "best_of"), ("best_of", "prompts")):
+        if getattr(options, name) is not None and getattr(options, needed) is None:
+            shown = needed.replace("_", "-")
+            raise RecipeError(f"--{name.replace('_', '-')}", f"no --{shown}", do=f"give --{shown} as well")
 
 
 def _merge(options: argparse.Namespace) -> int:

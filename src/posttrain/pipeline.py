@@ -238,7 +238,8 @@ def _measure(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: S
     from posttrain.data.doctor import prepare_stage
     from posttrain.data.prepare import PreparedPairs
     from posttrain.data.rankings import rank_prompts
-    from posttrain.evaluate.reward_model import describe, measure_reward_model, write_measured
+    from posttrain.evaluate.pairs import describe
+    from posttrain.evaluate.reward_model import measure_reward_model, write_measured
 
     (stage,) = (s for s in plan.recipe.stage if s.name == step.policy)
     base = policies.base

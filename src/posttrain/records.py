@@ -35,7 +35,7 @@ class PreferencePair:
     """Two completions of one prompt, the first preferred. `prompt` ends before an assistant turn.
 
     `probability` says how sure the preference is (1 for a person's choice), `margin` by how much the scores should differ;
-    only reward models read them.
+    only reward models read them. `category` is what accuracy is told by.
     """
 
     id: str
@@ -46,6 +46,7 @@ class PreferencePair:
     reason: str = ""
     margin: float = 0.0
     probability: float = 1.0
+    category: str = ""
 
 
 @dataclass(frozen=True, slots=True)

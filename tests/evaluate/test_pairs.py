@@ -26,6 +26,26 @@ def test_a_reward_model_is_measured_on_any_pairs(tmp_path: Path, capsys: pytest.
     assert found["accuracy"]["value"] == pytest.approx(right / 6)
 
 
+def test_a_second_reward_model_on_the_same_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Against itself it agrees everywhere; rows of LLMBar are pairs, and their category is what accuracy is told by."""
+    rows = [
+        {"input": f"Say {i}.", "output_1": "yes", "output_2": "no", "label": 1 + i % 2, "category": "ab"[i % 2]}
+        for i in range(6)
+    ]
+    file = tmp_path / "llmbar.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = str(finished_run() / "rm")
+    capsys.readouterr()
+    assert main(["evaluate", model, "--pairs", str(file), "--against", model, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    other = found["against"]
+    assert other["agreement"]["alike"]["value"] == 1
+    assert other["accuracy"] == found["accuracy"]
+    assert {name: one["n"] for name, one in found["by_category"].items()} == {"a": 3, "b": 3}
+    assert main(["evaluate", model, "--pairs", str(file), "--against", model]) == 0
+    assert f"agrees with {model} on 100.0% of 6 pairs" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "target, message",
     [

@@ -10,7 +10,8 @@ from posttrain.data.formats import read_preferences
 from posttrain.data.prepare import prepare_pairs
 from posttrain.data.rankings import rank_prompts
 from posttrain.errors import RecipeError
-from posttrain.evaluate.reward_model import measure, score_pairs
+from posttrain.evaluate.pairs import measure
+from posttrain.evaluate.reward_model import score_pairs
 from posttrain.models.files import Policies
 from posttrain.models.load import BaseModel
 from posttrain.recipe import parse_recipe

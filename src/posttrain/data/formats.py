@@ -1,7 +1,8 @@
 """Rows of any common layout become `Conversation` and `PreferencePair`; the layout is recognised by its columns and said.
 
     demonstrations   messages · prompt+completion (text or messages) · ShareGPT conversations · Alpaca
-    preferences      prompt+chosen+rejected · chosen+rejected with an implicit prompt · hh-rlhf transcripts
+    preferences      prompt+chosen+rejected · chosen+rejected with an implicit prompt · hh-rlhf transcripts ·
+                     input+output_1+output_2+label (LLMBar)
                      each side text or messages
 
 A row that cannot be learned from is a `Problem` with its number and reason, never silently repaired. Two texts without a
@@ -28,7 +29,13 @@ _SHAREGPT_ROLES: dict[str, Role] = {
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 DEMONSTRATION_LAYOUTS = "messages · prompt+completion · conversations (ShareGPT) · instruction+output (Alpaca)"
-PREFERENCE_LAYOUTS = "prompt+chosen+rejected · chosen+rejected (implicit prompt, or hh-rlhf transcripts)"
+PREFERENCE_LAYOUTS = (
+    "prompt+chosen+rejected · chosen+rejected (implicit prompt, or hh-rlhf transcripts) · "
+    "input+output_1+output_2+label (LLMBar)"
+)
+_LLMBAR = {"input", "output_1", "output_2", "label"}
+# Columns that say what sort of pair it is; the first that a row has counts.
+_CATEGORIES = ("category", "subset")
 
 
 class Problem(NamedTuple):
@@ -87,7 +94,7 @@ class _BadRow(Exception):
 def kind_of(columns: Iterable[str]) -> str | None:
     """ "dpo" for preferences, "sft" for demonstrations, None for neither, by the names of the columns."""
     names = set(columns)
-    if {"chosen", "rejected"} <= names:
+    if {"chosen", "rejected"} <= names or names >= _LLMBAR:
         return "dpo"
     known = ({"messages"}, {"prompt", "completion"}, {"conversations"}, {"instruction", "output"})
     return "sft" if any(wanted <= names for wanted in known) else None
@@ -119,12 +126,15 @@ def read_preferences(data: str | tuple[Source, ...], *, seed: int) -> Preference
         infos.append(SourceInfo(source.path, layout, len(rows), sha256))
         for row, name in _weighted(rows, source, seed):
             try:
-                prompt, chosen, rejected = _pair(row.value)
+                prompt, chosen, rejected = _pair(_plain_pair(row.value))
                 reason = str(row.value.get("reason") or "")
                 margin, probability = _number(row.value, "margin", 0.0), _number(row.value, "probability", 1.0)
                 if margin < 0 or not 0 <= probability <= 1:
                     raise _BadRow("margin is below 0, or probability is not between 0 and 1")
-                records.append(PreferencePair(name, prompt, chosen, rejected, source.path, reason, margin, probability))
+                category = next((str(row.value[key]) for key in _CATEGORIES if row.value.get(key)), source.path)
+                records.append(
+                    PreferencePair(name, prompt, chosen, rejected, source.path, reason, margin, probability, category)
+                )
             except _BadRow as bad:
                 problems.append(Problem(source.path, f"row {row.number}", str(bad)))
     return Preferences(_unique_ids(records), tuple(problems), tuple(infos))
@@ -246,6 +256,8 @@ def _conversation(messages: tuple[Message, ...]) -> tuple[Message, ...]:
 
 def _preference_layout(path: str, rows: list[RawRow]) -> str:
     first = rows[0].value
+    if set(first) >= _LLMBAR:
+        return "input+output_1+output_2+label (LLMBar)"
     if not {"chosen", "rejected"} <= set(first):
         hint = "this is a demonstration file: use it in an sft stage" if kind_of(first) == "sft" else "rename the columns"
         raise DataError(f'data "{path}"', f"columns {', '.join(sorted(first))}", allowed=PREFERENCE_LAYOUTS, do=hint)
@@ -254,6 +266,16 @@ def _preference_layout(path: str, rows: list[RawRow]) -> str:
     if isinstance(first["chosen"], str):
         return "hh-rlhf transcripts" if _HH_TURN.match(first["chosen"]) else "chosen+rejected (text, implicit prompt)"
     return "chosen+rejected (messages, implicit prompt)"
+
+
+def _plain_pair(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of two numbered outputs and the number of the better one, as prompt, chosen and rejected."""
+    if not set(row) >= _LLMBAR:
+        return row
+    if row["label"] not in (1, 2):
+        raise _BadRow("label is neither 1 nor 2")
+    sides = (row["output_1"], row["output_2"])
+    return {"prompt": row["input"], "chosen": sides[row["label"] - 1], "rejected": sides[2 - row["label"]]}
 
 
 def _pair(row: dict[str, Any]) -> tuple[tuple[Message, ...], tuple[Message, ...], tuple[Message, ...]]:

@@ -43,6 +43,7 @@ class PairRow(NamedTuple):
     rejected_ids: list[int]
     margin: float = 0.0
     probability: float = 1.0
+    category: str = ""
 
 
 class PreparedRows(NamedTuple):
@@ -149,7 +150,7 @@ def prepare_pairs(
         except DataError as refused:
             problems.append(Problem(record.source, record.id, f"{refused.where} {refused.found}"))
             continue
-        row = PairRow(record.id, prompt_ids, chosen, rejected, record.margin, record.probability)
+        row = PairRow(record.id, prompt_ids, chosen, rejected, record.margin, record.probability, record.category)
         if len(row.prompt_ids) + max(len(row.chosen_ids), len(row.rejected_ids)) > max_tokens:
             problems.append(Problem(record.source, record.id, f"longer than max_tokens = {max_tokens}"))
         elif row.chosen_ids == row.rejected_ids:

@@ -18,6 +18,7 @@ class RankedPair(NamedTuple):
     rejected: int
     margin: float
     probability: float
+    category: str = ""
 
 
 class RankedPrompt(NamedTuple):
@@ -49,5 +50,5 @@ def rank_prompts(rows: Sequence[PairRow]) -> list[RankedPrompt]:
             if side not in ranked.completions:
                 ranked.completions.append(side)
             places.append(ranked.completions.index(side))
-        ranked.pairs.append(RankedPair(row.id, places[0], places[1], row.margin, row.probability))
+        ranked.pairs.append(RankedPair(row.id, places[0], places[1], row.margin, row.probability, row.category))
     return list(found.values())

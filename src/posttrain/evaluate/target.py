@@ -1,41 +1,93 @@
 """`posttrain evaluate`: a model, or a stage of a run, scored on suites outside of a recipe.
 
 A stage of a run is scored beside its base, so that the table says what the stage changed on the same items. A reward stage is
-measured on a file of pairs.
+measured on a file of pairs, beside another one if asked; a policy is followed by best-of-n on a file of prompts.
 """
 
 from pathlib import Path
 from typing import Any
 
-from posttrain.artifacts import disk_error, write_json
+from posttrain.artifacts import disk_error, write_json, write_jsonl
 from posttrain.data.formats import read_preferences
 from posttrain.data.prepare import prepare_pairs
+from posttrain.data.prompts import prepare_prompts
 from posttrain.data.rankings import rank_prompts
-from posttrain.evaluate.reward_model import describe, measure_reward_model, write_measured
+from posttrain.errors import ArtifactError, RecipeError
+from posttrain.evaluate import best_of
+from posttrain.evaluate.pairs import agreement, describe, describe_agreement, table
+from posttrain.evaluate.reward_model import Measured, measure_reward_model, write_measured
 from posttrain.evaluate.run import evaluate_policy, write_scores
 from posttrain.evaluate.scorecard import StageScores, build_scorecard, format_table
 from posttrain.evaluate.suites import load_suites
-from posttrain.models.target import RewardTarget, Target
+from posttrain.generate.engine import SamplingSettings
+from posttrain.models.target import RewardTarget, Target, open_reward_model, reward_model_on
 
 
-def evaluate_pairs(target: RewardTarget, file: str, *, limit: int, out: Path | None) -> tuple[dict[str, Any], str]:
-    """Measure a reward model on the pairs of a file; returns what was found and a line about it.
+def evaluate_pairs(
+    target: RewardTarget, file: str, *, limit: int, out: Path | None, against: str | None = None
+) -> tuple[dict[str, Any], str]:
+    """Measure a reward model on the pairs of a file; returns what was found and some lines about it. `against` names another
+    reward stage that is asked for the same pairs: how often the two agree.
 
     Raises DataError for a file without pairs that fit the stage's limits.
     """
-    base, stage = target.base, target.stage
+    measured, dropped = _measured_on(target, file, limit)
+    left_out = f" ({dropped} dropped)" if dropped else ""
+    found, lines = measured.found, [f"{file}{left_out}: {describe(measured.found)}", table(measured.found)]
+    if against is not None:
+        other, _ = _measured_on(open_reward_model(against), file, limit)
+        shared = agreement(measured.pairs, other.pairs)
+        found = found | {"against": {"name": against, "agreement": shared, **other.found}}
+        lines += [f"{against}: {describe(other.found)}", describe_agreement(shared, against)]
+    if out is not None:
+        _make_folder(out)
+        write_measured(out, Measured(found, measured.pairs))
+    return found, "\n".join(lines)
+
+
+def _measured_on(target: RewardTarget, file: str, limit: int) -> tuple[Measured, int]:
+    """A reward model on the pairs of a file, and how many of them were dropped."""
     prepared = prepare_pairs(
-        read_preferences(file, seed=target.recipe.seed), base.chat, max_tokens=stage.max_tokens, validation=0.0,
+        read_preferences(file, seed=target.recipe.seed), target.base.chat, max_tokens=target.stage.max_tokens, validation=0.0,
         allow_dropped=1.0, evaluation_prompts=(),
     )  # fmt: skip
     rows = prepared.train[:limit] if limit else prepared.train
-    measured = measure_reward_model(base, target.adapter, rank_prompts(rows), label="pairs")
+    measured = measure_reward_model(target.base, target.adapter, rank_prompts(rows), label="pairs")
+    return measured, sum(prepared.report["dropped"].values())
+
+
+def evaluate_best_of(
+    target: Target, reward: str, file: str, settings: SamplingSettings, *, samples: int, gold: str | None, limit: int,
+    out: Path | None,
+) -> tuple[dict[str, Any], str]:  # fmt: skip
+    """Best-of-n of a policy by the reward model RUN/STAGE on the prompts of a file: what was found, and a table. `gold` names
+    another reward stage that judges what the first one chose.
+
+    Raises ArtifactError for a policy of full weights, AdapterError for a reward model of another base, and DataError for a file
+    without prompts.
+    """
+    base = target.base
+    policy = target.policies.activate(target.policy)
+    if policy == "base" and target.policy != "base":
+        raise ArtifactError(
+            target.policy, "is full weights, and a reward model is an adapter on the base", do="give an adapter"
+        )
+    if settings.temperature <= 0:
+        raise RecipeError("--temperature", "0 samples the same completion every time", allowed="above 0")
+    scorers = [reward_model_on(base, name) for name in (reward, gold) if name is not None]
+    prepared = prepare_prompts(
+        file, base.chat, seed=settings.seed, max_prompt_tokens=base.context - settings.max_new_tokens, evaluation_prompts=(),
+    )  # fmt: skip
+    prompts = prepared.train[:limit] if limit else prepared.train
+    sampled = best_of.sample_candidates(base, policy, scorers[0], prompts, settings, samples=samples)
+    gold_PN = best_of.scores_of(base, scorers[1], sampled.rollouts) if gold is not None else None
+    found = {"policy": target.policy, "reward": reward, "gold": gold, "prompts_file": file, **settings._asdict()}
+    found |= best_of.measure_best_of(sampled.score_PN, gold_PN)
     if out is not None:
         _make_folder(out)
-        write_measured(out, measured)
-    dropped = sum(prepared.report["dropped"].values())
-    left_out = f" ({dropped} dropped)" if dropped else ""
-    return measured.found, f"{file}{left_out}: {describe(measured.found)}"
+        write_json(out / "best_of.json", found)
+        write_jsonl(out / "candidates.jsonl", best_of.rows(prompts, sampled._replace(gold_PN=gold_PN)))
+    return found, best_of.table(found)
 
 
 def evaluate_target(

@@ -7,9 +7,9 @@ itself is found again by its name and verified by its hash.
 from pathlib import Path
 from typing import NamedTuple
 
-from posttrain.artifacts import read_manifest
+from posttrain.artifacts import read_manifest, verify_files
 from posttrain.errors import ArtifactError
-from posttrain.models.files import Policies
+from posttrain.models.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Policies, load_adapter
 from posttrain.models.load import BaseModel, load_base
 from posttrain.recipe import load_recipe
 from posttrain.settings import Recipe, RewardStage
@@ -70,6 +70,33 @@ class RewardTarget(NamedTuple):
 
 def open_reward_model(target: str) -> RewardTarget:
     """Load the reward model `RUN/STAGE`. Raises ArtifactError where there is none of that name."""
+    recipe, stage = _reward_stage(target)
+    settings = recipe.base
+    full = recipe.adapter.kind == "full"
+    base = load_base(settings.model, template=settings.template, dtype=settings.dtype, device=settings.device, full=full)
+    path = Path(target)
+    adapter = Policies(base, path.parent).activate(path.name) if full else reward_model_on(base, target)
+    return RewardTarget(base, adapter, recipe, stage)
+
+
+def reward_model_on(base: BaseModel, target: str) -> str:
+    """Load the reward model `RUN/STAGE` beside what is there; returns the name of its adapter.
+
+    Raises ArtifactError where there is none of that name, AdapterError where it was trained on another base.
+    """
+    recipe, _ = _reward_stage(target)
+    if recipe.adapter.kind == "full":
+        raise ArtifactError(
+            target, "has weights of its own, not an adapter", allowed='a reward model with [adapter] kind = "lora"'
+        )
+    name = f"reward {Path(target).resolve()}"
+    if name not in base.adapters:
+        verify_files(Path(target), (ADAPTER_WEIGHTS, ADAPTER_CONFIG))
+        load_adapter(Path(target), name, base)
+    return name
+
+
+def _reward_stage(target: str) -> tuple[Recipe, RewardStage]:
     path = Path(target)
     if not (path.parent / "recipe.toml").is_file():
         raise ArtifactError(target, "not a reward stage of a run", do="give RUN/STAGE")
@@ -78,10 +105,7 @@ def open_reward_model(target: str) -> RewardTarget:
     if path.name not in stages:
         there = f"there is: {', '.join(stages)}" if stages else "this run has none"
         raise ArtifactError(target, "not a finished reward stage", allowed=there)
-    settings = recipe.base
-    full = recipe.adapter.kind == "full"
-    base = load_base(settings.model, template=settings.template, dtype=settings.dtype, device=settings.device, full=full)
-    return RewardTarget(base, Policies(base, path.parent).activate(path.name), recipe, stages[path.name])
+    return recipe, stages[path.name]
 
 
 def open_target(target: str, *, template: str = "auto") -> Target:
