@@ -10,7 +10,7 @@ import io
 import itertools
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -30,6 +30,12 @@ _STYLE: dict[str, Any] = {
     "text.parse_math": False, "axes.edgecolor": LINE, "axes.labelcolor": SOFT, "axes.linewidth": 1, "axes.unicode_minus": True,
     "xtick.color": LINE, "ytick.color": LINE, "xtick.labelcolor": SOFT, "ytick.labelcolor": SOFT, "text.color": SOFT,
     "axes.spines.top": False, "axes.spines.right": False, "path.simplify_threshold": 0.3,
+}  # fmt: skip
+# The page's light colours, for a drawing that stands alone.
+_LIGHT = {
+    "ink": "#1a1d21", "soft": "#5a626c", "line": "#dddfe2", "better": "#00735a", "c0": "#6b7280", "c1": "#0072b2",
+    "c2": "#d55e00", "c3": "#009e73", "c4": "#b0528c", "c5": "#b07d00", "c6": "#2b9fd8", "c7": "#7a5195",
+    "font": "system-ui, sans-serif",
 }  # fmt: skip
 MOST_POINTS = 240
 # More stages than this crowd: the caption names them then.
@@ -77,6 +83,22 @@ class Curve(NamedTuple):
     xs: Sequence[float]
     ys: Sequence[float]
     peak: tuple[float, float] | None
+
+
+class FrontierPoint(NamedTuple):
+    """A policy at its distance: the budget that it was made with, KL and value as (value, low, high)."""
+
+    name: str
+    x: tuple[float, float, float]
+    y: tuple[float, float, float]
+
+
+class FrontierLine(NamedTuple):
+    """The policies of one method, the nearest first."""
+
+    label: str
+    colour: int
+    points: Sequence[FrontierPoint]
 
 
 class _Hover(NamedTuple):
@@ -184,6 +206,72 @@ def tax_against_gain(points: Sequence[Point], *, base: str, gain_label: str, tax
         axes.set_ylim(low, high)
         hovers = [_Hover(*at[p.name], _point_words(p, gain_label, tax_label)) for p in points]
         return _svg(figure, axes, hovers, f"tax against gain of {', '.join(p.name for p in points)}")
+
+
+def frontier_chart(
+    lines: Sequence[FrontierLine], *, x_label: str, y_label: str, start: float | None = None, about: str = ""
+) -> Markup:
+    """Value against distance, a line a method, with the intervals of both; every line begins at the start where it is known."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(round(WIDTH * 1.5), 320)
+        hovers: list[_Hover] = []
+        for line in lines:
+            tint = colour(line.colour)
+            begin = [(0.0, start)] if start is not None else []
+            xs, ys = zip(*begin, *((p.x[0], p.y[0]) for p in line.points))
+            axes.plot(xs, ys, color=tint, linewidth=1.4, zorder=3, label=line.label)
+            for p in line.points:
+                axes.plot([p.x[1], p.x[2]], [p.y[0], p.y[0]], color=tint, linewidth=1.6, alpha=0.55, zorder=2)
+                axes.plot([p.x[0], p.x[0]], [p.y[1], p.y[2]], color=tint, linewidth=1.6, alpha=0.55, zorder=2)
+                axes.plot([p.x[0]], [p.y[0]], "o", color=tint, markersize=5.5, zorder=4)
+                hovers.append(_Hover(p.x[0], p.y[0], f"{line.label} {p.name} · {_span(p.x)} · {_span(p.y)}"))
+        if start is not None:
+            axes.plot([0], [start], "o", color=colour(0), markersize=7, zorder=5)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.legend(frameon=False, labelcolor=INK, loc="best")
+        return _svg(figure, axes, hovers, about or ", ".join(line.label for line in lines))
+
+
+def _span(figure: tuple[float, float, float]) -> str:
+    return f"{figure[0]:.3g} ({figure[1]:.3g} to {figure[2]:.3g})"
+
+
+def reliability(bins: Sequence[Mapping[str, float]], about: str = "") -> Markup:
+    """How often a reward model is right against how sure it says it is, with intervals; on the dotted line the two agree."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(WIDTH, 250)
+        axes.plot([0.5, 1], [0.5, 1], color=SOFT, linestyle=":", linewidth=1.2, zorder=1)
+        for one in bins:
+            axes.plot([one["said"]] * 2, [one["low"], one["high"]], color=colour(1), linewidth=1.6, alpha=0.55, zorder=2)
+        axes.plot(
+            [b["said"] for b in bins], [b["right"] for b in bins], "-o", color=colour(1), linewidth=1.6, markersize=5, zorder=3
+        )
+        axes.set_xlim(0.48, 1.02)
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_xlabel("says it is right, share")
+        axes.set_ylabel("is right, share")
+        hovers = [
+            _Hover(b["said"], b["right"], f"says {b['said']:.0%}, right {b['right']:.0%} of {b['n']:,.0f} pairs") for b in bins
+        ]
+        return _svg(figure, axes, hovers, ": ".join(filter(None, (about, "reliability"))))
+
+
+def standalone(drawing: Markup) -> str:
+    """A drawing as an SVG file of its own: light, with the colours and fonts that a page would give it."""
+    text = str(drawing)
+    for name, found in _LIGHT.items():
+        text = text.replace(f"var(--{name})", found)
+    width, height = re.findall(r'viewBox="0 0 (\d+) (\d+)"', text)[0]
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="{width}" height="{height}" '
+    )
+    text = text.replace("<svg ", head, 1)
+    inside = text.index(">") + 1
+    style = "<style>.hover circle { fill: transparent }</style>"
+    return f'{text[:inside]}{style}<rect width="100%" height="100%" fill="#ffffff"/>{text[inside:]}\n'
 
 
 def _label_points(axes: Any, at: dict[str, tuple[float, float]], points: Sequence[Point], base: str) -> None:
