@@ -41,7 +41,7 @@ from posttrain.records import Message
 
 ROOT = Path(__file__).resolve().parents[1]
 SENTENCES = ROOT.parent / "shared/data/sentiment/sentence_polarity.zip"
-NEW_TOKENS = 32
+NEW_TOKENS = 20
 # Held-out sentences: their first words are the prompts of every measurement.
 HELD_OUT = 400
 # Distances at which the methods are set beside each other, nats.
@@ -65,7 +65,7 @@ class Size(NamedTuple):
     reward_rate: float
 
 
-SMALL = Size(8, 0, 2000, (0.05, 0.1, 0.3, 1.0), (0.02, 0.05, 0.15, 0.5), 24, 128, 200, 64, 1e-3, 1e-3, 1e-3)
+SMALL = Size(4, 0, 4000, (0.05, 0.2, 0.8), (0.03, 0.1, 0.3), 20, 96, 150, 32, 1e-3, 1e-3, 3e-3)
 PACKAGE = Size(1, 1500, 600, (0.05, 0.3), (0.03, 0.15), 8, 48, 64, 16, 1e-4, 1e-4, 2e-4)
 QUICK = Size(0.5, 400, 100, (0.1,), (0.05,), 2, 16, 16, 8, 1e-3, 1e-3, 1e-3)
 
@@ -84,21 +84,24 @@ def prepare(folder: Path, model: str, size: Size) -> dict[str, Any]:
 
     folder.mkdir(parents=True, exist_ok=True)
     sentences = known.read_sentences(SENTENCES)
-    cut = [(parts, praises) for text, praises in sentences.policy if (parts := known.split_sentence(text)) is not None]
+    words = begin.commonest_words([text for text, _ in sentences.policy]) if model == "small" else None
+    vocabulary = None if words is None else set(words)
+    split = [(known.split_sentence(text, vocabulary), praises) for text, praises in sentences.policy]
+    cut = [(parts, praises) for parts, praises in split if parts is not None]
     held_out, train = cut[:HELD_OUT], cut[HELD_OUT:]
     write_json(folder / "held-out.json", list(dict.fromkeys(prompt for (prompt, _), _ in held_out)))
     write_json(folder / "prompts.json", list(dict.fromkeys(prompt for (prompt, _), _ in train)))
-    rows = [{"id": f"s{i}", "prompt": p, "completion": c} for i, ((p, c), _) in enumerate(train[: size.sentences or None])]
+    rows = begin.start_rows(train[: size.sentences or None], moods=model == "small")
     write_jsonl(folder / "sentences-train.jsonl", rows)
     suite = begin.write_suite(folder, [" ".join(parts) for parts, _ in held_out[:20]])
     base = model
-    if model == "small":
+    if words is not None:
         base = str(folder / "random")
         if not Path(base).exists():
-            begin.make_random(Path(base), [f"{row['prompt']} {row['completion']}" for row in rows])
+            begin.make_random(Path(base), words)
     begin.train_start(folder, base, folder / "sentences-train.jsonl", suite, epochs=size.epochs)
     right = known.accuracy(known.fit_gold(sentences.gold), sentences.policy)
-    return {"gold_accuracy": wilson(sum(right), len(right))._asdict(), "sentences": len(rows)}
+    return {"gold_accuracy": wilson(sum(right), len(right))._asdict(), "start_rows": len(rows)}
 
 
 # --- one seed ---------------------------------------------------------------------------------------------------------
@@ -151,7 +154,7 @@ def recipe_of(folder: Path, own: Path, size: Size, seed: int, dtype: str) -> dic
     data = {"data": str(own / "pairs.jsonl"), "allow_dropped": 0.05}
     trained = {**data, "init": "base", "batch": 32, "max_tokens": 128}
     stages: list[dict[str, Any]] = [
-        {"kind": "reward", "name": "rm", **trained, "learning_rate": size.reward_rate, "validation": 0.1, "epochs": 1}
+        {"kind": "reward", "name": "rm", **trained, "learning_rate": size.reward_rate, "validation": 0.1, "epochs": 2}
     ]
     for beta in size.betas:
         stages.append(

@@ -1,14 +1,18 @@
 """Where the policies of the sentiment experiment start: a model that goes on with a sentence from its first words.
 
-    small      a Llama of 2 M parameters with random weights and a vocabulary of its own, trained by the product's full
-               fine-tuning on the first words and the rest of sentences
+    small      a Llama of 1 M parameters with random weights that knows the 2,000 commonest words, trained by the product's full
+               fine-tuning; words it does not know are left out of its sentences
     package:…  a pretrained base, taught the same form by the product's SFT of an adapter, which is then merged
 
-Either way the result is one model folder, the init and the reference of everything that follows.
+Rows are the first words of a sentence with the rest of it. The small model has read nothing before, so it also learns what a
+pretrained one knows already: to go on in a given mood, and to name the mood of a sentence, from people's labels of its own
+half of the sentences. Gold is fitted on the other half. Either way the result is one model folder, the init and the reference
+of everything that follows.
 """
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +26,10 @@ from posttrain.models.target import open_target
 from posttrain.pipeline import run_recipe
 from posttrain.recipe import parse_recipe, to_toml
 
-VOCABULARY = 2048
+VOCABULARY = 2000
+MOODS = ("blame", "praise")
 SHAPE = {
-    "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 3,
+    "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
     "max_position_embeddings": 256, "tie_word_embeddings": True,
 }  # fmt: skip
 # First words and what follows them, as one text: there is nothing to chat about.
@@ -36,6 +41,18 @@ TEMPLATE = (
 SUITE = 'name = "sentences"\n[[task]]\nname = "prose"\nanswer = "perplexity"\nitems = "sentences.jsonl"\n'
 
 
+def start_rows(sentences: Sequence[tuple[tuple[str, str], bool]], *, moods: bool) -> list[dict[str, str]]:
+    """Demonstrations: a sentence's beginning and its rest; with moods also after its mood, and the mood after the sentence."""
+    rows = []
+    for i, ((prompt, rest), praises) in enumerate(sentences):
+        rows.append({"id": f"s{i}", "prompt": prompt, "completion": rest})
+        if moods:
+            mood = MOODS[praises]
+            rows.append({"id": f"s{i}-in", "prompt": f"{mood}: {prompt}", "completion": rest})
+            rows.append({"id": f"s{i}-of", "prompt": f"{prompt} {rest} is", "completion": mood})
+    return rows
+
+
 def write_suite(folder: Path, texts: Sequence[str]) -> str:
     """A suite of some sentences; returns its path as a recipe names it."""
     rows = [{"id": f"s{i}", "text": text} for i, text in enumerate(texts)]
@@ -44,22 +61,25 @@ def write_suite(folder: Path, texts: Sequence[str]) -> str:
     return str(folder / "sentences.toml")
 
 
-def make_random(folder: Path, texts: Sequence[str]) -> None:
-    """A small Llama with random weights whose vocabulary was learned from the texts."""
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<pad>", "<bos>", "<eos>"], show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    inner.train_from_iterator(texts, trainer)
+def commonest_words(texts: Sequence[str]) -> list[str]:
+    """The words that the small model knows."""
+    return [word for word, _ in Counter(word for text in texts for word in text.split()).most_common(VOCABULARY)]
+
+
+def make_random(folder: Path, words: Sequence[str]) -> None:
+    """A small Llama with random weights; its tokens are whole words, so that gold knows whatever it says."""
+    specials = ["<pad>", "<bos>", "<eos>", "<unk>"]
+    names = dict.fromkeys([*specials, *words, *MOODS, *(f"{mood}:" for mood in MOODS), "is"])
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({n: i for i, n in enumerate(names)}, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    inner.add_special_tokens(specials)
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", chat_template=TEMPLATE
-    )
+        tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>",
+        chat_template=TEMPLATE, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
     torch.manual_seed(0)
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=inner.get_vocab_size(), **SHAPE, **ids))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(names), **SHAPE, **ids))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -76,8 +96,8 @@ def train_start(folder: Path, model: str, data: Path, suite: str, *, epochs: flo
         "adapter": {"kind": "full" if small else "lora"},
         "stage": [
             {
-                "kind": "sft", "name": "sft", "data": str(data), "epochs": epochs, "batch": 32, "max_tokens": 96,
-                "learning_rate": 2e-3 if small else 2e-4, "validation": 0.05, "keep": "best", "validate_every": 50,
+                "kind": "sft", "name": "sft", "data": str(data), "epochs": epochs, "batch": 64, "max_tokens": 96,
+                "learning_rate": 3e-3 if small else 2e-4, "validation": 0.05,
             }
         ],
         "evaluation": {"suites": [suite], "samples": ["the film is"], "sample_tokens": 24},

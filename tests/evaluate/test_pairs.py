@@ -1,12 +1,17 @@
 """`posttrain evaluate RUN/rm --pairs FILE`, and what a run says of its reward model."""
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy
 import pytest
 
 from posttrain.cli import main
-from tiny_runs import command, finished_run
+from posttrain.evaluate.best_of import measure_best_of
+from posttrain.report.render import render
+from posttrain.report.run import load_run
+from tiny_runs import command, copied_run, finished_run
 
 
 def test_a_reward_model_is_measured_on_any_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -79,3 +84,25 @@ def test_without_held_out_pairs_nothing_is_claimed(tmp_path: Path, capsys: pytes
     assert json.loads((run / "evaluate/rm/reward.json").read_text()) == {"pairs": 0}
     assert "No pair was held out" in (run / "report.html").read_text()
     assert "pairs right" not in capsys.readouterr().err
+
+
+def test_the_report_draws_how_sure_it_is_where_it_is_right_and_best_of_n(tmp_path: Path):
+    """Two reward stages on the same held-out pairs are set beside each other; best-of-n is drawn where it was left."""
+    run = copied_run(tmp_path / "run")
+    recipe = (run / "recipe.toml").read_text()
+    table = next(part for part in recipe.split("[[stage]]") if 'name = "rm"' in part).split("[evaluation]")[0]
+    (run / "recipe.toml").write_text(
+        recipe.replace("[evaluation]", "[[stage]]" + table.replace('"rm"', '"rm2"') + "\n[evaluation]")
+    )
+    for folder in ("rm", "evaluate/rm"):
+        shutil.copytree(run / folder, run / folder.replace("rm", "rm2"))
+    score_PN = numpy.arange(12.0).reshape(3, 4)
+    found = {"policy": "sft", "reward": "rm", "gold": "other", **measure_best_of(score_PN, -score_PN)}
+    (run / "best-of/sft").mkdir(parents=True)
+    (run / "best-of/sft/best_of.json").write_text(json.dumps(found))
+    page = render(load_run(run))
+    assert "rm and rm2 on the same pairs" in page
+    assert "100.0\u202f% of" in page or "100 % of" in page or "100.0 % of" in page
+    assert page.count(": reliability") == 2
+    assert "best of 4" in page
+    assert "judged by other" in page

@@ -16,6 +16,8 @@ from posttrain.artifacts import partial_folder, read_jsonl, read_manifest
 from posttrain.errors import ArtifactError
 
 EVALUATIONS = "evaluate"
+# Where `posttrain evaluate --best-of … --out RUN/best-of/NAME` leaves what the report draws.
+BEST_OF = "best-of"
 _AGAIN = "run the recipe again"
 # What an evaluation by gold has of every prompt, and the mean and standard error of.
 _MEASURED = ("kl", "score", "gold")
@@ -45,10 +47,11 @@ class Policy(NamedTuple):
 
 
 class RewardModel(NamedTuple):
-    """A reward model that was measured, and what was found."""
+    """A reward model that was measured, what was found, and the scored pairs behind it."""
 
     name: str
     found: dict[str, Any]
+    pairs: tuple[dict[str, Any], ...] = ()
 
 
 class Run(NamedTuple):
@@ -62,6 +65,7 @@ class Run(NamedTuple):
     policies: tuple[Policy, ...]
     notes: tuple[str, ...]
     rewards: tuple[RewardModel, ...] = ()
+    best_of: tuple[dict[str, Any], ...] = ()
 
     @property
     def base(self) -> str:
@@ -80,7 +84,8 @@ def load_run(folder: Path) -> Run:
     policies = tuple(policy for name in names if (policy := _policy(folder / EVALUATIONS / name, name)) is not None)
     rewards = tuple(found for name in models if (found := _reward(folder / EVALUATIONS / name, name)) is not None)
     notes = _notes(scorecard, stages, policies)
-    return Run(str(recipe.get("name", folder.name)), recipe, text, scorecard, stages, policies, notes, rewards)
+    best_of = tuple(_read_json(path) for path in sorted((folder / BEST_OF).glob("*/best_of.json")))
+    return Run(str(recipe.get("name", folder.name)), recipe, text, scorecard, stages, policies, notes, rewards, best_of)
 
 
 def read_recipe(folder: Path) -> tuple[dict[str, Any], str]:
@@ -166,7 +171,10 @@ def _gold(folder: Path) -> tuple[dict[str, Any], ...]:
 
 def _reward(folder: Path, name: str) -> RewardModel | None:
     manifest = read_manifest(folder)
-    return None if manifest is None else RewardModel(name, _read_json(_named(folder, "reward.json")))
+    if manifest is None:
+        return None
+    pairs = _rows(folder, "pairs.jsonl") if _kept(folder, "pairs.jsonl", manifest) else ()
+    return RewardModel(name, _read_json(_named(folder, "reward.json")), pairs)
 
 
 def _kept(folder: Path, name: str, manifest: Mapping[str, Any] | None) -> bool:
