@@ -28,7 +28,6 @@ import sentiment_gold as known
 import torch
 
 from posttrain.artifacts import write_json, write_jsonl
-from posttrain.data.prompts import PromptRow
 from posttrain.evaluate.best_of import measure_best_of, sample_candidates
 from posttrain.evaluate.stats import mean, wilson
 from posttrain.generate.engine import SamplingSettings, generate
@@ -68,6 +67,13 @@ class Size(NamedTuple):
 SMALL = Size(4, 0, 4000, (0.05, 0.2, 0.8), (0.03, 0.1, 0.3), 20, 96, 150, 32, 1e-3, 1e-3, 3e-3)
 PACKAGE = Size(1, 1500, 600, (0.05, 0.3), (0.03, 0.15), 8, 48, 64, 16, 1e-4, 1e-4, 2e-4)
 QUICK = Size(0.5, 400, 100, (0.1,), (0.05,), 2, 16, 16, 8, 1e-3, 1e-3, 1e-3)
+
+
+class Prompt(NamedTuple):
+    """A prompt as text and as ids."""
+
+    text: str
+    ids: list[int]
 
 
 def size_of(model: str, quick: bool) -> Size:
@@ -126,9 +132,11 @@ def run_seed(folder: Path, model: str, size: Size, seed: int) -> None:
             write_json(own / f"{stage}.json", measure_policy(base, policies.activate(stage), gold, prompts, seed))
     if not (own / "best-of.json").exists():
         settings = SamplingSettings(NEW_TOKENS, 1.0, 1.0, 10_000 + seed)
-        found = sample_candidates(base, "base", policies.activate("rm"), prompts, settings, samples=size.samples)
+        found = sample_candidates(
+            base, "base", policies.activate("rm"), [p.ids for p in prompts], settings, samples=size.samples
+        )
         answers = [[rollout.text for rollout in rollouts] for rollouts in found.rollouts]
-        gold_PN = known.gold_of(gold, [row.id for row in prompts], answers)
+        gold_PN = known.gold_of(gold, [row.text for row in prompts], answers)
         measured = measure_best_of(found.score_PN, gold_PN)
         together = float(numpy.corrcoef(found.score_PN.ravel(), gold_PN.ravel())[0, 1])
         write_json(own / "best-of.json", {**measured, "score_gold_correlation": together})
@@ -144,8 +152,8 @@ def draw_pairs(base: BaseModel, gold: known.Gold, prompts: Sequence[str], size: 
     for i, row in enumerate(chosen):
         sides = [answer.text.strip() for answer in answers[2 * i : 2 * i + 2]]
         if sides[0] != sides[1] and all(sides):
-            first = known.prefer(*(gold(f"{row.id} {side}") for side in sides), chance)
-            found.append({"id": f"p{i}", "prompt": row.id, "chosen": sides[not first], "rejected": sides[first]})
+            first = known.prefer(*(gold(f"{row.text} {side}") for side in sides), chance)
+            found.append({"id": f"p{i}", "prompt": row.text, "chosen": sides[not first], "rejected": sides[first]})
     return found
 
 
@@ -174,14 +182,14 @@ def recipe_of(folder: Path, own: Path, size: Size, seed: int, dtype: str) -> dic
     }  # fmt: skip
 
 
-def prompt_rows(base: BaseModel, prompts: Sequence[str]) -> list[PromptRow]:
-    """Prompts as ids; a row's name is its text."""
-    return [PromptRow(text, base.chat.encode_prompt([Message("user", text)])) for text in prompts]
+def prompt_rows(base: BaseModel, prompts: Sequence[str]) -> list[Prompt]:
+    """Prompts as ids."""
+    return [Prompt(text, base.chat.encode_prompt([Message("user", text)])) for text in prompts]
 
 
 @torch.no_grad()
 def measure_policy(
-    base: BaseModel, policy: str, gold: known.Gold, prompts: Sequence[PromptRow], seed: int, *, samples: int = 4
+    base: BaseModel, policy: str, gold: known.Gold, prompts: Sequence[Prompt], seed: int, *, samples: int = 4
 ) -> dict[str, Any]:
     """Gold and KL of a policy's own samples, with intervals over prompts."""
     asked = [row.ids for row in prompts for _ in range(samples)]
@@ -193,7 +201,7 @@ def measure_policy(
         sums = [sum_by_row(batch_logprobs(base, batch, name).double(), batch) for name in (policy, "base")]
         kl_PN.append((sums[0] - sums[1]).tolist())
     texts = [[a.text for a in answers[i * samples : (i + 1) * samples]] for i in range(len(prompts))]
-    gold_PN = known.gold_of(gold, [row.id for row in prompts], texts)
+    gold_PN = known.gold_of(gold, [row.text for row in prompts], texts)
     return {
         "n": len(asked), "kl": mean(numpy.mean(kl_PN, 1).tolist())._asdict(), "gold": mean(gold_PN.mean(1).tolist())._asdict(),
         "praises": float((gold_PN > 0).mean()), "ended": sum(a.ended for a in answers) / len(answers),

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import numpy
 from numpy.typing import NDArray
 
-from posttrain.data.prompts import PromptRow
 from posttrain.evaluate.reward_model import score_completions
 from posttrain.evaluate.stats import mean
 from posttrain.generate.engine import SamplingSettings, generate
@@ -118,12 +117,12 @@ def measure_best_of(score_PN: Numbers, gold_PN: Numbers | None = None) -> dict[s
 
 
 def sample_candidates(
-    base: BaseModel, policy: str, reward: str, prompts: Sequence[PromptRow], settings: SamplingSettings, *, samples: int,
+    base: BaseModel, policy: str, reward: str, prompts: Sequence[Sequence[int]], settings: SamplingSettings, *, samples: int,
     label: str = "best of n",
 ) -> Candidates:  # fmt: skip
-    """Sample `samples` completions of every prompt from a policy and score them with a reward model on the same base."""
+    """Sample `samples` completions of every prompt (ids) from a policy and score them with a reward model on the same base."""
     progress = Progress(label, len(prompts) * samples)
-    asked = [row.ids for row in prompts for _ in range(samples)]
+    asked = [ids for ids in prompts for _ in range(samples)]
     answers = generate(base, asked, settings, policy, advance=lambda rows, tokens: progress.update(rows, tokens=tokens))
     rollouts = [answers[k : k + samples] for k in range(0, len(answers), samples)]
     return Candidates(rollouts, scores_of(base, reward, rollouts))
@@ -136,13 +135,13 @@ def scores_of(base: BaseModel, reward: str, rollouts: Sequence[Sequence[Rollout]
     return numpy.asarray(found, dtype=numpy.float64)
 
 
-def rows(prompts: Sequence[PromptRow], candidates: Candidates) -> Iterator[dict[str, Any]]:
+def rows(names: Sequence[str], candidates: Candidates) -> Iterator[dict[str, Any]]:
     """Every completion with its score, and what gold says of it where it was asked."""
-    for p, (prompt, own) in enumerate(zip(prompts, candidates.rollouts, strict=True)):
+    for p, (name, own) in enumerate(zip(names, candidates.rollouts, strict=True)):
         for k, rollout in enumerate(own):
             gold = {} if candidates.gold_PN is None else {"gold": float(candidates.gold_PN[p, k])}
             score = {"score": float(candidates.score_PN[p, k]), **gold}
-            yield {"prompt": prompt.id, "answer": rollout.text, "ended": rollout.ended, **score}
+            yield {"prompt": name, "answer": rollout.text, "ended": rollout.ended, **score}
 
 
 def shown(samples: int) -> list[int]:

@@ -79,14 +79,14 @@ def evaluate_best_of(
         file, base.chat, seed=settings.seed, max_prompt_tokens=base.context - settings.max_new_tokens, evaluation_prompts=(),
     )  # fmt: skip
     prompts = prepared.train[:limit] if limit else prepared.train
-    sampled = best_of.sample_candidates(base, policy, scorers[0], prompts, settings, samples=samples)
+    sampled = best_of.sample_candidates(base, policy, scorers[0], [row.ids for row in prompts], settings, samples=samples)
     gold_PN = best_of.scores_of(base, scorers[1], sampled.rollouts) if gold is not None else None
     found = {"policy": target.policy, "reward": reward, "gold": gold, "prompts_file": file, **settings._asdict()}
     found |= best_of.measure_best_of(sampled.score_PN, gold_PN)
     if out is not None:
         _make_folder(out)
         write_json(out / "best_of.json", found)
-        write_jsonl(out / "candidates.jsonl", best_of.rows(prompts, sampled._replace(gold_PN=gold_PN)))
+        write_jsonl(out / "candidates.jsonl", best_of.rows([row.id for row in prompts], sampled._replace(gold_PN=gold_PN)))
     return found, best_of.table(found)
 
 

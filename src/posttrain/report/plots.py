@@ -35,7 +35,7 @@ _STYLE: dict[str, Any] = {
 _LIGHT = {
     "ink": "#1a1d21", "soft": "#5a626c", "line": "#dddfe2", "better": "#00735a", "c0": "#6b7280", "c1": "#0072b2",
     "c2": "#d55e00", "c3": "#009e73", "c4": "#b0528c", "c5": "#b07d00", "c6": "#2b9fd8", "c7": "#7a5195",
-    "font": "system-ui, sans-serif",
+    "font": "Helvetica, Arial, sans-serif",
 }  # fmt: skip
 MOST_POINTS = 240
 # More stages than this crowd: the caption names them then.

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from posttrain.evaluate.pairs import ScoredPair, agreement
 from posttrain.report import plots, words
-from posttrain.report.markup import Content, el, facts, scroll, section
+from posttrain.report.markup import Content, details, el, facts, scroll, section
 from posttrain.report.run import RewardModel, Run
 
 _LEAD = "Measured on pairs that it was not trained on. A reward model that is right by chance, or by length, teaches that."
@@ -56,16 +56,17 @@ def _reliability(model: RewardModel) -> Markup:
 
 def _slices(found: Mapping[str, Any]) -> Markup:
     """Accuracy by length, by size of the gap and by category."""
-    parts = (("chosen is", "by_length"), ("gap in its", "by_margin"), ("", "by_category"))
+    parts = (("chosen is", "by_length"), ("gap is in the", "by_margin"), ("category is", "by_category"))
     rows = [
-        el("tr", el("td", f"{before} {name}".strip()), el("td", words.measured(one["value"], "share")),
+        el("tr", el("td", f"{before} {name}"), el("td", words.measured(one["value"], "share")),
            el("td", words.span(one, "share")), el("td", f"{one['n']:,}"))
         for before, key in parts for name, one in found.get(key, {}).items()
     ]  # fmt: skip
     if not rows:
         return Markup("")
     head = el("thead", el("tr", *(el("th", name) for name in ("of the pairs whose", "right", "95\u202f% interval", "pairs"))))
-    return scroll(el("table", head, el("tbody", *rows)), label="accuracy by slice")
+    table = scroll(el("table", head, el("tbody", *rows)), label="accuracy by slice")
+    return details("accuracy by length, gap and category", table)
 
 
 def _agreement(first: RewardModel, second: RewardModel) -> Markup | None:
