@@ -104,7 +104,7 @@ def _training_step(recipe: Recipe, run: Path, stage: Stage, known: dict[str, str
     if isinstance(stage, PpoStage) and stage.ptx_data:
         data |= data_hashes(stage.ptx_data)
     settings = {
-        "stage": stage.model_dump(mode="json", exclude=set(_NO_EFFECT)),
+        "stage": stage.model_dump(mode="json", exclude=set(_NO_EFFECT), exclude_none=True),
         "adapter": recipe.adapter.model_dump(mode="json"),
         "seed": recipe.seed,
         "evaluation_prompts": fingerprint(sorted(prompts)),
