@@ -127,14 +127,35 @@ def test_models_agree_with_the_cpu(name: str, dtype: str, tmp_path: Path, lively
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3, sliding", "gemma2, soft-capped"])
-def test_greedy_answers_are_the_cpus(name: str, tmp_path: Path, own_cache: None) -> None:
+def test_greedy_answers_are_the_cpus(name: str, tmp_path: Path, lively: Callable, own_cache: None) -> None:
+    """Two adapters and the base in one batch, prompts with two completions, a repetition penalty for every third."""
     near = make_base(name, tmp_path)
     far = load_base(str(tmp_path), template="gemma", dtype="float32", device="cuda")
     prompts = token_rows(20, low=1, high=30, seed=7)
-    settings = SamplingSettings(12, 0.0)
-    answers = [[r.completion_ids for r in generate(base, prompts, settings, "base")] for base in (near, far)]
+    settings = [SamplingSettings(12, 0.0, repetition_penalty=1.0 if i % 3 else 1.2) for i in range(20)]
+    answers = []
+    for base in (near, far):
+        lively(base, "a")
+        lively(base, "rows", seed=1, token_ids=(5, 60))
+        adapters = [("base", "a", "rows")[i % 3] for i in range(20)]
+        found = generate(base, prompts, settings, adapters, completions=2)
+        answers.append([r.completion_ids for r in found])
+        for rollout in found:
+            assert torch.isfinite(torch.tensor(rollout.logprobs)).all()
     different = sum(a != b for a, b in zip(*answers, strict=True))
-    assert different == 0, f"{different} of 20 differ"
+    assert different == 0, f"{different} of 40 differ"
+
+
+def test_sampled_logprobs_are_those_of_a_forward_in_bfloat16(own_cache: None) -> None:
+    """The flash kernel's prefill and the cache of a GPU, joining and leaving; cut distributions are sampled from too."""
+    base = load_base("random:tiny", template="gemma", dtype="bfloat16", device="cuda")
+    for settings in (SamplingSettings(30, 1.0, seed=1), SamplingSettings(20, 0.8, 0.9, top_k=50, min_p=0.01)):
+        for rollout in generate(base, token_rows(20, low=1, high=90, seed=8), settings, "base", completions=3):
+            ids = [*rollout.prompt_ids, *rollout.completion_ids]
+            batch = to_device(pack(row_segments(ids, [True] * len(ids), 0), 1), base.device)
+            with torch.no_grad():
+                full_N = batch_logprobs(base, batch, "base")[-len(rollout.completion_ids) :].cpu()
+            assert (torch.tensor(rollout.model_logprobs) - full_N).abs().max() < 0.1
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
     y_t = W x_t + s_a B_a A_a x_t,   a: the adapter of token t
 
 The base's product runs once over all tokens. The tokens of each of n adapters are gathered into a table [n, M], and the
-low-rank products of all adapters are two batched ones, with A and B on the left as they lie: only the tokens are packed.
-One adapter for all tokens is computed just as in training. Copies in the type of the products are kept by the engine.
+low-rank products of all adapters are two batched ones. One adapter for all tokens is computed just as in training. Copies in
+the type of the products are kept by the engine.
 
 T: tokens, M: most tokens of one adapter, R: rank (of the widest adapter, others are filled with zeros).
 """
@@ -21,11 +21,10 @@ if TYPE_CHECKING:
 
 
 class Stack(NamedTuple):
-    """One layer's A [n, R, inputs] and B [n, outputs, R] of all adapters, and their scales [n, 1, 1]."""
+    """One layer's A [n, R, inputs] and B [n, outputs, R] of all adapters."""
 
     a: Tensor
     b: Tensor
-    scale: Tensor
 
 
 class NarrowAdapters:
@@ -63,8 +62,7 @@ class NarrowAdapters:
         for n, pair in enumerate(pairs):
             if pair is not None:
                 a_nRI[n, : len(pair[0])], b_nOR[n, :, : len(pair[0])] = pair[0].detach(), pair[1].detach()
-        scale = torch.tensor([adapter.settings.scale for adapter in self.adapters], dtype=self.dtype, device=a.device)
-        return Stack(a_nRI, b_nOR, scale[:, None, None])
+        return Stack(a_nRI, b_nOR)
 
 
 class TokenAdapters:
@@ -84,11 +82,11 @@ class TokenAdapters:
         most = max(map(len, tokens.values()), default=0)
         self._most = most
         if most and self._only is None:
+            # Spare entries of the table take the first token and add nothing to it.
             table = [own + [0] * (most - len(own)) for own in tokens.values()]
-            places = [n * most + m for n, own in enumerate(tokens.values()) for m in range(len(own))]
-            self._table_NM = torch.tensor(table, device=device)
-            self._token_T = torch.tensor([t for own in tokens.values() for t in own], device=device)
-            self._place_T = torch.tensor(places, device=device)
+            scales = [[adapter.settings.scale] * len(own) + [0.0] * (most - len(own)) for adapter, own in tokens.items()]
+            self._table_nM = torch.tensor(table, device=device)
+            self._scale_nM1 = torch.tensor(scales, dtype=kept.dtype, device=device)[..., None]
 
     def apply(self, layer: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x [1, T, inputs] -> [1, T, outputs]."""
@@ -97,10 +95,10 @@ class TokenAdapters:
         if stack is None:
             return y
         if self._only is not None:
-            a, b, scale = stack.a[self._only], stack.b[self._only], self._kept.adapters[self._only].settings.scale
-            y[0].addmm_(x[0] @ a.T, b.T, alpha=scale)
+            scale = self._kept.adapters[self._only].settings.scale
+            y[0].addmm_(x[0] @ stack.a[self._only].T, stack.b[self._only].T, alpha=scale)
             return y
-        projected = torch.bmm(stack.a, x[0, self._table_NM].transpose(1, 2)) * stack.scale
-        added = torch.bmm(stack.b, projected).transpose(1, 2).reshape(-1, y.shape[-1])
-        y[0].index_add_(0, self._token_T, added[self._place_T])
+        projected_nMR = torch.bmm(x[0, self._table_nM], stack.a.transpose(1, 2)) * self._scale_nM1
+        added_nMO = torch.bmm(projected_nMR, stack.b.transpose(1, 2))
+        y[0].index_add_(0, self._table_nM.flatten(), added_nMO.flatten(0, 1))
         return y
