@@ -175,10 +175,10 @@ def _check_data(plan: Plan) -> None:
 def _open_partial(step: Step) -> Path:
     """The hidden folder that a step is built in; one that worked for something else is thrown away."""
     folder = partial_folder(step.folder)
-    if unfinished(step.folder) != step.fingerprint:
+    if unfinished(step.folder) != step.work:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / WORKING_ON, {"fingerprint": step.fingerprint})
+    write_json(folder / WORKING_ON, {"fingerprint": step.work})
     return folder
 
 

@@ -43,6 +43,8 @@ class Step(NamedTuple):
     settings: dict[str, Any]
     status: Status
     why: str
+    # What an unfinished one must have been begun for, to go on: the fingerprint, but that a function may have been mended.
+    work: str
 
 
 class Plan(NamedTuple):
@@ -110,11 +112,12 @@ def _training_step(recipe: Recipe, run: Path, stage: Stage, known: dict[str, str
         "evaluation_prompts": fingerprint(sorted(prompts)),
         "code": CODE_VERSION[stage.kind],
     }
+    work = fingerprint({"settings": settings, "inputs": {**inputs, "base": known["base"]}, "data": data})
     functions = [part.function for part in parts_of(stage) if part.function]
     settings |= {"functions": {name: source_hash(name) for name in sorted(functions)}} if functions else {}
     mark = fingerprint({"settings": settings, "inputs": {**inputs, "base": known["base"]}, "data": data})
-    status, why = _status(run / stage.name, mark, settings, inputs, data)
-    return Step(stage.name, stage.kind, stage.name, stage, run / stage.name, mark, inputs, data, settings, status, why)
+    status, why = _status(run / stage.name, mark, settings, inputs, data, work)
+    return Step(stage.name, stage.kind, stage.name, stage, run / stage.name, mark, inputs, data, settings, status, why, work)
 
 
 def parts_of(stage: Stage | None) -> tuple[RewardPart, ...]:
@@ -134,7 +137,8 @@ def _evaluation_step(recipe: Recipe, run: Path, tasks: tuple[Task, ...], policy:
     mark = fingerprint({"settings": settings, "policy": policy_print})
     folder = run / EVALUATIONS / policy
     status, why = _status(folder, mark, settings, {policy: policy_print}, {})
-    return Step(f"evaluate {policy}", "evaluate", policy, None, folder, mark, {policy: policy_print}, {}, settings, status, why)
+    inputs = {policy: policy_print}
+    return Step(f"evaluate {policy}", "evaluate", policy, None, folder, mark, inputs, {}, settings, status, why, mark)
 
 
 def _measuring_step(run: Path, stage: RewardStage, mark_of_stage: str) -> Step:
@@ -143,17 +147,17 @@ def _measuring_step(run: Path, stage: RewardStage, mark_of_stage: str) -> Step:
     mark = fingerprint({"settings": settings, "reward": mark_of_stage})
     folder, inputs = run / EVALUATIONS / stage.name, {stage.name: mark_of_stage}
     status, why = _status(folder, mark, settings, inputs, {})
-    return Step(f"measure {stage.name}", "measure", stage.name, None, folder, mark, inputs, {}, settings, status, why)
+    return Step(f"measure {stage.name}", "measure", stage.name, None, folder, mark, inputs, {}, settings, status, why, mark)
 
 
 def _status(
-    folder: Path, mark: str, settings: dict[str, Any], inputs: dict[str, str], data: dict[str, str]
+    folder: Path, mark: str, settings: dict[str, Any], inputs: dict[str, str], data: dict[str, str], work: str | None = None
 ) -> tuple[Status, str]:
     manifest = read_manifest(folder)
     if manifest is not None and manifest["fingerprint"] == mark:
         gone = [name for name in manifest.get("files", {}) if not (folder / name).is_file()]
         return ("due", f"{gone[0]} is missing") if gone else ("done", "its manifest matches")
-    if unfinished(folder) == mark:
+    if unfinished(folder) == (work or mark):
         return "resume", "an unfinished one is there"
     if manifest is None:
         return "due", "not made yet"

@@ -128,6 +128,46 @@ def test_a_run_that_names_no_function_that_is_leaves_no_folder(
     assert not (tmp_path / "runs").exists()
 
 
+FAILING = """
+def score(prompts, completions):
+    if len(CALLS) > 0:
+        raise KeyError(completions[0])
+    CALLS.append(1)
+    return [float(len(c)) for c in completions]
+
+
+CALLS = []
+"""
+
+
+def test_a_mended_function_goes_on_and_an_edited_one_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the command: the second iteration fails; the first one's steps are kept."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rewards.py").write_text(FAILING)
+    (tmp_path / "q.jsonl").write_text('{"id": "q", "question": "a", "choices": [" b", " c"], "answer": 0}\n')
+    (tmp_path / "s.toml").write_text('name = "s"\n[[task]]\nname = "q"\nanswer = "choices"\nitems = "q.jsonl"\n')
+    (tmp_path / "r.toml").write_text(
+        'name = "r"\n[base]\nmodel = "random:tiny"\ntemplate = "gemma"\n[[stage]]\nkind = "ppo"\nname = "ppo"\n'
+        f'data = "{preferences(tmp_path / "p.jsonl")}"\nreward = "my_rewards:score"\niterations = 2\nprompts = 4\n'
+        'minibatch = 4\nmax_new_tokens = 4\n[evaluation]\nsuites = ["s.toml"]\nsamples = ["a"]\nsample_tokens = 2\n'
+    )
+    assert main(["run", "r.toml"]) == 2
+    assert 'iteration 2 · the reward function "my_rewards:score" raised KeyError at my_rewards.py:4' in capsys.readouterr().err
+    kept = tmp_path / "runs/r/.ppo.partial/checkpoints/step-00000002"
+    assert kept.is_dir()
+    (tmp_path / "my_rewards.py").write_text(FAILING.replace("> 0", "> 9"))
+    assert main(["run", "r.toml"]) == 0
+    assert "ppo: an unfinished one is there" in capsys.readouterr().err
+    assert [row["step"] for row in rows_of(tmp_path / "runs/r/ppo")] == [1, 2, 3, 4]
+    assert main(["run", "r.toml", "--dry-run"]) == 0
+    assert "resume" not in capsys.readouterr().out
+    (tmp_path / "my_rewards.py").write_text(FAILING.replace("> 0", "> 8"))
+    assert main(["run", "r.toml", "--dry-run"]) == 0
+    assert "changed: functions.my_rewards:score" in capsys.readouterr().out
+
+
 def test_an_edited_function_is_another_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert source_hash("my_rewards:good") == ""
