@@ -95,7 +95,7 @@ def test_b12_a_planted_reward_is_stopped_before_gold_falls_10_percent(base: Base
 
 def test_b12_a_clean_run_is_not_stopped(base: BaseModel, tmp_path: Path) -> None:
     """0 of 1 here, 0 of 5 in the slow test."""
-    is_not_stopped(base, tmp_path / "ppo", 4, iterations=7)
+    is_not_stopped(base, tmp_path / "ppo", 4, iterations=5)
 
 
 @pytest.mark.slow
@@ -109,10 +109,10 @@ def test_b12_0_of_5_clean_runs_stopped_and_planted_ones_before_gold_falls_10_per
 
 
 def test_stopped_runs_go_on_as_one_undisturbed(base: BaseModel, tmp_path: Path) -> None:
-    """Inside of an iteration, after its last step (where gold is measured), and before anything was trained."""
+    """Inside of an iteration, and after its last step, where gold is measured."""
     run_gold(base, tmp_path / "straight", **SHORT)
     wanted, gold = digest(tmp_path / "straight"), (tmp_path / "straight/gold.jsonl").read_bytes()
-    for step in (1, 4, 7):
+    for step in (2, 8):
         with pytest.raises(Interrupted):
             run_gold(base, tmp_path / f"at-{step}", stop_at=step, **SHORT)
         run_gold(base, tmp_path / f"at-{step}", **SHORT)
