@@ -64,7 +64,7 @@ class Size(NamedTuple):
     reward_rate: float
 
 
-SMALL = Size(4, 0, 4000, (0.05, 0.2, 0.8), (0.03, 0.1, 0.3), 20, 96, 150, 32, 1e-3, 1e-3, 3e-3)
+SMALL = Size(5, 0, 4000, (0.05, 0.2, 0.8), (0.03, 0.1, 0.3), 24, 96, 150, 32, 3e-3, 1e-3, 2e-3)
 PACKAGE = Size(1, 1500, 600, (0.05, 0.3), (0.03, 0.15), 8, 48, 64, 16, 1e-4, 1e-4, 2e-4)
 QUICK = Size(0.5, 400, 100, (0.1,), (0.05,), 2, 16, 16, 8, 1e-3, 1e-3, 1e-3)
 
@@ -143,9 +143,9 @@ def run_seed(folder: Path, model: str, size: Size, seed: int) -> None:
 
 
 def draw_pairs(base: BaseModel, gold: known.Gold, prompts: Sequence[str], size: Size, seed: int) -> list[dict[str, Any]]:
-    """Two continuations of each prompt, and which one a draw from gold prefers; prompts whose two are alike are left out."""
+    """Prompts with two continuations each, and which one a draw from gold prefers; two that are alike are left out."""
     chance = random.Random(seed)
-    chosen = prompt_rows(base, chance.sample(list(prompts), min(size.pairs, len(prompts))))
+    chosen = prompt_rows(base, chance.choices(prompts, k=size.pairs))
     settings = SamplingSettings(NEW_TOKENS, 1.0, 1.0, seed, False)
     answers = generate(base, [row.ids for row in chosen for _ in range(2)], settings, "base")
     found = []
@@ -162,11 +162,19 @@ def recipe_of(folder: Path, own: Path, size: Size, seed: int, dtype: str) -> dic
     data = {"data": str(own / "pairs.jsonl"), "allow_dropped": 0.05}
     trained = {**data, "init": "base", "batch": 32, "max_tokens": 128}
     stages: list[dict[str, Any]] = [
-        {"kind": "reward", "name": "rm", **trained, "learning_rate": size.reward_rate, "validation": 0.1, "epochs": 2}
+        {
+            "kind": "reward",
+            "name": "rm",
+            **trained,
+            "batch": 16,
+            "learning_rate": size.reward_rate,
+            "validation": 0.1,
+            "epochs": 1,
+        }
     ]
     for beta in size.betas:
         stages.append(
-            {"kind": "dpo", "name": f"dpo-{beta:g}", **trained, "beta": beta, "learning_rate": size.dpo_rate, "epochs": 2,
+            {"kind": "dpo", "name": f"dpo-{beta:g}", **trained, "beta": beta, "learning_rate": size.dpo_rate, "epochs": 1,
              "validation": 0.05}
         )  # fmt: skip
     for kl_coef in size.kl_coefs:

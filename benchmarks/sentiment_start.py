@@ -5,9 +5,9 @@
     package:…  a pretrained base, taught the same form by the product's SFT of an adapter, which is then merged
 
 Rows are the first words of a sentence with the rest of it. The small model has read nothing before, so it also learns what a
-pretrained one knows already: to go on in a given mood, and to name the mood of a sentence, from people's labels of its own
-half of the sentences. Gold is fitted on the other half. Either way the result is one model folder, the init and the reference
-of everything that follows.
+pretrained one knows already: to go on in a given mood, and to name the mood of a sentence that is over, from people's labels
+of its own half of the sentences. Gold is fitted on the other half. Either way the result is one model folder, the init and the
+reference of everything that follows.
 """
 
 import json
@@ -41,16 +41,21 @@ TEMPLATE = (
 SUITE = 'name = "sentences"\n[[task]]\nname = "prose"\nanswer = "perplexity"\nitems = "sentences.jsonl"\n'
 
 
-def start_rows(sentences: Sequence[tuple[tuple[str, str], bool]], *, moods: bool) -> list[dict[str, str]]:
-    """Demonstrations: a sentence's beginning and its rest; with moods also after its mood, and the mood after the sentence."""
+def start_rows(sentences: Sequence[tuple[tuple[str, str], bool]], *, moods: bool) -> list[dict[str, Any]]:
+    """Demonstrations: a sentence's beginning and its rest; with moods its mood after it, and once more the sentence in it."""
     rows = []
     for i, ((prompt, rest), praises) in enumerate(sentences):
-        rows.append({"id": f"s{i}", "prompt": prompt, "completion": rest})
+        mood = MOODS[praises]
+        # The mood comes after the end token: a sample ends there, and a reward model reads there.
+        rows.append(_row(f"s{i}", prompt, rest, *([mood] if moods else [])))
         if moods:
-            mood = MOODS[praises]
-            rows.append({"id": f"s{i}-in", "prompt": f"{mood}: {prompt}", "completion": rest})
-            rows.append({"id": f"s{i}-of", "prompt": f"{prompt} {rest} is", "completion": mood})
+            rows.append(_row(f"s{i}-in", f"{mood}: {prompt}", rest))
     return rows
+
+
+def _row(name: str, prompt: str, *turns: str) -> dict[str, Any]:
+    said = [{"role": "assistant", "content": turn} for turn in turns]
+    return {"id": name, "messages": [{"role": "user", "content": prompt}, *said]}
 
 
 def write_suite(folder: Path, texts: Sequence[str]) -> str:
@@ -69,7 +74,7 @@ def commonest_words(texts: Sequence[str]) -> list[str]:
 def make_random(folder: Path, words: Sequence[str]) -> None:
     """A small Llama with random weights; its tokens are whole words, so that gold knows whatever it says."""
     specials = ["<pad>", "<bos>", "<eos>", "<unk>"]
-    names = dict.fromkeys([*specials, *words, *MOODS, *(f"{mood}:" for mood in MOODS), "is"])
+    names = dict.fromkeys([*specials, *words, *MOODS, *(f"{mood}:" for mood in MOODS)])
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({n: i for i, n in enumerate(names)}, unk_token="<unk>"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     inner.add_special_tokens(specials)

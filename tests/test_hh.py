@@ -38,3 +38,14 @@ def test_the_path_on_threads_and_transcripts(tmp_path: Path, capsys: pytest.Capt
     assert [s["name"] for s in json.loads(capsys.readouterr().out)["stages"]] == ["base", "sft", "dpo"]
     formats = [json.loads((tmp_path / "hh" / stage / "data_report.json").read_text())["formats"] for stage in FILES]
     assert "hh-rlhf" in str(formats[1])
+
+
+@needs_data
+def test_the_plan_of_the_reward_model_on_transcripts(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    data = DATA / "preferences" / "hh_harmless.jsonl"
+    changes = [f'rm.data=[{{path="{data}", weight=0.1}}]', "base.model=random:tiny", "rm.max_tokens=4096"]
+    parts = [part for change in changes for part in ("--set", change)]
+    command = ["run", str(ROOT / "recipes" / "hh_reward.toml"), "--out", str(tmp_path / "hh"), "--json", "--dry-run", *parts]
+    assert main(command) == 0
+    rows = {step["step"]: step.get("rows") for step in json.loads(capsys.readouterr().out)["steps"]}
+    assert rows["rm"] == pytest.approx(1808 * 0.1 * 0.7, rel=0.3)
