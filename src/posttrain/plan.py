@@ -18,7 +18,7 @@ from posttrain.settings import DpoStage, PpoStage, Recipe, RewardPart, RewardSta
 from posttrain.train.functions import source_hash
 
 # Raise a number when the code of that kind of step would make something else of the same input.
-CODE_VERSION = {"sft": 1, "dpo": 1, "reward": 1, "ppo": 2, "evaluate": 1, "measure": 1}
+CODE_VERSION = {"sft": 1, "dpo": 1, "reward": 1, "ppo": 2, "evaluate": 1, "measure": 2}
 EVALUATIONS = "evaluate"
 # In a partial folder: what it is being built for.
 WORKING_ON = "working_on.json"

@@ -18,6 +18,7 @@ from posttrain.errors import ArtifactError
 EVALUATIONS = "evaluate"
 # Where `posttrain evaluate --best-of … --out RUN/best-of/NAME` leaves what the report draws.
 BEST_OF = "best-of"
+_PAIR = {"id", "chosen_score", "rejected_score", "chosen_tokens", "rejected_tokens"}
 _AGAIN = "run the recipe again"
 # What an evaluation by gold has of every prompt, and the mean and standard error of.
 _MEASURED = ("kl", "score", "gold")
@@ -84,7 +85,7 @@ def load_run(folder: Path) -> Run:
     policies = tuple(policy for name in names if (policy := _policy(folder / EVALUATIONS / name, name)) is not None)
     rewards = tuple(found for name in models if (found := _reward(folder / EVALUATIONS / name, name)) is not None)
     notes = _notes(scorecard, stages, policies)
-    best_of = tuple(_read_json(path) for path in sorted((folder / BEST_OF).glob("*/best_of.json")))
+    best_of = tuple(map(_best_of, sorted((folder / BEST_OF).glob("*/best_of.json"))))
     return Run(str(recipe.get("name", folder.name)), recipe, text, scorecard, stages, policies, notes, rewards, best_of)
 
 
@@ -174,7 +175,16 @@ def _reward(folder: Path, name: str) -> RewardModel | None:
     if manifest is None:
         return None
     pairs = _rows(folder, "pairs.jsonl") if _kept(folder, "pairs.jsonl", manifest) else ()
+    if not all(set(pair) >= _PAIR for pair in pairs):
+        raise ArtifactError(str(folder / "pairs.jsonl"), "not scored pairs", do=f"remove {folder} and {_AGAIN}")
     return RewardModel(name, _read_json(_named(folder, "reward.json")), pairs)
+
+
+def _best_of(path: Path) -> dict[str, Any]:
+    found = _read_json(path)
+    if not found.get("best_of") or not found.keys() >= {"prompts", "samples", "policy", "reward"}:
+        raise ArtifactError(str(path), "not best-of-n", do="measure it again with `posttrain evaluate … --best-of`")
+    return found
 
 
 def _kept(folder: Path, name: str, manifest: Mapping[str, Any] | None) -> bool:
