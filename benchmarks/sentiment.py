@@ -48,7 +48,8 @@ DISTANCES = (0.5, 1.0, 2.0, 4.0)
 
 
 class Size(NamedTuple):
-    """How much of everything."""
+    """How much of everything: passes over how many of the start's sentences (0 is all), pairs, the budgets of DPO and PPO,
+    PPO's iterations of prompts, prompts measured and best-of-n's samples of each, and learning rates."""
 
     epochs: float
     sentences: int
@@ -64,9 +65,18 @@ class Size(NamedTuple):
     reward_rate: float
 
 
-SMALL = Size(5, 0, 4000, (0.05, 0.2, 0.8), (0.03, 0.1, 0.3), 24, 96, 150, 32, 3e-3, 1e-3, 2e-3)
-PACKAGE = Size(1, 1500, 600, (0.05, 0.3), (0.03, 0.15), 8, 48, 64, 16, 1e-4, 1e-4, 2e-4)
-QUICK = Size(0.5, 400, 100, (0.1,), (0.05,), 2, 16, 16, 8, 1e-3, 1e-3, 1e-3)
+SMALL = Size(
+    epochs=5, sentences=0, pairs=4000, betas=(0.05, 0.1, 0.2, 0.8), kl_coefs=(0.03, 0.06, 0.1, 0.3), iterations=24, prompts=96,
+    measured=150, samples=32, dpo_rate=3e-3, ppo_rate=1e-3, reward_rate=2e-3,
+)  # fmt: skip
+PACKAGE = Size(
+    epochs=1, sentences=1500, pairs=600, betas=(0.05, 0.3), kl_coefs=(0.03, 0.15), iterations=8, prompts=48,
+    measured=64, samples=16, dpo_rate=1e-4, ppo_rate=1e-4, reward_rate=2e-4,
+)  # fmt: skip
+QUICK = Size(
+    epochs=0.5, sentences=400, pairs=100, betas=(0.1,), kl_coefs=(0.05,), iterations=2, prompts=16,
+    measured=16, samples=8, dpo_rate=1e-3, ppo_rate=1e-3, reward_rate=1e-3,
+)  # fmt: skip
 
 
 class Prompt(NamedTuple):
@@ -251,10 +261,11 @@ def frontier(seeds: Sequence[dict[str, list[dict[str, Any]]]]) -> dict[str, list
 
 
 def at_distance(points: Sequence[dict[str, Any]], start: float, distance: float) -> float | None:
-    """Gold of a method at a KL, on the straight lines between its budgets and the start; None beyond the furthest."""
+    """Gold of a method at a KL, on lines between the start and its budgets that are straight in sqrt(KL), as gold is near the
+    start (Gao et al. 2023); None beyond the furthest."""
     if not points or points[-1]["kl"] < distance:
         return None
-    return float(numpy.interp(distance, [0.0, *(p["kl"] for p in points)], [start, *(p["gold"] for p in points)]))
+    return float(numpy.interp(distance**0.5, [0.0, *(p["kl"] ** 0.5 for p in points)], [start, *(p["gold"] for p in points)]))
 
 
 def compare(seeds: Sequence[dict[str, list[dict[str, Any]]]], starts: Sequence[float]) -> list[dict[str, Any]]:

@@ -48,4 +48,4 @@ def test_the_plan_of_the_reward_model_on_transcripts(tmp_path: Path, capsys: pyt
     command = ["run", str(ROOT / "recipes" / "hh_reward.toml"), "--out", str(tmp_path / "hh"), "--json", "--dry-run", *parts]
     assert main(command) == 0
     rows = {step["step"]: step.get("rows") for step in json.loads(capsys.readouterr().out)["steps"]}
-    assert rows["rm"] == pytest.approx(1808 * 0.1 * 0.7, rel=0.3)
+    assert rows["rm"] == pytest.approx(1808 * 0.1 * 0.6, rel=0.3)

@@ -45,18 +45,16 @@ def test_a_sentence_is_cut_into_prompt_and_rest():
 
 
 def test_methods_are_compared_at_equal_distance():
-    """Gold 1 at KL 1 and 3 at KL 3, from 0: 2 at KL 2. Of two seeds one reaches 4 nats, so only that one counts there."""
-    line = [{"kl": 1.0, "gold": 1.0}, {"kl": 3.0, "gold": 3.0}]
-    assert sentiment.at_distance(line, 0.0, 2.0) == pytest.approx(2)
-    assert sentiment.at_distance(line, 0.0, 0.5) == pytest.approx(0.5)
-    assert sentiment.at_distance(line, 0.0, 4.0) is None
+    """Gold 1 at KL 1 and 3 at KL 9, from 0: 2 at KL 4, 1/2 at KL 1/4. Of two seeds one reaches 4 nats and counts there."""
+    line = [{"kl": 1.0, "gold": 1.0}, {"kl": 9.0, "gold": 3.0}]
+    assert sentiment.at_distance(line, 0.0, 4.0) == pytest.approx(2)
+    assert sentiment.at_distance(line, 0.0, 0.25) == pytest.approx(0.5)
+    assert sentiment.at_distance(line, 0.0, 9.5) is None
     assert sentiment.at_distance([], 0.0, 1.0) is None
-    near, far = (
-        {"ppo": line, "dpo": line, "best-of-n": []},
-        {"ppo": [{"kl": 5.0, "gold": 1.0}], "dpo": [{"kl": 5.0, "gold": 0.5}], "best-of-n": []},
-    )
+    near = {"ppo": [{"kl": 2.0, "gold": 1.0}], "dpo": [{"kl": 2.0, "gold": 0.5}], "best-of-n": []}
+    far = {"ppo": line, "dpo": [{"kl": 9.0, "gold": 1.5}], "best-of-n": []}
     found = {row["kl"]: row["gold_difference"] for row in sentiment.compare([near, far], [0.0, 0.0])}
-    assert found[4.0] == pytest.approx({"value": 0.4, "low": 0.4, "high": 0.4, "n": 1})
+    assert found[4.0] == pytest.approx({"value": 1.0, "low": 1.0, "high": 1.0, "n": 1})
     assert found[2.0]["n"] == 2
 
 
