@@ -1,6 +1,6 @@
 """A controlled experiment: what do best-of-n, DPO and PPO make of the same preferences, at the same distance from the start?
 
-    python benchmarks/sentiment.py --out runs/sentiment [--model package:smollm2-135m-instruct] [--seeds 5] [--jobs 2] [--quick]
+    python benchmarks/sentiment.py --out runs/sentiment [--model package:smollm2-135m-instruct] [--seeds 6] [--jobs 2] [--quick]
 
 As in the DPO paper (Rafailov et al. 2023, section 6.1), what people want is replaced by something known: the log odds that a
 sentence praises, by a classifier (`sentiment_gold.py`). Preferences between two continuations of a prompt are drawn from it;
@@ -347,7 +347,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="small", help="small, or a base such as package:smollm2-135m-instruct")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/sentiment", help="folder of everything that is made")
-    parser.add_argument("--seeds", type=int, help="how many (default: 5; of a package 2; quick 1)")
+    parser.add_argument("--seeds", type=int, help="how many (default: 6; of a package 2; quick 1)")
     parser.add_argument("--jobs", type=int, default=2, help="seeds at once")
     parser.add_argument("--quick", action="store_true", help="everything once and small: whether it runs, not what comes out")
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
@@ -363,7 +363,7 @@ def main() -> None:
         "quick": options.quick,
         **prepare(options.out, options.model, size),
     }
-    count = options.seeds or (1 if options.quick else 5 if options.model == "small" else 2)
+    count = options.seeds or (1 if options.quick else 6 if options.model == "small" else 2)
     work(options, range(count))
     result = summarise(options.out, range(count), {**about, "size": size._asdict()})
     print(json.dumps({**result, "minutes": round((time.monotonic() - started) / 60, 1)}, indent=2))
