@@ -129,8 +129,9 @@ def test_two_steps_are_those_of_a_float64_reference(base: BaseModel, tmp_path: P
     random_reward_model(base)
     monkeypatch.setattr(
         stage_module, "generate",
-        lambda base, asked, *rest, **named: [
-            Rollout(tuple(ids), tuple(c), (0.0,) * len(c), "", c[-1:] == [END], "") for ids, c in zip(asked, FLAT, strict=True)
+        lambda base, asked, *rest, completions, **named: [
+            Rollout(tuple(ids), tuple(c), (0.0,) * len(c), "", c[-1:] == [END], "")
+            for ids, c in zip([ids for ids in asked for _ in range(completions)], FLAT, strict=True)
         ],
     )  # fmt: skip
     layers, scale = list(base.adapters.get("sft").weights), base.adapters.get("sft").settings.scale
