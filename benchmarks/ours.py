@@ -76,32 +76,6 @@ def train(race: str, folder: Path, dtype: str) -> dict[str, Any]:
     }
 
 
-def rollouts(model: str, template: str, prompts: list[list[int]], new_tokens: int, adapters: list[str], dtype: str) -> Any:
-    """Sampled completions at temperature 1: tokens, seconds of each of three rounds after a warm-up, and peak memory.
-
-    `adapters` is one name a prompt: "base", or whatever else, for which an adapter of rank 16 with random weights is made.
-    """
-    from posttrain.generate.engine import SamplingSettings, generate
-    from posttrain.models.load import load_base
-    from posttrain.models.lora import LoraSettings
-
-    base = load_base(model, template=template, dtype=dtype)
-    for name in set(adapters) - {"base"}:
-        adapter = base.adapters.create(name, LoraSettings(16, 32.0, 0.0, "all", "standard"), seed=0)
-        with torch.no_grad():
-            for _, b in adapter.weights.values():
-                b.normal_(std=0.01)
-    generate(base, prompts, SamplingSettings(4, 1.0), adapters)
-    tokens, seconds = [], []
-    for seed in range(3):
-        started = time.perf_counter()
-        found = generate(base, prompts, SamplingSettings(new_tokens, 1.0, seed=seed), adapters)
-        seconds.append(time.perf_counter() - started)
-        tokens.append(sum(len(rollout.completion_ids) for rollout in found))
-    setting = f"{str(base.dtype).removeprefix('torch.')}, {len(set(adapters))} adapters"
-    return {"units": tokens, "seconds": seconds, "peak_gib": peak_gib(), "setting": setting, "versions": versions()}
-
-
 def quickstart(folder: Path, recipe: Path) -> dict[str, Any]:
     """A whole run by the command's own entry."""
     from posttrain.cli import main
