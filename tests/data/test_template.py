@@ -1,13 +1,15 @@
 """A template is somebody else's code: payloads neither run nor stall, and what published templates use works."""
 # ruff: noqa: E501 - a payload is one line
 
+import gc
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
-from posttrain.data.template import MAX_TEMPLATE_CHARS, ChatTemplate
+from posttrain.data.template import MAX_TEMPLATE_CHARS, RENDER_SECONDS, ChatTemplate
 from posttrain.errors import DataError, ModelError
 from posttrain.records import Message
 
@@ -259,3 +261,26 @@ def test_raise_exception_speaks_to_the_user():
 def test_a_source_that_is_no_template_is_refused(source: str):
     with pytest.raises(ModelError, match=r"chat template · not a valid template: .* · set \[base\] template"):
         ChatTemplate(source)
+
+
+def test_a_pause_that_is_not_the_templates_refuses_nothing():
+    """A collection of garbage spends the template's time once, on the thread that renders."""
+    paused: list[float] = []
+    outside = sys.gettrace()
+
+    def pause(phase: str, _: dict) -> None:
+        if phase == "start" and not paused and sys.gettrace() is not outside:
+            paused.append(time.thread_time())
+            while time.thread_time() < paused[0] + 2 * RENDER_SECONDS:
+                pass
+
+    source = "{% set n = namespace(all=[]) %}{% for i in range(99) %}{% set n.all = n.all + [[i]] %}{% endfor %}{{ bos_token }}"
+    template, before = ChatTemplate(source), gc.get_threshold()
+    gc.callbacks.append(pause)
+    gc.set_threshold(20)
+    try:
+        assert template.render(TALK, generation_prompt=False, bos="<bos>", eos="") == "<bos>"
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(pause)
+    assert paused

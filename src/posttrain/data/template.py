@@ -72,18 +72,25 @@ class ChatTemplate:
             "messages": [{"role": m.role, "content": m.content} for m in messages],
             "add_generation_prompt": generation_prompt, "bos_token": bos, "eos_token": eos,
         }  # fmt: skip
-        trace = _Deadline(RENDER_SECONDS)
-        before = sys.gettrace()
-        sys.settrace(trace)
         try:
-            # The compiled function itself, since `Template.generate` rewrites tracebacks by running made-up code.
-            return _ENVIRONMENT.concat(self._compiled.root_render_func(self._compiled.new_context(values)))
+            try:
+                return self._in_time(values)
+            except _OutOfTime:
+                # A collection of garbage falls on whatever runs, and in a large process it may take that long by itself.
+                return self._in_time(values)
         except (Exception, _OutOfTime) as error:  # noqa: BLE001 - a template can raise anything; none of it is ours
             raise DataError(
                 "chat template",
                 f"refuses the conversation: {_short(error)}",
                 do="change the row or set [base] template",
             ) from None
+
+    def _in_time(self, values: dict[str, Any]) -> str:
+        before = sys.gettrace()
+        sys.settrace(_Deadline(RENDER_SECONDS))
+        try:
+            # The compiled function itself, since `Template.generate` rewrites tracebacks by running made-up code.
+            return _ENVIRONMENT.concat(self._compiled.root_render_func(self._compiled.new_context(values)))
         finally:
             sys.settrace(before)
 
