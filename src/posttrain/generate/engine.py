@@ -26,7 +26,7 @@ from posttrain.records import Rollout
 # Rows in flight, by device; their logits (rows x vocabulary) are there at once.
 ROWS = {"cpu": 128, "cuda": 256}
 # Tokens of joining prompts in one forward; a longer prompt comes alone.
-PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}
+PREFILL_TOKENS = {"cpu": 4096, "cuda": 16384}
 # Rows wait while the cache of those in flight would be larger; one row always runs.
 CACHE_BYTES = {"cpu": 4 * 2**30, "cuda": 16 * 2**30}
 
