@@ -56,6 +56,8 @@ class PpoBatch(NamedTuple):
     value_N: Tensor
     return_N: Tensor
     first: bool
+    # For a value function with an adapter of its own, so that the activations of both are never there at once.
+    own_value: bool = False
 
 
 class Roles(NamedTuple):
@@ -161,9 +163,8 @@ class _PpoRun:
         for group in self._groups(rollouts.prompts, rollouts.completions, range(len(rollouts.prompts))):
             batch = pack_trees(((rollouts.prompts[i], rollouts.completions[i]) for i in group), self.base.device)
             logprobs_N = self._logprobs(batch, self.policy).cpu()
-            stop = start + len(logprobs_N)
-            total += float(k3(rollouts.old_N[start:stop], logprobs_N).double().sum())
-            start = stop
+            total += float(k3(rollouts.old_N[start : start + len(logprobs_N)], logprobs_N).double().sum())
+            start += len(logprobs_N)
         return total / start
 
     def batches_at(self, steps: Sequence[int]) -> list[MicroBatch]:
@@ -184,6 +185,8 @@ class _PpoRun:
         chosen = order[minibatch * self.stage.minibatch : (minibatch + 1) * self.stage.minibatch]
         groups = self._groups(rollouts.prompts, rollouts.completions, chosen)
         micros = [self._micro(rollouts, group, first=inside == 0) for group in groups]
+        if self.value is not None and not self.shared:
+            micros += [MicroBatch(m.payload._replace(own_value=True), 0, m.row_ids) for m in micros]
         micros += ptx_batches(self.base, self.ptx, step, size=self.stage.minibatch, seed=self.seed)
         self.begun, self.tokens = time.monotonic(), sum(m.tokens for m in micros)
         return micros
@@ -214,7 +217,9 @@ class _PpoRun:
         if isinstance(micro.payload, PtxBatch):
             return ptx_loss(self.base, self.policy, micro, step, coef=self.stage.ptx_coef)
         payload: PpoBatch = micro.payload
-        total = sum(len(m.payload.old_N) for m in step if isinstance(m.payload, PpoBatch))
+        total = sum(len(m.payload.old_N) for m in step if isinstance(m.payload, PpoBatch) and not m.payload.own_value)
+        if payload.own_value:
+            return self._value_loss(payload, self._own_values(payload.batch), total)
         logprobs_N, value_N = self._outputs(payload.batch)
         tokens = PolicyTokens(logprobs_N, payload.old_N, payload.advantage_N)
         out = policy_loss(tokens, clip=self.stage.clip_range, step_tokens=total)
@@ -224,11 +229,15 @@ class _PpoRun:
                 do="this is a defect of posttrain, or of the machine: two equal computations differ",
             )  # fmt: skip
         loss, metrics = out.loss, {**out.metrics, "tokens": torch.tensor(len(logprobs_N))}
-        if self.value is not None:
-            values = ValueTokens(value_N, payload.value_N, payload.return_N)
-            learned = value_loss(values, clip=self.stage.value_clip, step_tokens=total)
-            loss, metrics = loss + self.stage.value_coef * learned.loss, metrics | learned.metrics
+        if value_N is not None:
+            learned = self._value_loss(payload, value_N, total)
+            loss, metrics = loss + learned.loss, metrics | learned.metrics
         return LossOutput(loss, metrics)
+
+    def _value_loss(self, payload: PpoBatch, value_N: Tensor, total: int) -> LossOutput:
+        values = ValueTokens(value_N, payload.value_N, payload.return_N)
+        out = value_loss(values, clip=self.stage.value_clip, step_tokens=total)
+        return LossOutput(self.stage.value_coef * out.loss, out.metrics)
 
     def _summarise(self, sums: dict[str, float]) -> dict[str, float]:
         assert self.rollouts is not None
@@ -251,14 +260,21 @@ class _PpoRun:
     def _predict(self, hidden_ND: Tensor, batch: DeviceBatch, adapter: str) -> Tensor:
         return self.base.logprobs(hidden_ND / self.stage.temperature, batch.target_N, adapter)
 
-    def _outputs(self, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
-        """Of every token of the completions: its log p under the policy, and what was to be expected before it [N]."""
+    def _outputs(self, batch: DeviceBatch) -> tuple[Tensor, Tensor | None]:
+        """Of every token of the completions [N]: its log p under the policy, and the value by a head on the policy, if any."""
         hidden_ND = self._hidden(batch, self.policy)
         logprobs_N = self._predict(hidden_ND, batch, self.policy)
-        if self.value is None:
-            return logprobs_N, torch.zeros_like(logprobs_N)
-        shared = self.value.adapter == self.policy
-        return logprobs_N, self.value.head.score(hidden_ND if shared else self._hidden(batch, self.value.adapter))
+        return logprobs_N, self.value.head.score(hidden_ND) if self.value is not None and self.shared else None
+
+    @property
+    def shared(self) -> bool:
+        """Whether the value function is a head on the policy's adapter."""
+        return self.value is not None and self.value.adapter == self.policy
+
+    def _own_values(self, batch: DeviceBatch) -> Tensor:
+        """The value before every token of the completions [N], by an adapter of its own."""
+        assert self.value is not None
+        return self.value.head.score(self._hidden(batch, self.value.adapter))
 
     # --- rollouts -----------------------------------------------------------------------------------------------------
 
@@ -344,7 +360,11 @@ class _PpoRun:
             with torch.enable_grad():  # the very computation of the first step: its log-probabilities to the last bit
                 logprobs_N, value_N = self._outputs(batch)
             old.append(logprobs_N.detach().cpu())
+            if value_N is None:
+                with torch.no_grad():
+                    value_N = self._own_values(batch) if self.value is not None else torch.zeros_like(logprobs_N)
             value.append(value_N.detach().cpu())
+            del logprobs_N, value_N  # with what a gradient would need
         with torch.no_grad(), self.policies.instead(self.reference) as name:
             reference = [self._logprobs(batch, name).cpu() for batch in self._unless_stopped(batches)]
         return torch.cat(old), torch.cat(reference), torch.cat(value), self.judge.model_scores(batches)
