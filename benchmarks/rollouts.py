@@ -53,7 +53,7 @@ def posttrain(work: dict[str, Any]) -> tuple[Callable[[int], int], str, tuple[st
 
 
 def hf_generate(work: dict[str, Any]) -> tuple[Callable[[int], int], str, tuple[str, ...]]:
-    """transformers, all rows in one batch, padded on the left; the best of the settings that were tried (docs/log.md)."""
+    """transformers, all rows in one batch, padded on the left; no other setting was tried."""
     import torch
     from transformers import AutoModelForCausalLM
 

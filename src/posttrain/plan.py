@@ -136,8 +136,8 @@ def _evaluation_step(recipe: Recipe, run: Path, tasks: tuple[Task, ...], policy:
     }
     mark = fingerprint({"settings": settings, "policy": policy_print})
     folder = run / EVALUATIONS / policy
-    status, why = _status(folder, mark, settings, {policy: policy_print}, {})
     inputs = {policy: policy_print}
+    status, why = _status(folder, mark, settings, inputs, {})
     return Step(f"evaluate {policy}", "evaluate", policy, None, folder, mark, inputs, {}, settings, status, why, mark)
 
 

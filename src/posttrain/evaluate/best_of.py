@@ -122,8 +122,10 @@ def sample_candidates(
 ) -> Candidates:  # fmt: skip
     """Sample `samples` completions of every prompt (ids) from a policy and score them with a reward model on the same base."""
     progress = Progress(label, len(prompts) * samples)
-    asked = [ids for ids in prompts for _ in range(samples)]
-    answers = generate(base, asked, settings, policy, advance=lambda rows, tokens: progress.update(rows, tokens=tokens))
+    answers = generate(
+        base, prompts, settings, policy, completions=samples,
+        advance=lambda rows, tokens: progress.update(rows, tokens=tokens),
+    )  # fmt: skip
     rollouts = [answers[k : k + samples] for k in range(0, len(answers), samples)]
     return Candidates(rollouts, scores_of(base, reward, rollouts))
 
