@@ -16,6 +16,7 @@ from ours import peak_gib, versions
 from posttrain.data.packing import pack, row_segments, tree_segments
 from posttrain.models.load import BaseModel, load_base
 from posttrain.models.lora import LoraSettings
+from posttrain.models.mixed import NarrowAdapters, TokenAdapters
 from posttrain.models.segments import Segments, Span
 
 LENGTH = 128
@@ -69,11 +70,11 @@ def adapters(base: BaseModel) -> dict[str, float]:
     packed = pack([s for i, r in enumerate(batch) for s in row_segments(r, [True] * 32, i)], 64)
     found = {}
     for count in (0, 1, 4, 16, 64):
-        names = [f"a{i * count // 64}" if count else "base" for i in range(64)]
-        spans = [(i * 32, (i + 1) * 32, n) for i, n in enumerate(names)]
+        runs = [(32, base.adapters.get(f"a{i * count // 64}") if count else None) for i in range(64)]
+        tokens = TokenAdapters(runs, NarrowAdapters(base.dtype), base.device)
 
-        def forward(spans: list[tuple[int, int, str]] = spans) -> None:
-            with base.adapters.use_spans(spans):
+        def forward(tokens: TokenAdapters = tokens) -> None:
+            with base.adapters.use_tokens(tokens):
                 base.forward(
                     torch.tensor(packed.ids),
                     torch.tensor(packed.positions),

@@ -16,6 +16,7 @@ from posttrain.errors import RecipeError
 from posttrain.models.files import load_adapter, save_adapter
 from posttrain.models.load import BaseModel, load_base
 from posttrain.models.lora import LoraSettings, LoraShape, count_parameters
+from posttrain.models.mixed import NarrowAdapters, TokenAdapters
 from posttrain.models.segments import Segments, Span
 
 # PEFT 0.21 asks transformers 5.23 in a way that the latter will drop.
@@ -50,7 +51,9 @@ def test_adapters_mixed_in_a_batch_answer_as_each_alone(tiny: BaseModel, lively:
     count = len(IDS)
     spans = tuple(Span(i * count, count) for i in range(4))
     routes = [(i * count, (i + 1) * count, name) for i, name in enumerate(names)]
-    with torch.no_grad(), tiny.adapters.use_spans(routes):
+    runs = [(count, None if name == "base" else tiny.adapters.get(name)) for name in names]
+    tokens = TokenAdapters(runs, NarrowAdapters(tiny.dtype), tiny.device)
+    with torch.no_grad(), tiny.adapters.use_tokens(tokens):
         mixed = tiny.forward(torch.tensor(IDS * 4), torch.arange(count).repeat(4), Segments(spans))
     for (start, stop, name), span in zip(routes, spans, strict=True):
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al. 2021): several by name on one base, chosen for a whole batch or per span of rows.
+"""Low-rank adapters (Hu et al. 2021): several by name on one base, chosen for a whole batch or per token of it.
 
     y = x W^T + scale * (x A^T) B^T,   A: [R, inputs],  B: [outputs, R],  scale = alpha / R  (rsLoRA: alpha / sqrt(R))
 
@@ -10,7 +10,6 @@ Embedding rows trained beside: `models/rows.py`.
 T: tokens, R: rank.
 """
 
-import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -124,20 +123,11 @@ def count_parameters(shapes: dict[str, tuple[int, int]], rank: int) -> int:
     return sum(rank * (inputs + outputs) for inputs, outputs in shapes.values())
 
 
-class Span(NamedTuple):
-    """Rows [start, stop) of the packed batch that one adapter serves; None is the base."""
-
-    start: int
-    stop: int
-    adapter: LoraAdapter | None
-
-
 class Routing:
-    """Which adapter each row of the batch in flight uses; every wrapped layer looks here."""
+    """Which adapter each token of the batch in flight uses; every wrapped layer looks here."""
 
     def __init__(self) -> None:
         self.whole: LoraAdapter | None = None
-        self.spans: tuple[Span, ...] = ()
         self.tokens: TokenAdapters | None = None
 
 
@@ -158,8 +148,6 @@ class LoraLinear(nn.Module):
         """x [..., inputs] -> [..., outputs]."""
         if self.routing.tokens is not None:
             return self.routing.tokens.apply(self.name, x, self.base.weight, self.base.bias)
-        if self.routing.spans:
-            return self._forward_spans(x)
         adapter = self.routing.whole
         pair = adapter.weights.get(self.name) if adapter else None
         if adapter is None or pair is None:
@@ -170,16 +158,6 @@ class LoraLinear(nn.Module):
             return plain + _low_rank(functional.dropout(x, adapter.settings.dropout), pair, scale)
         y: Tensor = _LoraProduct.apply(x, self.base.weight, self.base.bias, pair[0], pair[1], scale)  # type: ignore[no-untyped-call]
         return y
-
-    def _forward_spans(self, x: Tensor) -> Tensor:
-        y = functional.linear(x, self.base.weight, self.base.bias)
-        parts = []
-        for start, stop, adapter in self.routing.spans:
-            part = y[:, start:stop]
-            if adapter is not None and self.name in adapter.weights:
-                part = part + _low_rank(x[:, start:stop], adapter.weights[self.name], adapter.settings.scale)
-            parts.append(part)
-        return torch.cat(parts, dim=1)
 
 
 def _low_rank(x: Tensor, pair: tuple[nn.Parameter, nn.Parameter], scale: float) -> Tensor:
@@ -288,23 +266,12 @@ class AdapterSet:
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
         """Everything inside runs with one adapter ("base" for none)."""
-        before = self.routing.whole, self.routing.spans
+        before = self.routing.whole
         self.routing.whole = None if name == "base" else self.get(name)
-        self.routing.spans = ()
         try:
             yield
         finally:
-            self.routing.whole, self.routing.spans = before
-
-    @contextmanager
-    def use_spans(self, spans: list[tuple[int, int, str]]) -> Iterator[None]:
-        """Rows of the batch use different adapters: (start, stop, name) that cover it in order."""
-        before = self.routing.whole, self.routing.spans
-        self.routing.spans = tuple(Span(s, e, None if n == "base" else self.get(n)) for s, e, n in spans)
-        try:
-            yield
-        finally:
-            self.routing.whole, self.routing.spans = before
+            self.routing.whole = before
 
     @contextmanager
     def use_tokens(self, tokens: TokenAdapters) -> Iterator[None]:
@@ -317,24 +284,18 @@ class AdapterSet:
 
     def _embed(self, module: nn.Module, inputs: tuple[Tensor], embedded: Tensor) -> Tensor | None:
         """After the embedding: trained rows of the adapters in force replace the base's. None leaves the output as it is."""
-        ids, whole = inputs[0], self.routing.whole
-        spans = self._embedded_spans() or (Span(0, ids.shape[1], whole),)
-        if all(adapter is None or adapter.tokens is None for _, _, adapter in spans):
+        ids, tokens = inputs[0], self.routing.tokens
+        runs = [(ids.shape[1], self.routing.whole)] if tokens is None else tokens.runs
+        if all(adapter is None or adapter.tokens is None for _, adapter in runs):
             return None
-        parts = []
-        for start, stop, adapter in spans:
-            part = embedded[:, start:stop]
+        parts, start = [], 0
+        for count, adapter in runs:
+            part = embedded[:, start : start + count]
             if adapter is not None and adapter.tokens is not None:
-                part = replace_rows(part, ids[:, start:stop], adapter.tokens, self._embedding_scale)
+                part = replace_rows(part, ids[:, start : start + count], adapter.tokens, self._embedding_scale)
             parts.append(part)
+            start += count
         return torch.cat(parts, dim=1)
-
-    def _embedded_spans(self) -> tuple[Span, ...]:
-        if self.routing.tokens is None:
-            return self.routing.spans
-        stops = list(itertools.accumulate(count for count, _ in self.routing.tokens.runs))
-        runs = zip(stops, self.routing.tokens.runs, strict=True)
-        return tuple(Span(stop - count, stop, adapter) for stop, (count, adapter) in runs)
 
     def _device(self) -> torch.device:
         return self._embedding.weight.device
