@@ -14,7 +14,7 @@ from test_ppo import random_adapter, random_reward_model, run_ppo
 from tiny_stages import newest, rows_of, write_rows
 from torch import Tensor
 
-import posttrain.train.ppo as stage_module
+import posttrain.train.iterations as stage_module
 from posttrain.errors import Interrupted
 from posttrain.models.load import BaseModel
 from posttrain.records import Rollout
