@@ -166,7 +166,6 @@ def _check_data(plan: Plan) -> None:
         if isinstance(found, PreparedPrompts) and step.stage.kind == "ppo":
             room, where = step.stage.max_new_tokens, f'stage "{step.name}"'
             check_room([*found.train, *found.validation], max_new_tokens=room, context=plan.source.context(), where=where)
-    for step in plan.due:
         for part in parts_of(step.stage):
             if part.function:
                 check_function(part.function, timeout=part.timeout, where=f'stage "{step.name}"')

@@ -13,7 +13,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 from posttrain.data.sources import RawRow, as_sources, data_hashes, read_rows
@@ -21,7 +21,6 @@ from posttrain.errors import DataError
 from posttrain.records import ROLES, Conversation, Message, PreferencePair, Role
 from posttrain.settings import Source
 
-R = TypeVar("R", Conversation, PreferencePair)
 _SHAREGPT_ROLES: dict[str, Role] = {
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
     "bing": "assistant", "bard": "assistant",
@@ -71,12 +70,16 @@ class Preferences(NamedTuple):
     sources: tuple[SourceInfo, ...]
 
 
-class PlainText(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PlainText:
     """A document without roles, as in pretraining."""
 
     id: str
     text: str
     source: str
+
+
+R = TypeVar("R", Conversation, PreferencePair, PlainText)
 
 
 class Texts(NamedTuple):
@@ -102,60 +105,65 @@ def kind_of(columns: Iterable[str]) -> str | None:
 
 def read_demonstrations(data: str | tuple[Source, ...], *, seed: int) -> Demonstrations:
     """Conversations of all sources, mixed by weight. Raises DataError for files and layouts that cannot be read."""
-    records: list[Conversation] = []
-    problems: list[Problem] = []
-    infos: list[SourceInfo] = []
-    for source, rows, sha256 in _sources(data):
-        layout, convert = _demonstration_layout(source.path, rows)
-        infos.append(SourceInfo(source.path, layout, len(rows), sha256))
-        for row, name in _weighted(rows, source, seed):
-            try:
-                records.append(Conversation(name, convert(row.value), source.path))
-            except _BadRow as bad:
-                problems.append(Problem(source.path, f"row {row.number}", str(bad)))
-    return Demonstrations(_unique_ids(records), tuple(problems), tuple(infos))
+
+    def layout_of(path: str, rows: list[RawRow]) -> tuple[str, Callable[[dict[str, Any], str], Conversation]]:
+        layout, convert = _demonstration_layout(path, rows)
+        return layout, lambda row, name: Conversation(name, convert(row), path)
+
+    return Demonstrations(*_read(data, seed, layout_of))
 
 
 def read_preferences(data: str | tuple[Source, ...], *, seed: int) -> Preferences:
     """Pairs of all sources, mixed by weight. Raises DataError for files and layouts that cannot be read."""
-    records: list[PreferencePair] = []
-    problems: list[Problem] = []
-    infos: list[SourceInfo] = []
-    for source, rows, sha256 in _sources(data):
-        layout = _preference_layout(source.path, rows)
-        infos.append(SourceInfo(source.path, layout, len(rows), sha256))
-        for row, name in _weighted(rows, source, seed):
-            try:
-                prompt, chosen, rejected = _pair(_plain_pair(row.value))
-                reason = str(row.value.get("reason") or "")
-                margin, probability = _number(row.value, "margin", 0.0), _number(row.value, "probability", 1.0)
-                if margin < 0 or not 0 <= probability <= 1:
-                    raise _BadRow("margin is below 0, or probability is not between 0 and 1")
-                category = next((str(row.value[key]) for key in _CATEGORIES if row.value.get(key)), source.path)
-                records.append(
-                    PreferencePair(name, prompt, chosen, rejected, source.path, reason, margin, probability, category)
-                )
-            except _BadRow as bad:
-                problems.append(Problem(source.path, f"row {row.number}", str(bad)))
-    return Preferences(_unique_ids(records), tuple(problems), tuple(infos))
+
+    def layout_of(path: str, rows: list[RawRow]) -> tuple[str, Callable[[dict[str, Any], str], PreferencePair]]:
+        return _preference_layout(path, rows), lambda row, name: _preference(row, name, path)
+
+    return Preferences(*_read(data, seed, layout_of))
 
 
 def read_texts(data: str | tuple[Source, ...], *, seed: int) -> Texts:
     """Plain texts (the column `text`) of all sources, mixed by weight. Raises DataError for files that cannot be read."""
-    records: list[PlainText] = []
+
+    def layout_of(path: str, _: list[RawRow]) -> tuple[str, Callable[[dict[str, Any], str], PlainText]]:
+        return "text", lambda row, name: _plain_text(row, name, path)
+
+    return Texts(*_read(data, seed, layout_of))
+
+
+def _read(
+    data: str | tuple[Source, ...], seed: int,
+    layout_of: Callable[[str, list[RawRow]], tuple[str, Callable[[dict[str, Any], str], R]]],
+) -> tuple[tuple[R, ...], tuple[Problem, ...], tuple[SourceInfo, ...]]:  # fmt: skip
+    """The records of all sources, mixed by weight, the rows that are none, and what each source is."""
+    records: list[R] = []
     problems: list[Problem] = []
     infos: list[SourceInfo] = []
     for source, rows, sha256 in _sources(data):
-        infos.append(SourceInfo(source.path, "text", len(rows), sha256))
+        layout, convert = layout_of(source.path, rows)
+        infos.append(SourceInfo(source.path, layout, len(rows), sha256))
         for row, name in _weighted(rows, source, seed):
             try:
-                text = _string(row.value.get("text"), "text")
-                if not text.strip():
-                    raise _BadRow("empty text")
-                records.append(PlainText(name, text, source.path))
+                records.append(convert(row.value, name))
             except _BadRow as bad:
                 problems.append(Problem(source.path, f"row {row.number}", str(bad)))
-    return Texts(tuple(records), tuple(problems), tuple(infos))
+    return _unique_ids(records), tuple(problems), tuple(infos)
+
+
+def _preference(row: dict[str, Any], name: str, path: str) -> PreferencePair:
+    prompt, chosen, rejected = _pair(_plain_pair(row))
+    margin, probability = _number(row, "margin", 0.0), _number(row, "probability", 1.0)
+    if margin < 0 or not 0 <= probability <= 1:
+        raise _BadRow("margin is below 0, or probability is not between 0 and 1")
+    category = next((str(row[key]) for key in _CATEGORIES if row.get(key)), path)
+    return PreferencePair(name, prompt, chosen, rejected, path, str(row.get("reason") or ""), margin, probability, category)
+
+
+def _plain_text(row: dict[str, Any], name: str, path: str) -> PlainText:
+    text = _string(row.get("text"), "text")
+    if not text.strip():
+        raise _BadRow("empty text")
+    return PlainText(name, text, path)
 
 
 def _sources(data: str | tuple[Source, ...]) -> Iterable[tuple[Source, list[RawRow], str]]:

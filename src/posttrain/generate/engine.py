@@ -4,7 +4,7 @@ A step computes one token of every row in flight and, in the same forward, the p
 completions is computed once. Rows leave in the step in which they end, and any adapters and sampling settings stand
 side by side. What a row says does not depend on its company: its randomness is its own (`generate/sampling.py`).
 
-Left out: prefixes shared between requests, prompts computed in pieces, paging of the cache. A row's room is set by its longest
+Left out: prefixes shared between steps, prompts computed in pieces, paging of the cache. A row's room is set by its longest
 possible length, rounded up to a power of two.
 """
 
