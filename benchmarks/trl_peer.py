@@ -139,6 +139,8 @@ def dpo(model, tokenizer, work, rows, setting, shared, clock):
 def reward(model, tokenizer, work, rows, setting, shared, clock):
     """The reward trainer and pairs of each step; both sides of a pair are whole rows there."""
     data = [{side: r["prompt_ids"] + r[side] for side in ("chosen_ids", "rejected_ids")} for r in rows]
+    for row in data:  # what rows are grouped by
+        row["length"] = max(map(len, row.values()))
     trainer = RewardTrainer(
         model,
         args=RewardConfig(**shared, disable_dropout=True),
