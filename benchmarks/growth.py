@@ -71,7 +71,7 @@ def adapters(base: BaseModel) -> dict[str, float]:
     found = {}
     for count in (0, 1, 4, 16, 64):
         runs = [(32, base.adapters.get(f"a{i * count // 64}") if count else None) for i in range(64)]
-        tokens = TokenAdapters(runs, NarrowAdapters(base.dtype), base.device)
+        tokens = TokenAdapters(runs, NarrowAdapters(base.dtype, base.device), base.device)
 
         def forward(tokens: TokenAdapters = tokens) -> None:
             with base.adapters.use_tokens(tokens):

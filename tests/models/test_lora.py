@@ -52,7 +52,7 @@ def test_adapters_mixed_in_a_batch_answer_as_each_alone(tiny: BaseModel, lively:
     spans = tuple(Span(i * count, count) for i in range(4))
     routes = [(i * count, (i + 1) * count, name) for i, name in enumerate(names)]
     runs = [(count, None if name == "base" else tiny.adapters.get(name)) for name in names]
-    tokens = TokenAdapters(runs, NarrowAdapters(tiny.dtype), tiny.device)
+    tokens = TokenAdapters(runs, NarrowAdapters(tiny.dtype, tiny.device), tiny.device)
     with torch.no_grad(), tiny.adapters.use_tokens(tokens):
         mixed = tiny.forward(torch.tensor(IDS * 4), torch.arange(count).repeat(4), Segments(spans))
     for (start, stop, name), span in zip(routes, spans, strict=True):

@@ -2,6 +2,7 @@
 
 A row stands on a shelf (`models/decoding.py`) by what it needs, a power of two of tokens. Rows that leave are replaced by rows
 that join; where none does, the last rows of the shelf move into the gaps, so that the rows computed are always the first ones.
+On a CPU, whose memory is taken where it is written, most rows share one shelf, the longest first.
 
 T: tokens of the forward.
 """
@@ -19,9 +20,13 @@ from posttrain.models.decoding import BLOCK, CacheStep, Filling, Reading, Shelf
 from posttrain.models.lora import LoraAdapter
 from posttrain.models.segments import Segments, Span
 
-SMALLEST_SHELF = BLOCK
+SMALLEST_SHELF = {"cpu": 1024, "cuda": BLOCK}
+# Rows are sorted by length where blocks computed are more than those needed by this factor.
+WORTH_SORTING = 1.15
 # Rows computed are rounded up to these; beyond, to multiples of the last.
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+# Rows that reach a block are rounded up to multiples of so many.
+ROWS_STEP = 8
 # A forward with prompts in it is rounded up to multiples of so many tokens.
 ROUND_TO = 32
 
@@ -45,9 +50,14 @@ def rounded(rows: int) -> int:
     return next((size for size in SIZES if size >= rows), -(-rows // SIZES[-1]) * SIZES[-1])
 
 
-def capacity_for(need: int) -> int:
-    """Tokens of the shelf that a row with this need stands on."""
-    return max(SMALLEST_SHELF, 1 << max(0, need - 1).bit_length())
+def capacity_for(need: int, kind: str) -> int:
+    """Tokens of the shelf that a row with this need stands on, on a kind of device."""
+    return max(SMALLEST_SHELF[kind], 1 << max(0, need - 1).bit_length())
+
+
+def room_for(need: int, kind: str) -> int:
+    """Tokens of memory that a row with this need takes."""
+    return capacity_for(need, kind) if kind == "cuda" else -(-need // BLOCK) * BLOCK
 
 
 class Places:
@@ -65,7 +75,7 @@ class Places:
         """Give places to new rows, gaps first. Where a shelf must grow, it does so for the rows of its capacity that are
         `expected` as well, up to `limit`."""
         for row in joining:
-            capacity = capacity_for(row.need)
+            capacity = capacity_for(row.need, self.device.type)
             shelf, rows = self.shelves.setdefault(capacity, (Shelf(0, capacity, self.device), []))
             if None in rows:
                 rows[rows.index(None)] = row
@@ -81,17 +91,35 @@ class Places:
             rows[:] = [None if id(row) in gone else row for row in rows]
         self.shelves = {capacity: pair for capacity, pair in self.shelves.items() if any(pair[1])}
 
-    def close_gaps(self) -> None:
-        """Move the last rows of each shelf into its gaps."""
-        for shelf, rows in self.shelves.values():
-            count = sum(row is not None for row in rows)
-            gaps = [place for place, row in enumerate(rows[:count]) if row is None]
-            last = [place for place in range(count, len(rows)) if rows[place] is not None]
-            if gaps:
-                shelf.move(last, gaps, max(row.length for row in rows[count:] if row is not None))
-                for source, target in zip(last, gaps, strict=True):
-                    rows[target] = rows[source]
-            del rows[count:]
+    def arrange(self) -> None:
+        """Close the gaps of each shelf, by its last rows or, where it saves products, by sorting all of them."""
+        for shelf, places in self.shelves.values():
+            rows = [row for row in places if row is not None]
+            if shelf.block < shelf.capacity and _spare(rows, shelf.block):
+                order = sorted(rows, key=lambda row: -row.length)
+            else:
+                last = iter(reversed([row for row in places[len(rows) :] if row is not None]))
+                order = [row if row is not None else next(last) for row in places[: len(rows)]]
+            place_of = {id(row): place for place, row in enumerate(places)}
+            # Of a row that has just joined nothing is there yet.
+            moves = [(place_of[id(row)], place) for place, row in enumerate(order) if row.ids and place_of[id(row)] != place]
+            if moves:
+                shelf.move(*zip(*moves, strict=True), max(row.length for row in order))
+            places[:] = order
+
+
+def _spare(rows: Sequence[Row], block: int) -> bool:
+    """Whether many more blocks would be computed than are needed, because a long row stands behind short ones."""
+    needed = [row.length // block + 1 for row in rows]
+    return sum(_reached(needed)) > WORTH_SORTING * sum(needed)
+
+
+def _reached(blocks: Sequence[int]) -> list[int]:
+    """For each block the rows up to the last one that sees it, by the number of blocks that each row sees."""
+    reached = [0] * max(blocks)
+    for place, count in enumerate(blocks):
+        reached[:count] = [place + 1] * count
+    return reached
 
 
 def lay_out(places: Places, joining: Sequence[Sequence[Row]]) -> Work:
@@ -154,8 +182,13 @@ def lay_out(places: Places, joining: Sequence[Sequence[Row]]) -> Work:
 def _reading(shelf: Shelf, start: int, size: int, decoding: list[tuple[int, Row]], device: torch.device) -> Reading:
     lengths = [row.length for _, row in decoding]
     seen = min(-(-(max(lengths) + 1) // BLOCK) * BLOCK, shelf.capacity)
+    blocks = [0] * (decoding[-1][0] + 1)
+    for place, row in decoding:
+        blocks[place] = row.length // shelf.block + 1
+    # A place without a row sees its first key.
+    reached = (size, *(min(size, -(-count // ROWS_STEP) * ROWS_STEP) for count in _reached(blocks)[1:]))
     place_N = torch.tensor([place for place, _ in decoding], device=device)
-    return Reading(shelf, start, size, place_N, torch.tensor(lengths, device=device), place_N + start, seen, {})
+    return Reading(shelf, start, size, place_N, torch.tensor(lengths, device=device), place_N + start, seen, reached, {})
 
 
 def _by_adapter(joining: Sequence[Sequence[Row]]) -> list[list[Sequence[Row]]]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from posttrain.errors import ModelError
-from posttrain.generate.batch import Places, Work, capacity_for, lay_out, rounded
+from posttrain.generate.batch import Places, Work, capacity_for, lay_out, room_for, rounded
 from posttrain.generate.rows import Event, Request, Row
 from posttrain.generate.sampling import Chosen, check_settings, choose_tokens
 from posttrain.generate.sampling import SamplingSettings as SamplingSettings  # callers need no other module
@@ -40,7 +40,7 @@ class Engine:
         self._rows_limit, self._prefill_limit = ROWS[kind], PREFILL_TOKENS[kind]
         self._cache_tokens = CACHE_BYTES[kind] // bytes_per_token(base.model.config.get_text_config().to_dict(), base.dtype)
         self._places = Places(base.device)
-        self._narrow = NarrowAdapters(base.dtype)
+        self._narrow = NarrowAdapters(base.dtype, base.device)
         # Rows that share a prompt join together.
         self._waiting: deque[list[Row]] = deque()
         self._done: list[Row] = []
@@ -111,7 +111,7 @@ class Engine:
         events = [Event(row.number, None, 0.0, 0.0, row.rollout()) for row in self._done]
         self._done = []
         joining = self._admit()
-        self._places.close_gaps()
+        self._places.arrange()
         if not self._places.shelves:
             return events
         work = lay_out(self._places, joining)
@@ -124,12 +124,12 @@ class Engine:
 
     def _admit(self) -> list[list[Row]]:
         """Take the prompts that join now off the queue, first come first served, and give their rows places."""
-        rows = self._places.rows()
-        count, tokens, prefill = len(rows), sum(capacity_for(row.need) for row in rows), 0
+        rows, kind = self._places.rows(), self.base.device.type
+        count, tokens, prefill = len(rows), sum(room_for(row.need, kind) for row in rows), 0
         joining: list[list[Row]] = []
         while self._waiting:
             group = self._waiting[0]
-            needed = sum(capacity_for(row.need) for row in group)
+            needed = sum(room_for(row.need, kind) for row in group)
             length = len(group[0].prompt)
             full = count + len(group) > self._rows_limit or (count and tokens + needed > self._cache_tokens)
             if full or (joining and prefill + length > self._prefill_limit):
@@ -137,7 +137,7 @@ class Engine:
             joining.append(self._waiting.popleft())
             count, tokens, prefill = count + len(group), tokens + needed, prefill + length
         if joining:
-            expected = Counter(capacity_for(row.need) for group in self._waiting for row in group)
+            expected = Counter(capacity_for(row.need, kind) for group in self._waiting for row in group)
             self._places.put([row for group in joining for row in group], expected, self._rows_limit)
         return joining
 
@@ -152,7 +152,7 @@ class Engine:
         spare = rounded(len(source)) - len(source)
         padded = source + source[:1] * spare
         index = torch.tensor(padded, device=base.device)
-        logits_RV = base.row_logits(hidden_TD[index], [adapter_of[token] for token in padded])
+        logits_RV = base.row_logits(hidden_TD[index], [adapter_of[token] for token in padded], self._narrow.product)
         if len(source) < len(work.source):
             place = {token: place for place, token in enumerate(source)}
             logits_RV = logits_RV[torch.tensor([place[token] for token in work.source], device=base.device)]

@@ -5,10 +5,12 @@ rows, one token each, and behind them the packed prompts of rows that join: the 
 
     o_r = softmax(scale K_r q_r) V_r     over the tokens of row r, on a CPU as two batched products with K_r and V_r as they lie
 
-The G query heads of a key/value head stand side by side in one product, so no key is repeated. Keys seen and rows computed are
-rounded up to few sizes, since a new shape costs more than spare numbers.
+On a CPU a block holds 64 tokens and the longest rows stand first, so of a block only the places of rows that reach it are
+computed. The G query heads of a key/value head stand side by side in one product, so no key is repeated. Keys seen and rows
+computed are rounded up to few sizes, since a new shape costs more than spare numbers.
 
-R: rows computed, K: key/value heads, G: query heads of each, D: head width, S: keys seen, N: tokens written.
+R: rows computed, B: blocks with keys seen, K: key/value heads, G: query heads of each, D: head width, S: keys seen,
+N: tokens written.
 """
 
 from collections.abc import Sequence
@@ -72,6 +74,7 @@ class Reading(NamedTuple):
     """Decoding rows of one shelf: tokens [start, start + rows) of the batch stand for its first places.
 
     Of these only the places `place_N` hold a row, `length_N` tokens long before this one, which is `token_N` of the batch.
+    Rows that see keys of block b stand on its first `rows_B[b]` places.
     """
 
     shelf: Shelf
@@ -81,6 +84,7 @@ class Reading(NamedTuple):
     length_N: Tensor
     token_N: Tensor
     seen: int
+    rows_B: tuple[int, ...]
     # Which keys each row sees, by window; made at the first use and kept for the other layers.
     masks: dict[int, Tensor]
 
@@ -135,30 +139,37 @@ def decode(
                 attn_mask=reading.mask(window)[:, None, None], scale=scale,
             )  # fmt: skip
         else:
-            out = _attend(grouped, keys[:, :rows], values[:, :rows], reading.mask(window), scale, softcap)
+            out = _attend(grouped, keys, values, reading, window, scale, softcap)
         parts.append(out.reshape(rows, heads, -1))
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).transpose(0, 1)
 
 
-def _attend(q_RKGD: Tensor, keys: Tensor, values: Tensor, seen_RS: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """Plain products over the blocks [blocks, R, K, block, D] that hold the keys seen.
+def _attend(
+    q_RKGD: Tensor, keys: Tensor, values: Tensor, reading: Reading, window: int, scale: float, softcap: float | None
+) -> Tensor:
+    """Plain products over the blocks [blocks, places, K, block, D] that hold the keys seen.
 
-    The keys stand on the left: only the right side of a product is packed, and here it is the small one. Whole blocks are one
-    piece of memory; of pieces of them, products would make copies.
+    The keys stand on the left: only the right side of a product is packed, and here it is the small one. The first places of
+    a block are one piece of memory; of pieces of them, products would make copies.
     """
     rows, heads, groups, width = q_RKGD.shape
     size = keys.shape[3]
-    blocks = range(-(-seen_RS.shape[1] // size))
     q_NDG = q_RKGD.reshape(rows * heads, groups, width).transpose(1, 2)
-    scores = torch.stack([torch.bmm(keys[b].view(rows * heads, size, width), q_NDG) for b in blocks])
-    scores = scores.permute(1, 3, 0, 2).to(torch.float32, memory_format=torch.contiguous_format).contiguous().mul_(scale)
+    # Keys of blocks that a row does not reach are not computed, and masked with the others below.
+    scores = q_RKGD.new_zeros((rows * heads, groups, len(reading.rows_B) * size), dtype=torch.float32)
+    for b, reached in enumerate(reading.rows_B):
+        count = reached * heads
+        part = torch.bmm(keys[b, :reached].view(count, size, width), q_NDG[:count])
+        scores[:count, :, b * size : (b + 1) * size] = part.transpose(1, 2)
+    scores.mul_(scale)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.view(rows, heads * groups, -1)[..., : seen_RS.shape[1]]
-    weights = torch.softmax(scores.masked_fill_(~seen_RS[:, None], float("-inf")), -1).to(q_RKGD.dtype)
+    scores = scores.view(rows, heads * groups, -1)[..., : reading.seen]
+    weights = torch.softmax(scores.masked_fill_(~reading.mask(window)[:, None], float("-inf")), -1).to(q_RKGD.dtype)
     weights = weights.view(rows * heads, groups, -1)
-    out = sum(
-        torch.bmm(weights[..., b * size : (b + 1) * size], values[b].view(rows * heads, size, width)).float() for b in blocks
-    )
-    assert isinstance(out, Tensor)
+    out = q_RKGD.new_zeros((rows * heads, groups, width), dtype=torch.float32)
+    for b, reached in enumerate(reading.rows_B):
+        count = reached * heads
+        part = weights[:count, :, b * size : (b + 1) * size]
+        out[:count] += torch.bmm(part, values[b, :reached].view(count, size, width)[:, : part.shape[2]])
     return out.to(q_RKGD.dtype).view(q_RKGD.shape)

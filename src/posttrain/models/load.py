@@ -31,6 +31,7 @@ from posttrain.models.logprobs import target_logprobs
 from posttrain.models.lora import AdapterSet, LoraAdapter, LoraShape
 from posttrain.models.narrow import NarrowWeights
 from posttrain.models.norms import replace_norms
+from posttrain.models.packed import PackedProducts
 from posttrain.models.rows import HeadRows, RowGradient, TokenRows, head_logits, head_rows
 from posttrain.models.segments import Segments
 from posttrain.models.source import BaseModelFolder, locate_base
@@ -146,9 +147,11 @@ class BaseModel:
         found: Tensor = RowGradient.apply(logprobs_N, hidden_ND, head_VD, tokens.rows, rows.ids_K, target_N, self.softcap)  # type: ignore[no-untyped-call]
         return found
 
-    def row_logits(self, hidden_RD: Tensor, adapters: Sequence[LoraAdapter | None]) -> Tensor:
+    def row_logits(self, hidden_RD: Tensor, adapters: Sequence[LoraAdapter | None], product: PackedProducts) -> Tensor:
         """Logits [R, V] of rows with adapters of their own, soft-capped where the model is, without gradient."""
-        logits_RV = hidden_RD @ self.head_VD.T
+        # A head in another type is a new copy each time, not to be kept.
+        weight: Tensor = self.model.get_output_embeddings().weight
+        logits_RV = product(hidden_RD, weight) if weight.dtype == self.dtype else hidden_RD @ self.head_VD.T
         for adapter in dict.fromkeys(adapters):
             if adapter is not None and adapter.tokens is not None and self.tied:
                 own = torch.tensor([r for r, a in enumerate(adapters) if a is adapter], device=logits_RV.device)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from posttrain.models.packed import PackedProducts
 
 if TYPE_CHECKING:
     from posttrain.models.lora import LoraAdapter
@@ -28,10 +29,13 @@ class Stack(NamedTuple):
 
 
 class NarrowAdapters:
-    """Copies of some adapters' matrices in one dtype; made again where an adapter was trained in the meantime."""
+    """Copies of some adapters' matrices in one dtype; made again where an adapter was trained in the meantime.
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    `product` is what the base's own products are computed by.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.product = dtype, PackedProducts(dtype, device)
         self.adapters: tuple[LoraAdapter, ...] = ()
         self._versions: list[int] = []
         self._stacks: dict[str, Stack | None] = {}
@@ -90,7 +94,7 @@ class TokenAdapters:
 
     def apply(self, layer: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x [1, T, inputs] -> [1, T, outputs]."""
-        y = functional.linear(x, weight, bias)
+        y = self._kept.product(x, weight, bias)
         stack = self._kept.stack(layer) if self._most else None
         if stack is None:
             return y

@@ -17,13 +17,18 @@ from torch import Tensor, nn
 from posttrain.models.fused import rms_norm
 
 
+def _normed(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide = x.float()
+    root = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return (wide * root).mul_(weight_D).to(x.dtype), root
+
+
 class _FrozenNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        root = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        y, root = _normed(x, weight_D, eps)
         ctx.save_for_backward(x, weight_D, root)
-        return (wide * root).mul_(weight_D).to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -46,6 +51,8 @@ class RmsNorm(nn.Module):
         """x [..., D] -> [..., D]."""
         if x.is_cuda:
             return rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.offset, self.eps).view_as(x)
+        if not torch.is_grad_enabled():  # the call of a function with a backward takes longer than the norm of a few tokens
+            return _normed(x, self._scale_D, self.eps)[0]
         out: Tensor = _FrozenNorm.apply(x, self._scale_D, self.eps)  # type: ignore[no-untyped-call]
         return out
 
