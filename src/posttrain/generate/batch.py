@@ -24,7 +24,7 @@ SMALLEST_SHELF = {"cpu": 1024, "cuda": BLOCK}
 # Rows are sorted by length where blocks computed are more than those needed by this factor.
 WORTH_SORTING = 1.15
 # Rows computed are rounded up to these; beyond, to multiples of the last.
-SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+SIZES = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
 # Rows that reach a block are rounded up to multiples of so many.
 ROWS_STEP = 8
 # A forward with prompts in it is rounded up to multiples of so many tokens.
@@ -188,7 +188,7 @@ def _reading(shelf: Shelf, start: int, size: int, decoding: list[tuple[int, Row]
     # A place without a row sees its first key.
     reached = (size, *(min(size, -(-count // ROWS_STEP) * ROWS_STEP) for count in _reached(blocks)[1:]))
     place_N = torch.tensor([place for place, _ in decoding], device=device)
-    return Reading(shelf, start, size, place_N, torch.tensor(lengths, device=device), place_N + start, seen, reached, {})
+    return Reading(shelf, start, size, place_N, torch.tensor(lengths, device=device), place_N + start, seen, reached, {}, {})
 
 
 def _by_adapter(joining: Sequence[Sequence[Row]]) -> list[list[Sequence[Row]]]:

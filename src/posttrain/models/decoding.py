@@ -85,8 +85,9 @@ class Reading(NamedTuple):
     token_N: Tensor
     seen: int
     rows_B: tuple[int, ...]
-    # Which keys each row sees, by window; made at the first use and kept for the other layers.
+    # Which keys each row sees, by window, as booleans and as numbers; made at the first use and kept for the other layers.
     masks: dict[int, Tensor]
+    biases: dict[int, Tensor]
 
     def mask(self, window: int) -> Tensor:
         """[R, S]; a place without a row sees its first key."""
@@ -98,6 +99,14 @@ class Reading(NamedTuple):
             seen = key_S <= length_R1
             self.masks[window] = seen & (key_S > length_R1 - window) if window else seen
         return self.masks[window]
+
+    def bias(self, window: int) -> Tensor:
+        """[R, S], float32: 0 where a key is seen, -inf where not."""
+        if window not in self.biases:
+            mask_RS = self.mask(window)
+            bias_RS = torch.zeros(mask_RS.shape, device=mask_RS.device)
+            self.biases[window] = bias_RS.masked_fill_(~mask_RS, float("-inf"))
+        return self.biases[window]
 
 
 class Filling(NamedTuple):
@@ -161,12 +170,12 @@ def _attend(
         count = reached * heads
         part = torch.bmm(keys[b, :reached].view(count, size, width), q_NDG[:count])
         scores[:count, :, b * size : (b + 1) * size] = part.transpose(1, 2)
-    scores.mul_(scale)
     if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+        scores, scale = torch.tanh(scores * (scale / softcap)), softcap
     scores = scores.view(rows, heads * groups, -1)[..., : reading.seen]
-    weights = torch.softmax(scores.masked_fill_(~reading.mask(window)[:, None], float("-inf")), -1).to(q_RKGD.dtype)
-    weights = weights.view(rows * heads, groups, -1)
+    # Adding the mask takes a sixth of the time of filling it in.
+    scores = torch.add(reading.bias(window)[:, None], scores, alpha=scale)
+    weights = torch.softmax(scores, -1).to(q_RKGD.dtype).view(rows * heads, groups, -1)
     out = q_RKGD.new_zeros((rows * heads, groups, width), dtype=torch.float32)
     for b, reached in enumerate(reading.rows_B):
         count = reached * heads

@@ -31,7 +31,7 @@ class PackedProducts:
         if kept is None or kept[1] != weight._version:
             kept = weight, weight._version, torch.ops.mkldnn._reorder_linear_weight(weight.detach())
             self._packed[id(weight)] = kept
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, kept[2], bias, "none", [], "")
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, kept[2], bias, "none", [], "")
         return y
 
 
