@@ -9,7 +9,9 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+import torch
 
+from posttrain.artifacts import publish
 from posttrain.cli import main
 from posttrain.data.chat import load_chat_format
 from posttrain.data.formats import read_demonstrations
@@ -17,12 +19,16 @@ from posttrain.errors import ModelError
 from posttrain.generate import engine
 from posttrain.generate.engine import SamplingSettings, generate, stream
 from posttrain.models import load
-from posttrain.models.load import BaseModel
+from posttrain.models.files import full_state, save_full
+from posttrain.models.load import BaseModel, load_base
 from posttrain.models.target import Target, open_target
+from posttrain.recipe import load_recipe, to_toml
 from posttrain.records import Message
 from posttrain.serve.chat import HELP, chat
-from tiny_runs import finished_run
+from tiny_runs import TINY, finished_run
 
+# Longer than the pieces in which prompts are kept.
+LONG = "Tell me about the sea. " * 15
 GREEDY = SamplingSettings(max_new_tokens=12, temperature=0.0, logprobs=False)
 
 
@@ -210,14 +216,38 @@ def test_one_engine_answers_the_whole_chat(target: Target, monkeypatch: pytest.M
     made: list[engine.Engine] = []
     begin = engine.Engine.__init__
 
-    def counted(self: engine.Engine, *arguments: BaseModel) -> None:
+    def counted(self: engine.Engine, base: BaseModel, *, serving: bool) -> None:
         made.append(self)
-        begin(self, *arguments)
+        begin(self, base, serving=serving)
 
-    monkeypatch.setattr(engine.Engine, "__init__", counted)
-    talk(target, "Hi", "Why?", "/adapter base", "/reset", "Hi")
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Engine, "__init__", counted)
+        text = talk(target, LONG, "Why?", "/adapter base", "/undo", "Why?")
+    first = answer(target, "dpo", LONG)
+    for policy in ("dpo", "base"):
+        assert f"{policy}> {answer(target, policy, LONG, first, 'Why?')}\n" in text
     assert len(made) == 1
     assert not made[0].live
+    assert made[0].prefixes.hits >= 256  # of the first turn, when the second came
+
+
+def test_full_weights_that_take_the_place_of_others_answer_by_themselves(tmp_path: Path):
+    base = load_base("random:tiny", template="gemma", dtype="float32", device="cpu", full=True)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in full_state(base).values():
+            parameter.add_(torch.empty(parameter.shape).normal_(std=0.1, generator=generator))
+    (tmp_path / "partial").mkdir()
+    recipe = load_recipe(TINY, ('adapter.kind="full"', 'base.dtype="float32"'))
+    (tmp_path / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
+    save_full(tmp_path / "partial", base)
+    publish(tmp_path / "partial", tmp_path / "sft", {"kind": "weights", "fingerprint": "made"})
+    full = open_target(str(tmp_path / "sft"))
+    answers = {policy: answer(full, policy, LONG) for policy in ("base", "sft")}
+    assert answers["base"] != answers["sft"]
+    text = talk(full, LONG, "/adapter base", "/undo", LONG, "/adapter sft", "/undo", LONG)
+    for policy, times in (("sft", 2), ("base", 1)):
+        assert text.count(f"{policy}> {answers[policy]}\n") == times
 
 
 def test_other_words_after_a_slash_show_the_help(target: Target):

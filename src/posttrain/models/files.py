@@ -4,6 +4,7 @@
 metadata; an adapter of another base is refused, since it would load without a complaint and answer nonsense.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -99,13 +100,25 @@ def load_adapter(folder: Path, name: str, base: BaseModel, *, require_hash: bool
         "rslora" if config.get("use_rslora") else "standard",
     )  # fmt: skip
     tensors, metadata = _read_tensors(folder / ADAPTER_WEIGHTS, where)
+    fingerprint = _content_hash(tensors, config)
     check_base(metadata.get("base_weights_hash"), base, where, require_hash=require_hash)
     if metadata.get("tokenizer_hash", base.source.tokenizer_hash) != base.source.tokenizer_hash:
         raise AdapterError(where, "was trained with another tokenizer", do="load it on its own base")
     tokens = _take_token_rows(tensors, config.get("trainable_token_indices"), base, where)
     head = _take_head(tensors, metadata, base, where) if config.get("modules_to_save") else None
     weights = _match(tensors, LoraShape.select(base.model, settings.targets), settings.rank, where, base.device)
-    return base.adapters.add(LoraAdapter(name, settings, weights, tokens, head))
+    adapter = LoraAdapter(name, settings, weights, tokens, head)
+    adapter.fingerprint = fingerprint
+    return base.adapters.add(adapter)
+
+
+def _content_hash(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> str:
+    """Hash of an adapter's tensors and of the settings that say how they are used."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _take_head(

@@ -55,6 +55,8 @@ class LoraAdapter:
     ) -> None:  # fmt: skip
         self.name, self.settings, self.weights, self.tokens, self.head = name, settings, weights, tokens, head
         self.training = False
+        # A hash of what it was read from; None for one that is made or trained here.
+        self.fingerprint: str | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Trainable tensors by PEFT's names, in a fixed order."""

@@ -73,7 +73,8 @@ class _Talk:
         if system:
             self.check_system(system)
         self.system = system
-        self.engine = Engine(target.base)
+        # The conversation so far need not be computed again, but for full weights, which change under the base's name.
+        self.engine = Engine(target.base, serving=target.recipe is None or target.recipe.adapter.kind == "lora")
         self.asked = 0
         self.histories: dict[str, list[_Exchange]] = {name: [] for name in speakers}
 
