@@ -151,6 +151,14 @@ data check starter/demonstrations.jsonl --stage sft|--stage · "sft" of no recip
 data check starter/demonstrations.jsonl --recipe none.toml|none.toml · there is no file
 data check starter/demonstrations.jsonl --recipe TINY --stage dpo|--stage · "dpo" for this sft data · there is: sft
 data check starter/demonstrations.jsonl --model none|neither a folder
+keys|
+keys look|
+keys add new.json|
+keys add new.json --name a/b|--name · 'a/b'
+keys add none/new.json --name ann|none/new.json · cannot be written
+keys list none.json|none.json · cannot be read
+keys list bad.jsonl|bad.jsonl · mode
+keys revoke none.json ann|none.json · cannot be read
 """
 LINES = [line.partition("|")[::2] for line in MISTAKES.strip("\n").split("\n")]
 
