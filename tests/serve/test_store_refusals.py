@@ -1,4 +1,4 @@
-"""What a server does not take as an adapter: wrong bases, wrong files, and names and paths that lead elsewhere."""
+"""What a server does not take as an adapter: wrong bases, wrong files, names and paths that lead elsewhere; what it opens."""
 
 import asyncio
 import json
@@ -274,5 +274,20 @@ def test_a_link_that_is_turned_outwards_later_is_seen(base: BaseModel, folder: P
         (folder / "link").symlink_to(tmp_path / "outside")
         with pytest.raises(AdapterError, match='adapter "x" · leads out of the folder of adapters'):
             await store.use("x")
+
+    asyncio.run(work())
+
+
+def test_many_who_wait_for_one_that_left_read_it_once(base: BaseModel, folder: Path, opened: list[str]):
+    write_adapter(folder / "other", base, 1)
+    store = AdapterStore(base, base_name="tiny", folder=folder, budget_bytes=RANK_4_BYTES)
+
+    async def work() -> None:
+        await store.load("x", "good")
+        await store.load("y", "other")
+        opened.clear()
+        found = await asyncio.gather(*(store.use("x") for _ in range(20)))
+        assert len({id(served.adapter) for served in found}) == 1
+        assert opened == [f"open {folder}/good/{CONFIG}", f"open {folder}/good/{WEIGHTS}"]
 
     asyncio.run(work())
