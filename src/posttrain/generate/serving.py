@@ -77,7 +77,7 @@ class Server:
     """Runs an engine in a thread. Made by `serving`; `submit` and `Answer.cancel` may be called from any event loop."""
 
     def __init__(self, base: BaseModel, waiting: int = WAITING) -> None:
-        self._engine, self._limit = Engine(base), waiting
+        self._engine, self._limit = Engine(base, serving=True), waiting
         self._changed = threading.Condition()
         self._told: list[_Submit | _Cancel] = []
         self._waiting = 0
