@@ -49,7 +49,8 @@ def test_every_verb_has_help_with_an_example_that_parses(path: tuple[str, ...], 
 
 def test_the_verbs_are_those_of_the_design():
     assert {" ".join(path) for path in VERBS} == {
-        "run", "report", "show", "compare", "chat", "evaluate", "merge", "export", "data", "data check",
+        "run", "report", "show", "compare", "chat", "evaluate", "merge", "export", "data", "data check", "keys",
+        "keys add", "keys list", "keys revoke",
     }  # fmt: skip
 
 
@@ -158,6 +159,14 @@ data check starter/demonstrations.jsonl --stage sft|--stage · "sft" of no recip
 data check starter/demonstrations.jsonl --recipe none.toml|none.toml · there is no file
 data check starter/demonstrations.jsonl --recipe TINY --stage dpo|--stage · "dpo" for this sft data · there is: sft
 data check starter/demonstrations.jsonl --model none|neither a folder
+keys|
+keys look|
+keys add new.json|
+keys add new.json --name a/b|--name · 'a/b'
+keys add none/new.json --name ann|none/new.json · cannot be written
+keys list none.json|none.json · cannot be read
+keys list bad.jsonl|bad.jsonl · mode
+keys revoke none.json ann|none.json · cannot be read
 """
 LINES = [line.partition("|")[::2] for line in MISTAKES.strip("\n").split("\n")]
 

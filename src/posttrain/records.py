@@ -9,7 +9,7 @@ from typing import Literal
 
 Role = Literal["system", "user", "assistant"]
 # Why a completion stopped: the model's end of a turn, a stop id, a stop string, `max_new_tokens`, or somebody who left.
-Finish = Literal["end", "stop id", "stop string", "length", "cancelled"]
+Finish = Literal["end", "stop id", "stop string", "length", "cancelled", "not finite"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 
 

@@ -80,13 +80,12 @@ class Engine:
         """Completions in flight."""
         return len(self._places.rows())
 
-    def check(self, request: Request) -> None:
-        """Raise ModelError or AdapterError for a request that cannot be answered."""
+    def check(self, request: Request) -> LoraAdapter | None:
+        """The adapter that a request names, None for the base. Raises ModelError or AdapterError where none can answer."""
         base, where, prompt = self.base, "generation", request.prompt
         vocabulary = len(base.head_VD)
         check_settings(request.settings, vocabulary)
-        if request.adapter != "base":
-            base.adapters.get(request.adapter)
+        adapter = None if request.adapter == "base" else base.adapters.get(request.adapter)
         if request.completions < 1:
             raise ModelError(where, f"completions = {request.completions}", allowed="1 or more")
         if not prompt:
@@ -98,11 +97,14 @@ class Engine:
                 where, f"a prompt of {len(prompt)} tokens and {request.settings.max_new_tokens} new ones",
                 allowed=f"together at most {base.context}", do="shorten the prompt or max_new_tokens",
             )  # fmt: skip
+        return adapter
 
     def submit(self, request: Request) -> list[int]:
         """Take a request; returns the number of each completion, by which events name it. Raises as `check` does."""
-        self.check(request)
-        adapter = None if request.adapter == "base" else self.base.adapters.get(request.adapter)
+        return self.take(request, self.check(request))
+
+    def take(self, request: Request, adapter: LoraAdapter | None) -> list[int]:
+        """Take a request that was checked before, with the adapter that it named then: the name may have gone since."""
         fingerprint = self.base.source.weights_hash if adapter is None else None if adapter.training else adapter.fingerprint
         first = self._count
         self._count += request.completions
@@ -157,7 +159,11 @@ class Engine:
             return []
         chosen, tops = self._choose(hidden_TD, work)
         events = []
-        for row, token, logprob, model_logprob, top in zip(work.chosen, *chosen, tops, strict=True):
+        for row, token, logprob, model_logprob, finite, top in zip(work.chosen, *chosen, tops, strict=True):
+            if not finite:
+                row.finish = "not finite"
+                events.append(Event(row.number, None, 0.0, 0.0, row.rollout()))
+                continue
             row.accept(token, logprob, model_logprob)
             self._waiting.charge(row.request.owner, 1)
             rollout = row.rollout() if row.finish else None
@@ -170,8 +176,12 @@ class Engine:
         gone = {id(row) for row in rows}
         for shelf, there in self._places.shelves.values():
             for place, row in enumerate(there):
-                if row is not None and id(row) in gone:
+                if row is not None and id(row) in gone and row.finish != "not finite":
                     self.prefixes.keep(row, shelf, place)
+            broken = [row.cached for row in there if row is not None and id(row) in gone and row.finish == "not finite"]
+            if broken:  # copies may lie wherever it was moved from
+                live = {place for place, row in enumerate(there) if row is not None and id(row) not in gone}
+                shelf.clear([place for place in range(shelf.places) if place not in live], max(broken))
         self._places.leave(rows)
 
     def _admit(self) -> list[list[Row]]:
@@ -300,6 +310,11 @@ def generate(
         events = engine.step()
         finished = {event.row: event.rollout for event in events if event.rollout is not None}
         rollouts |= finished
+        broken = next((r.adapter for r in finished.values() if r.finish == "not finite"), None)
+        if broken is not None:
+            raise ModelError(
+                "generation", f'"{broken}" gives numbers that are not finite', do="look at what it was trained with"
+            )
         if advance is not None:
             advance(len(finished), sum(event.token is not None for event in events))
     return [rollouts[number] for number in numbers]

@@ -79,11 +79,15 @@ class Draw(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """Tokens with their log-probabilities under the distribution sampled from and the model's own, all [R]."""
+    """Tokens with their log-probabilities under the distribution sampled from and the model's own, all [R].
+
+    Where a row's logits are no numbers to choose by, `finite` is false and the token means nothing.
+    """
 
     tokens: list[int]
     logprobs: list[float]
     model_logprobs: list[float]
+    finite: list[bool]
 
 
 def check_settings(settings: SamplingSettings, vocabulary: int) -> None:
@@ -128,8 +132,8 @@ def choose_tokens(logits_RV: Tensor, draws: Sequence[Draw]) -> Chosen:
     """The next token of each row; what a row gets does not depend on the others. Waits for the device once."""
     size = BLOCK_ROWS if logits_RV.device.type == "cpu" else len(draws)
     parts = [_choose(logits_RV[i : i + size], draws[i : i + size]) for i in range(0, len(draws), size)]
-    token_R, logprob_R, model_R = torch.cat(parts, 1).tolist()
-    return Chosen([int(token) for token in token_R], logprob_R, model_R)
+    token_R, logprob_R, model_R, finite_R = torch.cat(parts, 1).tolist()
+    return Chosen([int(token) for token in token_R], logprob_R, model_R, [bool(finite) for finite in finite_R])
 
 
 def token_logprobs(logits_NV: Tensor, tokens: Sequence[int]) -> list[float]:
@@ -152,7 +156,7 @@ def top_tokens(logits_RV: Tensor, counts: Sequence[int]) -> list[tuple[tuple[int
 
 
 def _choose(logits_bV: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Tokens and both log-probabilities [3, b], float64."""
+    """Tokens, both log-probabilities and whether they are of finite logits [4, b], float64."""
     settings = [draw.settings for draw in draws]
     told = any(s.logprobs for s in settings)
     z_bV = logits_bV.float()
@@ -160,8 +164,10 @@ def _choose(logits_bV: Tensor, draws: Sequence[Draw]) -> Tensor:
     if any(s.moves for s in settings):
         z_bV = move_logits(z_bV, draws)
     if not told and not any(s.temperature for s in settings):
-        likeliest_b = _argmax(z_bV).double()
-        return torch.stack([likeliest_b, torch.zeros_like(likeliest_b), torch.zeros_like(likeliest_b)])
+        likeliest_b = _argmax(z_bV)
+        largest_b = z_bV.gather(1, likeliest_b[:, None])[:, 0].double()
+        none_b = torch.zeros_like(largest_b)
+        return torch.stack([likeliest_b.double(), none_b, none_b, largest_b.isfinite().double()])
     weights_bV = torch.softmax(_tempered(z_bV, settings), 1)
     if any(s.cuts for s in settings):
         weights_bV = cut(weights_bV, settings)
@@ -178,7 +184,7 @@ def _choose(logits_bV: Tensor, draws: Sequence[Draw]) -> Tensor:
     if model_total_b is not None:
         own_b = (logits_bV.gather(1, token_b[:, None])[:, 0].float() - model_total_b).double()
         model_b = torch.where(_numbers([s.plain for s in settings], weights_bV, torch.bool), logprob_b, own_b)
-    return torch.stack([token_b.double(), logprob_b, model_b])
+    return torch.stack([token_b.double(), logprob_b, model_b, logprob_b.isfinite().double()])
 
 
 def _numbers(values: Sequence[float], like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -276,4 +282,5 @@ def _draw(weights_bV: Tensor, uniform_b: Tensor) -> tuple[Tensor, Tensor]:
     inside_bW = blocks_bCW[torch.arange(len(block_b1), device=block_b1.device), block_b1[:, 0]].double()
     place_b1 = torch.searchsorted(inside_bW.cumsum(1), draw_b1 - before_b1, right=True)
     last_b1 = BLOCK - 1 - (inside_bW.flip(1) > 0).int().argmax(1, keepdim=True)
-    return (block_b1 * BLOCK + torch.minimum(place_b1, last_b1))[:, 0], total_b
+    token_b = (block_b1 * BLOCK + torch.minimum(place_b1, last_b1))[:, 0]
+    return token_b.clamp(max=weights_bV.shape[1] - 1), total_b  # out of it only where weights are no numbers

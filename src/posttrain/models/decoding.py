@@ -69,6 +69,13 @@ class Shelf:
         rows = slice(inside, inside + length)
         return {i: (k[block, place, :, rows].clone(), v[block, place, :, rows].clone()) for i, (k, v) in self._layers.items()}
 
+    def clear(self, places: Sequence[int], length: int) -> None:
+        """Zeros for the first tokens of rows whose keys or values may not be finite: a masked key must be."""
+        blocks = -(-length // self.block)
+        for pair in self._layers.values():
+            for kept in pair:
+                kept[:blocks, list(places)] = 0
+
     def beginning(self, layer: int, place: int, length: int) -> tuple[Tensor, Tensor]:
         """The first tokens of one row in one layer [K, length, D]."""
         blocks = -(-length // self.block)

@@ -120,6 +120,7 @@ class TokenAdapters:
             ]
             self._table_nM = torch.tensor(table, device=device)
             self._scale_nM1 = torch.tensor(scales, dtype=kept.dtype, device=device)[..., None]
+            self._spare_nM1 = self._scale_nM1 == 0
 
     def apply(self, layer: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x [1, T, inputs] -> [1, T, outputs]."""
@@ -134,7 +135,9 @@ class TokenAdapters:
             return y
         if x is not self._input or self._gathered is None:
             self._input, self._gathered = x, x[0, self._table_nM]
-        projected_nMR = torch.bmm(self._gathered, stack.a.transpose(1, 2)) * self._scale_nM1
+        # Not by multiplying with zeros: what another adapter makes of the first token may not be finite.
+        projected_nMR = torch.bmm(self._gathered, stack.a.transpose(1, 2)).mul_(self._scale_nM1)
+        projected_nMR.masked_fill_(self._spare_nM1, 0.0)
         added_nMO = torch.bmm(projected_nMR, stack.b.transpose(1, 2))
         y[0].index_add_(0, self._table_nM.flatten(), added_nMO.flatten(0, 1))
         return y
