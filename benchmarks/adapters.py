@@ -1,107 +1,136 @@
-"""What an adapter costs a server: milliseconds until it answers, and memory against its file. Argument: a scratch folder.
+"""One side of the race `adapters`: 64 requests over 16 adapters of rank 16 in one batch, at most 64 new tokens, temperature 1.
 
-Rank 16 on all linear layers of gemma3-270m, through the store that the server uses. `in memory` is asking for one that is
-there; `same content` loads it again, which reads and hashes its files and finds it there; `from disk` reads one that had left
-while its files are in the system's cache, `cold` after the system was asked to forget them. Memory is the growth of the process
-over 19 adapters. Prints one JSON object: of each time the median of 20, the fastest and the slowest.
+    adapters.py prepare FOLDER DATA      the prompts of the race `rollouts`, and the adapters in PEFT's format
+    adapters.py posttrain FOLDER COUNT   in posttrain's environment, over COUNT of the adapters; 0 is the base alone
+    adapters.py vllm FOLDER COUNT        vLLM's CPU build with LoRA on
+    adapters.py peft FOLDER COUNT        transformers' generate, one batch an adapter, PEFT switching between them
+
+A side warms up with one whole run and then makes three with other seeds; tokens are those up to and with the end of the turn.
 """
 
-import asyncio
 import json
 import os
-import statistics
+import resource
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from ours import versions
+import rollouts
 
-from posttrain.models.files import save_adapter
-from posttrain.models.load import BaseModel, load_base
-from posttrain.models.lora import LoraSettings
-from posttrain.serve.store import AdapterStore
-
-MODEL = "package:gemma3-270m"
-LORA = LoraSettings(16, 32.0, 0.0, "all", "standard")
-COUNT, REPEATS = 20, 20
+ADAPTERS, RANK, RUNS = 16, 16, 3
+Run = tuple[Callable[[int], int], str, tuple[str, ...]]
 
 
-def prepare(base: BaseModel, folder: Path) -> int:
-    """Write the adapters; returns the bytes of one file of weights."""
-    for seed in range(COUNT):
-        target = folder / f"a{seed}"
-        target.mkdir(parents=True, exist_ok=True)
-        adapter = base.adapters.create("made", LORA, seed=seed)
+def prepare(folder: Path, data: Path) -> dict[str, Any]:
+    """Adapters on all linear layers; their B is small and not zero."""
+    import torch
+
+    from posttrain.models.files import save_adapter
+    from posttrain.models.load import load_base
+    from posttrain.models.lora import LoraSettings
+
+    found = rollouts.prepare(folder, data)
+    base = load_base(rollouts.MODEL)
+    for number in range(ADAPTERS):
+        target = folder / f"a{number}"
+        target.mkdir()
+        adapter = base.adapters.create(target.name, LoraSettings(RANK, 32.0, 0.0, "all", "standard"), seed=number)
+        generator = torch.Generator().manual_seed(number)
         with torch.no_grad():
             for _, b in adapter.weights.values():
-                b.normal_(std=0.01)
+                b.normal_(std=0.005, generator=generator)
         save_adapter(target, adapter, base)
-        base.adapters.remove("made")
-    return (folder / "a0" / "adapter_model.safetensors").stat().st_size
+    return found
 
 
-def resident() -> int:
-    """Bytes of memory that the process has now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def posttrain(work: dict[str, Any], folder: Path, count: int) -> Run:
+    """Our engine."""
+    from posttrain.generate.engine import SamplingSettings, generate
+    from posttrain.models.files import load_adapter
+    from posttrain.models.load import load_base
+
+    base = load_base(rollouts.MODEL)
+    names = [f"a{number}" for number in range(count)] or ["base"]
+    for name in names[:count]:
+        load_adapter(folder / name, name, base)
+    chosen = [names[i % len(names)] for i in range(len(work["prompts"]))]
+
+    def run(seed: int) -> int:
+        settings = SamplingSettings(work["new_tokens"], 1.0, 1.0, seed)
+        return sum(len(r.completion_ids) for r in generate(base, work["prompts"], settings, chosen))
+
+    return run, f"{base.dtype}, {count} adapters", ("posttrain", "torch", "transformers")
 
 
-def forget(folder: Path) -> None:
-    """Ask the system to drop what it keeps of an adapter's files."""
-    for path in folder.iterdir():
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(handle)
+def vllm(work: dict[str, Any], folder: Path, count: int) -> Run:
+    """vLLM's CPU build in one process."""
+    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="2", VLLM_LOGGING_LEVEL="ERROR")
+    from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.lora.request import LoRARequest
+
+    model = LLM(
+        model=work["model"], dtype="bfloat16", max_model_len=1024, max_num_seqs=64, enable_prefix_caching=False,
+        enable_lora=True, max_loras=max(1, count), max_lora_rank=RANK,
+    )  # fmt: skip
+    requests = [LoRARequest(f"a{i % count}", i % count + 1, str(folder / f"a{i % count}")) for i in range(len(work["prompts"]))]
+
+    def run(seed: int) -> int:
+        parameters = SamplingParams(
+            max_tokens=work["new_tokens"], temperature=1.0, seed=None, stop_token_ids=work["ends"], detokenize=False
+        )
+        prompts = [TokensPrompt(prompt_token_ids=p) for p in work["prompts"]]
+        return sum(
+            len(o.outputs[0].token_ids) for o in model.generate(prompts, parameters, use_tqdm=False, lora_request=requests)
+        )
+
+    return run, f"bfloat16, 64 sequences at once, {count} adapters", ("vllm-cpu", "torch", "transformers")
 
 
-async def timed(work: Callable[[int], Awaitable[Any]], before: Callable[[int], None] | None = None) -> dict[str, float]:
-    """Milliseconds of one call; `before` runs first each time and is not counted."""
-    times = []
-    for turn in range(REPEATS):
-        if before is not None:
-            before(turn)
-        started = time.perf_counter()
-        await work(turn)
-        times.append((time.perf_counter() - started) * 1000)
-    return {"median": round(statistics.median(times), 3), "min": round(min(times), 3), "max": round(max(times), 3)}
+def peft(work: dict[str, Any], folder: Path, count: int) -> Run:
+    """A batch for each adapter, padded on the left."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
 
+    model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.bfloat16)
+    model = PeftModel.from_pretrained(model, str(folder / "a0"), adapter_name="a0")
+    for number in range(1, count):
+        model.load_adapter(str(folder / f"a{number}"), adapter_name=f"a{number}")
+    model.eval()
 
-async def measure(base: BaseModel, folder: Path, file_bytes: int) -> dict[str, Any]:
-    """All figures."""
-    store = AdapterStore(base, base_name=MODEL, folder=folder, budget_bytes=2**34)
-    await store.load("a0", "a0")
-    before = resident()
-    for number in range(1, COUNT):
-        await store.load(f"a{number}", f"a{number}")
-    grown = (resident() - before) / (COUNT - 1)
-    # Room for one: each use of the other reads it.
-    small = AdapterStore(base, base_name=MODEL, folder=folder, budget_bytes=2 * file_bytes - 2**20)
-    for name in ("a0", "a1"):
-        await small.load(f"{name}.x", name)
+    def run(seed: int) -> int:
+        torch.manual_seed(seed)
+        total = 0
+        for number in range(count):
+            model.set_adapter(f"a{number}")
+            total += rollouts.sample(model, work["prompts"][number::count], work)
+        return total
 
-    async def recall(turn: int) -> None:
-        await small.use(f"a{turn % 2}.x")
-
-    found = {
-        "in memory": await timed(lambda _: store.use("a0")),
-        "same content": await timed(lambda _: store.load("a0", "a0")),
-        "from disk": await timed(recall),
-        "cold": await timed(recall, lambda turn: forget(folder / f"a{turn % 2}")),
-    }
-    return {
-        "milliseconds": found, "file_bytes": file_bytes, "weights_bytes": store.models()[1].bytes,
-        "grown_bytes": round(grown), "memory_to_file": round(grown / file_bytes, 3), **versions(),
-    }  # fmt: skip
+    return run, f"bfloat16, {count} adapters, a batch for each", ("peft", "transformers", "torch")
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    base = load_base(MODEL, template="gemma")
-    file_bytes = prepare(base, folder)
-    print(json.dumps(asyncio.run(measure(base, folder, file_bytes))))
+    """Run one side and print one JSON object."""
+    side, folder = sys.argv[1], Path(sys.argv[2])
+    if side == "prepare":
+        print(json.dumps(prepare(folder, Path(sys.argv[3]))))
+        return
+    work = json.loads((folder / "rollouts.json").read_text())
+    run, setting, packages = {"posttrain": posttrain, "vllm": vllm, "peft": peft}[side](work, folder, int(sys.argv[3]))
+    run(0)
+    units, seconds = [], []
+    for seed in range(1, RUNS + 1):
+        started = time.perf_counter()
+        units.append(run(seed))
+        seconds.append(time.perf_counter() - started)
+    print(json.dumps({
+        "units": units, "seconds": seconds, "setting": setting,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "versions": {name: version(name) for name in packages},
+    }))  # fmt: skip
 
 
 if __name__ == "__main__":

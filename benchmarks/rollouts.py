@@ -58,20 +58,27 @@ def hf_generate(work: dict[str, Any]) -> tuple[Callable[[int], int], str, tuple[
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.bfloat16).eval()
-    longest = max(map(len, work["prompts"]))
-    ids = torch.tensor([[work["ends"][0]] * (longest - len(p)) + p for p in work["prompts"]])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in work["prompts"]])
 
     def run(seed: int) -> int:
         torch.manual_seed(seed)
-        with torch.inference_mode():
-            out = model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=work["new_tokens"], do_sample=True, temperature=1.0,
-                top_k=0, top_p=1.0, eos_token_id=work["ends"], pad_token_id=work["ends"][0],
-            )  # fmt: skip
-        return sum(_length(row, work["ends"]) for row in out[:, longest:].tolist())
+        return sample(model, work["prompts"], work)
 
     return run, "bfloat16, one batch of 64, dynamic cache", ("transformers", "torch")
+
+
+def sample(model: Any, prompts: list[list[int]], work: dict[str, Any]) -> int:
+    """Tokens that transformers' generate gives in one batch."""
+    import torch
+
+    longest, pad = max(map(len, prompts)), work["ends"][0]
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    with torch.inference_mode():
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=work["new_tokens"], do_sample=True, temperature=1.0,
+            top_k=0, top_p=1.0, eos_token_id=work["ends"], pad_token_id=pad,
+        )  # fmt: skip
+    return sum(_length(row, work["ends"]) for row in out[:, longest:].tolist())
 
 
 def _length(ids: list[int], ends: list[int]) -> int:

@@ -113,6 +113,17 @@ def rollouts(data: Path) -> dict[str, Any]:
     return race_of("rollouts", "tokens", ours, peers, warm_up=0)
 
 
+def adapters(data: Path) -> dict[str, Any]:
+    """The same requests on the base alone and over 16 adapters mixed; peers with the adapters."""
+    with tempfile.TemporaryDirectory() as folder:
+        side(sys.executable, "adapters.py", "prepare", folder, str(data))
+        alone = side(sys.executable, "adapters.py", "posttrain", folder, "0")
+        ours = side(sys.executable, "adapters.py", "posttrain", folder, "16")
+        peers = {"no adapter": alone, "peft": side(need(PEERS), "adapters.py", "peft", folder, "16")}
+        peers["vllm"] = side(need(VLLM), "adapters.py", "vllm", folder, "16")
+    return race_of("adapters", "tokens", ours, peers, warm_up=0)
+
+
 def ppo(data: Path, settings: tuple[str, ...]) -> dict[str, Any]:
     """Whole PPO iterations; the first warms up."""
     with tempfile.TemporaryDirectory() as folder:
@@ -157,7 +168,7 @@ def main() -> None:
     """Run one race and print its JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "race", choices=["sft", "dpo", "reward", "ppo", "rollouts", "growth", "quickstart", "gpu-sft", "gpu-lora"]
+        "race", choices=["sft", "dpo", "reward", "ppo", "rollouts", "adapters", "growth", "quickstart", "gpu-sft", "gpu-lora"]
     )
     parser.add_argument("--steps", type=int, default=12, help="optimiser steps a side, the first two are warm-up")
     parser.add_argument("--rows", type=int, default=0, help="rows a step (default: 16 for sft, 8 pairs for dpo)")
@@ -174,6 +185,8 @@ def main() -> None:
         result = against_trl(options.race, options.steps, options.data, rows, settings)
     elif options.race == "rollouts":
         result = rollouts(options.data)
+    elif options.race == "adapters":
+        result = adapters(options.data)
     elif options.race == "ppo":
         result = ppo(options.data, tuple(options.settings.split(",")) if options.settings else PPO_SETTINGS)
     elif options.race == "growth":
