@@ -17,6 +17,7 @@ from typing import Any
 from posttrain import __version__
 from posttrain.artifacts import disk_error, is_disk_error
 from posttrain.errors import Interrupted, PosttrainError, RecipeError
+from posttrain.serve import commands
 
 Verb = Callable[[argparse.Namespace], int]
 CTRL_C = 130
@@ -121,6 +122,15 @@ def _add_models(verbs: Any) -> None:
     chat.add_argument("--max-new-tokens", type=_whole(1), default=256, help="longest answer in tokens (default: 256)")
     chat.add_argument("--seed", type=_whole(0), default=0, help="seed of what is sampled (default: 0)")
     chat.add_argument("--template", default="auto", help="chat template of a model without one (a run knows its own)")
+    commands.add_options(
+        _verb(
+            verbs,
+            "serve",
+            commands.serve,
+            "serve a model or a run over HTTP, as OpenAI does",
+            "posttrain serve runs/quickstart",
+        )
+    )
     evaluate = _verb(
         verbs,
         "evaluate",
