@@ -65,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_reading(verbs)
     _add_models(verbs)
     _add_data(verbs)
+    _add_keys(verbs)
     return parser
 
 
@@ -185,6 +186,19 @@ def _add_data(verbs: Any) -> None:
     check.add_argument("--model", default="random:tiny", help="tokenizer to use without a recipe")
     check.add_argument("--template", default="auto", help="chat template to use without a recipe")
     check.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_keys(verbs: Any) -> None:
+    keys = verbs.add_parser("keys", help="API keys of a server", epilog="example: posttrain keys add keys.json --name ann")
+    kinds = keys.add_subparsers(required=True, metavar="VERB", help="what to do with them")
+    add = _verb(kinds, "add", _keys_add, "make a key; it is shown once", "posttrain keys add keys.json --name ann")
+    add.add_argument("--name", required=True, help="whose key it is")
+    add.add_argument("--admin", action="store_true", help="it may load and unload adapters as well")
+    shown = _verb(kinds, "list", _keys_list, "names, rights and dates of the keys", "posttrain keys list keys.json")
+    revoke = _verb(kinds, "revoke", _keys_revoke, "take a key away", "posttrain keys revoke keys.json ann")
+    for verb in (add, shown, revoke):
+        verb.add_argument("file", type=Path, help="a file of keys (.json)")
+    revoke.add_argument("name", help="whose key it is")
 
 
 def _width() -> int:
@@ -329,6 +343,28 @@ def _data_check(options: argparse.Namespace) -> int:
         evaluation_prompts=evaluation_prompts(load_suites(suites, limit=0)),
     )
     print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else text)
+    return 0
+
+
+def _keys_add(options: argparse.Namespace) -> int:
+    from posttrain.serve.keys import SCOPES, add_key
+
+    print(add_key(options.file, options.name, SCOPES if options.admin else SCOPES[:1]))
+    return 0
+
+
+def _keys_list(options: argparse.Namespace) -> int:
+    from posttrain.serve.keys import Keys
+
+    for key in Keys.read(options.file).keys:
+        print(f"{key.name}  {', '.join(key.scopes)}  {key.created}")
+    return 0
+
+
+def _keys_revoke(options: argparse.Namespace) -> int:
+    from posttrain.serve.keys import revoke_key
+
+    revoke_key(options.file, options.name)
     return 0
 
 

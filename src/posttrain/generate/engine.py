@@ -20,6 +20,7 @@ from posttrain.generate.sampling import Chosen, check_settings, choose_tokens
 from posttrain.generate.sampling import SamplingSettings as SamplingSettings  # callers need no other module
 from posttrain.models.decoding import bytes_per_token
 from posttrain.models.load import BaseModel
+from posttrain.models.lora import LoraAdapter
 from posttrain.models.mixed import NarrowAdapters, TokenAdapters
 from posttrain.records import Rollout
 
@@ -56,13 +57,12 @@ class Engine:
         """Completions that have not begun."""
         return sum(map(len, self._waiting))
 
-    def check(self, request: Request) -> None:
-        """Raise ModelError or AdapterError for a request that cannot be answered."""
+    def check(self, request: Request) -> LoraAdapter | None:
+        """The adapter that a request names, None for the base. Raises ModelError or AdapterError where none can answer."""
         base, where, prompt = self.base, "generation", request.prompt
         vocabulary = len(base.head_VD)
         check_settings(request.settings, vocabulary)
-        if request.adapter != "base":
-            base.adapters.get(request.adapter)
+        adapter = None if request.adapter == "base" else base.adapters.get(request.adapter)
         if request.completions < 1:
             raise ModelError(where, f"completions = {request.completions}", allowed="1 or more")
         if not prompt:
@@ -74,11 +74,14 @@ class Engine:
                 where, f"a prompt of {len(prompt)} tokens and {request.settings.max_new_tokens} new ones",
                 allowed=f"together at most {base.context}", do="shorten the prompt or max_new_tokens",
             )  # fmt: skip
+        return adapter
 
     def submit(self, request: Request) -> list[int]:
         """Take a request; returns the number of each completion, by which events name it. Raises as `check` does."""
-        self.check(request)
-        adapter = None if request.adapter == "base" else self.base.adapters.get(request.adapter)
+        return self.take(request, self.check(request))
+
+    def take(self, request: Request, adapter: LoraAdapter | None) -> list[int]:
+        """Take a request that was checked before, with the adapter that it named then: the name may have gone since."""
         first = self._count
         self._count += request.completions
         rows = [Row(first + g, request, g, adapter, self.base.chat) for g in range(request.completions)]

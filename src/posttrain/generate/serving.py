@@ -14,10 +14,11 @@ import threading
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 
-from posttrain.errors import BusyError, PosttrainError
+from posttrain.errors import BusyError
 from posttrain.generate.engine import Engine
 from posttrain.generate.rows import Event, Request
 from posttrain.models.load import BaseModel
+from posttrain.models.lora import LoraAdapter
 
 # Completions that may wait for a place.
 WAITING = 256
@@ -65,6 +66,7 @@ class Answer:
 
 class _Submit(NamedTuple):
     answer: Answer
+    adapter: LoraAdapter | None
 
 
 class _Cancel(NamedTuple):
@@ -86,8 +88,11 @@ class Server:
         self._thread.start()
 
     def submit(self, request: Request) -> Answer:
-        """Take a request. Raises ModelError or AdapterError where it cannot be answered, BusyError where too many wait."""
-        self._engine.check(request)
+        """Take a request. Raises ModelError or AdapterError where it cannot be answered, BusyError where too many wait.
+
+        What it is answered with is settled here: an adapter may lose its name to another before the thread comes to it.
+        """
+        adapter = self._engine.check(request)
         with self._changed:
             if self._closing or self._failed is not None:
                 raise BusyError("generation", "the engine has stopped", do="start the server again")
@@ -98,7 +103,7 @@ class Server:
                 )  # fmt: skip
             self._waiting += request.completions
             answer = Answer(self, request)
-            self._told.append(_Submit(answer))
+            self._told.append(_Submit(answer, adapter))
             self._changed.notify()
         return answer
 
@@ -143,11 +148,7 @@ class Server:
                 for number in answer.numbers:
                     self._engine.cancel(number)
                 continue
-            try:
-                answer.numbers = self._engine.submit(answer.request)
-            except PosttrainError as error:  # an adapter that went in the meantime
-                answer.deliver(error)
-                continue
+            answer.numbers = self._engine.take(answer.request, note.adapter)
             for completion, number in enumerate(answer.numbers):
                 self._answers[number] = (answer, completion)
         return not closing

@@ -4,20 +4,23 @@
 metadata; an adapter of another base is refused, since it would load without a complaint and answer nonsense.
 """
 
+import hashlib
 import json
 import math
+import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import nn
 
 from posttrain.artifacts import verify_files, write_json
-from posttrain.errors import AdapterError
+from posttrain.errors import AdapterError, RecipeError
 from posttrain.models.heads import SCORE_NAME, ScoreHead
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter, LoraSettings, LoraShape
@@ -34,6 +37,8 @@ UNSUPPORTED = (
     "alora_invocation_tokens", "target_parameters", "layers_to_transform", "exclude_modules", "fan_in_fan_out",
 )  # fmt: skip
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
+# No config of an adapter is longer.
+CONFIG_BYTES = 2**22
 
 
 def save_adapter(folder: Path, adapter: LoraAdapter, base: BaseModel) -> None:
@@ -86,26 +91,76 @@ def _peft_config(adapter: LoraAdapter, base: BaseModel) -> dict[str, Any]:
     return config
 
 
+class AdapterFiles(NamedTuple):
+    """The two files of an adapter, read once: what is hashed is what is used, whatever happens on disk meanwhile.
+
+    The fingerprint is the sha256 over the sha256 of the config and that of the weights, all in hex.
+    """
+
+    config: bytes
+    weights: bytes
+    fingerprint: str
+
+
 def load_adapter(folder: Path, name: str, base: BaseModel, *, require_hash: bool = True) -> LoraAdapter:
-    """Read an adapter and keep it in memory under `name`.
+    """Read an adapter and keep it in memory under `name`. Raises as `read_adapter` and `make_adapter` do."""
+    where = f"adapter {folder}"
+    files = read_adapter(folder, where=where)
+    return base.adapters.add(make_adapter(name, files, base, where=where, require_hash=require_hash))
+
+
+def read_adapter(folder: Path, *, where: str, limit: int | None = None) -> AdapterFiles:
+    """The files of an adapter, weights of at most `limit` bytes. Raises AdapterError where they are not there or too large."""
+    files = _read_file(folder / ADAPTER_CONFIG, where, CONFIG_BYTES), _read_file(folder / ADAPTER_WEIGHTS, where, limit)
+    hashes = [hashlib.sha256(data).hexdigest() for data in files]
+    return AdapterFiles(*files, hashlib.sha256("".join(hashes).encode()).hexdigest())
+
+
+def _read_file(path: Path, where: str, limit: int | None) -> bytes:
+    try:
+        # A pipe is opened without waiting for who writes into it, and then refused.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise AdapterError(where, f"{path.name} is not a file", do="give a folder in PEFT's format")
+            if limit is not None and status.st_size > limit:
+                raise AdapterError(where, f"{path.name} has {status.st_size} bytes", allowed=f"at most {limit}")
+            return file.read(status.st_size)
+    except (FileNotFoundError, NotADirectoryError):
+        pickles = sorted(p.name for p in path.parent.glob("*.bin")) if path.name == ADAPTER_WEIGHTS else []
+        found = f"no {path.name}" + (f", only a pickle file ({pickles[0]}), which can run code" if pickles else "")
+        raise AdapterError(where, found, do="give a folder in PEFT's format with safetensors") from None
+    except OSError as error:
+        raise AdapterError(where, f"{path.name} cannot be read ({error.strerror})", do="fetch the adapter again") from None
+
+
+def make_adapter(
+    name: str, files: AdapterFiles, base: BaseModel, *, where: str, require_hash: bool = True
+) -> LoraAdapter:  # fmt: skip
+    """An adapter of files that were read, not yet among those of the base.
 
     Raises AdapterError when it is damaged, has other shapes, or belongs to another base; with `require_hash` also when it
     does not say which base it belongs to (as an adapter written by another tool does not).
     """
-    where = f"adapter {folder}"
-    config = _read_config(folder, where)
+    config = _parse_config(files.config, where)
     settings = LoraSettings(
         int(config["r"]), float(config["lora_alpha"]), 0.0, tuple(sorted(config["target_modules"])),
         "rslora" if config.get("use_rslora") else "standard",
     )  # fmt: skip
-    tensors, metadata = _read_tensors(folder / ADAPTER_WEIGHTS, where)
+    tensors, metadata = _parse_tensors(files.weights, where)
     check_base(metadata.get("base_weights_hash"), base, where, require_hash=require_hash)
     if metadata.get("tokenizer_hash", base.source.tokenizer_hash) != base.source.tokenizer_hash:
         raise AdapterError(where, "was trained with another tokenizer", do="load it on its own base")
     tokens = _take_token_rows(tensors, config.get("trainable_token_indices"), base, where)
     head = _take_head(tensors, metadata, base, where) if config.get("modules_to_save") else None
-    weights = _match(tensors, LoraShape.select(base.model, settings.targets), settings.rank, where, base.device)
-    return base.adapters.add(LoraAdapter(name, settings, weights, tokens, head))
+    try:
+        shapes = LoraShape.select(base.model, settings.targets)
+    except RecipeError as error:  # it speaks of a recipe, and there is none
+        raise AdapterError(where, f"target_modules: {error.found}", allowed=error.allowed) from None
+    weights = _match(tensors, shapes, settings.rank, where, base.device)
+    adapter = LoraAdapter(name, settings, weights, tokens, head)
+    adapter.fingerprint = files.fingerprint
+    return adapter
 
 
 def _take_head(
@@ -142,19 +197,19 @@ def _take_token_rows(tensors: dict[str, torch.Tensor], indices: Any, base: BaseM
     return TokenRows(layer, tuple(ids), nn.Parameter(rows.float().to(base.device)))
 
 
-def _read_config(folder: Path, where: str) -> dict[str, Any]:
+def _parse_config(data: bytes, where: str) -> dict[str, Any]:
     try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise AdapterError(where, f"no {ADAPTER_CONFIG}", do="give a folder in PEFT's format") from None
-    except (OSError, ValueError, RecursionError):
+        config = json.loads(data)
+    except (ValueError, RecursionError):
         raise AdapterError(where, f"{ADAPTER_CONFIG} is not readable as JSON", do="fetch the adapter again") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise AdapterError(where, f"peft_type {kind!r}", allowed="a LoRA adapter of PEFT's format")
     rank, alpha, layers = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
-    named = isinstance(layers, list) and bool(layers) and all(isinstance(name, str) for name in layers)
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not named:
+    named = isinstance(layers, list) and bool(layers) and all(isinstance(name, str) and name.isprintable() for name in layers)
+    # Written so that NaN and numbers that no float holds are refused as well.
+    a_number = isinstance(alpha, int | float) and abs(alpha) < 1e9
+    if not isinstance(rank, int) or rank < 1 or not a_number or not named:
         raise AdapterError(
             where, f"r {rank!r}, lora_alpha {alpha!r}, target_modules {str(layers)[:60]}",
             allowed="a rank, a number, and a list of layer names",
@@ -166,18 +221,25 @@ def _read_config(folder: Path, where: str) -> dict[str, Any]:
     return config
 
 
+def _parse_tensors(data: bytes, where: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    try:
+        tensors = load(data)
+        length = int.from_bytes(data[:8], "little")  # of the header, which the library has found to be well formed
+        return tensors, json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+    except (SafetensorError, ValueError) as error:
+        raise _damaged(where, ADAPTER_WEIGHTS, error) from None
+
+
 def _read_tensors(path: Path, where: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except FileNotFoundError:
-        pickles = sorted(p.name for p in path.parent.glob("*.bin"))
-        found = f"no {path.name}" + (f", only a pickle file ({pickles[0]}), which can run code" if pickles else "")
-        raise AdapterError(where, found, do="give a folder in PEFT's format with safetensors") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(
-            where, f"{path.name} is damaged ({str(error)[:80]})", do="fetch or train the adapter again"
-        ) from None
+        raise _damaged(where, path.name, error) from None
+
+
+def _damaged(where: str, name: str, error: Exception) -> AdapterError:
+    return AdapterError(where, f"{name} is damaged ({str(error)[:80]})", do="fetch or train the adapter again")
 
 
 def check_base(found: str | None, base: BaseModel, where: str, *, require_hash: bool) -> None:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,8 @@ class LoraAdapter:
     ) -> None:  # fmt: skip
         self.name, self.settings, self.weights, self.tokens, self.head = name, settings, weights, tokens, head
         self.training = False
+        # A hash of what it was read from; None for one that is made or trained here.
+        self.fingerprint: str | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Trainable tensors by PEFT's names, in a fixed order."""
@@ -192,11 +195,16 @@ class _LoraProduct(torch.autograd.Function):
 
 
 class AdapterSet:
-    """The named adapters on one base, and the routing that chooses among them."""
+    """The named adapters on one base, and the routing that chooses among them.
+
+    One thread may add, retire and remove adapters while another computes: a name is looked up once, by one operation on a
+    dict, and what is computed holds the adapter itself. An adapter is frozen before it has a name.
+    """
 
     def __init__(self, model: Any, weights_hash: str) -> None:
         self._model, self.weights_hash = model, weights_hash
         self._adapters: dict[str, LoraAdapter] = {}
+        self._retired: WeakValueDictionary[str, LoraAdapter] = WeakValueDictionary()
         self.routing = Routing()
         _wrap_linears(model, self.routing)
         self._embedding: nn.Embedding = model.get_input_embeddings()
@@ -214,13 +222,14 @@ class AdapterSet:
 
     def get(self, name: str) -> LoraAdapter:
         """An adapter by name. Raises AdapterError where it is not loaded."""
-        if name not in self._adapters:
+        adapter = self._adapters.get(name) or self._retired.get(name)
+        if adapter is None:
             raise AdapterError(
                 f'adapter "{name}"',
                 "is not loaded",
                 allowed=f"there is: base, {', '.join(self._adapters)}".rstrip(", "),
             )
-        return self._adapters[name]
+        return adapter
 
     def create(self, name: str, settings: LoraSettings, *, seed: int, token_ids: tuple[int, ...] = ()) -> LoraAdapter:
         """A new adapter that equals the base: A uniform in +-1/sqrt(inputs), B zero, the base's rows for `token_ids`."""
@@ -262,6 +271,11 @@ class AdapterSet:
     def remove(self, name: str) -> None:
         """Forget an adapter."""
         self._adapters.pop(name, None)
+
+    def retire(self, name: str) -> None:
+        """Forget an adapter once nothing holds it any more; until then `get` still finds it, and nothing else does."""
+        self._retired[name] = self._adapters[name]  # first, so that no look-up falls between the two
+        del self._adapters[name]
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
