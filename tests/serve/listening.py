@@ -3,14 +3,21 @@
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 
+from posttrain.generate.engine import generate
+from posttrain.generate.sampling import SamplingSettings
+from posttrain.models.files import save_adapter
 from posttrain.models.load import BaseModel
+from posttrain.models.lora import LoraSettings
+from posttrain.records import Message
 from posttrain.serve.app import build_app
 from posttrain.serve.gate import Gate
 from posttrain.serve.keys import Keys
@@ -35,6 +42,11 @@ class Listening:
         self._thread.start()
         assert self._started.wait(30)
 
+    @property
+    def routes(self) -> list[Any]:
+        """Every route that the application has."""
+        return list(self.gate.app.routes)  # type: ignore[attr-defined]
+
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         self._loop.run_until_complete(listen(self.gate, self.service, bind("127.0.0.1", 0), self._asked, self._begin))
@@ -47,6 +59,14 @@ class Listening:
     def stop(self) -> None:
         """What SIGTERM does."""
         self._loop.call_soon_threadsafe(self._asked.release)
+
+    def settle(self) -> None:
+        """Wait until nobody is inside and the engine has nothing to do."""
+        for _ in range(1500):
+            if not self.gate.inside and self.service.idle:
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"{self.gate.inside} requests are still inside, the engine is idle: {self.service.idle}")
 
     def end(self) -> None:
         """Stop at once and wait for the thread."""
@@ -80,3 +100,28 @@ def listening(
         yield running
     finally:
         running.end()
+
+
+def write_adapter(folder: Path, base: BaseModel, seed: int, *, size: float = 0.3) -> Path:
+    """An adapter in PEFT's format whose answers are not the base's."""
+    folder.mkdir(parents=True)
+    adapter = base.adapters.create("written", LoraSettings(4, 8.0, 0.0, "all", "standard"), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, b in adapter.weights.values():
+            b.normal_(std=size, generator=generator)
+    save_adapter(folder, adapter, base)
+    base.adapters.remove("written")
+    return folder
+
+
+def alone(base: BaseModel, text: str, tokens: int, adapter: str = "base") -> str:
+    """The greedy answer to one message, by an engine of its own. For when no server computes on the same base."""
+    prompt = base.chat.encode_prompt([Message("user", text)])
+    return generate(base, [prompt], SamplingSettings(tokens), adapter)[0].text
+
+
+def chat(text: str, *, model: str = BASE, tokens: int = 8, **more: Any) -> dict[str, Any]:
+    """The body of a greedy chat request."""
+    asked = {"model": model, "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": tokens}
+    return {**asked, **more}

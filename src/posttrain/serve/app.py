@@ -27,6 +27,8 @@ from posttrain.serve.gate import Gate
 from posttrain.serve.keys import Keys
 from posttrain.serve.metrics import CONTENT_TYPE
 from posttrain.serve.protocol import (
+    MESSAGE_REFUSED,
+    REFUSED,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -209,9 +211,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        param = _place(error.body, first["loc"][1:], missing=first["type"] == "missing")
-        return answer(Refusal(400, param or "body", first["msg"], param=param))
+        return answer(_mistake(error))
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
@@ -222,18 +222,29 @@ def _add_errors(app: FastAPI) -> None:
         return answer(refusal(error))
 
 
-def _place(body: Any, loc: Sequence[int | str], *, missing: bool) -> str | None:
-    """Where in a body something is wrong: `messages[0].content`. `loc` names types as well; they are passed over."""
-    place = ""
+def _mistake(error: RequestValidationError) -> Refusal:
+    """The first mistake in a body; of the ways in which a value fits none of several types, the one that got furthest."""
+    found = [(_place(error.body, one["loc"][1:], missing=one["type"] == "missing"), one) for one in error.errors()[:50]]
+    place, one = max(found, key=lambda pair: len(pair[0]))
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")[:200]
+    told = one["msg"]
+    if one["type"] == "extra_forbidden":
+        told = "not served" if place[-1] in (*REFUSED, *MESSAGE_REFUSED) else "no such field"
+    return Refusal(400, param or "body", told, param=param or None)
+
+
+def _place(body: Any, loc: Sequence[int | str], *, missing: bool) -> list[int | str]:
+    """Where in a body something is wrong, or missing. `loc` names types as well, which are passed over."""
+    place = []
     for part in loc:
         if isinstance(part, int):
             inside = isinstance(body, list) and part < len(body)
         else:
             inside = isinstance(body, dict) and part in body
-        if inside or (missing and part == loc[-1]):
-            place += f"[{part}]" if isinstance(part, int) else f".{part}" if place else str(part)
-            body = body[part] if inside else None
-    return place[:200] or None
+        if inside:
+            body = body[part]
+            place.append(part)
+    return [*place, *loc[-1:]] if missing else place
 
 
 def _json(value: pydantic.BaseModel) -> Response:

@@ -45,7 +45,7 @@ class Gate:
     """The application behind its checks. `places` is how many requests may be inside; `inside` how many are."""
 
     def __init__(self, app: App, *, keys: Keys | None, hosts: frozenset[str], limits: Limits, places: int) -> None:
-        self._app, self._keys, self._hosts, self._limits, self._places = app, keys, hosts, limits, places
+        self.app, self._keys, self._hosts, self._limits, self._places = app, keys, hosts, limits, places
         self.inside = 0
         self.draining = False
 
@@ -57,7 +57,7 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request (or the lifespan of the application)."""
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
         send = _with_headers(send)
@@ -154,7 +154,7 @@ class Gate:
             while (await receive())["type"] != "http.disconnect":
                 pass
 
-        tasks = asyncio.ensure_future(self._app(scope, again, send)), asyncio.ensure_future(gone())
+        tasks = asyncio.ensure_future(self.app(scope, again, send)), asyncio.ensure_future(gone())
         longest = self._limits.request_seconds + LAST_SECONDS
         try:
             await asyncio.wait(tasks, timeout=longest, return_when=asyncio.FIRST_COMPLETED)

@@ -7,7 +7,7 @@ stop here, before anything is computed from them.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 STOPS, STOP_CHARS, BIASES, MESSAGES, PROMPTS, TOP_LOGPROBS = 16, 256, 1024, 256, 128, 20
 # Fields that change no answer here.
@@ -28,8 +28,20 @@ MESSAGE_REFUSED: dict[str, tuple[Any, ...]] = {
     "tool_calls": ([],), "tool_call_id": (), "function_call": (), "audio": (), "refusal": (), "annotations": ([],),
 }  # fmt: skip
 
+
+def _encodable(text: str) -> str:
+    """JSON can spell half of a surrogate pair, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("a lone surrogate, which is no character") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+Name = Annotated[Text, Field(min_length=1, max_length=200)]
 Id = Annotated[int, Field(ge=0, le=2**31)]
-StopText = Annotated[str, Field(min_length=1, max_length=STOP_CHARS)]
+StopText = Annotated[Text, Field(min_length=1, max_length=STOP_CHARS)]
 
 
 def _drop(raw: Any, ignored: frozenset[str], refused: dict[str, tuple[Any, ...]]) -> Any:
@@ -48,7 +60,7 @@ class TextPart(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(BaseModel):
@@ -56,7 +68,7 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=MESSAGES, fail_fast=True)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=MESSAGES, fail_fast=True)]
 
     @model_validator(mode="before")
     @classmethod
@@ -84,7 +96,7 @@ class GenerationRequest(BaseModel):
     """What both kinds of completion take."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    model: Annotated[str, Field(min_length=1, max_length=200)]
+    model: Name
     n: Annotated[int, Field(ge=1, le=PROMPTS)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -133,8 +145,8 @@ class CompletionRequest(GenerationRequest):
     """POST /v1/completions. `max_tokens` 0 with `echo` scores the prompt and writes nothing."""
 
     prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=PROMPTS, fail_fast=True)]
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=PROMPTS, fail_fast=True)]
         | Annotated[list[Id], Field(min_length=1, fail_fast=True)]
         | Annotated[
             list[Annotated[list[Id], Field(min_length=1, fail_fast=True)]],
@@ -159,8 +171,8 @@ class TokenizeRequest(BaseModel):
     """POST /tokenize: a text, or a conversation through the model's template."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    model: Annotated[str, Field(min_length=1, max_length=200)] | None = None
-    prompt: str | None = None
+    model: Name | None = None
+    prompt: Text | None = None
     messages: Messages | None = None
     add_generation_prompt: bool | None = None
 
@@ -169,7 +181,7 @@ class DetokenizeRequest(BaseModel):
     """POST /detokenize."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    model: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    model: Name | None = None
     tokens: Annotated[list[Id], Field(fail_fast=True)]
 
 
@@ -177,8 +189,8 @@ class LoadAdapterRequest(BaseModel):
     """POST /v1/load_lora_adapter. `load_inplace` lets a name that is there get other weights."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    lora_name: Annotated[str, Field(min_length=1, max_length=200)]
-    lora_path: Annotated[str, Field(min_length=1, max_length=1024)]
+    lora_name: Name
+    lora_path: Annotated[Text, Field(min_length=1, max_length=1024)]
     load_inplace: bool | None = None
 
 
@@ -186,4 +198,4 @@ class UnloadAdapterRequest(BaseModel):
     """POST /v1/unload_lora_adapter."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    lora_name: Annotated[str, Field(min_length=1, max_length=200)]
+    lora_name: Name

@@ -44,6 +44,11 @@ class Service:
         """Whether the engine takes requests."""
         return self._server is not None and not self._server.stopped
 
+    @property
+    def idle(self) -> bool:
+        """Whether the engine has nothing to do."""
+        return self._server is None or self._server.idle
+
     async def stop(self) -> None:
         """End what is in flight, with an error for each; nothing is taken any more."""
         if self._server is not None:
