@@ -10,13 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
 
 from posttrain.generate.engine import generate
 from posttrain.generate.sampling import SamplingSettings
-from posttrain.models.files import save_adapter
 from posttrain.models.load import BaseModel
-from posttrain.models.lora import LoraSettings
 from posttrain.records import Message
 from posttrain.serve.app import build_app
 from posttrain.serve.gate import Gate
@@ -100,19 +97,6 @@ def listening(
         yield running
     finally:
         running.end()
-
-
-def write_adapter(folder: Path, base: BaseModel, seed: int, *, size: float = 0.3) -> Path:
-    """An adapter in PEFT's format whose answers are not the base's."""
-    folder.mkdir(parents=True)
-    adapter = base.adapters.create("written", LoraSettings(4, 8.0, 0.0, "all", "standard"), seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, b in adapter.weights.values():
-            b.normal_(std=size, generator=generator)
-    save_adapter(folder, adapter, base)
-    base.adapters.remove("written")
-    return folder
 
 
 def alone(base: BaseModel, text: str, tokens: int, adapter: str = "base") -> str:
