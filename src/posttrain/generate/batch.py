@@ -1,4 +1,4 @@
-"""The places of the rows in flight, and the one forward that a step needs: decoding rows first, joining prompts behind them.
+"""The places of the rows in flight, and the one forward that a step needs: decoding rows first, prompts behind them.
 
 A row stands on a shelf (`models/decoding.py`) by what it needs, a power of two of tokens. Rows that leave are replaced by rows
 that join; where none does, the last rows of the shelf move into the gaps, so that the rows computed are always the first ones.
@@ -7,16 +7,15 @@ On a CPU, whose memory is taken where it is written, most rows share one shelf, 
 T: tokens of the forward.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from posttrain.generate.rows import Row
-from posttrain.models.attention_cpu import pieces
 from posttrain.models.batches import WORTH_SHARING
-from posttrain.models.decoding import BLOCK, CacheStep, Filling, Reading, Shelf
+from posttrain.models.decoding import BLOCK, CacheStep, Filling, Past, Reading, Shelf
 from posttrain.models.lora import LoraAdapter
 from posttrain.models.segments import Segments, Span
 
@@ -34,7 +33,8 @@ ROUND_TO = 32
 class Work(NamedTuple):
     """One forward: token ids and positions [T], the table for attention, runs of tokens with one adapter.
 
-    `chosen` are the rows that get a token, and `source` the token that each of them is read at.
+    `chosen` are the rows that get a token, and `source` the token that each of them is read at. `scored` are tokens at which
+    the prompt's own next token is looked up: the row, the token of the forward, and the place in the prompt.
     """
 
     ids_T: Tensor
@@ -43,6 +43,30 @@ class Work(NamedTuple):
     runs: list[tuple[int, LoraAdapter | None]]
     chosen: list[Row]
     source: list[int]
+    scored: list[tuple[Row, int, int]]
+
+
+class Chunk(NamedTuple):
+    """Tokens [start, start + length) of the prompt of these rows, which share it: what is computed of it now."""
+
+    rows: Sequence[Row]
+    start: int
+    length: int
+
+    @property
+    def stop(self) -> int:
+        """The first token that is left for later."""
+        return self.start + self.length
+
+    @property
+    def last(self) -> bool:
+        """Whether the prompt is filled after it."""
+        return self.stop == len(self.rows[0].prompt)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of the prompt."""
+        return self.last and not self.start
 
 
 def rounded(rows: int) -> int:
@@ -101,10 +125,10 @@ class Places:
                 last = iter(reversed([row for row in places[len(rows) :] if row is not None]))
                 order = [row if row is not None else next(last) for row in places[: len(rows)]]
             place_of = {id(row): place for place, row in enumerate(places)}
-            # Of a row that has just joined nothing is there yet.
-            moves = [(place_of[id(row)], place) for place, row in enumerate(order) if row.ids and place_of[id(row)] != place]
+            moves = [(place_of[id(row)], place) for place, row in enumerate(order) if row.cached and place_of[id(row)] != place]
             if moves:
-                shelf.move(*zip(*moves, strict=True), max(row.length for row in order))
+                sources, targets = zip(*moves, strict=True)
+                shelf.move(sources, targets, max(row.cached for row in order))
             places[:] = order
 
 
@@ -122,61 +146,126 @@ def _reached(blocks: Sequence[int]) -> list[int]:
     return reached
 
 
-def lay_out(places: Places, joining: Sequence[Sequence[Row]]) -> Work:
-    """The forward in which all rows get a token; each of `joining` is a prompt and the rows that share it.
+def lay_out(places: Places, chunks: Sequence[Chunk]) -> Work:
+    """The forward of a step: a token of every row whose prompt is filled, and these pieces of prompts.
 
-    What all prompts of an adapter begin with is computed once too.
+    What all whole prompts of an adapter begin with is computed once.
     """
-    new = {id(row) for group in joining for row in group}
-    work = Work(torch.empty(0), torch.empty(0), Segments(()), [], [], [])
-    ids: list[int] = []
-    positions: list[int] = []
-    readings = []
+    work = _Layout(places)
     for shelf, rows in places.shelves.values():
-        decoding = [(place, row) for place, row in enumerate(rows) if row is not None and id(row) not in new]
+        work.decode(shelf, [(place, row) for place, row in enumerate(rows) if row is not None and row.ids])
+    work.decoded = len(work.ids)
+    for group in _by_adapter(chunks):
+        work.fill(group)
+    return work.finish()
+
+
+class _Layout:
+    """A forward as it grows."""
+
+    def __init__(self, places: Places) -> None:
+        self.places, self.decoded = places, 0
+        self.ids: list[int] = []
+        self.positions: list[int] = []
+        self.runs: list[tuple[int, LoraAdapter | None]] = []
+        self.chosen: list[Row] = []
+        self.source: list[int] = []
+        self.scored: list[tuple[Row, int, int]] = []
+        self.readings: list[Reading] = []
+        self.spans: list[Span] = []
+        # For each row that is filled: its chunk and the packed tokens of it.
+        self.filled: dict[int, tuple[Chunk, list[int]]] = {}
+        # Spans with a past: it stands behind all tokens, and their number is not known before the end.
+        self.late: list[tuple[int, Past]] = []
+
+    def decode(self, shelf: Shelf, decoding: list[tuple[int, Row]]) -> None:
+        """One token of each row on a shelf."""
         if not decoding:
-            continue
-        start, size = len(ids), min(rounded(decoding[-1][0] + 1), shelf.places)
-        ids += [0] * size
-        positions += [0] * size
+            return
+        start, size = len(self.ids), min(rounded(decoding[-1][0] + 1), shelf.places)
+        self.ids += [0] * size
+        self.positions += [0] * size
         runs: list[tuple[int, LoraAdapter | None]] = [(1, decoding[0][1].adapter)] * size
         for place, row in decoding:
-            ids[start + place], positions[start + place] = row.ids[-1], row.length
+            self.ids[start + place], self.positions[start + place] = row.ids[-1], row.length
             runs[place] = (1, row.adapter)
-            work.chosen.append(row)
-            work.source.append(start + place)
-        work.runs.extend(runs)
-        readings.append(_reading(shelf, start, size, decoding, places.device))
-    decoded = len(ids)
-    spans: list[Span] = []
-    span_of: dict[int, Span] = {}
-    for groups in _by_adapter(joining):
-        shared = _shared_beginning([group[0].prompt for group in groups])
+            self.chosen.append(row)
+            self.source.append(start + place)
+        self.runs.extend(runs)
+        self.readings.append(_reading(shelf, start, size, decoding, self.places.device))
+
+    def fill(self, chunks: Sequence[Chunk]) -> None:
+        """Pieces of prompts with one adapter."""
+        before, whole = len(self.ids), [chunk for chunk in chunks if chunk.whole]
+        shared = _shared_beginning([chunk.rows[0].prompt for chunk in whole]) if whole else 0
         above: tuple[tuple[int, int], ...] = ()
         if shared:
-            above = ((len(ids) - decoded, shared),)
-            spans.append(Span(*above[0]))
-            ids += groups[0][0].prompt[:shared]
-            positions += range(shared)
-        for group in groups:
-            own = group[0].prompt[shared:]
-            spans.append(Span(len(ids) - decoded, len(own), above))
-            span_of |= {id(row): spans[-1] for row in group}
-            ids += own
-            positions += range(shared, shared + len(own))
-            work.chosen.extend(group)
-            work.source.extend([len(ids) - 1] * len(group))
-        work.runs.append((len(ids) - sum(count for count, _ in work.runs), groups[0][0].adapter))
-    if spans:
-        spare = -len(ids) % ROUND_TO
-        ids += [0] * spare
-        positions += [0] * spare
-        work.runs.append((spare, work.runs[-1][1]))
-    step = CacheStep(decoded, tuple(readings), tuple(_fillings(places, span_of, decoded)))
-    return work._replace(
-        ids_T=torch.tensor(ids, device=places.device), positions_T=torch.tensor(positions, device=places.device),
-        segments=Segments(tuple(spans), step=step), runs=_merged(work.runs),
-    )  # fmt: skip
+            above = ((len(self.ids) - self.decoded, shared),)
+            self.spans.append(Span(*above[0]))
+            self.ids += whole[0].rows[0].prompt[:shared]
+            self.positions += range(shared)
+        for chunk in chunks:
+            skipped = shared if chunk.whole else 0
+            start, stop = chunk.start + skipped, chunk.stop
+            if chunk.start:
+                self.late.append((len(self.spans), self._past(chunk)))
+            first = len(self.ids)
+            self.spans.append(Span(first - self.decoded, stop - start, above if chunk.whole else ()))
+            self.ids += chunk.rows[0].prompt[start:stop]
+            self.positions += range(start, stop)
+            tokens = [*range(before, before + skipped), *range(first, len(self.ids))]
+            self._after(chunk, tokens)
+        self.runs.append((len(self.ids) - before, chunks[0].rows[0].adapter))
+
+    def _past(self, chunk: Chunk) -> Past:
+        """What is cached of a prompt, read at the first of its rows."""
+        for shelf, rows in self.places.shelves.values():
+            for place, row in enumerate(rows):
+                if row is chunk.rows[0]:
+                    return Past(shelf, place, chunk.start)
+        raise AssertionError("a row that is filled has a place")
+
+    def _after(self, chunk: Chunk, tokens: list[int]) -> None:
+        for row in chunk.rows:
+            self.filled[id(row)] = (chunk, tokens)
+            if row.request.prompt_logprobs:
+                scored = zip(tokens, range(chunk.start, len(row.prompt) - 1), strict=False)
+                self.scored.extend((row, token, place) for token, place in scored)
+        if chunk.last:
+            answering = [row for row in chunk.rows if row.settings.max_new_tokens]
+            self.chosen.extend(answering)
+            self.source.extend([tokens[-1]] * len(answering))
+
+    def finish(self) -> Work:
+        """The forward, rounded up to a size that comes often."""
+        if self.spans:
+            spare = -len(self.ids) % ROUND_TO
+            self.ids += [0] * spare
+            self.positions += [0] * spare
+            self.runs.append((spare, self.runs[-1][1]))
+        behind = len(self.ids) - self.decoded
+        for index, past in self.late:
+            self.spans[index] = self.spans[index]._replace(ancestors=((behind, past.length),))
+            behind += past.length
+        device = self.places.device
+        step = CacheStep(self.decoded, tuple(self.readings), tuple(self._fillings()), tuple(past for _, past in self.late))
+        return Work(
+            torch.tensor(self.ids, device=device), torch.tensor(self.positions, device=device),
+            Segments(tuple(self.spans), step=step), _merged(self.runs), self.chosen, self.source, self.scored,
+        )  # fmt: skip
+
+    def _fillings(self) -> Iterator[Filling]:
+        """Where the tokens of the prompts go, shelf by shelf."""
+        device = self.places.device
+        for shelf, rows in self.places.shelves.values():
+            moves = [(place, *self.filled[id(row)]) for place, row in enumerate(rows) if id(row) in self.filled]
+            if moves:
+                yield Filling(
+                    shelf,
+                    torch.cat([torch.full((chunk.length,), place) for place, chunk, _ in moves]).to(device),
+                    torch.cat([torch.arange(chunk.start, chunk.stop) for _, chunk, _ in moves]).to(device),
+                    torch.tensor([token for _, _, tokens in moves for token in tokens], device=device),
+                )
 
 
 def _reading(shelf: Shelf, start: int, size: int, decoding: list[tuple[int, Row]], device: torch.device) -> Reading:
@@ -191,11 +280,11 @@ def _reading(shelf: Shelf, start: int, size: int, decoding: list[tuple[int, Row]
     return Reading(shelf, start, size, place_N, torch.tensor(lengths, device=device), place_N + start, seen, reached, {}, {})
 
 
-def _by_adapter(joining: Sequence[Sequence[Row]]) -> list[list[Sequence[Row]]]:
+def _by_adapter(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
     """Prompts of one adapter side by side."""
-    found: dict[LoraAdapter | None, list[Sequence[Row]]] = {}
-    for group in joining:
-        found.setdefault(group[0].adapter, []).append(group)
+    found: dict[LoraAdapter | None, list[Chunk]] = {}
+    for chunk in chunks:
+        found.setdefault(chunk.rows[0].adapter, []).append(chunk)
     return list(found.values())
 
 
@@ -205,21 +294,6 @@ def _shared_beginning(prompts: Sequence[Sequence[int]]) -> int:
     first = prompts[0]
     same = next((i for i in range(limit) if any(prompt[i] != first[i] for prompt in prompts)), limit)
     return same if len(prompts) > 1 and same >= WORTH_SHARING else 0
-
-
-def _fillings(places: Places, span_of: Mapping[int, Span], decoded: int) -> list[Filling]:
-    """Where the tokens of the prompts go, shelf by shelf."""
-    fillings = []
-    for shelf, rows in places.shelves.values():
-        moves = [(place, span_of[id(row)]) for place, row in enumerate(rows) if id(row) in span_of]
-        if moves:
-            numbers = (
-                torch.cat([torch.full((span.keys,), place) for place, span in moves]),
-                torch.cat([torch.arange(span.keys) for _, span in moves]),
-                torch.cat([torch.arange(a, a + n) + decoded for _, span in moves for a, n in pieces(span)]),
-            )
-            fillings.append(Filling(shelf, *(x.to(places.device) for x in numbers)))
-    return fillings
 
 
 def _merged(runs: list[tuple[int, LoraAdapter | None]]) -> list[tuple[int, LoraAdapter | None]]:

@@ -4,20 +4,26 @@ A step computes one token of every row in flight and, in the same forward, the p
 completions is computed once. Rows leave in the step in which they end, and any adapters and sampling settings stand
 side by side. What a row says does not depend on its company: its randomness is its own (`generate/sampling.py`).
 
-Left out: prefixes shared between steps, prompts computed in pieces, paging of the cache. A row's room is set by its longest
-possible length, rounded up to a power of two.
+A prompt longer than a step takes is computed in pieces, so that it does not hold up the rows that decode. For a server, what
+was computed is kept (`generate/prefix.py`), owners take turns (`generate/waiting.py`), and none has more than a share of the
+places while others want some.
+
+Left out: paging of the cache. A row's room is set by its longest possible length.
 """
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from posttrain.errors import ModelError
-from posttrain.generate.batch import Places, Work, capacity_for, lay_out, room_for, rounded
-from posttrain.generate.rows import Event, Request, Row
-from posttrain.generate.sampling import Chosen, check_settings, choose_tokens
+from posttrain.generate.batch import Chunk, Places, Work, capacity_for, lay_out, room_for, rounded
+from posttrain.generate.prefix import PrefixCache
+from posttrain.generate.rows import Event, Request, Row, TokenScore, Top
+from posttrain.generate.sampling import Chosen, check_settings, choose_tokens, token_logprobs, top_tokens
 from posttrain.generate.sampling import SamplingSettings as SamplingSettings  # callers need no other module
+from posttrain.generate.waiting import FairQueue
 from posttrain.models.decoding import bytes_per_token
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter
@@ -26,24 +32,36 @@ from posttrain.records import Rollout
 
 # Rows in flight, by device; their logits (rows x vocabulary) are there at once.
 ROWS = {"cpu": 128, "cuda": 256}
-# Tokens of joining prompts in one forward; a longer prompt comes alone.
+# Tokens of prompts in one forward.
 PREFILL_TOKENS = {"cpu": 4096, "cuda": 16384}
+# The same where people wait for the next token of the rows that decode.
+SERVED_PREFILL_TOKENS = {"cpu": 512, "cuda": 4096}
+# Bytes of prompts that a server keeps.
+PREFIX_BYTES = {"cpu": 512 * 2**20, "cuda": 8 * 2**30}
 # Rows wait while the cache of those in flight would be larger; one row always runs.
 CACHE_BYTES = {"cpu": 4 * 2**30, "cuda": 16 * 2**30}
+# Of the places, the share that one owner may have while another wants some.
+OWNER_SHARE = 0.5
+# Tokens of a prompt whose own next tokens are looked up at once: their logits are there at once.
+SCORED_TOKENS = 128
 
 
 class Engine:
     """Continuous batching over one base. Not for several threads at once; `generate/serving.py` has a face for a server."""
 
-    def __init__(self, base: BaseModel) -> None:
+    def __init__(self, base: BaseModel, *, serving: bool = False) -> None:
         self.base = base
         kind = base.device.type
-        self._rows_limit, self._prefill_limit = ROWS[kind], PREFILL_TOKENS[kind]
+        self._rows_limit = ROWS[kind]
+        self._prefill_limit = (SERVED_PREFILL_TOKENS if serving else PREFILL_TOKENS)[kind]
         self._cache_tokens = CACHE_BYTES[kind] // bytes_per_token(base.model.config.get_text_config().to_dict(), base.dtype)
         self._places = Places(base.device)
         self._narrow = NarrowAdapters(base.dtype, base.device)
+        self.prefixes = PrefixCache(PREFIX_BYTES[kind] if serving else 0)
         # Rows that share a prompt join together.
-        self._waiting: deque[list[Row]] = deque()
+        self._waiting = FairQueue()
+        # In flight, with a part of their prompt still to be computed.
+        self._filling: list[list[Row]] = []
         self._done: list[Row] = []
         self._count = 0
 
@@ -55,7 +73,12 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Completions that have not begun."""
-        return sum(map(len, self._waiting))
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Completions in flight."""
+        return len(self._places.rows())
 
     def check(self, request: Request) -> LoraAdapter | None:
         """The adapter that a request names, None for the base. Raises ModelError or AdapterError where none can answer."""
@@ -82,31 +105,27 @@ class Engine:
 
     def take(self, request: Request, adapter: LoraAdapter | None) -> list[int]:
         """Take a request that was checked before, with the adapter that it named then: the name may have gone since."""
+        fingerprint = self.base.source.weights_hash if adapter is None else None if adapter.training else adapter.fingerprint
         first = self._count
         self._count += request.completions
-        rows = [Row(first + g, request, g, adapter, self.base.chat) for g in range(request.completions)]
+        rows = [Row(first + g, request, g, adapter, self.base.chat, fingerprint) for g in range(request.completions)]
         if rows[0].finish is not None:
             self._done += rows
         else:
-            self._waiting += [rows[g : g + self._rows_limit] for g in range(0, len(rows), self._rows_limit)]
+            for g in range(0, len(rows), self._rows_limit):
+                self._waiting.add(rows[g : g + self._rows_limit])
         return [row.number for row in rows]
 
     def cancel(self, number: int) -> None:
         """End a completion, waiting or in flight; its last event comes with the next step. Others are not touched."""
-        for group in self._waiting:
-            for row in group:
-                if row.number == number:
-                    group.remove(row)
-                    self._end([row])
-        self._waiting = deque(group for group in self._waiting if group)
-        found = [row for row in self._places.rows() if row.number == number]
-        self._places.leave(found)
-        self._end(found)
-
-    def _end(self, rows: list[Row]) -> None:
-        for row in rows:
+        found = self._waiting.drop(number)
+        if not found:
+            found = [row for row in self._places.rows() if row.number == number]
+            self._places.leave(found)
+            self._filling = [left for group in self._filling if (left := [row for row in group if row not in found])]
+        for row in found:
             row.finish = "cancelled"
-        self._done += rows
+        self._done += found
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
@@ -117,49 +136,147 @@ class Engine:
         self._places.arrange()
         if not self._places.shelves:
             return events
-        work = lay_out(self._places, joining)
-        found = self._choose(work)
-        for row, token, logprob, model_logprob in zip(work.chosen, *found, strict=True):
-            row.accept(token, logprob, model_logprob)
-            events.append(Event(row.number, token, logprob, model_logprob, row.rollout() if row.finish else None))
-        self._places.leave([row for row in work.chosen if row.finish])
+        self._begin(joining)
+        chunks = self._next_chunks()
+        work = lay_out(self._places, chunks)
+        hidden_TD = self._forward(work)
+        for chunk in chunks:
+            for row in chunk.rows:
+                row.filled = chunk.stop
+        self._score(hidden_TD, work)
+        events += self._tokens(hidden_TD, work)
+        # A prompt that was only to be scored.
+        scored = [row for chunk in chunks if chunk.last for row in chunk.rows if not row.settings.max_new_tokens]
+        for row in scored:
+            row.finish = "length"
+            events.append(Event(row.number, None, 0.0, 0.0, row.rollout(), (), tuple(row.scores)))
+        self._end([row for row in (*work.chosen, *scored) if row.finish])
         return events
 
+    def _tokens(self, hidden_TD: Tensor, work: Work) -> list[Event]:
+        """The next token of each row that is ready for one."""
+        if not work.chosen:
+            return []
+        chosen, tops = self._choose(hidden_TD, work)
+        events = []
+        for row, token, logprob, model_logprob, top in zip(work.chosen, *chosen, tops, strict=True):
+            row.accept(token, logprob, model_logprob)
+            self._waiting.charge(row.request.owner, 1)
+            rollout = row.rollout() if row.finish else None
+            prompt = tuple(row.scores) if row.request.prompt_logprobs and len(row.ids) == 1 else None
+            events.append(Event(row.number, token, logprob, model_logprob, rollout, top, prompt))
+        return events
+
+    def _end(self, rows: list[Row]) -> None:
+        """Rows leave; what was computed of them may come again."""
+        gone = {id(row) for row in rows}
+        for shelf, there in self._places.shelves.values():
+            for place, row in enumerate(there):
+                if row is not None and id(row) in gone:
+                    self.prefixes.keep(row, shelf, place)
+        self._places.leave(rows)
+
     def _admit(self) -> list[list[Row]]:
-        """Take the prompts that join now off the queue, first come first served, and give their rows places."""
-        rows, kind = self._places.rows(), self.base.device.type
-        count, tokens, prefill = len(rows), sum(room_for(row.need, kind) for row in rows), 0
+        """Take the prompts that join now off the queue and give their rows places."""
+        rows, kind, limit = self._places.rows(), self.base.device.type, self._prefill_limit
+        count, tokens = len(rows), sum(room_for(row.need, kind) for row in rows)
+        rests = [len(group[0].prompt) - group[0].filled for group in self._filling]
+        in_pieces = any(rest > limit for rest in rests)
+        prefill = sum(rest for rest in rests if rest <= limit) + (limit // 2 if in_pieces else 0)
+        held = Counter(row.request.owner for row in rows)
+        passed: set[str] = set()
         joining: list[list[Row]] = []
-        while self._waiting:
-            group = self._waiting[0]
-            needed = sum(room_for(row.need, kind) for row in group)
-            length = len(group[0].prompt)
+        while group := self._next_group(held, passed):
+            owner, length = group[0].request.owner, len(group[0].prompt)
+            if length > limit and in_pieces:  # one prompt at a time is computed in pieces; other owners pass it
+                passed.add(owner)
+                continue
+            needed, now = sum(room_for(row.need, kind) for row in group), length if length <= limit else limit // 2
             full = count + len(group) > self._rows_limit or (count and tokens + needed > self._cache_tokens)
-            if full or (joining and prefill + length > self._prefill_limit):
+            if full or ((joining or rests) and prefill + now > limit):
                 break
-            joining.append(self._waiting.popleft())
-            count, tokens, prefill = count + len(group), tokens + needed, prefill + length
+            self._waiting.take(group)
+            self._waiting.charge(owner, length)
+            joining.append(group)
+            in_pieces |= length > limit
+            held[owner] += len(group)
+            count, tokens, prefill = count + len(group), tokens + needed, prefill + now
         if joining:
             expected = Counter(capacity_for(row.need, kind) for group in self._waiting for row in group)
             self._places.put([row for group in joining for row in group], expected, self._rows_limit)
         return joining
 
-    def _choose(self, work: Work) -> Chosen:
-        """The forward, and the next token of each row."""
-        base = self.base
-        with base.adapters.use_tokens(TokenAdapters(work.runs, self._narrow, base.device)):
-            hidden_TD = base.forward(work.ids_T, work.positions_T, work.segments)
+    def _next_group(self, held: Counter[str], passed: set[str]) -> list[Row] | None:
+        """The group whose turn it is, among the owners that have not been passed and do not `hold` too many places."""
+        wanting = len(held.keys() | self._waiting.owners)
+        share = self._rows_limit if wanting < 2 else int(self._rows_limit * OWNER_SHARE)
+        return self._waiting.next(lambda owner: owner not in passed and held[owner] < share)
+
+    def _begin(self, joining: list[list[Row]]) -> None:
+        """Copy what is known of their prompts to the places of rows that have joined."""
+        for group in joining:
+            new = {id(row) for row in group}
+            for shelf, there in self._places.shelves.values():
+                for place, row in enumerate(there):
+                    if row is not None and id(row) in new:
+                        row.filled = self.prefixes.fill(row, shelf, place)
+        self._filling += joining
+
+    def _next_chunks(self) -> list[Chunk]:
+        """What is computed of the prompts in this step: whole ones, in order; of one that is too long a piece.
+
+        Where others wait, a prompt that is too long has half of the step.
+        """
+        chunks: list[Chunk] = []
+        left = self._prefill_limit
+        for group in self._filling:
+            rest = len(group[0].prompt) - group[0].filled
+            if rest <= left:
+                count = rest
+            elif chunks:
+                continue
+            else:
+                count = left if len(self._filling) == 1 else left // 2
+            chunks.append(Chunk(group, group[0].filled, count))
+            left -= count
+        done = {id(chunk.rows) for chunk in chunks if chunk.last}
+        self._filling = [group for group in self._filling if id(group) not in done]
+        return chunks
+
+    def _forward(self, work: Work) -> Tensor:
+        """Hidden states [T, D] of a step's forward."""
+        with self.base.adapters.use_tokens(TokenAdapters(work.runs, self._narrow, self.base.device)):
+            return self.base.forward(work.ids_T, work.positions_T, work.segments)
+
+    def _choose(self, hidden_TD: Tensor, work: Work) -> tuple[Chosen, list[Top]]:
+        """The next token of each row, and the likeliest ones where they are asked for."""
         # The head runs once for rows that begin alike.
         source = list(dict.fromkeys(work.source))
         adapter_of = dict(zip(work.source, (row.adapter for row in work.chosen), strict=True))
         spare = rounded(len(source)) - len(source)
         padded = source + source[:1] * spare
-        index = torch.tensor(padded, device=base.device)
-        logits_RV = base.row_logits(hidden_TD[index], [adapter_of[token] for token in padded], self._narrow.product)
+        logits_RV = self._logits(hidden_TD, padded, [adapter_of[token] for token in padded])
         if len(source) < len(work.source):
             place = {token: place for place, token in enumerate(source)}
-            logits_RV = logits_RV[torch.tensor([place[token] for token in work.source], device=base.device)]
-        return choose_tokens(logits_RV[: len(work.source)], [row.draw() for row in work.chosen])
+            logits_RV = logits_RV[torch.tensor([place[token] for token in work.source], device=logits_RV.device)]
+        logits_RV = logits_RV[: len(work.source)]
+        tops = top_tokens(logits_RV, [row.settings.top_logprobs for row in work.chosen])
+        return choose_tokens(logits_RV, [row.draw() for row in work.chosen]), tops
+
+    def _logits(self, hidden_TD: Tensor, tokens: list[int], adapters: list[LoraAdapter | None]) -> Tensor:
+        index = torch.tensor(tokens, device=hidden_TD.device)
+        return self.base.row_logits(hidden_TD[index], adapters, self._narrow.product)
+
+    def _score(self, hidden_TD: Tensor, work: Work) -> None:
+        """Log-probabilities of the prompts' own tokens, for rows that want them."""
+        for start in range(0, len(work.scored), SCORED_TOKENS):
+            part = work.scored[start : start + SCORED_TOKENS]
+            logits_NV = self._logits(hidden_TD, [token for _, token, _ in part], [row.adapter for row, _, _ in part])
+            targets = [row.prompt[place + 1] for row, _, place in part]
+            logprobs = token_logprobs(logits_NV, targets)
+            tops = top_tokens(logits_NV, [row.settings.top_logprobs for row, _, _ in part])
+            for (row, _, _), target, logprob, top in zip(part, targets, logprobs, tops, strict=True):
+                row.scores.append(TokenScore(target, logprob, top))
 
 
 def generate(

@@ -13,7 +13,8 @@ from posttrain.records import Finish, Rollout
 class Request(NamedTuple):
     """A prompt, and how it is to be answered. `completions` answers have the indices `first`, `first + 1`, ...
 
-    Randomness is a function of (seed, index, position): the same request gives the same answers in any company.
+    Randomness is a function of (seed, index, position): the same request gives the same answers in any company. With
+    `prompt_logprobs` the prompt is scored too, and `max_new_tokens` may be 0. The engine is fair between owners.
     """
 
     prompt: Sequence[int]
@@ -21,29 +22,56 @@ class Request(NamedTuple):
     adapter: str = "base"
     first: int = 0
     completions: int = 1
+    prompt_logprobs: bool = False
+    owner: str = ""
+
+
+Top = tuple[tuple[int, float], ...]
+
+
+class TokenScore(NamedTuple):
+    """A token of a prompt: its log-probability after what stands before it, and the likeliest tokens there."""
+
+    token: int
+    logprob: float
+    top: Top
 
 
 class Event(NamedTuple):
-    """A token of a completion, or its end, or both. `token` is None where it ended without a new one."""
+    """A token of a completion, or its end, or both. `token` is None where it ended without a new one.
+
+    `top` are the likeliest tokens (`top_logprobs` of them) under the model's own distribution. `prompt`, where it was asked
+    for, comes with a completion's first event: a score for each token of the prompt but the first.
+    """
 
     row: int
     token: int | None
     logprob: float
     model_logprob: float
     rollout: Rollout | None
+    top: Top = ()
+    prompt: tuple[TokenScore, ...] | None = None
 
 
 class Row:
     """One completion: `number` names it to the caller, `adapter` is what it is computed with."""
 
-    def __init__(self, number: int, request: Request, completion: int, adapter: LoraAdapter | None, chat: ChatFormat) -> None:
+    def __init__(
+        self, number: int, request: Request, completion: int, adapter: LoraAdapter | None, chat: ChatFormat,
+        fingerprint: str | None = None,
+    ) -> None:  # fmt: skip
         self.number, self.request, self.adapter = number, request, adapter
+        # What the weights are known by, for the cache of prompts; None where they may change.
+        self.fingerprint = fingerprint
+        # Tokens of the prompt that are in the cache.
+        self.filled = 0
+        self.scores: list[TokenScore] = []
         self.prompt, self.settings = tuple(request.prompt), request.settings
         self._index, self._chat = request.first + completion, chat
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.model_logprobs: list[float] = []
-        self.finish: Finish | None = None if self.settings.max_new_tokens else "length"
+        self.finish: Finish | None = None if self.settings.max_new_tokens or request.prompt_logprobs else "length"
         self._ends = (*sorted(chat.end_ids), *self.settings.stop_ids)
         self._seen = dict.fromkeys(self.prompt) if self.settings.repetition_penalty != 1 else {}
         self._text = ""
@@ -58,8 +86,13 @@ class Row:
 
     @property
     def length(self) -> int:
-        """Tokens in the cache: all but the newest."""
+        """Tokens in the cache before the newest, once the prompt is filled."""
         return len(self.prompt) + len(self.ids) - 1
+
+    @property
+    def cached(self) -> int:
+        """Tokens in the cache."""
+        return self.filled + max(0, len(self.ids) - 1)
 
     def draw(self) -> Draw:
         """What this row brings to its next choice."""

@@ -51,6 +51,7 @@ class SamplingSettings(NamedTuple):
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
     logit_bias: tuple[tuple[int, float], ...] = ()
+    top_logprobs: int = 0
 
     @property
     def cuts(self) -> bool:
@@ -103,6 +104,7 @@ def check_settings(settings: SamplingSettings, vocabulary: int) -> None:
         ),
         (all(s.stop), "an empty stop string", "strings of at least one character"),
         (unknown is None, f"token id {unknown} in stop_ids or logit_bias", f"0 to {vocabulary - 1}"),
+        (0 <= s.top_logprobs <= vocabulary, f"top_logprobs = {s.top_logprobs}", f"0 to {vocabulary}"),
         (all(math.isfinite(bias) for _, bias in s.logit_bias), "a logit_bias that is not finite", "finite numbers"),
     ]  # fmt: skip
     for fine, found, allowed in problems:
@@ -128,6 +130,25 @@ def choose_tokens(logits_RV: Tensor, draws: Sequence[Draw]) -> Chosen:
     parts = [_choose(logits_RV[i : i + size], draws[i : i + size]) for i in range(0, len(draws), size)]
     token_R, logprob_R, model_R = torch.cat(parts, 1).tolist()
     return Chosen([int(token) for token in token_R], logprob_R, model_R)
+
+
+def token_logprobs(logits_NV: Tensor, tokens: Sequence[int]) -> list[float]:
+    """log p of a token of each row under the model's own distribution."""
+    z_NV = logits_NV.float()
+    index_N1 = torch.tensor(tokens, device=z_NV.device)[:, None]
+    found: list[float] = (z_NV.gather(1, index_N1)[:, 0] - torch.logsumexp(z_NV, 1)).tolist()
+    return found
+
+
+def top_tokens(logits_RV: Tensor, counts: Sequence[int]) -> list[tuple[tuple[int, float], ...]]:
+    """The likeliest tokens of each row with their log-probabilities under the model's own distribution, likeliest first."""
+    found: list[tuple[tuple[int, float], ...]] = [()] * len(counts)
+    for row, count in enumerate(counts):
+        if count:
+            z_V = logits_RV[row].float()
+            values_n, ids_n = z_V.topk(count)
+            found[row] = tuple(zip(ids_n.tolist(), (values_n - torch.logsumexp(z_V, 0)).tolist(), strict=True))
+    return found
 
 
 def _choose(logits_bV: Tensor, draws: Sequence[Draw]) -> Tensor:

@@ -77,7 +77,7 @@ class Server:
     """Runs an engine in a thread. Made by `serving`; `submit` and `Answer.cancel` may be called from any event loop."""
 
     def __init__(self, base: BaseModel, waiting: int = WAITING) -> None:
-        self._engine, self._limit = Engine(base), waiting
+        self._engine, self._limit = Engine(base, serving=True), waiting
         self._changed = threading.Condition()
         self._told: list[_Submit | _Cancel] = []
         self._waiting = 0
@@ -106,6 +106,21 @@ class Server:
             self._told.append(_Submit(answer, adapter))
             self._changed.notify()
         return answer
+
+    @property
+    def waiting(self) -> int:
+        """Completions that have not begun."""
+        return self._waiting
+
+    @property
+    def idle(self) -> bool:
+        """Whether no completion is left, waiting or in flight."""
+        return not (self._told or self._answers or self._engine.live)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether nothing is taken any more."""
+        return self._closing or self._failed is not None
 
     def tell(self, what: _Submit | _Cancel) -> None:
         """Leave a note for the thread."""

@@ -17,7 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from posttrain.models.attention_cpu import CpuSegmentAttention, gather
 from posttrain.models.attention_cuda import takes, varlen_attention
-from posttrain.models.decoding import decode, fill
+from posttrain.models.decoding import decode, fill, with_pasts
 from posttrain.models.segments import Segments
 
 ATTENTION_NAME = "posttrain_segments"
@@ -69,8 +69,8 @@ def _cached(
     if step.rows:
         parts.append(decode(q, k, v, layer, step, scale=scale, window=window, softcap=softcap))
     if segments.spans:
-        behind = [x[:, step.rows :] for x in (q, k, v)]
-        parts.append(_packed(behind[0], behind[1], behind[2], scale, segments, window, softcap))
+        keys, values = with_pasts(step, layer, k[:, step.rows :], v[:, step.rows :])
+        parts.append(_packed(q[:, step.rows :], keys, values, scale, segments, window, softcap))
         fill(step, layer, k, v)
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 

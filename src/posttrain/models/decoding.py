@@ -23,6 +23,9 @@ from torch.nn import functional
 # Tokens of one block of keys or values on a CPU; keys seen are rounded up to it everywhere.
 BLOCK = 64
 
+# Keys and values [K, tokens, D] of some tokens, by layer.
+Layers = dict[int, tuple[Tensor, Tensor]]
+
 
 def bytes_per_token(config: dict[str, Any], dtype: torch.dtype) -> int:
     """What the keys and values of one token take in all layers, by a model's configuration."""
@@ -52,6 +55,25 @@ class Shelf:
         block_N = position_N // self.block
         for kept, new in zip(self.layer(layer, k), (k, v), strict=True):
             kept[block_N, place_N, :, position_N - block_N * self.block] = new[:, token_N].transpose(0, 1)
+
+    def put(self, place: int, position: int, layers: Layers) -> None:
+        """Write tokens of one row, from `position` on and all in one block."""
+        block, inside = divmod(position, self.block)
+        for index, pair in layers.items():
+            for kept, new in zip(self.layer(index, pair[0]), pair, strict=True):
+                kept[block, place, :, inside : inside + new.shape[1]] = new
+
+    def take(self, place: int, position: int, length: int) -> Layers:
+        """A copy of tokens of one row, all in one block."""
+        block, inside = divmod(position, self.block)
+        rows = slice(inside, inside + length)
+        return {i: (k[block, place, :, rows].clone(), v[block, place, :, rows].clone()) for i, (k, v) in self._layers.items()}
+
+    def beginning(self, layer: int, place: int, length: int) -> tuple[Tensor, Tensor]:
+        """The first tokens of one row in one layer [K, length, D]."""
+        blocks = -(-length // self.block)
+        keys, values = (x[:blocks, place].transpose(0, 1).flatten(1, 2)[:, :length] for x in self._layers[layer])
+        return keys, values
 
     def grow(self, places: int) -> None:
         """Make room for more rows; those that are there are copied once."""
@@ -118,12 +140,32 @@ class Filling(NamedTuple):
     source_N: Tensor
 
 
+class Past(NamedTuple):
+    """The first `length` tokens of a row, which are cached and which the rest of its prompt sees."""
+
+    shelf: Shelf
+    place: int
+    length: int
+
+
 class CacheStep(NamedTuple):
-    """What one forward does with the cache; its first `rows` tokens are those of decoding rows."""
+    """What one forward does with the cache; its first `rows` tokens are those of decoding rows.
+
+    The tokens of `pasts` stand behind all others, where spans name them as ancestors.
+    """
 
     rows: int
     readings: tuple[Reading, ...]
     fillings: tuple[Filling, ...]
+    pasts: tuple[Past, ...] = ()
+
+
+def with_pasts(step: CacheStep, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [K, T, D] with those of the pasts behind them."""
+    if not step.pasts:
+        return k, v
+    pairs = [past.shelf.beginning(layer, past.place, past.length) for past in step.pasts]
+    return torch.cat([k, *(keys for keys, _ in pairs)], 1), torch.cat([v, *(values for _, values in pairs)], 1)
 
 
 def fill(step: CacheStep, layer: int, k: Tensor, v: Tensor) -> None:

@@ -1,8 +1,8 @@
 """Weights in the order that the processor's products read them, for decoding on a CPU.
 
-A plain product brings its weight into that order at each call. For thousands of tokens that is nothing; for the few of a decoding
-step it is a third of the time (docs/log.md). What is computed is the same to the bit. The copy takes as much memory as the
-weights, so it lives as long as the engine that decodes with it.
+A plain product brings its weight into that order at each call. For thousands of tokens that is nothing; for the few of a
+decoding step it is a third of the time (docs/log.md). What is computed is the same to the bit. The copy takes as much memory as
+the weights, so it lives as long as the engine that decodes with it.
 
 T: tokens.
 """

@@ -1,0 +1,82 @@
+"""Keys and values of prompts that may come again: a system prompt, the conversation so far.
+
+They are kept in blocks of 64 tokens. A block is named by the hash of its adapter's weights and of all tokens up to its end,
+
+    name_0 = H(adapter),   name_{b+1} = H(name_b, tokens of block b)
+
+so that what other weights computed is never found, whatever the weights are called, and after a change of weights nothing has
+to be thrown away. The least recently used blocks leave when there is no more room. Prompts computed by weights without a known
+hash, as in training, are not kept.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from posttrain.generate.rows import Row
+from posttrain.models.decoding import BLOCK, Layers, Shelf
+
+
+class Block(NamedTuple):
+    """Keys and values [K, block, D] of one block, by layer."""
+
+    layers: Layers
+    bytes: int
+
+
+class PrefixCache:
+    """Blocks by name, of at most `budget` bytes; 0 keeps none."""
+
+    def __init__(self, budget: int) -> None:
+        self._budget, self._bytes = budget, 0
+        self._blocks: OrderedDict[bytes, Block] = OrderedDict()
+        self.hits, self.asked = 0, 0
+
+    @property
+    def bytes(self) -> int:
+        """What is kept now."""
+        return self._bytes
+
+    def fill(self, row: Row, shelf: Shelf, place: int) -> int:
+        """Copy the longest known beginning of a row's prompt to its place; returns its tokens, fewer than the prompt has."""
+        if not self._budget or row.fingerprint is None or row.request.prompt_logprobs:
+            return 0
+        found = 0
+        for name in _names(row.fingerprint, row.prompt[: len(row.prompt) - 1]):
+            block = self._blocks.get(name)
+            if block is None:
+                break
+            self._blocks.move_to_end(name)
+            shelf.put(place, found, block.layers)
+            found += BLOCK
+        self.asked += len(row.prompt)
+        self.hits += found
+        return found
+
+    def keep(self, row: Row, shelf: Shelf, place: int) -> None:
+        """Keep the full blocks of a row that leaves, prompt and answer."""
+        if not self._budget or row.fingerprint is None:
+            return
+        tokens = (*row.prompt, *row.ids)[: row.cached]
+        for index, name in enumerate(_names(row.fingerprint, tokens)):
+            if name in self._blocks:
+                self._blocks.move_to_end(name)
+                continue
+            layers = shelf.take(place, index * BLOCK, BLOCK)
+            size = sum(x.numel() * x.element_size() for pair in layers.values() for x in pair)
+            while self._blocks and self._bytes + size > self._budget:
+                self._bytes -= self._blocks.popitem(last=False)[1].bytes
+            if size > self._budget:
+                return
+            self._blocks[name] = Block(layers, size)
+            self._bytes += size
+
+
+def _names(fingerprint: str, tokens: Sequence[int]) -> Iterator[bytes]:
+    """The names of the full blocks of these tokens."""
+    name = hashlib.sha256(fingerprint.encode()).digest()
+    for start in range(0, len(tokens) - BLOCK + 1, BLOCK):
+        told = ",".join(map(str, tokens[start : start + BLOCK]))
+        name = hashlib.sha256(name + told.encode()).digest()
+        yield name

@@ -1,0 +1,69 @@
+"""Rows that wait for a place: first come first served for each owner, and between owners whoever has had the least.
+
+What an owner has had is counted in tokens, prompts and answers alike; one that comes anew starts at the least of those that
+wait, so that nobody saves up (the virtual token counter of Sheng et al. 2024, "Fairness in Serving Large Language Models").
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+
+from posttrain.generate.rows import Row
+
+
+class FairQueue:
+    """Groups of rows that share a prompt and join together."""
+
+    def __init__(self) -> None:
+        self._groups: dict[str, deque[list[Row]]] = {}
+        self._had: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        """Completions that wait."""
+        return sum(map(len, self))
+
+    def __iter__(self) -> Iterator[list[Row]]:
+        return (group for groups in self._groups.values() for group in groups)
+
+    @property
+    def owners(self) -> set[str]:
+        """Who has something waiting."""
+        return set(self._groups)
+
+    def add(self, group: list[Row]) -> None:
+        """Put a group behind the others of its owner."""
+        owner = group[0].request.owner
+        if owner not in self._groups:
+            least = min((self._had[other] for other in self._groups), default=0)
+            self._had[owner] = max(self._had[owner], least)
+            self._groups[owner] = deque()
+        self._groups[owner].append(group)
+
+    def next(self, may: Callable[[str], bool]) -> list[Row] | None:
+        """The group that comes next, which stays, among the owners that may have another place."""
+        owners = [owner for owner in self._groups if may(owner)]
+        return self._groups[min(owners, key=lambda owner: self._had[owner])][0] if owners else None
+
+    def take(self, group: list[Row]) -> None:
+        """The group leaves the queue."""
+        owner = group[0].request.owner
+        self._groups[owner].remove(group)
+        if not self._groups[owner]:
+            del self._groups[owner]
+
+    def charge(self, owner: str, tokens: int) -> None:
+        """Count what an owner had."""
+        self._had[owner] += tokens
+        if len(self._had) > 10_000:  # owners that were forgotten start at the least of those that wait
+            self._had = Counter({owner: had for owner, had in self._had.items() if owner in self._groups})
+
+    def drop(self, number: int) -> list[Row]:
+        """Take one row out of its group; the row, where it waited."""
+        for group in list(self):
+            for row in group:
+                if row.number == number:
+                    if len(group) == 1:
+                        self.take(group)
+                    else:
+                        group.remove(row)
+                    return [row]
+        return []

@@ -1,0 +1,242 @@
+"""Prompts of the engine: computed in pieces, found again, scored; and whose turn it is."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from test_engine import full_logits, ragged_prompts
+
+from posttrain.errors import ModelError
+from posttrain.generate import engine as engine_module
+from posttrain.generate.engine import Engine, SamplingSettings, generate
+from posttrain.generate.prefix import PrefixCache
+from posttrain.generate.rows import Event, Request, Row
+from posttrain.generate.waiting import FairQueue
+from posttrain.models.load import BaseModel
+from posttrain.models.lora import LoraAdapter, LoraSettings
+from posttrain.records import Rollout
+
+ADAPTERS = ("left", "right")
+LONG = 300
+
+
+@pytest.fixture(scope="module")
+def base(tiny: BaseModel) -> Iterator[BaseModel]:
+    """The tiny base with two adapters of known content."""
+    for seed, name in enumerate(ADAPTERS):
+        lively(tiny, name, seed).fingerprint = f"content {name}"
+    yield tiny
+    for name in ADAPTERS:
+        tiny.adapters.remove(name)
+
+
+def lively(base: BaseModel, name: str, seed: int) -> LoraAdapter:
+    adapter = base.adapters.create(name, LoraSettings(4, 8.0, 0.0, "all", "standard"), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, b in adapter.weights.values():
+            b.normal_(std=0.2, generator=generator)
+    return adapter
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that take 48 tokens of prompts."""
+    monkeypatch.setitem(engine_module.PREFILL_TOKENS, "cpu", 48)
+    monkeypatch.setitem(engine_module.SERVED_PREFILL_TOKENS, "cpu", 48)
+
+
+def long_prompts(count: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(11)
+    return [[1, *torch.randint(7, 263, (LONG - 40 * i,), generator=generator).tolist()] for i in range(count)]
+
+
+def run(engine: Engine) -> list[Event]:
+    events = []
+    while engine.live:
+        events += engine.step()
+    return events
+
+
+def answers(engine: Engine, requests: list[Request]) -> list[Rollout]:
+    numbers = [number for request in requests for number in engine.submit(request)]
+    found = {event.row: event.rollout for event in run(engine) if event.rollout is not None}
+    return [found[number] for number in numbers]
+
+
+def worst_difference(base: BaseModel, rollouts: list[Rollout]) -> float:
+    """Between the log-probabilities of an engine and those of a full forward."""
+    worst = 0.0
+    for rollout in rollouts:
+        start = len(rollout.prompt_ids)
+        logits_TV = full_logits(base, [*rollout.prompt_ids, *rollout.completion_ids], rollout.adapter)
+        logprobs_TV = torch.log_softmax(logits_TV.double(), -1)
+        for index, (token, logprob) in enumerate(zip(rollout.completion_ids, rollout.model_logprobs, strict=True)):
+            worst = max(worst, abs(float(logprobs_TV[start + index - 1, token]) - logprob))
+    return worst
+
+
+def test_a_prompt_in_pieces_gives_what_it_gives_whole(base: BaseModel, pieces: None):
+    """Pieces of 48 tokens beside short prompts and rows that decode; several completions below one prompt too."""
+    short = ragged_prompts(12)
+    settings = SamplingSettings(8, 1.0, seed=2)
+    engine = Engine(base)
+    requests = [Request(p, settings, ADAPTERS[i % 2], 2 * i, 2) for i, p in enumerate([*long_prompts(3), *short])]
+    found = answers(engine, requests)
+    assert len(found) == 30
+    assert worst_difference(base, found) <= 1e-5
+    alone = [rollout for request in requests for rollout in answers(Engine(base), [request])]
+    assert [r.completion_ids for r in found] == [r.completion_ids for r in alone]
+
+
+def test_short_prompts_do_not_wait_for_the_end_of_a_long_one(base: BaseModel, pieces: None):
+    """Of 48 tokens a step the long prompt has 24 while others wait: 13 steps for 301 tokens. The short one is there in one."""
+    engine = Engine(base)
+    (long,) = engine.submit(Request(long_prompts(1)[0], SamplingSettings(1)))
+    engine.step()
+    (other,) = engine.submit(Request(long_prompts(1)[0], SamplingSettings(1)))  # one at a time is computed in pieces
+    (short,) = engine.submit(Request([1, 50, 60], SamplingSettings(1), owner="somebody"))
+    assert [event.row for event in engine.step()] == [short]
+    assert [event.row for event in run(engine)] == [long, other]
+
+
+def test_what_was_computed_is_found_again_and_gives_the_same(base: BaseModel):
+    """A second turn of a conversation: prompt and answer of the first are there, in full blocks of 64 tokens."""
+    engine = Engine(base, serving=True)
+    settings = SamplingSettings(40, 1.0, seed=3, min_new_tokens=40)
+    first = answers(engine, [Request(long_prompts(1)[0], settings, "left")])[0]
+    conversation = [*first.prompt_ids, *first.completion_ids, 70, 71, 72]
+    assert (engine.prefixes.hits, engine.prefixes.asked) == (0, 301)
+    again = answers(engine, [Request(conversation, settings, "left")])[0]
+    # 301 + 39 tokens were cached: five full blocks
+    assert engine.prefixes.hits == 320
+    assert worst_difference(base, [again]) <= 1e-5
+    assert again.completion_ids == answers(Engine(base), [Request(conversation, settings, "left")])[0].completion_ids
+
+
+def test_no_prompt_is_found_under_other_weights(base: BaseModel):
+    """The same name with other content, another adapter, the base, and weights in training find nothing."""
+    engine = Engine(base, serving=True)
+    prompt, settings = long_prompts(1)[0], SamplingSettings(6, 1.0)
+    answers(engine, [Request(prompt, settings, "left")])
+    swapped = lively(base, "swapped", 9)
+    base.adapters.remove("swapped")
+    kept = base.adapters.get("left")
+    try:
+        for adapter, fingerprint in ((swapped, "other content"), (swapped, None)):
+            adapter.fingerprint, adapter.name = fingerprint, "left"
+            base.adapters.add(adapter)
+            found = answers(engine, [Request(prompt, settings, "left")])
+            assert engine.prefixes.hits == 0
+            assert worst_difference(base, found) <= 1e-5
+    finally:
+        base.adapters.add(kept)
+    for name in ("right", "base"):
+        assert worst_difference(base, answers(engine, [Request(prompt, settings, name)])) <= 1e-5
+    assert engine.prefixes.hits == 0
+    answers(engine, [Request(prompt, settings, "left")])
+    assert engine.prefixes.hits == 256
+
+
+def test_the_least_recently_used_blocks_leave(base: BaseModel):
+    """Room for three blocks: of a prompt with two and one with two, the first block of the older one leaves."""
+    engine = Engine(base, serving=True)
+    prompts = [[1, *range(10 * i, 10 * i + 130)] for i in (1, 2)]
+    answers(engine, [Request(prompts[0], SamplingSettings(1))])
+    two = engine.prefixes.bytes
+    engine.prefixes = PrefixCache(two // 2 * 3)
+    for prompt in prompts:
+        answers(engine, [Request(prompt, SamplingSettings(1))])
+    assert engine.prefixes.bytes == two // 2 * 3
+    answers(engine, [Request(prompts[1], SamplingSettings(1))])
+    assert engine.prefixes.hits == 128
+    answers(engine, [Request(prompts[0], SamplingSettings(1))])
+    assert engine.prefixes.hits == 128  # its first block has left, and without it the second is not reached
+
+
+@pytest.mark.parametrize("new_tokens", [0, 3])
+def test_a_prompt_is_scored_token_by_token(base: BaseModel, pieces: None, new_tokens: int):
+    """In pieces, beside others, after prompts that begin alike: log p of each token but the first, and the likeliest three."""
+    engine = Engine(base, serving=True)
+    prompts = [*long_prompts(2), *ragged_prompts(5), [1]]
+    settings = SamplingSettings(new_tokens, top_logprobs=3)
+    for _ in range(2):  # what was kept of the first time is not used
+        numbers = [engine.submit(Request(p, settings, "left", prompt_logprobs=True))[0] for p in prompts]
+        first: dict[int, Event] = {}
+        for event in run(engine):
+            first.setdefault(event.row, event)
+        for number, prompt in zip(numbers, prompts, strict=True):
+            scores = first[number].prompt
+            assert scores is not None
+            logprobs_TV = torch.log_softmax(full_logits(base, prompt, "left").double(), -1)
+            assert [s.token for s in scores] == prompt[1:]
+            for place, score in enumerate(scores):
+                assert score.logprob == pytest.approx(float(logprobs_TV[place, score.token]), abs=1e-5)
+                values, ids = logprobs_TV[place].topk(3)
+                assert [token for token, _ in score.top] == ids.tolist()
+                assert [logprob for _, logprob in score.top] == pytest.approx(values.tolist(), abs=1e-5)
+            assert (first[number].token is None) == (new_tokens == 0)
+
+
+def test_the_likeliest_tokens_come_with_each_token(base: BaseModel):
+    """They are the model's own, whatever is sampled from: a greedy token with a bias against it is still the first."""
+    settings = SamplingSettings(5, top_logprobs=4, logit_bias=((20, -100.0),))
+    prompt = [1, 40, 41, 42]
+    engine = Engine(base)
+    engine.submit(Request(prompt, settings, "left"))
+    ids = list(prompt)
+    for event in run(engine):
+        assert event.token is not None
+        values, tokens = torch.log_softmax(full_logits(base, ids, "left")[-1].double(), -1).topk(4)
+        assert [token for token, _ in event.top] == tokens.tolist()
+        assert [logprob for _, logprob in event.top] == pytest.approx(values.tolist(), abs=1e-5)
+        ids.append(event.token)
+    with pytest.raises(ModelError, match="top_logprobs = -1"):
+        generate(base, [prompt], SamplingSettings(5, top_logprobs=-1), "base")
+
+
+def waiting_row(base: BaseModel, number: int, owner: str) -> Row:
+    return Row(number, Request([1], SamplingSettings(1), owner=owner), 0, None, base.chat)
+
+
+def test_owners_take_turns_by_what_they_had(base: BaseModel):
+    """a had 10 tokens; b comes anew and starts there, not at 0; c, who comes when both wait, starts at the least of them."""
+    queue = FairQueue()
+    for number in range(3):
+        queue.add([waiting_row(base, number, "a")])
+    order = []
+
+    def serve(tokens: int) -> None:
+        group = queue.next(lambda _: True)
+        assert group is not None
+        queue.take(group)
+        queue.charge(group[0].request.owner, tokens)
+        order.append(group[0].number)
+
+    serve(10)
+    queue.add([waiting_row(base, 3, "b")])
+    queue.add([waiting_row(base, 4, "b")])
+    serve(5)  # both had 10: whoever waits longer
+    queue.add([waiting_row(base, 5, "c")])
+    serve(1)
+    serve(1)
+    serve(20)
+    serve(1)
+    assert order == [0, 1, 3, 5, 4, 2]
+    assert len(queue) == 0
+    assert queue.next(lambda _: True) is None
+
+
+def test_nobody_has_more_than_half_of_the_places_while_others_want_some(base: BaseModel, monkeypatch: pytest.MonkeyPatch):
+    """Eight places, twenty requests of one owner and then two of another, which do not wait for the twenty."""
+    monkeypatch.setitem(engine_module.ROWS, "cpu", 8)
+    engine = Engine(base, serving=True)
+    settings = SamplingSettings(6, 1.0, seed=1, min_new_tokens=6)
+    flood = [engine.submit(Request([1, 9, i], settings, owner="flood"))[0] for i in range(7, 27)]
+    engine.step()
+    assert engine.running == 8  # nobody else wants any
+    calm = [engine.submit(Request([1, 8, i], settings, owner="calm"))[0] for i in range(7, 9)]
+    ended = [event.row for event in run(engine) if event.rollout is not None]
+    assert ended[:8] == flood[:8]
+    assert set(ended[8:14]) == {*flood[8:12], *calm}
+    assert len(ended) == 22
