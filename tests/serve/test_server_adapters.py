@@ -3,7 +3,6 @@
 import asyncio
 import json
 import random
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from adapter_folders import write_adapter
 from listening import BASE, Listening, alone, chat, listening
 
 from posttrain.cli import main
-from posttrain.errors import RecipeError
+from posttrain.errors import ArtifactError, RecipeError
 from posttrain.models.files import load_adapter
 from posttrain.models.load import BaseModel, load_base, load_chat
 from posttrain.models.source import locate_base
@@ -22,7 +21,7 @@ from posttrain.records import Message
 from posttrain.serve.app import build_app
 from posttrain.serve.limits import Limits
 from posttrain.serve.run import LOOPBACK, open_service, read_scores
-from tiny_runs import command, finished_run
+from tiny_runs import command, copied_run, finished_run
 
 CHAT = "/v1/chat/completions"
 NAMES = [f"style-{number}" for number in range(8)]
@@ -161,9 +160,19 @@ def test_a_runs_policies_answer_as_they_do_in_a_chat(run_server: Listening):
 
 
 def test_a_run_that_was_not_evaluated_has_no_scores(tmp_path: Path):
-    shutil.copytree(finished_run(), tmp_path / "run")
-    (tmp_path / "run" / "scorecard.json").unlink()
-    assert read_scores(tmp_path / "run") == {}
+    run = copied_run(tmp_path / "run")
+    (run / "scorecard.json").unlink()
+    assert read_scores(run) == {}
+
+
+def test_a_policy_that_was_changed_is_not_served(tmp_path: Path):
+    run = copied_run(tmp_path / "run")
+    weights = run / "dpo" / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ArtifactError, match="was changed after it was made"):
+        open_service(str(run), budget_bytes=2**30, limits=Limits())
 
 
 def test_a_policy_of_full_fine_tuning_takes_the_place_of_the_base(tmp_path: Path):

@@ -16,6 +16,8 @@ import httpx
 import pytest
 from listening import BASE, chat, listening
 
+from posttrain.generate.engine import Engine
+from posttrain.generate.rows import Event
 from posttrain.models.load import BaseModel
 from posttrain.serve.limits import Limits
 
@@ -152,6 +154,20 @@ def test_a_second_signal_does_not_wait():
         assert b'"code": "shutting_down"' in response.read()
         connection.close()
         assert process.wait(30) == 0
+
+
+def test_an_engine_that_died_is_told_and_the_server_is_not_ready(tiny: BaseModel, monkeypatch: pytest.MonkeyPatch):
+    def dies(self: Engine) -> list[Event]:
+        raise MemoryError("a secret of the machine")
+
+    with listening(tiny) as server:
+        monkeypatch.setattr(Engine, "step", dies)
+        dead = server.post(CHAT, chat("Hi", stream=True))
+        assert (dead.status_code, dead.json()["error"]["code"]) == (500, "internal_error")
+        assert "secret" not in dead.text
+        after = server.post(CHAT, chat("Hi"))
+        assert (after.status_code, after.json()["error"]["code"]) == (503, "stopped")
+        assert (server.get("/ready").status_code, server.get("/health").status_code) == (503, 200)
 
 
 def test_the_time_to_go_down_ends_what_is_not_streamed_with_503(tiny: BaseModel):

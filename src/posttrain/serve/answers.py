@@ -89,7 +89,8 @@ class Flow:
         self._metrics, self._began = metrics, time.monotonic()
         self._first_by, self._end_by = self._began + limits.queue_seconds, self._began + limits.request_seconds
         self._answers: list[Answer] = []
-        self._open = 0
+        # Answers that were read to their end, and completions that were not.
+        self._over = self._open = 0
         self.choices = [
             Choice(place * ask.n + i, prompt, ask.echoed[place] if ask.echoed else "", ask, chat)
             for place, prompt in enumerate(ask.prompts)
@@ -122,6 +123,7 @@ class Flow:
                 if event.rollout is not None and choice.finish is None:
                     raise Refusal(503, "server", "going down", do="ask again later", code="shutting_down")
                 yield choice, piece
+            self._over += 1
 
     async def _next(self, answer: Answer) -> Event | None:
         by, what = min((self._first_by, "no token within the queue's limit"), (self._end_by, "longer than a request may take"))
@@ -147,7 +149,7 @@ class Flow:
         """End what is left of it."""
         self._metrics.rows(-self._open)
         self._open = 0
-        for answer in self._answers:
+        for answer in self._answers[self._over :]:
             answer.cancel()
 
     def usage(self) -> Usage:

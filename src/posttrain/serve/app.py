@@ -227,7 +227,7 @@ def _mistake(error: RequestValidationError) -> Refusal:
     found = [(_place(error.body, one["loc"][1:], missing=one["type"] == "missing"), one) for one in error.errors()[:50]]
     place, one = max(found, key=lambda pair: len(pair[0]))
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")[:200]
-    told = one["msg"]
+    told = one["msg"].removeprefix("Value error, ")
     if one["type"] == "extra_forbidden":
         told = "not served" if place[-1] in (*REFUSED, *MESSAGE_REFUSED) else "no such field"
     return Refusal(400, param or "body", told, param=param or None)

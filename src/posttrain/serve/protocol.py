@@ -5,11 +5,12 @@ Every field is known by name. What would change an answer and is not served is r
 stop here, before anything is computed from them.
 """
 
+import itertools
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-STOPS, STOP_CHARS, BIASES, MESSAGES, PROMPTS, TOP_LOGPROBS = 16, 256, 1024, 256, 128, 20
+STOPS, STOP_CHARS, BIASES, MESSAGES, PROMPTS, TOP_LOGPROBS, FIELDS = 16, 256, 1024, 256, 128, 20, 64
 # Fields that change no answer here.
 IGNORED = frozenset({
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
@@ -55,18 +56,30 @@ def _drop(raw: Any, ignored: frozenset[str], refused: dict[str, tuple[Any, ...]]
     }
 
 
-class TextPart(BaseModel):
+class Body(BaseModel):
+    """An object of JSON: no field that is not known, no value of another type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, raw: Any) -> Any:
+        # Said before each is looked at: thousands of wrong ones would be thousands of complaints.
+        if isinstance(raw, dict) and len(raw) > FIELDS:
+            raise ValueError(f"{len(raw)} fields")
+        return raw
+
+
+class TextPart(Body):
     """A piece of a message's content."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     type: Literal["text"]
     text: Text
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(Body):
     """A turn: `developer` is another word for `system`."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=MESSAGES, fail_fast=True)]
 
@@ -84,18 +97,16 @@ class ChatMessage(BaseModel):
 Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MESSAGES, fail_fast=True)]
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Body):
     """What a stream holds besides the answer."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
-class GenerationRequest(BaseModel):
+class GenerationRequest(Body):
     """What both kinds of completion take."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     model: Name
     n: Annotated[int, Field(ge=1, le=PROMPTS)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -121,8 +132,7 @@ class GenerationRequest(BaseModel):
     def _plain(cls, raw: Any) -> Any:
         raw = _drop(raw, IGNORED, REFUSED)
         if isinstance(raw, dict) and isinstance(bias := raw.get("logit_bias"), dict) and len(bias) > BIASES:
-            # Said before each is looked at: thousands of wrong ones would be thousands of complaints.
-            return {**raw, "logit_bias": f"{len(bias)} biases"}
+            return {**raw, "logit_bias": dict(itertools.islice(bias.items(), BIASES + 1))}
         return raw
 
     @property
@@ -167,35 +177,31 @@ class CompletionRequest(GenerationRequest):
         return self.prompt
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(Body):
     """POST /tokenize: a text, or a conversation through the model's template."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     model: Name | None = None
     prompt: Text | None = None
     messages: Messages | None = None
     add_generation_prompt: bool | None = None
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(Body):
     """POST /detokenize."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     model: Name | None = None
-    tokens: Annotated[list[Id], Field(fail_fast=True)]
+    tokens: Annotated[list[Id], Field(max_length=2**16, fail_fast=True)]
 
 
-class LoadAdapterRequest(BaseModel):
+class LoadAdapterRequest(Body):
     """POST /v1/load_lora_adapter. `load_inplace` lets a name that is there get other weights."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     lora_name: Name
     lora_path: Annotated[Text, Field(min_length=1, max_length=1024)]
     load_inplace: bool | None = None
 
 
-class UnloadAdapterRequest(BaseModel):
+class UnloadAdapterRequest(Body):
     """POST /v1/unload_lora_adapter."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     lora_name: Name

@@ -5,6 +5,7 @@ what is left then ends with an error of its own. A second signal does not wait. 
 """
 
 import asyncio
+import gc
 import json
 import signal
 import socket
@@ -15,9 +16,9 @@ from typing import Any
 
 import uvicorn
 
-from posttrain.artifacts import read_manifest
+from posttrain.artifacts import read_manifest, verify_files
 from posttrain.errors import RecipeError
-from posttrain.models.files import FULL_WEIGHTS
+from posttrain.models.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FULL_WEIGHTS
 from posttrain.models.target import Target, open_target
 from posttrain.serve.app import build_app
 from posttrain.serve.gate import Gate
@@ -51,6 +52,7 @@ def open_service(
     if run is not None:
         scores = read_scores(run)
         for policy in found.names[1:]:
+            verify_files(run / policy, (ADAPTER_WEIGHTS, ADAPTER_CONFIG))
             manifest = read_manifest(run / policy) or {}
             store.offer(policy, run / policy, stage=manifest.get("stage"), scores=scores.get(policy))
     for public, path in adapters:
@@ -99,6 +101,9 @@ def _is_loopback(host: str) -> bool:
 def serve(service: Service, *, host: str, port: int, keys: Keys | None, told: Callable[[str], None]) -> None:
     """Listen until a signal comes. `told` gets the address once requests are taken. Raises RecipeError for a bad address."""
     check_host(host, keys)
+    # What was loaded stays: without this every large request would have the collector look through all of it.
+    gc.collect()
+    gc.freeze()
     gate = build_app(service, keys=keys, hosts=LOOPBACK | {host, f"[{host}]"})
     asyncio.run(_until_signals(gate, service, bind(host, port), told))
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from posttrain.errors import AdapterError
+from posttrain.errors import AdapterError, BusyError
 from posttrain.generate.engine import ROWS
 from posttrain.generate.serving import Server, serving
 from posttrain.models.load import BaseModel
@@ -61,13 +61,17 @@ class Service:
             ask = await chat_ask(body, self.base, self.limits)
         else:
             ask = await completion_ask(body, self.base, self.limits)
-        if self._server is None or self._server.stopped:
-            raise Refusal(503, "server", "the engine has stopped", do="start the server again", code="stopped")
-        # Without keys the policies share the engine fairly, with keys their holders do.
-        return Flow(
-            ask, served, server=self._server, chat=self.base.chat, owner=owner or served.name, limits=self.limits,
-            metrics=self.metrics,
-        )  # fmt: skip
+        assert self._server is not None
+        try:
+            # Without keys the policies share the engine fairly, with keys their holders do.
+            return Flow(
+                ask, served, server=self._server, chat=self.base.chat, owner=owner or served.name, limits=self.limits,
+                metrics=self.metrics,
+            )  # fmt: skip
+        except BusyError:
+            if not self._server.stopped:
+                raise
+            raise Refusal(503, "server", "the engine has stopped", do="start the server again", code="stopped") from None
 
     def name_of(self, model: str) -> str:
         """A name for the metrics."""
