@@ -49,7 +49,7 @@ def test_every_verb_has_help_with_an_example_that_parses(path: tuple[str, ...], 
 
 def test_the_verbs_are_those_of_the_design():
     assert {" ".join(path) for path in VERBS} == {
-        "run", "report", "show", "compare", "chat", "evaluate", "merge", "data", "data check", "keys",
+        "run", "report", "show", "compare", "chat", "serve", "evaluate", "merge", "export", "data", "data check", "keys",
         "keys add", "keys list", "keys revoke",
     }  # fmt: skip
 
@@ -136,6 +136,14 @@ merge|
 merge run/sft|
 merge run/nope --out new|run/nope · no finished stage
 merge run/sft --out empty.jsonl|empty.jsonl
+export|
+export run/sft --to hf|
+export run/sft --out new|
+export run/sft --to onnx --out new|
+export run/nope --to hf --out new|run/nope · no finished stage
+export run/rm --to peft --out new|run/rm · is a reward model: it scores answers and writes none · there is: base, sft, dpo, ppo
+export run/base --to hf --out new|the base itself has nothing to export
+export run/sft --to ollama --out empty.jsonl|empty.jsonl · exists already
 data|
 data look|
 data check|

@@ -96,6 +96,27 @@ def fsync_tree(folder: Path) -> None:
         fsync_folder(Path(root))
 
 
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `out` when the block ends; where the block fails nothing is left.
+
+    Raises ArtifactError for a name that is taken and when the disk refuses.
+    """
+    if out.exists() or out.is_symlink():
+        raise ArtifactError(str(out), "exists already", do="name a folder that does not exist yet")
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        fsync_tree(partial)
+        os.rename(partial, out)
+        fsync_folder(out.absolute().parent)
+    except OSError as error:
+        raise disk_error(out, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def publish(partial: Path, final: Path, manifest: dict[str, Any], *, scratch: Collection[str] = ()) -> None:
     """Turn a partial folder into an artifact: fsync, manifest last, rename. An older artifact there is replaced.
 

@@ -167,6 +167,19 @@ def _add_models(verbs: Any) -> None:
     )
     merge.add_argument("target", metavar="RUN/STAGE", help="a stage of a run")
     merge.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
+    export = _verb(
+        verbs,
+        "export",
+        _export,
+        "write a policy as a folder for other tools",
+        "posttrain export runs/quickstart/dpo --to ollama --out exported",
+    )
+    export.add_argument("target", metavar="RUN/STAGE", help="a stage of a run")
+    export.add_argument(
+        "--to", choices=("hf", "peft", "ollama"), required=True,
+        help="hf: a merged model folder; peft: the adapter alone; ollama: a merged folder with a Modelfile",
+    )  # fmt: skip
+    export.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
 
 
 def _add_data(verbs: Any) -> None:
@@ -322,6 +335,14 @@ def _merge(options: argparse.Namespace) -> int:
     from posttrain.models.target import open_target
 
     print(f"merged model: {merge_target(open_target(options.target), options.out)}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from posttrain.models.export import export_target
+    from posttrain.models.target import open_target
+
+    print(f"exported: {export_target(open_target(options.target), options.to, options.out)}")
     return 0
 
 

@@ -141,7 +141,7 @@ def test_a_row_stops_at_the_end_of_its_turn_and_only_there(base: BaseModel, crow
         assert len(after.logprobs) == length
         assert after.ended == stops
         assert after.text == base.chat.decode(list(after.completion_ids[:-1] if stops else after.completion_ids))
-        streamed = list(stream(base, before.prompt_ids, SamplingSettings(20), "base"))
+        streamed = list(stream(Engine(base), before.prompt_ids, SamplingSettings(20), "base"))
         assert streamed == list(after.completion_ids[:-1] if stops else after.completion_ids)
 
 
@@ -155,8 +155,21 @@ def test_progress_counts_every_row_and_token_once(base: BaseModel, crowded: None
 def test_no_prompt_and_no_token(base: BaseModel):
     assert generate(base, [], SamplingSettings(), "base") == []
     assert generate(base, [[1, 2]], SamplingSettings(0), "base") == [Rollout((1, 2), (), (), "", False, "base")]
-    assert list(stream(base, [1, 2], SamplingSettings(0), "base")) == []
+    assert list(stream(Engine(base), [1, 2], SamplingSettings(0), "base")) == []
     assert len(generate(base, [[1, 2]], SamplingSettings(1), "base")[0].completion_ids) == 1
+
+
+def test_one_engine_streams_one_answer_after_another_also_after_one_that_was_left(base: BaseModel):
+    engine = Engine(base)
+    prompts = ragged_prompts(3)
+    for prompt in prompts:
+        left = stream(engine, prompt, SamplingSettings(20), "base")
+        next(left)
+        next(left)
+        left.close()
+        (whole,) = generate(base, [prompt], SamplingSettings(20), "base")
+        assert list(stream(engine, prompt, SamplingSettings(20), "base")) == list(whole.completion_ids)
+        assert not engine.live
 
 
 def test_a_prompt_may_fill_the_context_and_not_more(base: BaseModel):

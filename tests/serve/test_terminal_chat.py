@@ -1,23 +1,34 @@
 """Chat: answers stream, stages are switched on one loaded base, mistakes are told and the conversation goes on."""
 
 import io
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
+from pathlib import Path
 
 import pytest
+import torch
 
+from posttrain.artifacts import publish
 from posttrain.cli import main
+from posttrain.data.chat import load_chat_format
+from posttrain.data.formats import read_demonstrations
 from posttrain.errors import ModelError
 from posttrain.generate import engine
-from posttrain.generate.engine import SamplingSettings, generate
+from posttrain.generate.engine import SamplingSettings, generate, stream
 from posttrain.models import load
+from posttrain.models.files import full_state, save_full
+from posttrain.models.load import BaseModel, load_base
 from posttrain.models.target import Target, open_target
+from posttrain.recipe import load_recipe, to_toml
 from posttrain.records import Message
 from posttrain.serve.chat import HELP, chat
-from tiny_runs import finished_run
+from tiny_runs import TINY, finished_run
 
+# Longer than the pieces in which prompts are kept.
+LONG = "Tell me about the sea. " * 15
 GREEDY = SamplingSettings(max_new_tokens=12, temperature=0.0, logprobs=False)
 
 
@@ -109,6 +120,136 @@ def test_an_unknown_stage_to_compare_is_refused_at_once(target: Target):
         talk(target, "Hi", beside=("base", "nope"))
 
 
+# --- what is asked of the chat itself ---------------------------------------------------------------------------------
+
+
+def test_the_system_message_is_shown_set_and_stands_above_what_was_said(target: Target):
+    first = answer(target, "dpo", "Hi")
+    text = talk(target, "/system", "Hi", "/system Be brief.", "/system", "And now?", "/reset", "Hi")
+    assert text.count("system: none\n") == 1
+    assert text.count("system: Be brief.\n") == 2
+    assert f"dpo> {first}\n" in text
+    assert f"dpo> {answer(target, 'dpo', 'Hi', first, 'And now?', system='Be brief.')}\n" in text
+    assert text.endswith(f"forgotten\nyou> dpo> {answer(target, 'dpo', 'Hi', system='Be brief.')}\nyou> \n")
+
+
+REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+IGNORES = (
+    "{{ bos_token }}{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [REFUSES + IGNORES, IGNORES], ids=["refuses", "ignores"])
+def test_a_template_without_a_system_message_says_so(target: Target, template: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(target.base.tokenizer.inner, "chat_template", template)
+    monkeypatch.setattr(target.base, "chat", load_chat_format(target.base.tokenizer))
+    text = talk(target, "/system Be brief.", "/system", "Hi")
+    assert "error: chat · the chat template of this model knows no system message · say it in your first line\n" in text
+    assert "system: none\n" in text
+    assert f"dpo> {answer(target, 'dpo', 'Hi')}\n" in text
+    with pytest.raises(ModelError, match="knows no system message"):
+        talk(target, "Hi", system="Be brief.")
+
+
+def test_undo_forgets_one_exchange_after_another(target: Target):
+    first = answer(target, "dpo", "Hi")
+    text = talk(target, "Hi", "Why?", "/undo", "And now?", "/undo", "/undo", "/undo", "Hi")
+    assert f"dpo> {answer(target, 'dpo', 'Hi', first, 'And now?')}\n" in text
+    forgotten = [line.removeprefix("you> ") for line in text.splitlines() if "forg" in line and HELP not in line]
+    assert forgotten == ["forgotten: Why?", "forgotten: And now?", "forgotten: Hi", "error: chat · there is nothing to forget"]
+    assert text.count(f"dpo> {first}\n") == 2
+
+
+def test_undo_forgets_what_the_last_line_left_and_no_more(target: Target, monkeypatch: pytest.MonkeyPatch):
+    real, answers = stream, []
+
+    def given(*arguments: object) -> Generator[int]:
+        answers.append(1)  # the fourth answer, that of "base" to the second line, has no word in it
+        yield from ([] if len(answers) == 4 else real(*arguments))  # type: ignore[arg-type]
+
+    monkeypatch.setattr("posttrain.serve.chat.stream", given)
+    text = talk(target, "Hi", "Why?", "/undo", "And now?", beside=("dpo", "base"))
+    for policy in ("dpo", "base"):
+        assert f"{policy}> {answer(target, policy, 'Hi', answer(target, policy, 'Hi'), 'And now?')}\n" in text
+
+
+def test_a_saved_conversation_is_a_demonstration(target: Target, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "my talk.jsonl"
+    first = answer(target, "dpo", "Grüße", system="Be brief.")
+    second = answer(target, "dpo", "Grüße", first, "Why?", system="Be brief.")
+    text = talk(target, "Grüße", "Why?", f"/save {path}", f"/save {path}", "Hi", system="Be brief.")
+    assert f"saved: {path}\n" in text
+    assert f"error: {path} · exists already · name a file that does not exist yet\n" in text
+    spoken = [("system", "Be brief."), ("user", "Grüße"), ("assistant", first), ("user", "Why?"), ("assistant", second)]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert rows == [{"messages": [{"role": role, "content": text} for role, text in spoken]}]
+    (read,) = read_demonstrations(str(path), seed=0).records
+    assert [(m.role, m.content) for m in read.messages] == spoken
+    assert main(["data", "check", str(path), "--template", "gemma"]) == 0
+    assert "1 " in capsys.readouterr().out
+
+
+def test_stages_side_by_side_are_saved_a_row_each(target: Target, tmp_path: Path):
+    talk(target, "Hi", f"/save {tmp_path / 'both.jsonl'}", beside=("base", "dpo"))
+    rows = [json.loads(line)["messages"] for line in (tmp_path / "both.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row[1]["content"] for row in rows] == [answer(target, policy, "Hi") for policy in ("base", "dpo")]
+
+
+def test_what_cannot_be_saved_is_told_and_the_chat_goes_on(target: Target, tmp_path: Path):
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "nowhere")
+    names = ["none/x.jsonl", "link.jsonl", "nul\0.jsonl"]
+    text = talk(target, f"/save {tmp_path / 'x'}", "Hi", "/save", *[f"/save {tmp_path / name}" for name in names], "Hi")
+    errors = [line.removeprefix("you> ") for line in text.splitlines() if "error: " in line]
+    assert errors == [
+        "error: chat · there is nothing to save · /save FILE after an answer",
+        "error: chat · a /save without a file · /save FILE after an answer",
+        f"error: {tmp_path / 'none/x.jsonl'} · No such file or directory · name another file",
+        f"error: {tmp_path / 'link.jsonl'} · exists already · name a file that does not exist yet",
+        f"error: {tmp_path / names[2]} · not the name of a file · name another file",
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.jsonl"]
+    assert text.count("dpo> ") == 2
+
+
+def test_one_engine_answers_the_whole_chat(target: Target, monkeypatch: pytest.MonkeyPatch):
+    made: list[engine.Engine] = []
+    begin = engine.Engine.__init__
+
+    def counted(self: engine.Engine, base: BaseModel, *, serving: bool) -> None:
+        made.append(self)
+        begin(self, base, serving=serving)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Engine, "__init__", counted)
+        text = talk(target, LONG, "Why?", "/adapter base", "/undo", "Why?")
+    first = answer(target, "dpo", LONG)
+    for policy in ("dpo", "base"):
+        assert f"{policy}> {answer(target, policy, LONG, first, 'Why?')}\n" in text
+    assert len(made) == 1
+    assert not made[0].live
+    assert made[0].prefixes.hits >= 256  # of the first turn, when the second came
+
+
+def test_full_weights_that_take_the_place_of_others_answer_by_themselves(tmp_path: Path):
+    base = load_base("random:tiny", template="gemma", dtype="float32", device="cpu", full=True)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in full_state(base).values():
+            parameter.add_(torch.empty(parameter.shape).normal_(std=0.1, generator=generator))
+    (tmp_path / "partial").mkdir()
+    recipe = load_recipe(TINY, ('adapter.kind="full"', 'base.dtype="float32"'))
+    (tmp_path / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
+    save_full(tmp_path / "partial", base)
+    publish(tmp_path / "partial", tmp_path / "sft", {"kind": "weights", "fingerprint": "made"})
+    full = open_target(str(tmp_path / "sft"))
+    answers = {policy: answer(full, policy, LONG) for policy in ("base", "sft")}
+    assert answers["base"] != answers["sft"]
+    text = talk(full, LONG, "/adapter base", "/undo", LONG, "/adapter sft", "/undo", LONG)
+    for policy, times in (("sft", 2), ("base", 1)):
+        assert text.count(f"{policy}> {answers[policy]}\n") == times
+
+
 def test_other_words_after_a_slash_show_the_help(target: Target):
     assert talk(target, "/help", "/nonsense").count(HELP + "\n") == 3  # once at the start
 
@@ -156,7 +297,7 @@ def test_ctrl_c_ends_an_answer_and_then_the_chat(target: Target, monkeypatch: py
 def speak(target: Target, monkeypatch: pytest.MonkeyPatch, ids: list[int]) -> list[str]:
     """The pieces in which an answer of these tokens is shown."""
 
-    def given(*arguments: object) -> Iterator[int]:
+    def given(*arguments: object) -> Generator[int]:
         yield from ids
 
     monkeypatch.setattr("posttrain.serve.chat.stream", given)

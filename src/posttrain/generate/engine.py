@@ -12,7 +12,7 @@ Left out: paging of the cache. A row's room is set by its longest possible lengt
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 from torch import Tensor
@@ -307,12 +307,20 @@ def generate(
     return [rollouts[number] for number in numbers]
 
 
-def stream(base: BaseModel, prompt: Sequence[int], settings: SamplingSettings, adapter: str) -> Iterator[int]:
-    """Tokens of one answer as they come, without the end token."""
-    engine = Engine(base)
-    engine.submit(Request(prompt, settings, adapter))
-    while engine.live:
-        for event in engine.step():
-            ended = event.rollout is not None and event.rollout.ended
-            if event.token is not None and not ended:
-                yield event.token
+def stream(engine: Engine, prompt: Sequence[int], settings: SamplingSettings, adapter: str) -> Generator[int, None, None]:
+    """Tokens of one answer as they come, without the end token, from an engine that answers nothing else meanwhile.
+
+    Closing the iterator ends the answer; the engine can be used again. Raises ModelError or AdapterError as `submit` does.
+    """
+    (number,) = engine.submit(Request(prompt, settings, adapter))
+    try:
+        while True:
+            for event in engine.step():
+                if event.row != number:  # the end of an answer that nobody listens to any more
+                    continue
+                if event.token is not None and not (event.rollout is not None and event.rollout.ended):
+                    yield event.token
+                if event.rollout is not None:
+                    return
+    finally:
+        engine.cancel(number)

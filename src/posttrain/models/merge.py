@@ -8,17 +8,16 @@ A stage with full weights is written as it is. Left out: quantised bases and sha
 """
 
 import copy
-import os
-import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from posttrain.artifacts import disk_error, fsync_folder, fsync_tree
+from posttrain.artifacts import new_folder
 from posttrain.errors import ArtifactError
-from posttrain.models.files import base_tensors, full_state
+from posttrain.models.files import FULL_WEIGHTS, base_tensors, full_state
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter
 from posttrain.models.target import Target
@@ -31,25 +30,37 @@ def merge_target(target: Target, out: Path) -> Path:
     """
     if target.policy == "base":
         raise ArtifactError("merge", "the base itself has nothing to merge", do="name a trained stage, RUN/STAGE")
-    if out.exists() or out.is_symlink():
-        raise ArtifactError(str(out), "exists already", do="name a folder that does not exist yet")
+    with new_folder(out) as folder:
+        write_merged(folder, target)
+    return out
+
+
+def write_merged(folder: Path, target: Target) -> None:
+    """Write the target's policy as a whole model into a folder that is there.
+
+    Raises AdapterError for an adapter of another base, ArtifactError where the disk refuses.
+    """
     routing = target.policies.activate(target.policy)
     base = target.base
     adapter = None if routing == "base" else base.adapters.get(routing)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    tensors = full_tensors(base) if adapter is None else merged_tensors(base, adapter)
     try:
-        partial.mkdir(parents=True)
-        tensors = full_tensors(base) if adapter is None else merged_tensors(base, adapter)
-        save_file(tensors, str(partial / "model.safetensors"), metadata={"format": "pt"})
-        _write_settings(partial, base)
-        fsync_tree(partial)
-        os.rename(partial, out)
-        fsync_folder(out.absolute().parent)
-    except OSError as error:
-        raise disk_error(out, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return out
+        save_file(tensors, str(folder / FULL_WEIGHTS), metadata={"format": "pt"})
+    except SafetensorError as error:  # it tells what the disk said only in words
+        raise ArtifactError(str(folder), str(error)[:200], do="make room or choose another folder with --out") from None
+    config = copy.deepcopy(base.model.config)
+    config.dtype = torch.float32
+    config.save_pretrained(folder)
+    generation = copy.deepcopy(base.model.generation_config)
+    generation.eos_token_id = sorted(base.chat.end_ids)
+    generation.save_pretrained(folder)
+    write_tokenizer(folder, base)
+
+
+def write_tokenizer(folder: Path, base: BaseModel) -> None:
+    """Write the tokenizer and the chat template that was trained with."""
+    base.tokenizer.inner.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(base.chat.template, encoding="utf-8")
 
 
 def full_tensors(base: BaseModel) -> dict[str, Tensor]:
@@ -66,15 +77,3 @@ def merged_tensors(base: BaseModel, adapter: LoraAdapter) -> dict[str, Tensor]:
     if adapter.tokens is not None:
         tensors[f"{adapter.tokens.layer}.weight"][list(adapter.tokens.ids)] = adapter.tokens.rows.cpu()
     return tensors
-
-
-def _write_settings(folder: Path, base: BaseModel) -> None:
-    """Config, generation config and tokenizer beside the weights."""
-    config = copy.deepcopy(base.model.config)
-    config.dtype = torch.float32
-    config.save_pretrained(folder)
-    generation = copy.deepcopy(base.model.generation_config)
-    generation.eos_token_id = sorted(base.chat.end_ids)
-    generation.save_pretrained(folder)
-    base.tokenizer.inner.save_pretrained(folder)
-    (folder / "chat_template.jinja").write_text(base.chat.template, encoding="utf-8")

@@ -20,53 +20,72 @@ from posttrain.models.packed import PackedProducts
 if TYPE_CHECKING:
     from posttrain.models.lora import LoraAdapter
 
+# Slots kept for each adapter that is needed.
+SPARE_SLOTS = 2
+
 
 class Stack(NamedTuple):
-    """One layer's A [n, R, inputs] and B [n, outputs, R] of all adapters."""
+    """One layer's A [n, R, inputs] and B [n, outputs, R] of all slots."""
 
     a: Tensor
     b: Tensor
 
 
 class NarrowAdapters:
-    """Copies of some adapters' matrices in one dtype; made again where an adapter was trained in the meantime.
+    """Copies of some adapters' matrices in one dtype, a slot each; made again where an adapter was trained in the meantime.
 
     `product` is what the base's own products are computed by.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.product = dtype, PackedProducts(dtype, device)
-        self.adapters: tuple[LoraAdapter, ...] = ()
+        self.slots: list[LoraAdapter | None] = []
         self._versions: list[int] = []
-        self._stacks: dict[str, Stack | None] = {}
+        self._stacks: dict[str, Stack] = {}
+        self._rank = 0
 
     def hold(self, adapters: "Sequence[LoraAdapter]") -> None:
-        """These are needed now. More may be kept, so that rows which come and go do not make copies each time."""
+        """These are needed now. Others stay until their slots are, so that rows that come and go make no copies each time."""
         needed = list(dict.fromkeys(adapters))
-        versions = [sum(p._version for pair in a.weights.values() for p in pair) for a in self.adapters]
-        enough = all(a in self.adapters for a in needed) and len(self.adapters) <= max(2, 2 * len(needed))
-        if not enough or versions != self._versions:
-            self.adapters, self._stacks = tuple(needed), {}
-            self._versions = [sum(p._version for pair in a.weights.values() for p in pair) for a in needed]
+        missing = [a for a in needed if a not in self.slots]
+        room = len(self.slots)
+        rank = max((len(a) for adapter in missing for a, _ in adapter.weights.values()), default=0)
+        if len(needed) > room or rank > self._rank or room > max(SPARE_SLOTS, SPARE_SLOTS * len(needed)):
+            self._open(len(needed) if len(needed) > room or room > SPARE_SLOTS * len(needed) else room, max(rank, self._rank))
+            missing = needed
+        free = [slot for slot, adapter in enumerate(self.slots) if adapter not in needed]
+        for slot, adapter in zip(free, missing, strict=False):
+            self._write(slot, adapter)
+        for slot, held in enumerate(self.slots):
+            if held is not None and held in needed and _version(held) != self._versions[slot]:
+                self._write(slot, held)
+
+    def _open(self, slots: int, rank: int) -> None:
+        """Empty slots for adapters of at most this rank."""
+        self.slots, self._versions, self._stacks, self._rank = [None] * slots, [0] * slots, {}, rank
 
     def stack(self, layer: str) -> Stack | None:
         """A layer's matrices; None where no adapter has any."""
-        if layer not in self._stacks:
-            self._stacks[layer] = self._make(layer)
-        return self._stacks[layer]
+        return self._stacks.get(layer)
 
-    def _make(self, layer: str) -> Stack | None:
-        pairs = [adapter.weights.get(layer) for adapter in self.adapters]
-        there = [pair for pair in pairs if pair is not None]
-        if not there:
-            return None
-        rank, (a, b) = max(len(a) for a, _ in there), there[0]
-        a_nRI = a.new_zeros(len(pairs), rank, a.shape[1], dtype=self.dtype)
-        b_nOR = a.new_zeros(len(pairs), b.shape[0], rank, dtype=self.dtype)
-        for n, pair in enumerate(pairs):
+    def _write(self, slot: int, adapter: "LoraAdapter") -> None:
+        self.slots[slot], self._versions[slot] = adapter, _version(adapter)
+        for layer, (a, b) in adapter.weights.items():
+            if layer not in self._stacks:
+                self._stacks[layer] = Stack(
+                    a.new_zeros(len(self.slots), self._rank, a.shape[1], dtype=self.dtype),
+                    b.new_zeros(len(self.slots), b.shape[0], self._rank, dtype=self.dtype),
+                )
+        for layer, stack in self._stacks.items():
+            pair = adapter.weights.get(layer)
+            rank = 0 if pair is None else len(pair[0])
             if pair is not None:
-                a_nRI[n, : len(pair[0])], b_nOR[n, :, : len(pair[0])] = pair[0].detach(), pair[1].detach()
-        return Stack(a_nRI, b_nOR)
+                stack.a[slot, :rank], stack.b[slot, :, :rank] = pair[0].detach(), pair[1].detach()
+            stack.a[slot, rank:] = 0  # what the adapter before it had beyond
+
+
+def _version(adapter: "LoraAdapter") -> int:
+    return sum(p._version for pair in adapter.weights.values() for p in pair)
 
 
 class TokenAdapters:
@@ -75,20 +94,26 @@ class TokenAdapters:
     def __init__(self, runs: "Sequence[tuple[int, LoraAdapter | None]]", kept: NarrowAdapters, device: torch.device) -> None:
         self.runs, self._kept = runs, kept
         kept.hold([adapter for _, adapter in runs if adapter is not None])
-        tokens: dict[LoraAdapter, list[int]] = {adapter: [] for adapter in kept.adapters}
+        slot_of = {adapter: slot for slot, adapter in enumerate(kept.slots) if adapter is not None}
+        tokens: list[list[int]] = [[] for _ in kept.slots]
         start = 0
         for count, adapter in runs:
             if adapter is not None:
-                tokens[adapter] += range(start, start + count)
+                tokens[slot_of[adapter]] += range(start, start + count)
             start += count
         self.total = start
-        self._only = next((n for n, own in enumerate(tokens.values()) if len(own) == start), None)
-        most = max(map(len, tokens.values()), default=0)
-        self._most = most
+        self._only = next((slot for slot, own in enumerate(tokens) if len(own) == start), None)
+        self._most = most = max(map(len, tokens), default=0)
+        # What the layers before found for the same input, which several of them have.
+        self._input: Tensor | None = None
+        self._gathered: Tensor | None = None
         if most and self._only is None:
             # Spare entries of the table take the first token and add nothing to it.
-            table = [own + [0] * (most - len(own)) for own in tokens.values()]
-            scales = [[adapter.settings.scale] * len(own) + [0.0] * (most - len(own)) for adapter, own in tokens.items()]
+            table = [own + [0] * (most - len(own)) for own in tokens]
+            scales = [
+                [adapter.settings.scale if adapter else 0.0] * len(own) + [0.0] * (most - len(own))
+                for adapter, own in zip(kept.slots, tokens, strict=True)
+            ]
             self._table_nM = torch.tensor(table, device=device)
             self._scale_nM1 = torch.tensor(scales, dtype=kept.dtype, device=device)[..., None]
 
@@ -99,10 +124,13 @@ class TokenAdapters:
         if stack is None:
             return y
         if self._only is not None:
-            scale = self._kept.adapters[self._only].settings.scale
-            y[0].addmm_(x[0] @ stack.a[self._only].T, stack.b[self._only].T, alpha=scale)
+            adapter = self._kept.slots[self._only]
+            assert adapter is not None
+            y[0].addmm_(x[0] @ stack.a[self._only].T, stack.b[self._only].T, alpha=adapter.settings.scale)
             return y
-        projected_nMR = torch.bmm(x[0, self._table_nM], stack.a.transpose(1, 2)) * self._scale_nM1
+        if x is not self._input or self._gathered is None:
+            self._input, self._gathered = x, x[0, self._table_nM]
+        projected_nMR = torch.bmm(self._gathered, stack.a.transpose(1, 2)) * self._scale_nM1
         added_nMO = torch.bmm(projected_nMR, stack.b.transpose(1, 2))
         y[0].index_add_(0, self._table_nM.flatten(), added_nMO.flatten(0, 1))
         return y
