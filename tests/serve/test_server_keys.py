@@ -1,6 +1,8 @@
 """Who may ask: every route by every method, with and without a key; names of the machine; what the answers forbid browsers."""
 
+import asyncio
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ import pytest
 from listening import BASE, Listening, chat, listening
 
 from posttrain.cli import main
+from posttrain.generate.engine import ROWS
 from posttrain.models.load import BaseModel
 from posttrain.serve.app import page_policy
 from posttrain.serve.gate import ADMIN_PATHS, OPEN_PATHS
@@ -105,6 +108,40 @@ def test_a_key_in_a_request_is_not_in_the_answer(server: Listening, keys: tuple[
     for headers in (bearer(keys[1]), bearer(keys[1] + "x")):
         for body in (chat("Hi", model=keys[1][:5]), {"model": 3}):
             assert keys[1] not in server.post("/v1/chat/completions", body, headers=headers).text
+
+
+def test_who_floods_the_server_waits_behind_himself(
+    tiny: BaseModel, keys: tuple[Path, str, str], monkeypatch: pytest.MonkeyPatch
+):
+    """Few places in the engine, many long requests of one key, then a short one of another: it is one of the first to end."""
+    monkeypatch.setitem(ROWS, "cpu", 4)
+    ended: list[str] = []
+
+    async def work(server: Listening) -> None:
+        async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+
+            async def one(name: str, key: str, tokens: int) -> None:
+                body = chat("Hi", tokens=tokens, min_tokens=tokens)
+                found = await client.post("/v1/chat/completions", json=body, headers=bearer(key))
+                assert found.status_code == 200, found.text
+                ended.append(name)
+
+            flood = [asyncio.create_task(one("ann", keys[1], 150)) for _ in range(16)]
+            while server.gate.inside < 16:
+                await asyncio.sleep(0.001)
+            await asyncio.gather(one("root", keys[2], 5), *flood)
+
+    with listening(tiny, keys=Keys.read(keys[0])) as server:
+        asyncio.run(work(server))
+    assert "root" in ended[:8]
+
+
+def test_an_address_that_is_taken_is_told(capsys: pytest.CaptureFixture[str]):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "random:tiny", "--template", "gemma", "--port", str(port)]) == 2
+    told = f"error: --host 127.0.0.1 --port {port} · Address already in use · choose another\n"
+    assert capsys.readouterr().err == told
 
 
 def test_without_keys_only_names_of_this_machine_are_heard(tiny: BaseModel):

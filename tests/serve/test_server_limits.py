@@ -113,6 +113,14 @@ def test_an_answer_without_a_length_has_the_servers(server: Listening):
     assert server.post(CHAT, body).json()["usage"]["completion_tokens"] == 6
 
 
+@pytest.mark.parametrize("tiny_number", [5e-324, 1e-46, 1e-38, 1e-5, 1e-3])
+@pytest.mark.parametrize("field", ["temperature", "top_p", "min_p", "repetition_penalty"])
+def test_numbers_near_nothing_do_not_harm_the_engine(server: Listening, field: str, tiny_number: float):
+    asked = {"temperature": 1, "seed": 1, "logit_bias": {"65": 100, "66": -100}, field: tiny_number}
+    assert server.post(CHAT, chat("Hi", tokens=4, **asked)).status_code == (400 if field == "repetition_penalty" else 200)
+    assert server.post(CHAT, chat("Hi", tokens=4, repetition_penalty=0.01)).status_code == 200
+
+
 BAD_BODIES = [
     b"", b"{", b"null", b"[]", b"3", b'"x"', b"\xff\xfe", b'{"model": NaN}', b"[" * 20_000, b'{"a":' * 5_000,
     b'{"model": 1' + b"0" * 5000 + b"}", json.dumps({"model": BASE}).encode(), b'{"messages": [[]], "model": "a"}',

@@ -105,7 +105,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 
         return StreamingResponse(stream(), media_type="text/event-stream")
 
-    streamed: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    streamed: dict[str, Any] = {"content": {"text/event-stream": {}}}
 
     @app.post("/v1/chat/completions", responses={200: {"model": ChatCompletion, **streamed}})
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
