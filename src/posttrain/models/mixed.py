@@ -50,8 +50,12 @@ class NarrowAdapters:
         missing = [a for a in needed if a not in self.slots]
         room = len(self.slots)
         rank = max((len(a) for adapter in missing for a, _ in adapter.weights.values()), default=0)
-        if len(needed) > room or rank > self._rank or room > max(SPARE_SLOTS, SPARE_SLOTS * len(needed)):
-            self._open(len(needed) if len(needed) > room or room > SPARE_SLOTS * len(needed) else room, max(rank, self._rank))
+        if len(needed) > room:  # where adapters come one by one, not every one makes all others be written again
+            room = max(len(needed), room + room // 4)
+        elif needed and room > SPARE_SLOTS * len(needed):
+            room = len(needed)
+        if room != len(self.slots) or rank > self._rank:
+            self._open(room, max(rank, self._rank))
             missing = needed
         free = [slot for slot, adapter in enumerate(self.slots) if adapter not in needed]
         for slot, adapter in zip(free, missing, strict=False):
