@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_reading(verbs)
     _add_models(verbs)
     _add_data(verbs)
-    _add_keys(verbs)
+    _add_serving(verbs)
     return parser
 
 
@@ -123,15 +123,6 @@ def _add_models(verbs: Any) -> None:
     chat.add_argument("--max-new-tokens", type=_whole(1), default=256, help="longest answer in tokens (default: 256)")
     chat.add_argument("--seed", type=_whole(0), default=0, help="seed of what is sampled (default: 0)")
     chat.add_argument("--template", default="auto", help="chat template of a model without one (a run knows its own)")
-    commands.add_options(
-        _verb(
-            verbs,
-            "serve",
-            commands.serve,
-            "serve a model or a run over HTTP, as OpenAI does",
-            "posttrain serve runs/quickstart",
-        )
-    )
     evaluate = _verb(
         verbs,
         "evaluate",
@@ -201,7 +192,16 @@ def _add_data(verbs: Any) -> None:
     check.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _add_keys(verbs: Any) -> None:
+def _add_serving(verbs: Any) -> None:
+    commands.add_options(
+        _verb(
+            verbs,
+            "serve",
+            commands.serve,
+            "serve a model or a run over HTTP, as OpenAI does",
+            "posttrain serve runs/quickstart",
+        )
+    )
     keys = verbs.add_parser("keys", help="API keys of a server", epilog="example: posttrain keys add keys.json --name ann")
     kinds = keys.add_subparsers(required=True, metavar="VERB", help="what to do with them")
     add = _verb(kinds, "add", _keys_add, "make a key; it is shown once", "posttrain keys add keys.json --name ann")
