@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-PROMPTS, NEW_TOKENS, PASSES, MINIBATCH, ITERATIONS = 64, 64, 4, 16, 3
+PROMPTS, NEW_TOKENS, PASSES, MINIBATCH, ITERATIONS = 64, 64, 4, 16, 1
 MODEL = "package:smollm2-135m-instruct"
 RECIPE = """
 name = "race"

@@ -17,6 +17,7 @@ from typing import Any
 from posttrain import __version__
 from posttrain.artifacts import disk_error, is_disk_error
 from posttrain.errors import Interrupted, PosttrainError, RecipeError
+from posttrain.serve import commands
 
 Verb = Callable[[argparse.Namespace], int]
 CTRL_C = 130
@@ -64,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_reading(verbs)
     _add_models(verbs)
     _add_data(verbs)
-    _add_keys(verbs)
+    _add_serving(verbs)
     return parser
 
 
@@ -191,7 +192,16 @@ def _add_data(verbs: Any) -> None:
     check.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _add_keys(verbs: Any) -> None:
+def _add_serving(verbs: Any) -> None:
+    commands.add_options(
+        _verb(
+            verbs,
+            "serve",
+            commands.serve,
+            "serve a model or a run over HTTP, as OpenAI does",
+            "posttrain serve runs/quickstart",
+        )
+    )
     keys = verbs.add_parser("keys", help="API keys of a server", epilog="example: posttrain keys add keys.json --name ann")
     kinds = keys.add_subparsers(required=True, metavar="VERB", help="what to do with them")
     add = _verb(kinds, "add", _keys_add, "make a key; it is shown once", "posttrain keys add keys.json --name ann")

@@ -55,15 +55,21 @@ class Engine:
         self._rows_limit = ROWS[kind]
         self._prefill_limit = (SERVED_PREFILL_TOKENS if serving else PREFILL_TOKENS)[kind]
         self._cache_tokens = CACHE_BYTES[kind] // bytes_per_token(base.model.config.get_text_config().to_dict(), base.dtype)
+        self._prefix_bytes = PREFIX_BYTES[kind] if serving else 0
+        self._count = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all that waits, is in flight or is kept: at the start, and after a step that failed half way."""
+        base = self.base
         self._places = Places(base.device)
         self._narrow = NarrowAdapters(base.dtype, base.device)
-        self.prefixes = PrefixCache(PREFIX_BYTES[kind] if serving else 0)
+        self.prefixes = PrefixCache(self._prefix_bytes)
         # Rows that share a prompt join together.
         self._waiting = FairQueue()
         # In flight, with a part of their prompt still to be computed.
         self._filling: list[list[Row]] = []
         self._done: list[Row] = []
-        self._count = 0
 
     @property
     def live(self) -> bool:
@@ -217,7 +223,7 @@ class Engine:
     def _next_group(self, held: Counter[str], passed: set[str]) -> list[Row] | None:
         """The group whose turn it is, among the owners that have not been passed and do not `hold` too many places."""
         wanting = len(held.keys() | self._waiting.owners)
-        share = self._rows_limit if wanting < 2 else int(self._rows_limit * OWNER_SHARE)
+        share = self._rows_limit if wanting < 2 else max(1, int(self._rows_limit * OWNER_SHARE))
         return self._waiting.next(lambda owner: owner not in passed and held[owner] < share)
 
     def _begin(self, joining: list[list[Row]]) -> None:

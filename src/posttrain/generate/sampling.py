@@ -33,6 +33,8 @@ BLOCK = 512
 BLOCK_ROWS = 4
 # Candidates that top-p looks at before it sorts the whole vocabulary.
 CANDIDATES = 1024
+# Below it the temperature leaves float32.
+LEAST_TEMPERATURE = 1e-30
 _MASK = 2**64 - 1
 
 
@@ -97,11 +99,14 @@ def check_settings(settings: SamplingSettings, vocabulary: int) -> None:
     unknown = next((i for i in ids if not 0 <= i < vocabulary), None)
     problems = [
         (s.max_new_tokens >= 0, f"max_new_tokens = {s.max_new_tokens}", "0 or more"),
-        (0 <= s.temperature < math.inf, f"temperature = {s.temperature}", "0 or more"),
+        (
+            s.temperature == 0 or LEAST_TEMPERATURE <= s.temperature < math.inf,
+            f"temperature = {s.temperature}", f"0 (the likeliest token) or at least {LEAST_TEMPERATURE}",
+        ),
         (0 < s.top_p <= 1, f"top_p = {s.top_p}", "more than 0, at most 1"),
         (s.top_k >= 0, f"top_k = {s.top_k}", "0 (all tokens) or more"),
         (0 <= s.min_p <= 1, f"min_p = {s.min_p}", "0 to 1"),
-        (0 < s.repetition_penalty < math.inf, f"repetition_penalty = {s.repetition_penalty}", "more than 0"),
+        (0.01 <= s.repetition_penalty <= 100, f"repetition_penalty = {s.repetition_penalty}", "0.01 to 100"),
         (
             0 <= s.min_new_tokens <= s.max_new_tokens,
             f"min_new_tokens = {s.min_new_tokens}", f"0 to max_new_tokens ({s.max_new_tokens})",

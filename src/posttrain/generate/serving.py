@@ -10,6 +10,7 @@ thread, and in it every event is handed to the loop of whoever asked. Shutting d
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections.abc import AsyncIterator
 from typing import NamedTuple
@@ -22,6 +23,8 @@ from posttrain.models.lora import LoraAdapter
 
 # Completions that may wait for a place.
 WAITING = 256
+# Steps that fail one after the other until the engine is given up.
+FAILURES = 3
 
 
 class Answer:
@@ -83,6 +86,7 @@ class Server:
         self._waiting = 0
         self._closing = False
         self._failed: BaseException | None = None
+        self._failures = 0
         self._answers: dict[int, tuple[Answer, int]] = {}
         self._thread = threading.Thread(target=self._run, name="posttrain engine", daemon=True)
         self._thread.start()
@@ -106,6 +110,21 @@ class Server:
             self._told.append(_Submit(answer, adapter))
             self._changed.notify()
         return answer
+
+    @property
+    def waiting(self) -> int:
+        """Completions that have not begun."""
+        return self._waiting
+
+    @property
+    def idle(self) -> bool:
+        """Whether no completion is left, waiting or in flight."""
+        return not (self._told or self._answers or self._engine.live)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether nothing is taken any more."""
+        return self._closing or self._failed is not None
 
     def tell(self, what: _Submit | _Cancel) -> None:
         """Leave a note for the thread."""
@@ -154,7 +173,7 @@ class Server:
         return not closing
 
     def _step(self) -> None:
-        events = self._engine.step() if self._engine.live else []
+        events = self._events()
         with self._changed:
             self._waiting = self._engine.waiting + sum(
                 n.answer.request.completions for n in self._told if isinstance(n, _Submit)
@@ -164,6 +183,23 @@ class Server:
             if event.rollout is not None:
                 del self._answers[event.row]
             answer.deliver(event._replace(row=completion))
+
+    def _events(self) -> list[Event]:
+        """What a step brings. One that fails ends all in flight, and the engine begins anew; several in a row end it."""
+        try:
+            events = self._engine.step() if self._engine.live else []
+            self._failures = 0
+            return events
+        except Exception as error:
+            self._failures += 1
+            if self._failures == FAILURES:
+                raise
+            logging.getLogger(__name__).exception("a step of the engine failed")
+            self._engine.reset()
+            answers, self._answers = {id(a): a for a, _ in self._answers.values()}, {}
+            for answer in answers.values():
+                answer.deliver(error)
+            return []
 
 
 @contextlib.asynccontextmanager

@@ -50,4 +50,7 @@ class TextStream:
 
 def _overlap(text: str, stop: str) -> int:
     """How many last letters of the text a stop string begins with, not counting a whole one."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+    place = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while place >= 0 and not stop.startswith(text[place:]):
+        place = text.find(stop[0], place + 1)
+    return len(text) - place if place >= 0 else 0

@@ -36,6 +36,8 @@ from posttrain.models.rows import HeadRows, RowGradient, TokenRows, head_logits,
 from posttrain.models.segments import Segments
 from posttrain.models.source import BaseModelFolder, locate_base
 
+# Texts are tokenised one by one; threads would find nothing to do, and would warn where a process is forked.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
@@ -59,7 +61,8 @@ class HuggingFaceTokenizer:
     def encode(self, text: str, *, plain: bool) -> list[int]:
         """Ids of a text without added tokens."""
         backend = self._plain if plain else self.inner.backend_tokenizer
-        return list(backend.encode(text, add_special_tokens=False).ids)
+        # As a batch of one, other threads go on meanwhile: `encode` by itself holds them up.
+        return list(backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
     def decode(self, ids: Sequence[int], *, special: bool) -> str:
         """Text of ids."""

@@ -1,0 +1,165 @@
+"""From the engine's events to what clients read: whole answers, and server-sent events.
+
+A `Flow` is one HTTP request on its way: an engine request a prompt, of which each completion becomes a `Choice`. Both kinds
+of API read the same flow; they differ only in their shapes. Prompts of one request are all computed at once and told in
+their order. The token that ends an answer is counted and not shown.
+"""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import NamedTuple
+
+from posttrain.data.chat import ChatFormat
+from posttrain.generate.rows import Event, Request, TokenScore
+from posttrain.generate.serving import Answer, Server
+from posttrain.generate.text import TextStream
+from posttrain.serve.asks import Ask
+from posttrain.serve.envelope import Refusal
+from posttrain.serve.limits import Limits
+from posttrain.serve.metrics import Metrics
+from posttrain.serve.shapes import FinishReason, Usage
+from posttrain.serve.store import Served
+
+FINISH: dict[str, FinishReason] = {"end": "stop", "stop id": "stop", "stop string": "stop", "length": "length"}
+
+
+class Shown(NamedTuple):
+    """A token with its log-probability (None for the first of a prompt), the likeliest ones, and where its text begins."""
+
+    score: TokenScore
+    known: bool
+    offset: int
+
+
+class Choice:
+    """One completion as it grows. `told` scores are those that no chunk has held yet."""
+
+    def __init__(self, index: int, prompt: Sequence[int], echoed: str, ask: Ask, chat: ChatFormat) -> None:
+        self.index, self.text, self.count = index, echoed, 0
+        self.finish: FinishReason | None = None
+        self.told: list[Shown] = []
+        self._prompt, self._echo, self._ask, self._chat = prompt, ask.echoed is not None, ask, chat
+        settings = ask.settings
+        self._pieces = TextStream(chat.decode, settings.stop, after=settings.min_new_tokens)
+        self._places = TextStream(chat.decode)
+        self._offset = 0
+
+    def take(self, event: Event) -> str:
+        """The text that an event adds."""
+        piece, rollout = "", event.rollout
+        if event.prompt is not None and self._echo:
+            self._show(TokenScore(self._prompt[0], 0.0, ()), known=False)
+            for score in event.prompt:
+                self._show(score)
+        if event.token is not None:
+            self.count += 1
+            if rollout is None or not rollout.ended:
+                piece = self._pieces.add(event.token)
+                if self._ask.scored:
+                    self._show(TokenScore(event.token, event.model_logprob, event.top))
+        if rollout is not None:
+            piece += self._pieces.end()
+            self.finish = FINISH.get(rollout.finish)
+        self.text += piece
+        return piece
+
+    def _show(self, score: TokenScore, *, known: bool = True) -> None:
+        self.told.append(Shown(score, known, self._offset))
+        self._offset += len(self._places.add(score.token))
+
+    def tell(self) -> list[Shown]:
+        """Scores since the last time."""
+        told, self.told = self.told, []
+        return told
+
+
+class Flow:
+    """The completions of one HTTP request. `cancel` must be called at its end, however it ends.
+
+    Raises BusyError where the engine has no room, ModelError where it cannot answer.
+    """
+
+    def __init__(
+        self, ask: Ask, served: Served, *, server: Server, chat: ChatFormat, owner: str, limits: Limits, metrics: Metrics
+    ) -> None:
+        self.ask, self.served, self.chat = ask, served, chat
+        self.id, self.created = uuid.uuid4().hex, int(time.time())
+        self._metrics, self._began = metrics, time.monotonic()
+        self._first_by, self._end_by = self._began + limits.queue_seconds, self._began + limits.request_seconds
+        self._answers: list[Answer] = []
+        # Answers that were read to their end, and completions that were not.
+        self._over = self._open = 0
+        self.choices = [
+            Choice(place * ask.n + i, prompt, ask.echoed[place] if ask.echoed else "", ask, chat)
+            for place, prompt in enumerate(ask.prompts)
+            for i in range(ask.n)
+        ]
+        try:
+            for prompt in ask.prompts:
+                request = Request(
+                    prompt, ask.settings, served.engine_name, completions=ask.n, owner=owner,
+                    prompt_logprobs=ask.scored and ask.echoed is not None,
+                )  # fmt: skip
+                self._answers.append(server.submit(request))
+        except BaseException:
+            self.cancel()
+            raise
+        self._open = len(self.choices)
+        metrics.rows(self._open)
+        metrics.prompt(served.name, sum(map(len, ask.prompts)))
+
+    async def events(self) -> AsyncIterator[tuple[Choice, str]]:
+        """Every event as the completion that grew and the text that it grew by.
+
+        Raises Refusal when a limit of time is over or the server goes down; what the engine died of as it is.
+        """
+        for place, answer in enumerate(self._answers):
+            while (event := await self._next(answer)) is not None:
+                choice = self.choices[place * self.ask.n + event.row]
+                self._count(event, first=choice.count == 0)
+                piece = choice.take(event)
+                if event.rollout is not None and event.rollout.finish == "not finite":
+                    found = "gives numbers that are not finite"
+                    raise Refusal(500, f'model "{self.served.name}"', found, do="use another model", code="not_finite")
+                if event.rollout is not None and choice.finish is None:
+                    raise Refusal(503, "server", "going down", do="ask again later", code="shutting_down")
+                yield choice, piece
+            self._over += 1
+
+    async def _next(self, answer: Answer) -> Event | None:
+        by, what = min((self._first_by, "no token within the queue's limit"), (self._end_by, "longer than a request may take"))
+        try:
+            async with asyncio.timeout_at(asyncio.get_running_loop().time() + by - time.monotonic()):
+                event = await anext(answer, None)
+        except TimeoutError:
+            raise Refusal(503, "server", what, do="ask again later, or for less", code="timeout") from None
+        self._first_by = self._end_by
+        return event
+
+    def _count(self, event: Event, *, first: bool) -> None:
+        if event.token is not None:
+            self._metrics.token(self.served.name, time.monotonic() - self._began, first=first)
+        if event.rollout is not None:
+            self._open -= 1
+            self._metrics.rows(-1)
+            tokens = len(event.rollout.completion_ids)
+            if tokens > 1:
+                self._metrics.pace(self.served.name, (time.monotonic() - self._began) / tokens)
+
+    def cancel(self) -> None:
+        """End what is left of it."""
+        self._metrics.rows(-self._open)
+        self._open = 0
+        for answer in self._answers[self._over :]:
+            answer.cancel()
+
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        prompt, completion = sum(map(len, self.ask.prompts)), sum(choice.count for choice in self.choices)
+        return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+
+    def token_text(self, token: int) -> str:
+        """What a token says by itself."""
+        return self.chat.decode([token], special=True)

@@ -1,0 +1,251 @@
+"""The routes; the only file that imports the web framework. Each reads a request, asks the service, and writes a shape.
+
+Left out: pages of documentation, which would fetch scripts from elsewhere. The schema lies at /openapi.json.
+"""
+
+import asyncio
+import base64
+import hashlib
+import re
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Any
+
+import pydantic
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import StreamingResponse
+from starlette.exceptions import HTTPException
+
+from posttrain import __version__
+from posttrain.errors import PosttrainError
+from posttrain.serve.asks import tokenize
+from posttrain.serve.envelope import Refusal, encode, refusal
+from posttrain.serve.events import LEFT, answer_of, chunks_of, server_sent
+from posttrain.serve.gate import Gate
+from posttrain.serve.keys import Keys
+from posttrain.serve.metrics import CONTENT_TYPE
+from posttrain.serve.protocol import (
+    MESSAGE_REFUSED,
+    REFUSED,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    LoadAdapterRequest,
+    TokenizeRequest,
+    UnloadAdapterRequest,
+)
+from posttrain.serve.service import Service
+from posttrain.serve.shapes import (
+    ChatCompletion,
+    Completion,
+    Detokenized,
+    ErrorBody,
+    ModelCard,
+    ModelList,
+    Status,
+    Tokens,
+)
+
+PLAYGROUND = files("posttrain") / "serve" / "playground.html"
+_ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in ("4XX", "5XX")}
+
+
+def build_app(service: Service, *, keys: Keys | None, hosts: frozenset[str]) -> Gate:
+    """The whole application: routes behind the gate. `hosts` are the names it listens to where there are no keys."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with service.running():
+            yield
+
+    app = FastAPI(
+        title="posttrain", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False,
+        responses=_ERRORS,
+    )  # fmt: skip
+    gate = Gate(app, keys=keys, hosts=hosts, limits=service.limits, places=service.places)
+    _add_errors(app)
+    _add_generation(app, service)
+    _add_models(app, service)
+    _add_tokens(app, service)
+    _add_watching(app, service, gate)
+    return gate
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    async def generate(body: ChatRequest | CompletionRequest, request: Request) -> Response:
+        """An answer, or its stream. Errors before the first token have a status of their own in both."""
+        model = service.name_of(body.model)
+        flow = None
+        try:
+            flow = await service.open(body, request.scope["posttrain.owner"])
+            if not flow.ask.stream:
+                answer = await answer_of(flow)
+                service.metrics.request(model, 200)
+                flow.cancel()
+                return _json(answer)
+            chunks = chunks_of(flow)
+            first = await anext(chunks)
+        except BaseException as error:
+            if flow is not None:
+                flow.cancel()
+            service.metrics.request(model, _status(error))
+            raise
+
+        async def stream() -> AsyncIterator[bytes]:
+            status = LEFT
+            try:
+                async for event, so_far in server_sent(first, chunks):
+                    status = so_far
+                    yield event
+            finally:
+                flow.cancel()
+                service.metrics.request(model, status)
+
+        return StreamingResponse(stream(), media_type="text/event-stream")
+
+    streamed: dict[str, Any] = {"content": {"text/event-stream": {}}}
+
+    @app.post("/v1/chat/completions", responses={200: {"model": ChatCompletion, **streamed}})
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        return await generate(body, request)
+
+    @app.post("/v1/completions", responses={200: {"model": Completion, **streamed}})
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        return await generate(body, request)
+
+
+def _status(error: BaseException) -> int:
+    return LEFT if isinstance(error, asyncio.CancelledError) else refusal(error).status
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/models", responses={200: {"model": ModelList}})
+    async def models() -> Response:
+        return _json(ModelList(object="list", data=service.cards()))
+
+    @app.get("/v1/models/{model:path}", responses={200: {"model": ModelCard}})
+    async def one_model(model: str) -> Response:
+        return _json(service.card(model))
+
+    text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+
+    @app.post("/v1/load_lora_adapter", responses=text)
+    async def load_lora_adapter(body: LoadAdapterRequest) -> Response:
+        return Response(await service.load(body), media_type="text/plain")
+
+    @app.post("/v1/unload_lora_adapter", responses=text)
+    async def unload_lora_adapter(body: UnloadAdapterRequest) -> Response:
+        return Response(await service.unload(body.lora_name), media_type="text/plain")
+
+
+def _add_tokens(app: FastAPI, service: Service) -> None:
+    base = service.base
+
+    @app.post("/tokenize", responses={200: {"model": Tokens}})
+    async def tokens(body: TokenizeRequest) -> Response:
+        if body.model is not None:
+            service.card(body.model)
+        ids = await tokenize(body, base, service.limits)
+        return _json(Tokens(count=len(ids), max_model_len=base.context, tokens=ids))
+
+    @app.post("/detokenize", responses={200: {"model": Detokenized}})
+    async def text(body: DetokenizeRequest) -> Response:
+        if body.model is not None:
+            service.card(body.model)
+        vocabulary = len(base.head_VD)
+        if body.tokens and max(body.tokens) >= vocabulary:
+            raise Refusal(400, "tokens", f"token id {max(body.tokens)}", allowed=f"0 to {vocabulary - 1}", param="tokens")
+        return _json(Detokenized(prompt=await asyncio.to_thread(base.chat.decode, body.tokens, True)))
+
+
+def _add_watching(app: FastAPI, service: Service, gate: Gate) -> None:
+    @app.get("/health", responses={200: {"model": Status}})
+    async def health() -> Response:
+        return _json(Status(status="ok"))
+
+    @app.get("/ready", responses={200: {"model": Status}})
+    async def ready() -> Response:
+        if gate.draining or not service.ready:
+            raise Refusal(503, "server", "not ready", do="ask again later", code="not_ready")
+        return _json(Status(status="ready"))
+
+    @app.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
+    async def metrics() -> Response:
+        return Response(service.metrics.render(), headers={"content-type": CONTENT_TYPE})
+
+    if not PLAYGROUND.is_file():
+        return
+    page = PLAYGROUND.read_text(encoding="utf-8")
+    policy = page_policy(page)
+
+    @app.get("/", include_in_schema=False)
+    async def playground() -> Response:
+        return Response(page, media_type="text/html", headers={"content-security-policy": policy})
+
+
+def page_policy(page: str) -> str:
+    """A content security policy under which the page's own scripts and styles run, known by hash, and nothing else does."""
+    allowed = {
+        tag: " ".join(
+            f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+            for text in re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        )
+        for tag in ("script", "style")
+    }
+    return (
+        f"default-src 'none'; script-src {allowed['script']}; style-src {allowed['style']}; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def _add_errors(app: FastAPI) -> None:
+    def answer(problem: Refusal, more: dict[str, str] | None = None) -> Response:
+        body, headers = encode(problem.body()), {**(more or {}), **problem.headers()}
+        return Response(body, problem.status, headers, media_type="application/json")
+
+    @app.exception_handler(PosttrainError)
+    async def told(request: Request, error: PosttrainError) -> Response:
+        return answer(refusal(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(request: Request, error: RequestValidationError) -> Response:
+        return answer(_mistake(error))
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, error: HTTPException) -> Response:
+        return answer(Refusal(error.status_code, "request", error.detail), dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def defect(request: Request, error: Exception) -> Response:
+        return answer(refusal(error))
+
+
+def _mistake(error: RequestValidationError) -> Refusal:
+    """The first mistake in a body; of the ways in which a value fits none of several types, the one that got furthest."""
+    found = [(_place(error.body, one["loc"][1:], missing=one["type"] == "missing"), one) for one in error.errors()[:50]]
+    place, one = max(found, key=lambda pair: len(pair[0]))
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")[:200]
+    told = one["msg"].removeprefix("Value error, ")
+    if one["type"] == "extra_forbidden":
+        told = "not served" if place[-1] in (*REFUSED, *MESSAGE_REFUSED) else "no such field"
+    return Refusal(400, param or "body", told, param=param or None)
+
+
+def _place(body: Any, loc: Sequence[int | str], *, missing: bool) -> list[int | str]:
+    """Where in a body something is wrong, or missing. `loc` names types as well, which are passed over."""
+    place = []
+    for part in loc:
+        if isinstance(part, int):
+            inside = isinstance(body, list) and part < len(body)
+        else:
+            inside = isinstance(body, dict) and part in body
+        if inside:
+            body = body[part]
+            place.append(part)
+    return [*place, *loc[-1:]] if missing else place
+
+
+def _json(value: pydantic.BaseModel) -> Response:
+    return Response(value.model_dump_json(exclude_unset=True), media_type="application/json")

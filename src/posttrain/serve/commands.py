@@ -1,0 +1,112 @@
+"""The verb `serve` and its options. What it needs is imported when it runs: the command itself must start at once."""
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+from posttrain.errors import RecipeError
+
+# What the extra "serve" brings.
+PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+
+
+def add_options(serve: argparse.ArgumentParser) -> None:
+    """The options of `posttrain serve`."""
+    serve.add_argument("target", metavar="MODEL_OR_RUN", help="a model, or a run: its base and every finished policy")
+    serve.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        type=_named,
+        metavar="NAME=PATH",
+        help="serve this adapter as well, by this name",
+    )
+    serve.add_argument("--adapters-dir", type=Path, metavar="DIR", help="adapters in here may be loaded while it runs")
+    serve.add_argument(
+        "--adapter-bytes", type=_positive, default=2**31, metavar="N", help="memory for adapters (default: 2147483648)"
+    )
+    serve.add_argument("--name", help="the name of the base (default: as it was asked for, of a folder its last part)")
+    serve.add_argument("--template", default="auto", help="chat template of a model without one (a run knows its own)")
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; others than loopback need --keys (default: 127.0.0.1)"
+    )
+    serve.add_argument("--port", type=_port, default=8000, help="0 takes a free one (default: 8000)")
+    serve.add_argument("--keys", type=Path, metavar="FILE", help="only holders of these keys may ask")
+    _add_limits(serve)
+
+
+def _add_limits(serve: argparse.ArgumentParser) -> None:
+    numbers = (
+        ("body-bytes", 2**20, "largest request"),
+        ("prompt-chars", 2**18, "longest prompt in characters"),
+        ("max-tokens", 4096, "most new tokens a request may ask for"),
+        ("default-tokens", 512, "new tokens of a chat answer where none are named"),
+        ("completions", 16, "most completions of one request, over its prompts"),
+        ("queue", 256, "requests that may wait; more get 429"),
+    )
+    for name, default, about in numbers:
+        serve.add_argument(f"--{name}", type=_positive, default=default, metavar="N", help=f"{about} (default: {default})")
+    times = (
+        ("body-seconds", 30.0, "a request must be sent within this time"),
+        ("queue-seconds", 60.0, "an answer must begin within this time"),
+        ("request-seconds", 600.0, "an answer must end within this time"),
+        ("shutdown-timeout", 30.0, "time to finish answers after SIGTERM"),
+    )
+    for name, seconds, about in times:
+        serve.add_argument(f"--{name}", type=_seconds, default=seconds, metavar="S", help=f"{about} (default: {seconds:g})")
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, sign, path = text.partition("=")
+    if not name or not sign or not path:
+        raise argparse.ArgumentTypeError(f"{text} is not NAME=PATH")
+    return name, Path(path)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**16:
+        raise argparse.ArgumentTypeError(f"{value} is not a port")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
+    return value
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Listen until a signal comes. Raises PosttrainError for what cannot be served."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RecipeError("posttrain serve", f"{', '.join(missing)} not installed", do='pip install "posttrain[serve]"')
+    from posttrain.serve.keys import Keys
+    from posttrain.serve.limits import Limits
+    from posttrain.serve.run import check_host, open_service
+    from posttrain.serve.run import serve as listen
+
+    keys = Keys.read(options.keys) if options.keys is not None else None
+    check_host(options.host, keys)
+    limits = Limits(
+        options.body_bytes, options.prompt_chars, options.max_tokens, options.default_tokens, options.completions,
+        options.queue, options.body_seconds, options.queue_seconds, options.request_seconds, options.shutdown_timeout,
+    )  # fmt: skip
+    service = open_service(
+        options.target, adapters=options.adapter, folder=options.adapters_dir, name=options.name, template=options.template,
+        budget_bytes=options.adapter_bytes, limits=limits,
+    )  # fmt: skip
+    names = ", ".join(served.name for served in service.store.models())
+    listen(
+        service, host=options.host, port=options.port, keys=keys,
+        told=lambda address: print(f"serving {names} at {address}/v1", flush=True),
+    )  # fmt: skip
+    return 0

@@ -1,0 +1,110 @@
+"""What a server does, without the web around it: one engine, its policies, and a flow for each request.
+
+Left out: who may ask, and in which protocol (`gate.py`, `app.py`).
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from posttrain.errors import AdapterError, BusyError
+from posttrain.generate.engine import ROWS
+from posttrain.generate.serving import Server, serving
+from posttrain.models.load import BaseModel
+from posttrain.serve.answers import Flow
+from posttrain.serve.asks import chat_ask, completion_ask
+from posttrain.serve.envelope import Refusal
+from posttrain.serve.limits import Limits
+from posttrain.serve.metrics import UNKNOWN, Metrics
+from posttrain.serve.protocol import ChatRequest, CompletionRequest, LoadAdapterRequest
+from posttrain.serve.shapes import ModelCard
+from posttrain.serve.store import AdapterStore, Served
+
+
+class Service:
+    """One base and its adapters. Answers inside of `running`."""
+
+    def __init__(self, base: BaseModel, store: AdapterStore, limits: Limits) -> None:
+        self.base, self.store, self.limits = base, store, limits
+        self.created = int(time.time())
+        # Requests that may be inside: those that are computed, and those that wait.
+        self.places = ROWS[base.device.type] + limits.queue
+        self.metrics = Metrics(lambda: self._server.waiting if self._server is not None else 0)
+        self._server: Server | None = None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """The engine's thread runs inside."""
+        async with serving(self.base, self.places) as self._server:
+            yield
+
+    @property
+    def ready(self) -> bool:
+        """Whether the engine takes requests."""
+        return self._server is not None and not self._server.stopped
+
+    @property
+    def idle(self) -> bool:
+        """Whether the engine has nothing to do."""
+        return self._server is None or self._server.idle
+
+    async def stop(self) -> None:
+        """End what is in flight, with an error for each; nothing is taken any more."""
+        if self._server is not None:
+            await asyncio.to_thread(self._server.close)
+
+    async def open(self, body: ChatRequest | CompletionRequest, owner: str) -> Flow:
+        """A flow of a request. Raises what `refusal` knows; an AdapterError for a model that is not served."""
+        served = await self.store.use(body.model)
+        if isinstance(body, ChatRequest):
+            ask = await chat_ask(body, self.base, self.limits)
+        else:
+            ask = await completion_ask(body, self.base, self.limits)
+        assert self._server is not None
+        try:
+            # Without keys the policies share the engine fairly, with keys their holders do.
+            return Flow(
+                ask, served, server=self._server, chat=self.base.chat, owner=owner or served.name, limits=self.limits,
+                metrics=self.metrics,
+            )  # fmt: skip
+        except BusyError:
+            if not self._server.stopped:
+                raise
+            raise Refusal(503, "server", "the engine has stopped", do="start the server again", code="stopped") from None
+
+    def name_of(self, model: str) -> str:
+        """A name for the metrics."""
+        return model if any(served.name == model for served in self.store.models()) else UNKNOWN
+
+    def cards(self) -> list[ModelCard]:
+        """What can be asked for."""
+        return [self._card(served) for served in self.store.models()]
+
+    def card(self, name: str) -> ModelCard:
+        """One of them. Raises AdapterError."""
+        found = next((card for card in self.cards() if card.id == name), None)
+        if found is None:
+            there = ", ".join(served.name for served in self.store.models())
+            raise AdapterError("model", f'"{name}" is not served', allowed=f"there is: {there}")
+        return found
+
+    def _card(self, served: Served) -> ModelCard:
+        return ModelCard(
+            id=served.name, object="model", created=self.created, owned_by="posttrain", root=served.root, parent=served.parent,
+            fingerprint=served.fingerprint, stage=served.stage, scores=served.scores, max_model_len=self.base.context,
+        )  # fmt: skip
+
+    async def load(self, body: LoadAdapterRequest) -> str:
+        """Serve another adapter, or other weights under a name. Raises Refusal."""
+        try:
+            served = await self.store.load(body.lora_name, body.lora_path, replace=bool(body.load_inplace))
+        except AdapterError as error:
+            raise Refusal(400, error.where, error.found, allowed=error.allowed, do=error.do, code="adapter") from None
+        return f"Success: LoRA adapter '{served.name}' added successfully."
+
+    async def unload(self, name: str) -> str:
+        """Serve an adapter no longer; what it is answering ends well. Raises AdapterError."""
+        await self.store.unload(name)
+        self.metrics.forget(name)
+        return f"Success: LoRA adapter '{name}' removed successfully."
