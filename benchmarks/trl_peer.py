@@ -143,7 +143,7 @@ def reward(model, tokenizer, work, rows, setting, shared, clock):
         row["length"] = max(map(len, row.values()))
     trainer = RewardTrainer(
         model,
-        args=RewardConfig(**shared, disable_dropout=True),
+        args=RewardConfig(**shared, disable_dropout=True, remove_unused_columns=False),
         train_dataset=Dataset.from_list(data),
         processing_class=tokenizer,
         callbacks=[clock],

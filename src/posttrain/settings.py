@@ -204,6 +204,8 @@ class PpoStage(_Optimised):
     """How far a value may move from what it was before it is clipped; 0 does not clip."""
     value_coef: Annotated[float, Field(ge=0)] = 0.1
     """Weight of the value function's loss."""
+    value_learning_rate: Annotated[float, Field(gt=0, lt=1)] = 5e-4
+    """Peak learning rate of what only the value function has; its gradient is clipped by itself."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Discount of later rewards."""
     lam: Annotated[float, Field(ge=0, le=1)] = 0.95

@@ -70,6 +70,21 @@ def test_clipping_scales_the_whole_gradient_to_the_limit(clip: float, kept: floa
     assert rows_of(tmp_path)[0]["train/grad_norm"] == pytest.approx(5.0)  # as it was before clipping
 
 
+def test_parameters_with_a_rate_of_their_own_are_clipped_by_themselves(tmp_path: Path):
+    """Norms 5 and 50, each clipped to 1; Adam's first step is the rate times the sign, here 0.1 and five times that."""
+    weight, value = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    slope = torch.tensor([3.0, 4.0])
+    toy = task(weight, lambda _: weight @ slope - 10 * (value @ slope), 1)
+    run(toy._replace(parameters={"weight": weight, "value": value}, rates={"value": 5.0}), settings(clip=1.0), tmp_path)
+    saved = load_newest(tmp_path / "checkpoints")
+    assert saved is not None
+    assert saved.tensors["adam/exp_avg/weight"].tolist() == pytest.approx([0.06, 0.08])
+    assert saved.tensors["adam/exp_avg/value"].tolist() == pytest.approx([-0.06, -0.08])
+    assert weight.tolist() == pytest.approx([-0.1, -0.1])
+    assert value.tolist() == pytest.approx([0.5, 0.5])
+    assert rows_of(tmp_path)[0]["train/grad_norm"] == pytest.approx(math.hypot(5, 50))
+
+
 def test_settings_reach_the_steps(tmp_path: Path):
     weight = nn.Parameter(torch.tensor([4.0]))
     fitted = run(

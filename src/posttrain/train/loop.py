@@ -7,7 +7,7 @@ A loss or gradient that is not finite stops the run before the optimiser moves. 
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +41,8 @@ class TrainTask(NamedTuple):
     With `by_step`, `rows` counts optimiser steps and `micro_batches` is asked for a step's number instead of its rows; that it
     has none ends the stage before that step. `next_step` is told after every step which would be next, and may leave some out.
     `validate_every` goes before the settings'. `validate_at` takes the place of `validate`: it is told how many steps were
-    taken, and asked before the first one too. `higher_is_better` is said of the validation metric.
+    taken, and asked before the first one too. `higher_is_better` is said of the validation metric. `rates` are what the learning
+    rate of some parameters is multiplied by; those of one rate are clipped by a norm of their own.
     """
 
     rows: int
@@ -56,6 +57,7 @@ class TrainTask(NamedTuple):
     validate_at: Callable[[int], dict[str, float]] | None = None
     validate_every: int = 0
     higher_is_better: bool = False
+    rates: Mapping[str, float] = {}
 
 
 class FitResult(NamedTuple):
@@ -73,8 +75,11 @@ class _Run:
     def __init__(self, task: TrainTask, settings: LoopSettings) -> None:
         self.task, self.settings = task, settings
         self.steps = total_steps(task.rows, settings)
+        self.groups: dict[float, dict[str, nn.Parameter]] = {}
+        for name, parameter in task.parameters.items():
+            self.groups.setdefault(task.rates.get(name, 1.0), {})[name] = parameter
         self.optimiser = torch.optim.AdamW(
-            list(task.parameters.values()),
+            [{"params": list(group.values())} for group in self.groups.values()],
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
             eps=ADAM_EPSILON,
@@ -253,13 +258,11 @@ def _one_step(run: _Run, folder: Path, micros: list[MicroBatch], started: float)
     norm = _gradient_norm(task.parameters)
     if not math.isfinite(norm):
         _refuse_step(run, folder, "the gradient", tuple(i for m in micros for i in m.row_ids))
-    if settings.clip and norm > settings.clip:
-        for parameter in task.parameters.values():
-            if parameter.grad is not None:
-                parameter.grad.mul_(settings.clip / norm)
     rate = learning_rate(run.step, run.steps, settings)
-    for group in run.optimiser.param_groups:
-        group["lr"] = rate
+    for (factor, parameters), group in zip(run.groups.items(), run.optimiser.param_groups, strict=True):
+        group["lr"] = rate * factor
+        if settings.clip:
+            _clip(parameters, settings.clip)
     run.optimiser.step()
     tokens = sum(m.tokens for m in micros)
     seconds = time.monotonic() - started
@@ -273,6 +276,14 @@ def _one_step(run: _Run, folder: Path, micros: list[MicroBatch], started: float)
     }
     shown |= {"time/step": seconds, "time/tokens_per_second": tokens / seconds}
     return shown, tokens
+
+
+def _clip(parameters: dict[str, nn.Parameter], limit: float) -> None:
+    norm = _gradient_norm(parameters)
+    if norm > limit:
+        for parameter in parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.mul_(limit / norm)
 
 
 def _gradient_norm(parameters: dict[str, nn.Parameter]) -> float:

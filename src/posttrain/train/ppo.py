@@ -94,10 +94,11 @@ class _Update:
 
     def task(self, parameters: dict[str, nn.Parameter]) -> TrainTask:
         """PPO as the loop sees it; a row is an optimiser step."""
-        steps = self.stage.iterations * self.steps
+        steps, faster = self.stage.iterations * self.steps, self.stage.value_learning_rate / self.stage.learning_rate
+        value = self.roles.value.parameters if self.roles.value else {}
         task = TrainTask(
             steps, parameters, self.batches_at, self._loss, self._summarise, None, "ppo/score", by_step=True,
-            next_step=self.next_step if self.stage.max_update_kl else None,
+            next_step=self.next_step if self.stage.max_update_kl else None, rates=dict.fromkeys(value, faster),
         )  # fmt: skip
         if self.gold is None:
             return task
