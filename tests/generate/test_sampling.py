@@ -168,7 +168,8 @@ def test_a_temperature_near_0_is_greedy():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_new_tokens": -1}, "max_new_tokens = -1 · 0 or more"), ({"temperature": -0.1}, "temperature = -0.1 · 0 .the likeliest token. or at least 1e-30"),
+        ({"max_new_tokens": -1}, "max_new_tokens = -1 · 0 or more"),
+        ({"temperature": -0.1}, "temperature = -0.1 · 0 .the likeliest token. or at least 1e-30"),
         ({"temperature": math.nan}, "temperature = nan"), ({"temperature": math.inf}, "temperature = inf"),
         ({"top_p": 0.0}, "top_p = 0.0 · more than 0, at most 1"), ({"top_p": 1.1}, "top_p = 1.1"),
         ({"top_p": math.nan}, "top_p = nan"), ({"top_k": -1}, "top_k = -1"), ({"min_p": 1.5}, "min_p = 1.5 · 0 to 1"),
