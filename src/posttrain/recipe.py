@@ -214,7 +214,9 @@ def _check_references(recipe: Recipe, where: str) -> None:
 
 
 # Settings of a ppo stage that only its value function reads.
-_OF_GAE = frozenset({"value", "value_init", "value_coef", "value_learning_rate", "value_clip", "gamma", "lam", "whiten_rewards"})
+_OF_GAE = frozenset(
+    {"value", "value_init", "value_coef", "value_learning_rate", "value_clip", "gamma", "lam", "whiten_rewards"}
+)
 
 
 def _check_ppo(place: str, stage: PpoStage, policies: list[str], rewards: list[str]) -> None:

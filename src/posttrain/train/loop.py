@@ -41,8 +41,8 @@ class TrainTask(NamedTuple):
     With `by_step`, `rows` counts optimiser steps and `micro_batches` is asked for a step's number instead of its rows; that it
     has none ends the stage before that step. `next_step` is told after every step which would be next, and may leave some out.
     `validate_every` goes before the settings'. `validate_at` takes the place of `validate`: it is told how many steps were
-    taken, and asked before the first one too. `higher_is_better` is said of the validation metric. `rates` are what the learning
-    rate of some parameters is multiplied by; those of one rate are clipped by a norm of their own.
+    taken, and asked before the first one too. `higher_is_better` is said of the validation metric. `rates` are what the
+    learning rate of some parameters is multiplied by; those of one rate are clipped by a norm of their own.
     """
 
     rows: int
