@@ -141,6 +141,10 @@ def reward(model, tokenizer, work, rows, setting, shared, clock):
     data = [{side: r["prompt_ids"] + r[side] for side in ("chosen_ids", "rejected_ids")} for r in rows]
     for row in data:  # what rows are grouped by
         row["length"] = max(map(len, row.values()))
+    # The model reads a score at the last token that is not the padding one. Its own is the end of a turn, so that it would read
+    # every score a token too early.
+    tokenizer.pad_token = "<|endoftext|>"
+    model.config.pad_token_id = tokenizer.pad_token_id
     trainer = RewardTrainer(
         model,
         args=RewardConfig(**shared, disable_dropout=True, remove_unused_columns=False),

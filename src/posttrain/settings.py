@@ -200,8 +200,8 @@ class PpoStage(_Optimised):
     """Prompts of one optimiser step; where it is more than there are, a pass is one step."""
     clip_range: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """How far a token's probability ratio counts before it is clipped."""
-    value_clip: Annotated[float, Field(ge=0)] = 0.2
-    """How far a value may move from what it was before it is clipped; 0 does not clip."""
+    value_clip: Annotated[float, Field(ge=0)] = 0.0
+    """How far a value may move in an iteration before it is clipped, in units of the score; 0 does not clip."""
     value_coef: Annotated[float, Field(ge=0)] = 0.1
     """Weight of the value function's loss."""
     value_learning_rate: Annotated[float, Field(gt=0, lt=1)] = 5e-4
