@@ -10,7 +10,9 @@ from logits_of import our_logits, plain_logits
 from torch import Tensor
 
 from posttrain.data.packing import Segment, pack, row_segments, tree_segments
-from posttrain.generate.engine import SamplingSettings, generate
+from posttrain.generate import engine as engine_module
+from posttrain.generate.engine import Engine, SamplingSettings, generate
+from posttrain.generate.rows import Request
 from posttrain.models.attention import _reference, segment_attention
 from posttrain.models.attention_cuda import gather_keys, varlen_table
 from posttrain.models.batches import batch_logprobs, to_device
@@ -246,6 +248,27 @@ def test_logprobs_while_decoding_are_those_of_a_full_forward(bases: Callable, na
         for rollout in generate(base, prompts, settings, "base"):
             full = alone(base, [*rollout.prompt_ids, *rollout.completion_ids])[-len(rollout.completion_ids) :]
             assert torch.allclose(torch.tensor(rollout.logprobs), full, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_prompt_in_pieces_and_one_found_again_agree_with_a_full_forward(
+    bases: Callable, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of 40 tokens of prompts, and what was computed of them the first time used the second time."""
+    monkeypatch.setitem(engine_module.SERVED_PREFILL_TOKENS, "cpu", 40)
+    base = bases(name)
+    engine = Engine(base, serving=True)
+    for turn in range(2):
+        for prompt in token_rows(4, low=70, high=150, seed=9):
+            engine.submit(Request(prompt, SamplingSettings(12, 1.0, seed=turn), completions=2))
+        rollouts = []
+        while engine.live:
+            rollouts += [event.rollout for event in engine.step() if event.rollout is not None]
+        assert len(rollouts) == 8
+        for rollout in rollouts:
+            full = alone(base, [*rollout.prompt_ids, *rollout.completion_ids])[-len(rollout.completion_ids) :]
+            assert torch.allclose(torch.tensor(rollout.logprobs), full, atol=1e-5)
+    assert engine.prefixes.hits >= 8 * 64
 
 
 def test_a_greedy_batch_of_64_ragged_prompts_equals_64_single_answers(bases: Callable) -> None:
