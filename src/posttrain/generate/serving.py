@@ -186,8 +186,10 @@ class Server:
 
     def _events(self) -> list[Event]:
         """What a step brings. One that fails ends all in flight, and the engine begins anew; several in a row end it."""
+        if not self._engine.live:
+            return []
         try:
-            events = self._engine.step() if self._engine.live else []
+            events = self._engine.step()
             self._failures = 0
             return events
         except Exception as error:
