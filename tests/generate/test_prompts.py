@@ -242,33 +242,48 @@ def test_nobody_has_more_than_half_of_the_places_while_others_want_some(base: Ba
     assert len(ended) == 22
 
 
+@pytest.fixture
+def huge(base: BaseModel) -> Iterator[str]:
+    """An adapter of finite weights that give no numbers."""
+    with torch.no_grad():
+        for pair in lively(base, "huge", 3).weights.values():
+            for matrix in pair:
+                matrix.fill_(3e38)
+    yield "huge"
+    base.adapters.remove("huge")
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_weights_that_give_no_numbers_end_their_own_rows_alone(base: BaseModel, temperature: float):
+def test_weights_that_give_no_numbers_end_their_own_rows_alone(base: BaseModel, huge: str, temperature: float):
     """Finite weights of 3e38 beside good ones: theirs end with "not finite", the others, and those that take their places,
     answer as they do alone. Whoever generates offline gets an error."""
-    with torch.no_grad():
-        for a, b in lively(base, "huge", 3).weights.values():
-            a.fill_(3e38)
-            b.fill_(3e38)
-    try:
-        for logprobs in (True, False):
-            settings = SamplingSettings(12, temperature, seed=4, logprobs=logprobs, min_new_tokens=12)
-            engine = Engine(base, serving=True)
-            first = [
-                Request([1, *range(30 + i, 70 + i)], settings, name, i)
-                for i, name in enumerate(("left", "huge", "left", "base", "right"))
-            ]
-            (_, bad, *_) = [engine.submit(request)[0] for request in first]
-            ends = {event.row: event.rollout for event in engine.step() if event.rollout is not None}
-            assert [(row, rollout.finish) for row, rollout in ends.items()] == [(bad, "not finite")]
-            # Those that come after are shorter than what stood in the place.
-            second = [Request([1, 30 + i], settings, name, i) for i, name in enumerate(("left", "base", "right"))]
-            numbers = [*range(bad - 1, bad), *range(bad + 1, bad + 4), *(engine.submit(r)[0] for r in second)]
-            found = {event.row: event.rollout for event in run(engine) if event.rollout is not None}
-            good = [request for request in first if request.adapter != "huge"] + second
-            for number, request in zip(numbers, good, strict=True):
-                assert found[number].completion_ids == answers(Engine(base), [request])[0].completion_ids
-            with pytest.raises(ModelError, match='"huge" gives numbers that are not finite'):
-                generate(base, [[1, 30, 40]], settings, "huge")
-    finally:
-        base.adapters.remove("huge")
+    for logprobs in (True, False):
+        settings = SamplingSettings(12, temperature, seed=4, logprobs=logprobs, min_new_tokens=12)
+        engine = Engine(base, serving=True)
+        first = [
+            Request([1, *range(30 + i, 70 + i)], settings, name, i)
+            for i, name in enumerate(("left", huge, "left", "base", "right"))
+        ]
+        (_, bad, *_) = [engine.submit(request)[0] for request in first]
+        ends = {event.row: event.rollout for event in engine.step() if event.rollout is not None}
+        assert [(row, rollout.finish) for row, rollout in ends.items()] == [(bad, "not finite")]
+        # Those that come after are shorter than what stood in the place.
+        second = [Request([1, 30 + i], settings, name, i) for i, name in enumerate(("left", "base", "right"))]
+        numbers = [*range(bad - 1, bad), *range(bad + 1, bad + 4), *(engine.submit(r)[0] for r in second)]
+        found = {event.row: event.rollout for event in run(engine) if event.rollout is not None}
+        good = [request for request in first if request.adapter != huge] + second
+        for number, request in zip(numbers, good, strict=True):
+            assert found[number].completion_ids == answers(Engine(base), [request])[0].completion_ids
+        with pytest.raises(ModelError, match='"huge" gives numbers that are not finite'):
+            generate(base, [[1, 30, 40]], settings, huge)
+
+
+def test_a_prompt_of_theirs_that_is_given_up_half_way_leaves_nothing(base: BaseModel, huge: str, pieces: None):
+    engine = Engine(base, serving=True)
+    engine.submit(Request([1, 30], SamplingSettings(60, min_new_tokens=60), "left"))
+    (bad,) = engine.submit(Request(long_prompts(1)[0], SamplingSettings(4), huge))
+    for _ in range(3):
+        engine.step()
+    engine.cancel(bad)
+    after = Request([1, 31], SamplingSettings(12, min_new_tokens=12), "right")
+    assert answers(engine, [after])[0].completion_ids == answers(Engine(base), [after])[0].completion_ids

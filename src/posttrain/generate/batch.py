@@ -7,7 +7,7 @@ On a CPU, whose memory is taken where it is written, most rows share one shelf, 
 T: tokens of the forward.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -108,6 +108,22 @@ class Places:
             if len(rows) > shelf.places:
                 shelf.grow(rounded(max(len(rows), min(limit, len(joining) + expected.get(capacity, 0)))))
 
+    def of(self, rows: Iterable[Row]) -> list[tuple[Row, Shelf, int]]:
+        """Shelf and place of each of these rows, in the order of the shelves."""
+        wanted = {id(row) for row in rows}
+        return [
+            (row, shelf, place)
+            for shelf, there in self.shelves.values()
+            for place, row in enumerate(there)
+            if row is not None and id(row) in wanted
+        ]
+
+    def wipe(self, row: Row, shelf: Shelf, place: int) -> None:
+        """Zeros where a row stands whose keys may not be finite, and in all free places: copies lie where it was moved from."""
+        there = next(rows for other, rows in self.shelves.values() if other is shelf)
+        free = [other for other in range(shelf.places) if other >= len(there) or there[other] is None]
+        shelf.clear([place, *free], row.cached)
+
     def leave(self, leaving: Sequence[Row]) -> None:
         """Take rows off their shelves; a shelf without rows is given up."""
         gone = {id(row) for row in leaving}
@@ -207,8 +223,9 @@ class _Layout:
         for chunk in chunks:
             skipped = shared if chunk.whole else 0
             start, stop = chunk.start + skipped, chunk.stop
-            if chunk.start:
-                self.late.append((len(self.spans), self._past(chunk)))
+            if chunk.start:  # what is cached of it is read at the first of its rows
+                ((_, shelf, place),) = self.places.of(chunk.rows[:1])
+                self.late.append((len(self.spans), Past(shelf, place, chunk.start)))
             first = len(self.ids)
             self.spans.append(Span(first - self.decoded, stop - start, above if chunk.whole else ()))
             self.ids += chunk.rows[0].prompt[start:stop]
@@ -216,14 +233,6 @@ class _Layout:
             tokens = [*range(before, before + skipped), *range(first, len(self.ids))]
             self._after(chunk, tokens)
         self.runs.append((len(self.ids) - before, chunks[0].rows[0].adapter))
-
-    def _past(self, chunk: Chunk) -> Past:
-        """What is cached of a prompt, read at the first of its rows."""
-        for shelf, rows in self.places.shelves.values():
-            for place, row in enumerate(rows):
-                if row is chunk.rows[0]:
-                    return Past(shelf, place, chunk.start)
-        raise AssertionError("a row that is filled has a place")
 
     def _after(self, chunk: Chunk, tokens: list[int]) -> None:
         for row in chunk.rows:
@@ -277,7 +286,7 @@ def _reading(shelf: Shelf, start: int, size: int, decoding: list[tuple[int, Row]
     # A place without a row sees its first key.
     reached = (size, *(min(size, -(-count // ROWS_STEP) * ROWS_STEP) for count in _reached(blocks)[1:]))
     place_N = torch.tensor([place for place, _ in decoding], device=device)
-    return Reading(shelf, start, size, place_N, torch.tensor(lengths, device=device), place_N + start, seen, reached, {}, {})
+    return Reading(shelf, start, size, place_N, torch.tensor(lengths, device=device), place_N + start, seen, reached, {})
 
 
 def _by_adapter(chunks: Sequence[Chunk]) -> list[list[Chunk]]:

@@ -122,11 +122,15 @@ class Engine:
                 self._waiting.add(rows[g : g + self._rows_limit])
         return [row.number for row in rows]
 
+    @torch.inference_mode()
     def cancel(self, number: int) -> None:
         """End a completion, waiting or in flight; its last event comes with the next step. Others are not touched."""
         found = self._waiting.drop(number)
         if not found:
             found = [row for row in self._places.rows() if row.number == number]
+            for row, shelf, place in self._places.of(found):
+                if not row.ids:  # whether what is filled of it is finite is not known yet
+                    self._places.wipe(row, shelf, place)
             self._places.leave(found)
             self._filling = [left for group in self._filling if (left := [row for row in group if row not in found])]
         for row in found:
@@ -179,19 +183,17 @@ class Engine:
 
     def _end(self, rows: list[Row]) -> None:
         """Rows leave; what was computed of them may come again."""
-        gone = {id(row) for row in rows}
-        for shelf, there in self._places.shelves.values():
-            for place, row in enumerate(there):
-                if row is not None and id(row) in gone and row.finish != "not finite":
-                    self.prefixes.keep(row, shelf, place)
-            broken = [row.cached for row in there if row is not None and id(row) in gone and row.finish == "not finite"]
-            if broken:  # copies may lie wherever it was moved from
-                live = {place for place, row in enumerate(there) if row is not None and id(row) not in gone}
-                shelf.clear([place for place in range(shelf.places) if place not in live], max(broken))
+        for row, shelf, place in self._places.of(rows):
+            if row.finish == "not finite":
+                self._places.wipe(row, shelf, place)
+            else:
+                self.prefixes.keep(row, shelf, place)
         self._places.leave(rows)
 
     def _admit(self) -> list[list[Row]]:
         """Take the prompts that join now off the queue and give their rows places."""
+        if not self._waiting:
+            return []
         rows, kind, limit = self._places.rows(), self.base.device.type, self._prefill_limit
         count, tokens = len(rows), sum(room_for(row.need, kind) for row in rows)
         rests = [len(group[0].prompt) - group[0].filled for group in self._filling]
@@ -228,12 +230,8 @@ class Engine:
 
     def _begin(self, joining: list[list[Row]]) -> None:
         """Copy what is known of their prompts to the places of rows that have joined."""
-        for group in joining:
-            new = {id(row) for row in group}
-            for shelf, there in self._places.shelves.values():
-                for place, row in enumerate(there):
-                    if row is not None and id(row) in new:
-                        row.filled = self.prefixes.fill(row, shelf, place)
+        for row, shelf, place in self._places.of(row for group in joining for row in group):
+            row.filled = self.prefixes.fill(row, shelf, place)
         self._filling += joining
 
     def _next_chunks(self) -> list[Chunk]:

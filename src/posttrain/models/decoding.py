@@ -114,28 +114,29 @@ class Reading(NamedTuple):
     token_N: Tensor
     seen: int
     rows_B: tuple[int, ...]
-    # Which keys each row sees, by window, as booleans and as numbers; made at the first use and kept for the other layers.
-    masks: dict[int, Tensor]
-    biases: dict[int, Tensor]
+    # Which keys each row sees, by window, as booleans or as numbers, whichever the device wants; kept for the other layers.
+    kept: dict[int, Tensor]
 
     def mask(self, window: int) -> Tensor:
         """[R, S]; a place without a row sees its first key."""
-        if window not in self.masks:
-            device = self.place_N.device
-            length_R1 = torch.zeros(self.rows, 1, dtype=torch.long, device=device)
-            length_R1[self.place_N, 0] = self.length_N
-            key_S = torch.arange(self.seen, device=device)[None]
-            seen = key_S <= length_R1
-            self.masks[window] = seen & (key_S > length_R1 - window) if window else seen
-        return self.masks[window]
+        if window not in self.kept:
+            self.kept[window] = self._seen(window)
+        return self.kept[window]
 
     def bias(self, window: int) -> Tensor:
         """[R, S], float32: 0 where a key is seen, -inf where not."""
-        if window not in self.biases:
-            mask_RS = self.mask(window)
-            bias_RS = torch.zeros(mask_RS.shape, device=mask_RS.device)
-            self.biases[window] = bias_RS.masked_fill_(~mask_RS, float("-inf"))
-        return self.biases[window]
+        if window not in self.kept:
+            mask_RS = self._seen(window)
+            self.kept[window] = torch.zeros(mask_RS.shape, device=mask_RS.device).masked_fill_(~mask_RS, float("-inf"))
+        return self.kept[window]
+
+    def _seen(self, window: int) -> Tensor:
+        device = self.place_N.device
+        length_R1 = torch.zeros(self.rows, 1, dtype=torch.long, device=device)
+        length_R1[self.place_N, 0] = self.length_N
+        key_S = torch.arange(self.seen, device=device)[None]
+        seen = key_S <= length_R1
+        return seen & (key_S > length_R1 - window) if window else seen
 
 
 class Filling(NamedTuple):
