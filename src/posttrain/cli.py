@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain import __version__
+from posttrain.arguments import number, whole
 from posttrain.artifacts import disk_error, is_disk_error
 from posttrain.errors import Interrupted, PosttrainError, RecipeError
 from posttrain.serve import commands
@@ -119,9 +120,9 @@ def _add_models(verbs: Any) -> None:
     chat.add_argument("target", metavar="MODEL_OR_RUN/STAGE", help="a stage of a run, a run (its last stage) or a model")
     chat.add_argument("--compare", metavar="A,B,…", help="answer with several stages side by side, e.g. base,sft,dpo")
     chat.add_argument("--system", default="", help="a system message")
-    chat.add_argument("--temperature", type=_temperature, default=0.7, help="0 is greedy (default: 0.7)")
-    chat.add_argument("--max-new-tokens", type=_whole(1), default=256, help="longest answer in tokens (default: 256)")
-    chat.add_argument("--seed", type=_whole(0), default=0, help="seed of what is sampled (default: 0)")
+    chat.add_argument("--temperature", type=number, default=0.7, help="0 is greedy (default: 0.7)")
+    chat.add_argument("--max-new-tokens", type=whole(1), default=256, help="longest answer in tokens (default: 256)")
+    chat.add_argument("--seed", type=whole(0), default=0, help="seed of what is sampled (default: 0)")
     chat.add_argument("--template", default="auto", help="chat template of a model without one (a run knows its own)")
     evaluate = _verb(
         verbs,
@@ -137,15 +138,15 @@ def _add_models(verbs: Any) -> None:
     evaluate.add_argument(
         "--prompts", metavar="FILE", help="with --best-of: demonstrations or pairs whose prompts are answered"
     )
-    evaluate.add_argument("--samples", type=_whole(1), default=16, help="with --best-of: completions a prompt (default: 16)")
+    evaluate.add_argument("--samples", type=whole(1), default=16, help="with --best-of: completions a prompt (default: 16)")
     evaluate.add_argument("--gold", metavar="RUN/STAGE", help="with --best-of: another reward stage judges what was chosen")
-    evaluate.add_argument("--temperature", type=_temperature, default=1.0, help="with --best-of (default: 1)")
+    evaluate.add_argument("--temperature", type=number, default=1.0, help="with --best-of (default: 1)")
     evaluate.add_argument("--suite", action="append", metavar="NAME_OR_FILE", help="default: starter")
     evaluate.add_argument(
-        "--limit", type=_whole(0), default=0, help="first items of each task (or pairs, prompts) only; 0 is all"
+        "--limit", type=whole(0), default=0, help="first items of each task (or pairs, prompts) only; 0 is all"
     )
-    evaluate.add_argument("--max-new-tokens", type=_whole(1), default=64, help="longest answer in tokens (default: 64)")
-    evaluate.add_argument("--seed", type=_whole(0), default=0, help="seed of what is sampled (default: 0)")
+    evaluate.add_argument("--max-new-tokens", type=whole(1), default=64, help="longest answer in tokens (default: 64)")
+    evaluate.add_argument("--seed", type=whole(0), default=0, help="seed of what is sampled (default: 0)")
     evaluate.add_argument("--template", default="auto", help="chat template of a model without one (a run knows its own)")
     evaluate.add_argument("--out", type=Path, help="also write scores.jsonl and scorecard.json into this folder")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
@@ -217,26 +218,6 @@ def _add_serving(verbs: Any) -> None:
 def _width() -> int:
     """Columns of the terminal; of a file or a pipe as many as a wide one has."""
     return shutil.get_terminal_size((120, 24)).columns
-
-
-def _whole(lowest: int) -> Callable[[str], int]:
-    """A whole number of at least `lowest`, for argparse."""
-
-    def read(text: str) -> int:
-        value = int(text)
-        if value < lowest:
-            raise argparse.ArgumentTypeError(f"{value} is less than {lowest}")
-        return value
-
-    read.__name__ = "whole number"  # what argparse calls a text that int() refuses
-    return read
-
-
-def _temperature(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 upwards")
-    return value
 
 
 def _run(options: argparse.Namespace) -> int:

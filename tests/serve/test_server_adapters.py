@@ -11,6 +11,7 @@ import pytest
 from adapter_folders import write_adapter
 from listening import BASE, Listening, alone, chat, listening
 
+from posttrain.artifacts import hash_file
 from posttrain.cli import main
 from posttrain.errors import ArtifactError, RecipeError
 from posttrain.models.files import load_adapter
@@ -186,6 +187,7 @@ def test_a_policy_of_full_fine_tuning_takes_the_place_of_the_base(tmp_path: Path
     target = open_target(str(run / "sft"))
     assert said == alone(target.base, "Hi", 12, target.policies.activate("sft"))
     assert card["id"] == "sft"
+    assert card["fingerprint"] == hash_file(run / "sft/model.safetensors")  # and not that of the base in whose place it is
     with pytest.raises(RecipeError, match="has whole weights · serve the base model to put adapters on it"):
         open_service(str(run), folder=tmp_path, budget_bytes=2**30, limits=Limits())
 

@@ -89,7 +89,7 @@ class Engine:
     def check(self, request: Request) -> LoraAdapter | None:
         """The adapter that a request names, None for the base. Raises ModelError or AdapterError where none can answer."""
         base, where, prompt = self.base, "generation", request.prompt
-        vocabulary = len(base.head_VD)
+        vocabulary = base.vocabulary
         check_settings(request.settings, vocabulary)
         adapter = None if request.adapter == "base" else base.adapters.get(request.adapter)
         if request.completions < 1:
@@ -111,7 +111,7 @@ class Engine:
 
     def take(self, request: Request, adapter: LoraAdapter | None) -> list[int]:
         """Take a request that was checked before, with the adapter that it named then: the name may have gone since."""
-        fingerprint = self.base.source.weights_hash if adapter is None else None if adapter.training else adapter.fingerprint
+        fingerprint = self._fingerprint(adapter)
         first = self._count
         self._count += request.completions
         rows = [Row(first + g, request, g, adapter, self.base.chat, fingerprint) for g in range(request.completions)]
@@ -121,6 +121,11 @@ class Engine:
             for g in range(0, len(rows), self._rows_limit):
                 self._waiting.add(rows[g : g + self._rows_limit])
         return [row.number for row in rows]
+
+    def _fingerprint(self, adapter: LoraAdapter | None) -> str | None:
+        """What the weights of base and adapter are known by; None where they may change."""
+        own = "" if adapter is None else None if adapter.training else adapter.fingerprint
+        return None if own is None or self.base.weights_hash is None else f"{self.base.weights_hash} {own}"
 
     @torch.inference_mode()
     def cancel(self, number: int) -> None:

@@ -33,7 +33,7 @@ BLOCK = 512
 BLOCK_ROWS = 4
 # Candidates that top-p looks at before it sorts the whole vocabulary.
 CANDIDATES = 1024
-# Below it the temperature leaves float32.
+# Temperatures below it leave float32, and are taken for it: only the likeliest token is left long before.
 LEAST_TEMPERATURE = 1e-30
 _MASK = 2**64 - 1
 
@@ -99,10 +99,7 @@ def check_settings(settings: SamplingSettings, vocabulary: int) -> None:
     unknown = next((i for i in ids if not 0 <= i < vocabulary), None)
     problems = [
         (s.max_new_tokens >= 0, f"max_new_tokens = {s.max_new_tokens}", "0 or more"),
-        (
-            s.temperature == 0 or LEAST_TEMPERATURE <= s.temperature < math.inf,
-            f"temperature = {s.temperature}", f"0 (the likeliest token) or at least {LEAST_TEMPERATURE}",
-        ),
+        (0 <= s.temperature < math.inf, f"temperature = {s.temperature}", "0 or more"),
         (0 < s.top_p <= 1, f"top_p = {s.top_p}", "more than 0, at most 1"),
         (s.top_k >= 0, f"top_k = {s.top_k}", "0 (all tokens) or more"),
         (0 <= s.min_p <= 1, f"min_p = {s.min_p}", "0 to 1"),
@@ -197,7 +194,7 @@ def _numbers(values: Sequence[float], like: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def _tempered(z_bV: Tensor, settings: Sequence[SamplingSettings]) -> Tensor:
-    temperatures = [s.temperature or 1.0 for s in settings]
+    temperatures = [max(s.temperature, LEAST_TEMPERATURE) if s.temperature else 1.0 for s in settings]
     if all(t == 1 for t in temperatures):
         return z_bV
     # The largest is taken off first: at a temperature near 0 the others may then fall to -inf, and none rises to inf.

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import nn
 
-from posttrain.artifacts import verify_files, write_json
+from posttrain.artifacts import hash_file, verify_files, write_json
 from posttrain.errors import AdapterError, RecipeError
 from posttrain.models.heads import SCORE_NAME, ScoreHead
 from posttrain.models.load import BaseModel
@@ -304,6 +304,7 @@ def load_full(path: Path, base: BaseModel) -> ScoreHead | None:
     check_base(metadata.get("base_weights_hash"), base, where, require_hash=True)
     head = _take_head(tensors, metadata, base, where, FULL_SCORE) if FULL_SCORE in tensors else None
     _copy_into(base, tensors, where)
+    base.weights_hash = hash_file(path)
     return head
 
 
@@ -318,6 +319,7 @@ def base_tensors(base: BaseModel) -> dict[str, torch.Tensor]:
 def reload_base(base: BaseModel) -> None:
     """Put the base's own weights back into the model in place."""
     _copy_into(base, base_tensors(base), f"base {base.source.folder}")
+    base.weights_hash = base.source.weights_hash
 
 
 def _copy_into(base: BaseModel, tensors: dict[str, torch.Tensor], where: str) -> None:
@@ -366,17 +368,21 @@ class Policies:
         if not trained:
             yield self.activate(name)
             return
-        self._in_place = "changed"
+        self._changed()
         try:
             yield self.activate(name)
         finally:
             with torch.no_grad():
                 for parameter, value in zip(trained, kept, strict=True):
                     parameter.copy_(value)
-            self._in_place = "changed"
+            self._changed()
 
     def forget(self, name: str) -> None:
         """A stage has trained or replaced this policy: what is in memory is not what is on disk."""
         self.base.adapters.remove(name)
         if name == "base":  # full fine-tuning moved the weights themselves
-            self._in_place = "changed"
+            self._changed()
+
+    def _changed(self) -> None:
+        """The weights in memory are those of no stage."""
+        self._in_place, self.base.weights_hash = "", None

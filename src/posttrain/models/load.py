@@ -118,7 +118,10 @@ class BaseModel:
         # What products are computed in. Wider weights are narrowed anew for each forward, and their gradients widened.
         self.dtype: torch.dtype = dtype or weight.dtype
         self._narrow = NarrowWeights(model.base_model, self.dtype) if self.dtype != weight.dtype else None
-        self.adapters = AdapterSet(model, source.weights_hash)
+        self.adapters = AdapterSet(model)
+        # What the weights in memory are known by: those of a full stage may take their place. None while they change.
+        self.weights_hash: str | None = source.weights_hash
+        self.vocabulary: int = len(model.get_output_embeddings().weight)
         self.tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         config = model.config.get_text_config()
         self.softcap: float | None = config.to_dict().get("final_logit_softcapping")
@@ -152,9 +155,7 @@ class BaseModel:
 
     def row_logits(self, hidden_RD: Tensor, adapters: Sequence[LoraAdapter | None], product: PackedProducts) -> Tensor:
         """Logits [R, V] of rows with adapters of their own, soft-capped where the model is, without gradient."""
-        # A head in another type is a new copy each time, not to be kept.
-        weight: Tensor = self.model.get_output_embeddings().weight
-        logits_RV = product(hidden_RD, weight) if weight.dtype == self.dtype else hidden_RD @ self.head_VD.T
+        logits_RV = product(hidden_RD, self.model.get_output_embeddings().weight)
         for adapter in dict.fromkeys(adapters):
             if adapter is not None and adapter.tokens is not None and self.tied:
                 own = torch.tensor([r for r, a in enumerate(adapters) if a is adapter], device=logits_RV.device)

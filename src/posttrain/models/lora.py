@@ -201,8 +201,8 @@ class AdapterSet:
     dict, and what is computed holds the adapter itself. An adapter is frozen before it has a name.
     """
 
-    def __init__(self, model: Any, weights_hash: str) -> None:
-        self._model, self.weights_hash = model, weights_hash
+    def __init__(self, model: Any) -> None:
+        self._model = model
         self._adapters: dict[str, LoraAdapter] = {}
         self._retired: WeakValueDictionary[str, LoraAdapter] = WeakValueDictionary()
         self.routing = Routing()

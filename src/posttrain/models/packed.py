@@ -24,9 +24,9 @@ class PackedProducts:
         self._packed: dict[int, tuple[Tensor, int, Tensor]] = {}
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [..., T, inputs], weight [outputs, inputs] -> [..., T, outputs]."""
+        """x [..., T, inputs], weight [outputs, inputs] -> [..., T, outputs]. A weight of another type is narrowed each time."""
         if not self._packs or x.shape[-2] > MOST_TOKENS or weight.dtype != x.dtype:
-            return functional.linear(x, weight, bias)
+            return functional.linear(x, weight.to(x.dtype), bias)
         kept = self._packed.get(id(weight))
         if kept is None or kept[1] != weight._version:
             kept = weight, weight._version, torch.ops.mkldnn._reorder_linear_weight(weight.detach())

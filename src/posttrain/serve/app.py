@@ -154,7 +154,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     async def text(body: DetokenizeRequest) -> Response:
         if body.model is not None:
             service.card(body.model)
-        vocabulary = len(base.head_VD)
+        vocabulary = base.vocabulary
         if body.tokens and max(body.tokens) >= vocabulary:
             raise Refusal(400, "tokens", f"token id {max(body.tokens)}", allowed=f"0 to {vocabulary - 1}", param="tokens")
         return _json(Detokenized(prompt=await asyncio.to_thread(base.chat.decode, body.tokens, True)))

@@ -17,8 +17,6 @@ from posttrain.serve.protocol import ChatMessage, ChatRequest, CompletionRequest
 
 # New tokens of /v1/completions where none are named, as in the openai package.
 COMPLETION_TOKENS = 16
-# Below it only the likeliest token is left, and float32 would have no number for the quotients.
-COLDEST = 1e-5
 
 
 class Ask(NamedTuple):
@@ -54,7 +52,7 @@ async def completion_ask(body: CompletionRequest, base: BaseModel, limits: Limit
     prompts, n = body.prompts, body.n or 1
     limits.check_completions(len(prompts), n)
     limits.check_text("prompt", sum(len(prompt) for prompt in prompts if isinstance(prompt, str)))
-    vocabulary, ids = len(base.head_VD), []
+    vocabulary, ids = base.vocabulary, []
     for prompt in prompts:
         if isinstance(prompt, str):
             ids.append(await asyncio.to_thread(base.chat.encode_text, prompt))
@@ -102,13 +100,12 @@ def _settings(body: GenerationRequest, base: BaseModel, tokens: int, scored: boo
     if least > tokens:
         raise Refusal(400, "min_tokens", str(least), allowed=f"at most max_tokens ({tokens})", param="min_tokens")
     bias = tuple((int(token), float(value)) for token, value in (body.logit_bias or {}).items())
-    vocabulary = len(base.head_VD)
+    vocabulary = base.vocabulary
     unknown = next((token for token, _ in bias if token >= vocabulary), None)
     if unknown is not None:
         raise Refusal(400, "logit_bias", f"token id {unknown}", allowed=f"0 to {vocabulary - 1}", param="logit_bias")
-    temperature = _or(body.temperature, 1.0)
     return SamplingSettings(
-        max_new_tokens=tokens, temperature=temperature if temperature >= COLDEST else 0.0, top_p=_or(body.top_p, 1.0),
+        max_new_tokens=tokens, temperature=_or(body.temperature, 1.0), top_p=_or(body.top_p, 1.0),
         seed=secrets.randbits(63) if body.seed is None else body.seed, logprobs=scored, top_k=max(body.top_k or 0, 0),
         min_p=_or(body.min_p, 0.0), repetition_penalty=_or(body.repetition_penalty, 1.0), min_new_tokens=least,
         stop=body.stops, logit_bias=bias, top_logprobs=top,

@@ -1,8 +1,8 @@
 """Chat in the terminal: answers stream, stages of a run are switched without loading the base again.
 
 Commands inside are in `HELP`. With `beside`, every line is answered by several stages, and each keeps its own conversation.
-One engine answers all of it, so weights are packed for decoding once. What a model writes is text to a terminal and never a
-command to it: control characters are replaced. Left out: editing of lines, which the terminal does.
+One engine answers all of it, so weights are packed and the conversation so far is computed once. What a model writes is text to
+a terminal and never a command to it: control characters are replaced. Left out: editing of lines, which the terminal does.
 """
 
 import re
@@ -73,8 +73,7 @@ class _Talk:
         if system:
             self.check_system(system)
         self.system = system
-        # The conversation so far need not be computed again, but for full weights, which change under the base's name.
-        self.engine = Engine(target.base, serving=target.recipe is None or target.recipe.adapter.kind == "lora")
+        self.engine = Engine(target.base, serving=True)
         self.asked = 0
         self.histories: dict[str, list[_Exchange]] = {name: [] for name in speakers}
 

@@ -2,8 +2,10 @@
 
 import argparse
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
+from posttrain.arguments import seconds, whole
 from posttrain.errors import RecipeError
 
 # What the extra "serve" brings.
@@ -23,37 +25,34 @@ def add_options(serve: argparse.ArgumentParser) -> None:
     )
     serve.add_argument("--adapters-dir", type=Path, metavar="DIR", help="adapters in here may be loaded while it runs")
     serve.add_argument(
-        "--adapter-bytes", type=_positive, default=2**31, metavar="N", help="memory for adapters (default: 2147483648)"
+        "--adapter-bytes", type=whole(1), default=2**31, metavar="N", help="memory for adapters (default: 2147483648)"
     )
     serve.add_argument("--name", help="the name of the base (default: as it was asked for, of a folder its last part)")
     serve.add_argument("--template", default="auto", help="chat template of a model without one (a run knows its own)")
     serve.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; others than loopback need --keys (default: 127.0.0.1)"
     )
-    serve.add_argument("--port", type=_port, default=8000, help="0 takes a free one (default: 8000)")
+    serve.add_argument("--port", type=whole(0, 2**16 - 1), default=8000, help="0 takes a free one (default: 8000)")
     serve.add_argument("--keys", type=Path, metavar="FILE", help="only holders of these keys may ask")
     _add_limits(serve)
 
 
 def _add_limits(serve: argparse.ArgumentParser) -> None:
-    numbers = (
-        ("body-bytes", 2**20, "largest request"),
-        ("prompt-chars", 2**18, "longest prompt in characters"),
-        ("max-tokens", 4096, "most new tokens a request may ask for"),
-        ("default-tokens", 512, "new tokens of a chat answer where none are named"),
-        ("completions", 16, "most completions of one request, over its prompts"),
-        ("queue", 256, "requests that may wait; more get 429"),
+    size, time = (whole(1), "N"), (seconds, "S")
+    limits: tuple[tuple[str, float, tuple[Callable[[str], float], str], str], ...] = (
+        ("body-bytes", 2**20, size, "largest request"),
+        ("prompt-chars", 2**18, size, "longest prompt in characters"),
+        ("max-tokens", 4096, size, "most new tokens a request may ask for"),
+        ("default-tokens", 512, size, "new tokens of a chat answer where none are named"),
+        ("completions", 16, size, "most completions of one request, over its prompts"),
+        ("queue", 256, size, "requests that may wait; more get 429"),
+        ("body-seconds", 30.0, time, "a request must be sent within this time"),
+        ("queue-seconds", 60.0, time, "an answer must begin within this time"),
+        ("request-seconds", 600.0, time, "an answer must end within this time"),
+        ("shutdown-timeout", 30.0, time, "time to finish answers after SIGTERM"),
     )
-    for name, default, about in numbers:
-        serve.add_argument(f"--{name}", type=_positive, default=default, metavar="N", help=f"{about} (default: {default})")
-    times = (
-        ("body-seconds", 30.0, "a request must be sent within this time"),
-        ("queue-seconds", 60.0, "an answer must begin within this time"),
-        ("request-seconds", 600.0, "an answer must end within this time"),
-        ("shutdown-timeout", 30.0, "time to finish answers after SIGTERM"),
-    )
-    for name, seconds, about in times:
-        serve.add_argument(f"--{name}", type=_seconds, default=seconds, metavar="S", help=f"{about} (default: {seconds:g})")
+    for name, default, (kind, shown), about in limits:
+        serve.add_argument(f"--{name}", type=kind, default=default, metavar=shown, help=f"{about} (default: {default:.10g})")
 
 
 def _named(text: str) -> tuple[str, Path]:
@@ -61,27 +60,6 @@ def _named(text: str) -> tuple[str, Path]:
     if not name or not sign or not path:
         raise argparse.ArgumentTypeError(f"{text} is not NAME=PATH")
     return name, Path(path)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
-
-
-def _port(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**16:
-        raise argparse.ArgumentTypeError(f"{value} is not a port")
-    return value
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
-    return value
 
 
 def serve(options: argparse.Namespace) -> int:

@@ -76,7 +76,8 @@ class AdapterStore:
         self._base, self._budget = base, budget_bytes
         self._folder = folder.resolve() if folder is not None else None
         size = sum(p.numel() * p.element_size() for p in base.model.parameters())
-        self._root = Served(base_name, "base", base.source.weights_hash, base_name, None, None, None, size, True)
+        assert base.weights_hash is not None, "weights that change are not served"
+        self._root = Served(base_name, "base", base.weights_hash, base_name, None, None, None, size, True)
         # Least recently used first.
         self._entries: dict[str, _Entry] = {}
         # One adapter at a time is read: a burst of loads takes no more memory than one.
