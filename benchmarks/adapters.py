@@ -10,17 +10,14 @@ A side warms up with one whole run and then makes three with other seeds; tokens
 
 import json
 import os
-import resource
 import sys
-import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import rollouts
 
-ADAPTERS, RANK, RUNS = 16, 16, 3
+ADAPTERS, RANK = 16, 16
 Run = tuple[Callable[[int], int], str, tuple[str, ...]]
 
 
@@ -120,17 +117,7 @@ def main() -> None:
         return
     work = json.loads((folder / "rollouts.json").read_text())
     run, setting, packages = {"posttrain": posttrain, "vllm": vllm, "peft": peft}[side](work, folder, int(sys.argv[3]))
-    run(0)
-    units, seconds = [], []
-    for seed in range(1, RUNS + 1):
-        started = time.perf_counter()
-        units.append(run(seed))
-        seconds.append(time.perf_counter() - started)
-    print(json.dumps({
-        "units": units, "seconds": seconds, "setting": setting,
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "versions": {name: version(name) for name in packages},
-    }))  # fmt: skip
+    print(json.dumps(rollouts.measure(run, setting, packages)))
 
 
 if __name__ == "__main__":

@@ -111,17 +111,22 @@ def main() -> None:
         return
     work = json.loads((folder / "rollouts.json").read_text())
     run, setting, packages = {"posttrain": posttrain, "generate": hf_generate, "vllm": vllm}[side](work)
+    print(json.dumps(measure(run, setting, packages)))
+
+
+def measure(run: Callable[[int], int], setting: str, packages: tuple[str, ...]) -> dict[str, Any]:
+    """One run to warm up, and three that are timed."""
     run(0)
     units, seconds = [], []
     for seed in range(1, RUNS + 1):
         started = time.perf_counter()
         units.append(run(seed))
         seconds.append(time.perf_counter() - started)
-    print(json.dumps({
+    return {
         "units": units, "seconds": seconds, "setting": setting,
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "versions": {name: version(name) for name in packages},
-    }))  # fmt: skip
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -6,7 +6,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from browsers import chromium
+
 if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
     from posttrain.models.load import BaseModel
 
 # Read by libraries when they are imported, and inherited by the processes that tests start.
@@ -29,3 +33,10 @@ def tiny(own_cache: None) -> "BaseModel":
     from posttrain.models.load import load_base
 
     return load_base("random:tiny", template="gemma", dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    """Headless Chromium, for tests that bear the marks `browsers.IN_CHROMIUM`."""
+    with chromium() as started:
+        yield started

@@ -1,36 +1,19 @@
 """The page in headless Chromium: wide and narrow, light and dark; no error, no request, nothing wider than the screen."""
 
-import shutil
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from test_report import HOSTILE, planted
 
+from browsers import IN_CHROMIUM
 from posttrain.report.render import write_report
 from tiny_runs import copied_run, finished_run
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)"),
-]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator["Browser"]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of playwright's own
-        from playwright.sync_api import sync_playwright
-    with sync_playwright() as play:
-        chromium = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
+pytestmark = IN_CHROMIUM
 
 
 def visit(browser: "Browser", page_file: Path, width: int, scheme: str) -> tuple[list[str], list[str], int, str]:

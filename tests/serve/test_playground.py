@@ -2,9 +2,7 @@
 
 import json
 import re
-import shutil
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -12,25 +10,12 @@ import pytest
 from hostile_texts import HOSTILE_TEXTS
 from stand_in import PAGE, StandIn, piece, sse, standing_in, whole
 
+from browsers import IN_CHROMIUM, until
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)"),
-]
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator["Browser"]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of playwright's own
-        from playwright.sync_api import sync_playwright
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+pytestmark = IN_CHROMIUM
 
 
 @pytest.fixture
@@ -54,12 +39,12 @@ class Visit:
         self.until("document.getElementById('status').textContent !== ''")
 
     def until(self, expression: str) -> None:
-        """Wait until an expression is true. Playwright's own waiting evaluates texts in the page, which the policy forbids."""
-        for _ in range(1500):
-            if self.page.evaluate(expression):
-                return
-            self.page.wait_for_timeout(20)
-        raise AssertionError(f"never true: {expression}; status {self.status!r}, problems {self.texts('.problem')}")
+        """Wait until an expression is true."""
+        try:
+            until(self.page, expression)
+        except AssertionError as error:
+            error.add_note(f"status {self.status!r}, problems {self.texts('.problem')}")
+            raise
 
     def _dialog(self, dialog: Any) -> None:
         self.said.append(f"dialog {dialog.message}")
@@ -89,12 +74,12 @@ class Visit:
 
 
 @pytest.fixture
-def visit(chromium: "Browser", server: StandIn) -> Iterator[Callable[..., Visit]]:
+def visit(browser: "Browser", server: StandIn) -> Iterator[Callable[..., Visit]]:
     """Opens the page; at the end nothing was said on the console and nothing asked for but what the page needs."""
     opened: list[Visit] = []
 
     def make(**options: Any) -> Visit:
-        opened.append(Visit(chromium.new_page(**options), server.url))
+        opened.append(Visit(browser.new_page(**options), server.url))
         return opened[-1]
 
     yield make

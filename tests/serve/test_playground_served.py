@@ -1,40 +1,21 @@
 """The playground from the real server, in headless Chromium, under the content security policy that the server sends."""
 
-import shutil
-import warnings
 from typing import TYPE_CHECKING
 
-import pytest
 from listening import BASE, alone, listening
 
+from browsers import IN_CHROMIUM, until
 from posttrain.models.load import BaseModel
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Browser
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)"),
-]
+pytestmark = IN_CHROMIUM
 
 
-def until(page: "Page", expression: str) -> None:
-    """Wait until an expression is true. Playwright's own waiting evaluates texts in the page, which the policy forbids."""
-    for _ in range(1500):
-        if page.evaluate(expression):
-            return
-        page.wait_for_timeout(20)
-    raise AssertionError(f"never true: {expression}")
-
-
-def test_the_page_streams_what_the_model_says(tiny: BaseModel):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of playwright's own
-        from playwright.sync_api import sync_playwright
+def test_the_page_streams_what_the_model_says(browser: "Browser", tiny: BaseModel):
     said: list[str] = []
-    with listening(tiny) as server, sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with listening(tiny) as server:
         page = browser.new_page()
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
@@ -47,7 +28,7 @@ def test_the_page_streams_what_the_model_says(tiny: BaseModel):
         page.locator("#prompt").press("Enter")
         until(page, "document.querySelectorAll('.answer[aria-busy=false]').length === 1")
         shown = page.locator(".answer").inner_text()
-        browser.close()
+        page.close()
     answer = alone(tiny, "Hi", 8)
     assert answer.strip()
     assert answer.strip() in shown

@@ -2,7 +2,6 @@
 
 import asyncio
 import shutil
-from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -14,14 +13,6 @@ from posttrain.artifacts import hash_file
 from posttrain.errors import AdapterError
 from posttrain.models.load import BaseModel
 from posttrain.serve.store import AdapterStore, Served
-
-
-@pytest.fixture
-def base(tiny: BaseModel) -> Iterator[BaseModel]:
-    """The shared tiny base; adapters of a test are forgotten after it."""
-    yield tiny
-    for name in tiny.adapters.names():
-        tiny.adapters.remove(name)
 
 
 @pytest.fixture(scope="module")

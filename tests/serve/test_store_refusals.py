@@ -25,14 +25,6 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
 @pytest.fixture
-def base(tiny: BaseModel) -> Iterator[BaseModel]:
-    """The shared tiny base; adapters of a test are forgotten after it."""
-    yield tiny
-    for name in tiny.adapters.names():
-        tiny.adapters.remove(name)
-
-
-@pytest.fixture
 def folder(base: BaseModel, tmp_path: Path) -> Path:
     """A folder of adapters with one good one."""
     write_adapter(tmp_path / "adapters" / "good", base, 0)

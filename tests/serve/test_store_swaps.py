@@ -1,7 +1,6 @@
 """Adapters change under a running engine: what is in flight ends on its own weights, what comes later gets the new ones."""
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,14 +19,6 @@ from posttrain.serve.store import AdapterStore
 PROMPTS = [[1, 40 + i, 50, 60 + i] for i in range(8)]
 SETTINGS = SamplingSettings(6, 1.0, seed=3)
 Answers = dict[str, list[tuple[int, ...]]]
-
-
-@pytest.fixture
-def base(tiny: BaseModel) -> Iterator[BaseModel]:
-    """The shared tiny base; adapters of a test are forgotten after it."""
-    yield tiny
-    for name in tiny.adapters.names():
-        tiny.adapters.remove(name)
 
 
 @pytest.fixture(scope="module")
