@@ -116,6 +116,18 @@ def test_without_a_folder_nothing_is_loaded(tiny: BaseModel, folders: dict[str, 
         assert (response.status_code, response.json()["error"]["code"]) == (400, "adapter")
 
 
+def test_what_the_cache_of_prompts_spares_can_be_watched(tiny: BaseModel):
+    """The second time all full blocks of 64 tokens are found but the one that holds the last token."""
+    with listening(tiny) as server:
+        for _ in range(2):
+            answer = server.post("/v1/completions", {"model": BASE, "prompt": list(range(7, 207)), "max_tokens": 1})
+            assert answer.status_code == 200
+        text = server.get("/metrics").text
+    assert "posttrain_prefix_tokens_asked 400.0" in text
+    assert "posttrain_prefix_tokens_found 192.0" in text
+    assert float(text.partition("\nposttrain_prefix_bytes ")[2].split()[0]) > 0
+
+
 def test_invented_names_make_no_series_of_metrics(tiny: BaseModel):
     with listening(tiny) as server:
         for number in range(20):

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from posttrain.errors import BusyError
 from posttrain.generate.engine import Engine
+from posttrain.generate.prefix import PrefixCache
 from posttrain.generate.rows import Event, Request
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter
@@ -115,6 +116,11 @@ class Server:
     def waiting(self) -> int:
         """Completions that have not begun."""
         return self._waiting
+
+    @property
+    def prefixes(self) -> PrefixCache:
+        """What is kept of prompts."""
+        return self._engine.prefixes
 
     @property
     def idle(self) -> bool:

@@ -4,7 +4,7 @@ Every application has a registry of its own. A label is the name of a policy tha
 there are as many series as policies; one that is unloaded takes its series along.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -16,9 +16,9 @@ _EACH = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
 class Metrics:
-    """Counters, gauges and histograms of one server. `waiting` tells how many completions have not begun."""
+    """Counters, gauges and histograms of one server. `read` are gauges by name: what they are, and what tells it."""
 
-    def __init__(self, waiting: Callable[[], int]) -> None:
+    def __init__(self, read: Mapping[str, tuple[str, Callable[[], float]]]) -> None:
         self._registry = registry = CollectorRegistry()
         label = ["model"]
         self._requests = Counter("posttrain_requests", "Requests by policy and status.", ["model", "status"], registry=registry)
@@ -33,8 +33,8 @@ class Metrics:
             registry=registry,
         )  # fmt: skip
         self._rows = Gauge("posttrain_completions_open", "Completions that wait or are in flight.", registry=registry)
-        queue = Gauge("posttrain_completions_waiting", "Completions that have not begun.", registry=registry)
-        queue.set_function(waiting)
+        for name, (about, value) in read.items():
+            Gauge(name, about, registry=registry).set_function(value)
 
     def request(self, model: str, status: int) -> None:
         """A request is over; `status` is what it was answered with, or what a stream ended in."""

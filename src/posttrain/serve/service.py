@@ -5,7 +5,7 @@ Left out: who may ask, and in which protocol (`gate.py`, `app.py`).
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from posttrain.errors import AdapterError, BusyError
@@ -30,8 +30,16 @@ class Service:
         self.created = int(time.time())
         # Requests that may be inside: those that are computed, and those that wait.
         self.places = ROWS[base.device.type] + limits.queue
-        self.metrics = Metrics(lambda: self._server.waiting if self._server is not None else 0)
         self._server: Server | None = None
+        self.metrics = Metrics({
+            "posttrain_completions_waiting": ("Completions that have not begun.", lambda: self._of(lambda s: s.waiting)),
+            "posttrain_prefix_tokens_asked": ("Tokens of prompts looked for.", lambda: self._of(lambda s: s.prefixes.asked)),
+            "posttrain_prefix_tokens_found": ("Of these, not computed again.", lambda: self._of(lambda s: s.prefixes.hits)),
+            "posttrain_prefix_bytes": ("Memory of prompts that are kept.", lambda: self._of(lambda s: s.prefixes.bytes)),
+        })  # fmt: skip
+
+    def _of(self, number: Callable[[Server], int]) -> int:
+        return 0 if self._server is None else number(self._server)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -75,7 +83,7 @@ class Service:
 
     def name_of(self, model: str) -> str:
         """A name for the metrics."""
-        return model if any(served.name == model for served in self.store.models()) else UNKNOWN
+        return model if model in self.store else UNKNOWN
 
     def cards(self) -> list[ModelCard]:
         """What can be asked for."""

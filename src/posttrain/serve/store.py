@@ -135,6 +135,9 @@ class AdapterStore:
         entry = self._entries[name] = self._entries.pop(name)
         return entry.served._replace(adapter=self._base.adapters.get(entry.served.engine_name))
 
+    def __contains__(self, name: str) -> bool:
+        return name == self._root.name or name in self._entries
+
     def models(self) -> list[Served]:
         """All that can be asked for, in memory or not: the base first, then by name."""
         return [self._root, *(self._entries[name].served for name in sorted(self._entries))]
