@@ -35,7 +35,7 @@ def prepare(folder: Path, data: Path) -> dict[str, Any]:
         target = folder / f"a{number}"
         target.mkdir()
         adapter = base.adapters.create(target.name, LoraSettings(RANK, 32.0, 0.0, "all", "standard"), seed=number)
-        generator = torch.Generator().manual_seed(number)
+        generator = torch.Generator(base.device).manual_seed(number)
         with torch.no_grad():
             for _, b in adapter.weights.values():
                 b.normal_(std=0.005, generator=generator)
@@ -92,7 +92,7 @@ def peft(work: dict[str, Any], folder: Path, count: int) -> Run:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.bfloat16).to(rollouts.device())
     model = PeftModel.from_pretrained(model, str(folder / "a0"), adapter_name="a0")
     for number in range(1, count):
         model.load_adapter(str(folder / f"a{number}"), adapter_name=f"a{number}")

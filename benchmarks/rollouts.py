@@ -6,6 +6,7 @@
     rollouts.py vllm FOLDER             vLLM's CPU build, in an environment of its own
 
 A side warms up with one whole run and then makes three with other seeds; tokens are those up to and with the end of the turn.
+Where torch sees a GPU, both we and transformers use it, and memory is what torch held there.
 """
 
 import json
@@ -57,7 +58,7 @@ def hf_generate(work: dict[str, Any]) -> tuple[Callable[[int], int], str, tuple[
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.bfloat16).to(device()).eval()
 
     def run(seed: int) -> int:
         torch.manual_seed(seed)
@@ -66,13 +67,20 @@ def hf_generate(work: dict[str, Any]) -> tuple[Callable[[int], int], str, tuple[
     return run, "bfloat16, one batch of 64, dynamic cache", ("transformers", "torch")
 
 
+def device() -> str:
+    """Where torch computes."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def sample(model: Any, prompts: list[list[int]], work: dict[str, Any]) -> int:
     """Tokens that transformers' generate gives in one batch."""
     import torch
 
     longest, pad = max(map(len, prompts)), work["ends"][0]
-    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     with torch.inference_mode():
         out = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=work["new_tokens"], do_sample=True, temperature=1.0,
@@ -123,10 +131,18 @@ def measure(run: Callable[[int], int], setting: str, packages: tuple[str, ...]) 
         units.append(run(seed))
         seconds.append(time.perf_counter() - started)
     return {
-        "units": units, "seconds": seconds, "setting": setting,
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "units": units, "seconds": seconds, "setting": f"{setting}, {device()}", "peak_gib": peak_gib(),
         "versions": {name: version(name) for name in packages},
     }  # fmt: skip
+
+
+def peak_gib() -> float:
+    """The most memory so far: of the GPU where there is one, else of the process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A controlled experiment: what do best-of-n, DPO and PPO make of the same preferences, at the same distance from the start?
 
     python benchmarks/sentiment.py --out runs/sentiment [--model package:smollm2-135m-instruct] [--seeds 6] [--jobs 2] [--quick]
+                                   [--first 100] [--set ppo_rate=3e-4 ...]
 
 As in the DPO paper (Rafailov et al. 2023, section 6.1), what people want is replaced by something known: the log odds that a
 sentence praises, by a classifier (`sentiment_gold.py`). Preferences between two continuations of a prompt are drawn from it;
@@ -9,7 +10,8 @@ model and policies, and every budget is a run of the product: a `beta` of DPO, a
 
 What is measured of every policy is the same: on held-out prompts, gold of its own samples, and the sum over a sample of
 log pi - log init, in nats. Best-of-n has no log pi: its KL is the one of `posttrain.evaluate.best_of`. Prints one JSON object;
-writes it and `frontier.svg` into the folder. A seed's part that is there already is not made again.
+writes it and `frontier.svg` into the folder. A seed's part that is there already is not made again. A package is measured at
+the size `WHOLE` where torch sees a GPU, and uses it; the small model stays on the CPU.
 """
 
 import argparse
@@ -40,7 +42,6 @@ from posttrain.records import Message
 
 ROOT = Path(__file__).resolve().parents[1]
 SENTENCES = ROOT.parent / "shared/data/sentiment/sentence_polarity.zip"
-NEW_TOKENS = 20
 # Held-out sentences: their first words are the prompts of every measurement.
 HELD_OUT = 400
 # Distances at which the methods are set beside each other, nats.
@@ -48,9 +49,10 @@ DISTANCES = (0.5, 1.0, 2.0, 4.0)
 
 
 class Size(NamedTuple):
-    """How much of everything: passes over how many of the start's sentences (0 is all), pairs, the budgets of DPO and PPO,
-    PPO's iterations of prompts, prompts measured and best-of-n's samples of each, and learning rates."""
+    """How much of everything: new tokens, passes over how many of the start's sentences (0 is all), pairs, the budgets of DPO
+    and PPO, PPO's iterations of prompts, prompts measured and best-of-n's samples of each, and learning rates."""
 
+    new_tokens: int
     epochs: float
     sentences: int
     pairs: int
@@ -66,15 +68,19 @@ class Size(NamedTuple):
 
 
 SMALL = Size(
-    epochs=5, sentences=0, pairs=4000, betas=(0.05, 0.1, 0.2, 0.8), kl_coefs=(0.03, 0.06, 0.1, 0.3), iterations=24, prompts=96,
-    measured=150, samples=32, dpo_rate=3e-3, ppo_rate=1e-3, reward_rate=2e-3,
+    new_tokens=20, epochs=5, sentences=0, pairs=4000, betas=(0.05, 0.1, 0.2, 0.8), kl_coefs=(0.03, 0.06, 0.1, 0.3),
+    iterations=24, prompts=96, measured=150, samples=32, dpo_rate=3e-3, ppo_rate=1e-3, reward_rate=2e-3,
 )  # fmt: skip
 PACKAGE = Size(
-    epochs=1, sentences=1500, pairs=600, betas=(0.05, 0.3), kl_coefs=(0.03, 0.15), iterations=8, prompts=48,
+    new_tokens=32, epochs=1, sentences=1500, pairs=600, betas=(0.05, 0.3), kl_coefs=(0.03, 0.15), iterations=8, prompts=48,
     measured=64, samples=16, dpo_rate=1e-4, ppo_rate=1e-4, reward_rate=2e-4,
 )  # fmt: skip
+WHOLE = Size(
+    new_tokens=32, epochs=2, sentences=0, pairs=3000, betas=(0.03, 0.1, 0.3, 1.0), kl_coefs=(0.02, 0.05, 0.1, 0.3),
+    iterations=20, prompts=96, measured=150, samples=32, dpo_rate=2e-4, ppo_rate=2e-4, reward_rate=2e-4,
+)  # fmt: skip
 QUICK = Size(
-    epochs=0.5, sentences=400, pairs=100, betas=(0.1,), kl_coefs=(0.05,), iterations=2, prompts=16,
+    new_tokens=20, epochs=0.5, sentences=400, pairs=100, betas=(0.1,), kl_coefs=(0.05,), iterations=2, prompts=16,
     measured=16, samples=8, dpo_rate=1e-3, ppo_rate=1e-3, reward_rate=1e-3,
 )  # fmt: skip
 
@@ -86,9 +92,15 @@ class Prompt(NamedTuple):
     ids: list[int]
 
 
-def size_of(model: str, quick: bool) -> Size:
-    """The experiment's size."""
-    return QUICK if quick else SMALL if model == "small" else PACKAGE
+def size_of(model: str, quick: bool, changed: Sequence[str] = ()) -> Size:
+    """The experiment's size, with fields changed by texts such as `pairs=100`."""
+    size = QUICK if quick else SMALL if model == "small" else WHOLE if device_of(model) == "cuda" else PACKAGE
+    return size._replace(**{name: json.loads(value) for name, _, value in (text.partition("=") for text in changed)})
+
+
+def device_of(model: str) -> str:
+    """Where it is computed. The small model is faster on a CPU."""
+    return "cuda" if model != "small" and torch.cuda.is_available() else "cpu"
 
 
 # --- the start, made once ---------------------------------------------------------------------------------------------
@@ -115,7 +127,7 @@ def prepare(folder: Path, model: str, size: Size) -> dict[str, Any]:
         base = str(folder / "random")
         if not Path(base).exists():
             begin.make_random(Path(base), words)
-    begin.train_start(folder, base, folder / "sentences-train.jsonl", suite, epochs=size.epochs)
+    begin.train_start(folder, base, folder / "sentences-train.jsonl", suite, epochs=size.epochs, device=device_of(model))
     right = known.accuracy(known.fit_gold(sentences.gold), sentences.policy)
     return {"gold_accuracy": wilson(sum(right), len(right))._asdict(), "start_rows": len(rows)}
 
@@ -127,21 +139,23 @@ def run_seed(folder: Path, model: str, size: Size, seed: int) -> None:
     """Everything of one seed: preferences, one recipe with all stages, and the measurements. What is there is kept."""
     own = folder / f"seed-{seed}"
     own.mkdir(exist_ok=True)
-    dtype = "float32" if model == "small" else "auto"
+    at = {"dtype": "float32" if model == "small" else "auto", "device": device_of(model)}
     gold = known.fit_gold(known.read_sentences(SENTENCES).gold)
     if not (own / "pairs.jsonl").exists():
-        base = load_base(str(folder / "start"), dtype=dtype, device="cpu")
+        base = load_base(str(folder / "start"), **at)
         write_jsonl(own / "pairs.jsonl", draw_pairs(base, gold, json.loads((folder / "prompts.json").read_text()), size, seed))
-    recipe = parse_recipe(recipe_of(folder, own, size, seed, dtype))
+    recipe = parse_recipe(recipe_of(folder, own, size, seed, at))
     run_recipe(recipe, to_toml(recipe), own / "run")
-    base = load_base(str(folder / "start"), dtype=dtype, device="cpu")
+    base = load_base(str(folder / "start"), **at)
     policies = Policies(base, own / "run")
     prompts = prompt_rows(base, json.loads((folder / "held-out.json").read_text())[: size.measured])
     for stage in ("base", *(s.name for s in recipe.stage if s.kind in ("dpo", "ppo"))):
         if not (own / f"{stage}.json").exists():
-            write_json(own / f"{stage}.json", measure_policy(base, policies.activate(stage), gold, prompts, seed))
+            write_json(
+                own / f"{stage}.json", measure_policy(base, policies.activate(stage), gold, prompts, seed, size.new_tokens)
+            )
     if not (own / "best-of.json").exists():
-        settings = SamplingSettings(NEW_TOKENS, 1.0, 1.0, 10_000 + seed)
+        settings = SamplingSettings(size.new_tokens, 1.0, 1.0, 10_000 + seed)
         found = sample_candidates(
             base, "base", policies.activate("rm"), [p.ids for p in prompts], settings, samples=size.samples
         )
@@ -156,7 +170,7 @@ def draw_pairs(base: BaseModel, gold: known.Gold, prompts: Sequence[str], size: 
     """Prompts with two continuations each, and which one a draw from gold prefers; two that are alike are left out."""
     chance = random.Random(seed)
     chosen = prompt_rows(base, chance.choices(prompts, k=size.pairs))
-    settings = SamplingSettings(NEW_TOKENS, 1.0, 1.0, seed, False)
+    settings = SamplingSettings(size.new_tokens, 1.0, 1.0, seed, False)
     answers = generate(base, [row.ids for row in chosen for _ in range(2)], settings, "base")
     found = []
     for i, row in enumerate(chosen):
@@ -167,7 +181,7 @@ def draw_pairs(base: BaseModel, gold: known.Gold, prompts: Sequence[str], size: 
     return found
 
 
-def recipe_of(folder: Path, own: Path, size: Size, seed: int, dtype: str) -> dict[str, Any]:
+def recipe_of(folder: Path, own: Path, size: Size, seed: int, at: dict[str, str]) -> dict[str, Any]:
     """The recipe of a seed: a reward model, and DPO and PPO at every budget, all from the start."""
     data = {"data": str(own / "pairs.jsonl"), "allow_dropped": 0.05}
     trained = {**data, "init": "base", "batch": 32, "max_tokens": 128}
@@ -191,10 +205,10 @@ def recipe_of(folder: Path, own: Path, size: Size, seed: int, dtype: str) -> dic
         stages.append(
             {"kind": "ppo", "name": f"ppo-{kl_coef:g}", "init": "base", "reward": "rm", "data": data["data"],
              "iterations": size.iterations, "prompts": size.prompts, "minibatch": size.prompts // 2, "ppo_epochs": 2,
-             "max_new_tokens": NEW_TOKENS, "kl_coef": kl_coef, "learning_rate": size.ppo_rate, "missing_eos_penalty": 1.0}
+             "max_new_tokens": size.new_tokens, "kl_coef": kl_coef, "learning_rate": size.ppo_rate, "missing_eos_penalty": 1.0}
         )  # fmt: skip
     return {
-        "name": "sentiment", "seed": seed, "base": {"model": str(folder / "start"), "dtype": dtype, "device": "cpu"},
+        "name": "sentiment", "seed": seed, "base": {"model": str(folder / "start"), **at},
         "adapter": {"rank": 16}, "stage": stages,
         "evaluation": {"suites": [str(folder / "sentences.toml")], "samples": ["the film is"], "sample_tokens": 24},
     }  # fmt: skip
@@ -207,11 +221,11 @@ def prompt_rows(base: BaseModel, prompts: Sequence[str]) -> list[Prompt]:
 
 @torch.no_grad()
 def measure_policy(
-    base: BaseModel, policy: str, gold: known.Gold, prompts: Sequence[Prompt], seed: int, *, samples: int = 4
+    base: BaseModel, policy: str, gold: known.Gold, prompts: Sequence[Prompt], seed: int, new_tokens: int, *, samples: int = 4
 ) -> dict[str, Any]:
     """Gold and KL of a policy's own samples, with intervals over prompts."""
     asked = [row.ids for row in prompts for _ in range(samples)]
-    answers = generate(base, asked, SamplingSettings(NEW_TOKENS, 1.0, 1.0, 20_000 + seed, False), policy)
+    answers = generate(base, asked, SamplingSettings(new_tokens, 1.0, 1.0, 20_000 + seed, False), policy)
     kl_PN = []
     for i, row in enumerate(prompts):
         own = [list(a.completion_ids) for a in answers[i * samples : (i + 1) * samples]]
@@ -320,19 +334,10 @@ def work(options: argparse.Namespace, seeds: Sequence[int]) -> None:
     waiting, running = list(seeds), []
     while waiting or running:
         while waiting and len(running) < options.jobs:
-            command = [
-                sys.executable,
-                __file__,
-                "--out",
-                str(options.out),
-                "--model",
-                options.model,
-                "--seed",
-                str(waiting.pop(0)),
-            ]
+            command = [sys.executable, __file__, *sys.argv[1:], "--seed", str(waiting.pop(0))]
             threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
             environment = {**os.environ, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-            running.append(subprocess.Popen([*command, *(["--quick"] if options.quick else [])], env=environment))
+            running.append(subprocess.Popen(command, env=environment))
         for process in [p for p in running if p.poll() is not None]:
             running.remove(process)
             if process.returncode:
@@ -350,9 +355,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="how many (default: 6; of a package 2; quick 1)")
     parser.add_argument("--jobs", type=int, default=2, help="seeds at once")
     parser.add_argument("--quick", action="store_true", help="everything once and small: whether it runs, not what comes out")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other sizes, such as pairs=100")
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    size = size_of(options.model, options.quick)
+    size = size_of(options.model, options.quick, options.set)
     if options.seed is not None:
         run_seed(options.out, options.model, size, options.seed)
         return
@@ -364,8 +371,9 @@ def main() -> None:
         **prepare(options.out, options.model, size),
     }
     count = options.seeds or (1 if options.quick else 6 if options.model == "small" else 2)
-    work(options, range(count))
-    result = summarise(options.out, range(count), {**about, "size": size._asdict()})
+    seeds = range(options.first, options.first + count)
+    work(options, seeds)
+    result = summarise(options.out, seeds, {**about, "size": size._asdict()})
     print(json.dumps({**result, "minutes": round((time.monotonic() - started) / 60, 1)}, indent=2))
 
 

@@ -89,7 +89,7 @@ def make_random(folder: Path, words: Sequence[str]) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def train_start(folder: Path, model: str, data: Path, suite: str, *, epochs: float) -> Path:
+def train_start(folder: Path, model: str, data: Path, suite: str, *, epochs: float, device: str) -> Path:
     """Train on rows of prompt and completion with the product, and merge; returns the model folder. Made once."""
     start = folder / "start"
     if start.exists():
@@ -97,7 +97,7 @@ def train_start(folder: Path, model: str, data: Path, suite: str, *, epochs: flo
     small = not model.startswith("package:")
     raw: dict[str, Any] = {
         "name": "start",
-        "base": {"model": model, "dtype": "float32" if small else "auto", "device": "cpu"},
+        "base": {"model": model, "dtype": "float32" if small else "auto", "device": device},
         "adapter": {"kind": "full" if small else "lora"},
         "stage": [
             {
