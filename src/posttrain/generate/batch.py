@@ -201,7 +201,9 @@ class _Layout:
         start, size = len(self.ids), min(rounded(decoding[-1][0] + 1), shelf.places)
         self.ids += [0] * size
         self.positions += [0] * size
-        runs: list[tuple[int, LoraAdapter | None]] = [(1, decoding[0][1].adapter)] * size
+        adapters = {row.adapter for _, row in decoding}
+        # Places without a row stretch the one run of the rows, or take the base.
+        runs: list[tuple[int, LoraAdapter | None]] = [(1, adapters.pop() if len(adapters) == 1 else None)] * size
         for place, row in decoding:
             self.ids[start + place], self.positions[start + place] = row.ids[-1], row.length
             runs[place] = (1, row.adapter)

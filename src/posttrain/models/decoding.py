@@ -13,15 +13,19 @@ R: rows computed, B: blocks with keys seen, K: key/value heads, G: query heads o
 N: tokens written.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 # Tokens of one block of keys or values on a CPU; keys seen are rounded up to it everywhere.
 BLOCK = 64
+# Bytes of a line of the cache.
+LINE = 64
 
 # Keys and values [K, tokens, D] of some tokens, by layer.
 Layers = dict[int, tuple[Tensor, Tensor]]
@@ -43,11 +47,10 @@ class Shelf:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The tensors of one layer; made at the first use, when the shapes are known. Zeros: a masked key must be finite, and
-        a system gives memory to zeros only where they are written."""
+        """The tensors of one layer; made at the first use, when the shapes are known. Zeros: a masked key must be finite."""
         if index not in self._layers:
             shape = (self.capacity // self.block, self.places, like.shape[0], self.block, like.shape[-1])
-            self._layers[index] = (like.new_zeros(shape), like.new_zeros(shape))
+            self._layers[index] = (_zeros(shape, like), _zeros(shape, like))
         return self._layers[index]
 
     def write(self, layer: int, k: Tensor, v: Tensor, place_N: Tensor, position_N: Tensor, token_N: Tensor) -> None:
@@ -85,7 +88,7 @@ class Shelf:
     def grow(self, places: int) -> None:
         """Make room for more rows; those that are there are copied once."""
         for index, pair in self._layers.items():
-            keys, values = (x.new_zeros((x.shape[0], places, *x.shape[2:])) for x in pair)
+            keys, values = (_zeros((x.shape[0], places, *x.shape[2:]), x) for x in pair)
             keys[:, : self.places], values[:, : self.places] = pair
             self._layers[index] = (keys, values)
         self.places = places
@@ -97,6 +100,17 @@ class Shelf:
             for tensor in (keys[:blocks], values[:blocks]):
                 source, target = (torch.tensor(places, device=tensor.device) for places in (sources, targets))
                 tensor[:, target] = tensor[:, source]
+
+
+def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Zeros of the type of another tensor, at its device. On a CPU the system gives memory only where they are written."""
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    # torch would write them. A product reads whole lines of the cache.
+    size = math.prod(shape) * like.itemsize
+    memory = numpy.zeros(size + LINE, numpy.uint8)
+    start = -memory.ctypes.data % LINE
+    return torch.from_numpy(memory[start : start + size]).view(like.dtype).view(shape)
 
 
 class Reading(NamedTuple):

@@ -2,11 +2,12 @@
 
     y_t = W x_t + s_a B_a A_a x_t,   a: the adapter of token t
 
-The base's product runs once over all tokens. The tokens of each of n adapters are gathered into a table [n, M], and the
-low-rank products of all adapters are two batched ones. One adapter for all tokens is computed just as in training. Copies in
-the type of the products are kept by the engine.
+The base's product runs once over all tokens. A long run of tokens of one adapter, of a prompt for instance, is computed just
+as in training. The other tokens of each of n adapters are gathered into a table [n, M], and the low-rank products of all
+adapters are two batched ones; layers that read the same input share the first. Copies in the type of the products are kept by
+the engine.
 
-T: tokens, M: most tokens of one adapter, R: rank (of the widest adapter, others are filled with zeros).
+T: tokens, M: most tokens of one adapter in the table, R: rank (of the widest adapter, others are filled with zeros).
 """
 
 from collections.abc import Sequence
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
 
 # Slots kept for each adapter that is needed.
 SPARE_SLOTS = 2
+# A run of so many tokens needs no table.
+LONG = 32
 
 
 class Stack(NamedTuple):
-    """One layer's A [n, R, inputs] and B [n, outputs, R] of all slots."""
+    """One layer's A [n, R, inputs] and s B [n, outputs, R] of all slots."""
 
     a: Tensor
     b: Tensor
@@ -39,10 +42,7 @@ class NarrowAdapters:
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.product = dtype, PackedProducts(dtype, device)
-        self.slots: list[LoraAdapter | None] = []
-        self._versions: list[int] = []
-        self._stacks: dict[str, Stack] = {}
-        self._rank = 0
+        self._open(0, 0)
 
     def hold(self, adapters: "Sequence[LoraAdapter]") -> None:
         """These are needed now. Others stay until their slots are, so that rows that come and go make no copies each time."""
@@ -61,16 +61,34 @@ class NarrowAdapters:
         for slot, adapter in zip(free, missing, strict=False):
             self._write(slot, adapter)
         for slot, held in enumerate(self.slots):
-            if held is not None and held in needed and _version(held) != self._versions[slot]:
+            # What was read from a file stays as it is.
+            if held is not None and held.fingerprint is None and held in needed and _version(held) != self._versions[slot]:
                 self._write(slot, held)
 
     def _open(self, slots: int, rank: int) -> None:
         """Empty slots for adapters of at most this rank."""
-        self.slots, self._versions, self._stacks, self._rank = [None] * slots, [0] * slots, {}, rank
+        self.slots: list[LoraAdapter | None] = [None] * slots
+        self._versions = [0] * slots
+        self._stacks: dict[str, Stack] = {}
+        self._rank = rank
+        # By the first layer that reads an input: all that read it, and their A side by side [n, layers x R, inputs].
+        self._readers: dict[str, tuple[list[str], Tensor]] = {}
 
     def stack(self, layer: str) -> Stack | None:
         """A layer's matrices; None where no adapter has any."""
         return self._stacks.get(layer)
+
+    def readers(self, first: str) -> tuple[list[str], Tensor]:
+        """Layers that read what this one is the first to read, itself among them, and their A [n, layers x R, inputs]."""
+        return self._readers.get(first) or ([first], self._stacks[first].a)
+
+    def join(self, first: str, layer: str) -> None:
+        """This layer reads what `first` reads: from now on its A stands beside the others."""
+        names, wide = self.readers(first)
+        names, wide = [*names, layer], torch.cat([wide, self._stacks[layer].a], 1)
+        self._readers[first] = names, wide
+        for index, name in enumerate(names):
+            self._stacks[name] = Stack(wide[:, index * self._rank : (index + 1) * self._rank], self._stacks[name].b)
 
     def _write(self, slot: int, adapter: "LoraAdapter") -> None:
         self.slots[slot], self._versions[slot] = adapter, _version(adapter)
@@ -84,7 +102,7 @@ class NarrowAdapters:
             pair = adapter.weights.get(layer)
             rank = 0 if pair is None else len(pair[0])
             if pair is not None:
-                stack.a[slot, :rank], stack.b[slot, :, :rank] = pair[0].detach(), pair[1].detach()
+                stack.a[slot, :rank], stack.b[slot, :, :rank] = pair[0].detach(), pair[1].detach() * adapter.settings.scale
             stack.a[slot, rank:] = 0  # what the adapter before it had beyond
 
 
@@ -100,44 +118,61 @@ class TokenAdapters:
         kept.hold([adapter for _, adapter in runs if adapter is not None])
         slot_of = {adapter: slot for slot, adapter in enumerate(kept.slots) if adapter is not None}
         tokens: list[list[int]] = [[] for _ in kept.slots]
+        self.total = sum(count for count, _ in runs)
+        self._long: list[tuple[slice, int]] = []
         start = 0
         for count, adapter in runs:
-            if adapter is not None:
-                tokens[slot_of[adapter]] += range(start, start + count)
+            rows = slice(start, start + count)
+            if adapter is not None and (count >= LONG or count == self.total):
+                self._long.append((rows, slot_of[adapter]))
+            elif adapter is not None:
+                tokens[slot_of[adapter]] += range(rows.start, rows.stop)
             start += count
-        self.total = start
-        self._only = next((slot for slot, own in enumerate(tokens) if len(own) == start), None)
-        self._most = most = max(map(len, tokens), default=0)
+        self._most = max(map(len, tokens), default=0)
+        if self._most:
+            self._tabulate(tokens, device)
+
+    def _tabulate(self, tokens: list[list[int]], device: torch.device) -> None:
+        """The table of the tokens of each slot, and the way back: for each token its place in the table."""
+        most = self._most
+        self._table_nM = torch.tensor([own + [0] * (most - len(own)) for own in tokens], device=device)
+        places = {token: slot * most + place for slot, own in enumerate(tokens) for place, token in enumerate(own)}
+        # Tokens between them that stand in no table find zeros behind it.
+        self._covered = slice(min(places), max(places) + 1)
+        self._place_C = torch.tensor(
+            [places.get(token, len(tokens) * most) for token in range(self._covered.start, self._covered.stop)], device=device
+        )
         # What the layers before found for the same input, which several of them have.
         self._input: Tensor | None = None
-        self._gathered: Tensor | None = None
-        if most and self._only is None:
-            # Spare entries of the table take the first token and add nothing to it.
-            table = [own + [0] * (most - len(own)) for own in tokens]
-            scales = [
-                [adapter.settings.scale if adapter else 0.0] * len(own) + [0.0] * (most - len(own))
-                for adapter, own in zip(kept.slots, tokens, strict=True)
-            ]
-            self._table_nM = torch.tensor(table, device=device)
-            self._scale_nM1 = torch.tensor(scales, dtype=kept.dtype, device=device)[..., None]
-            self._spare_nM1 = self._scale_nM1 == 0
+        self._added: dict[int, Tensor] = {}
 
     def apply(self, layer: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x [1, T, inputs] -> [1, T, outputs]."""
         y = self._kept.product(x, weight, bias)
-        stack = self._kept.stack(layer) if self._most else None
+        stack = self._kept.stack(layer)
         if stack is None:
             return y
-        if self._only is not None:
-            adapter = self._kept.slots[self._only]
-            assert adapter is not None
-            y[0].addmm_(x[0] @ stack.a[self._only].T, stack.b[self._only].T, alpha=adapter.settings.scale)
-            return y
-        if x is not self._input or self._gathered is None:
-            self._input, self._gathered = x, x[0, self._table_nM]
-        # Not by multiplying with zeros: what another adapter makes of the first token may not be finite.
-        projected_nMR = torch.bmm(self._gathered, stack.a.transpose(1, 2)).mul_(self._scale_nM1)
-        projected_nMR.masked_fill_(self._spare_nM1, 0.0)
-        added_nMO = torch.bmm(projected_nMR, stack.b.transpose(1, 2))
-        y[0].index_add_(0, self._table_nM.flatten(), added_nMO.flatten(0, 1))
+        for rows, slot in self._long:
+            y[0, rows].addmm_(x[0, rows] @ stack.a[slot].T, stack.b[slot].T)
+        if self._most:
+            projected_nMR = self._project(layer, x, stack)
+            slots, outputs = stack.b.shape[:2]
+            if outputs not in self._added:
+                self._added[outputs] = y.new_zeros(slots * self._most + 1, outputs)
+            added = self._added[outputs]
+            torch.bmm(projected_nMR, stack.b.transpose(1, 2), out=added[:-1].view(slots, self._most, outputs))
+            y[0, self._covered].add_(added[self._place_C])
         return y
+
+    def _project(self, layer: str, x: Tensor, stack: Stack) -> Tensor:
+        """A x of the table [n, M, R]; the first layer that reads an input does it for all that do."""
+        if x is not self._input:
+            self._input, self._first, self._gathered = x, layer, x[0, self._table_nM]
+            self._names, wide = self._kept.readers(layer)
+            self._projected = torch.bmm(self._gathered, wide.transpose(1, 2))
+        rank = stack.a.shape[1]
+        if layer in self._names:
+            index = self._names.index(layer)
+            return self._projected[..., index * rank : (index + 1) * rank]
+        self._kept.join(self._first, layer)
+        return torch.bmm(self._gathered, stack.a.transpose(1, 2))
