@@ -14,7 +14,7 @@ from posttrain.data.chat import TEMPLATES
 from posttrain.data.sources import data_hashes
 from posttrain.evaluate.suites import Task, evaluation_prompts, load_suites, suite_fingerprint
 from posttrain.models.source import BaseModelFolder, locate_base
-from posttrain.settings import DpoStage, PpoStage, Recipe, RewardPart, RewardStage, Stage, reward_parts
+from posttrain.settings import VALUE_WORDS, DpoStage, PpoStage, Recipe, RewardPart, RewardStage, Stage, reward_parts
 from posttrain.train.functions import source_hash
 
 # Raise a number when the code of that kind of step would make something else of the same input.
@@ -98,7 +98,7 @@ def _training_step(recipe: Recipe, run: Path, stage: Stage, known: dict[str, str
     names = {stage.init}
     if isinstance(stage, PpoStage):
         names |= {name for part in parts_of(stage) for name in part.models} | set(stage.gold_compare)
-        names |= {stage.value_init} & known.keys()
+        names |= {stage.value_init} - VALUE_WORDS
     if isinstance(stage, DpoStage | PpoStage):
         names.add(stage.init if stage.reference == "init" else stage.reference)
     inputs = {name: known[name] for name in sorted(names)}

@@ -246,6 +246,10 @@ class PpoStage(_Optimised):
     """How the learning rate falls after the warm-up."""
 
 
+# What `value_init` says without naming a stage.
+VALUE_WORDS = frozenset({"auto", "reward", "policy"})
+
+
 def reward_parts(written: str | tuple[RewardPart, ...]) -> tuple[RewardPart, ...]:
     """`reward` or `gold` as a list of parts: a text with a colon names a function, any other a reward stage."""
     if isinstance(written, tuple):

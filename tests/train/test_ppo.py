@@ -16,12 +16,14 @@ from posttrain.models.files import Policies, load_adapter
 from posttrain.models.heads import new_head
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter, LoraSettings
+from posttrain.plan import make_plan
 from posttrain.recipe import parse_recipe
 from posttrain.settings import Recipe
 from posttrain.train.ppo import train_ppo
 from posttrain.train.reward import train_reward
 from posttrain.train.signals import StopSignal
 from posttrain.train.stage import StageContext, StageResult
+from posttrain.train.value import value_source
 
 SMALL: dict[str, Any] = {
     "iterations": 3, "prompts": 6, "minibatch": 3, "max_new_tokens": 8, "learning_rate": 1e-3, "missing_eos_penalty": 0.0,
@@ -245,6 +247,36 @@ def test_completions_are_shown_with_their_scores(base: BaseModel, tmp_path: Path
 def test_what_a_ppo_stage_may_not_be(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=message):
         recipe_of(tmp_path / "p.jsonl", **change)
+
+
+def named(names: str, **ppo: Any) -> Recipe:
+    """Two reward stages of these names, and a ppo stage that is paid by the first."""
+    rewards = [{"kind": "reward", "name": name, "data": "p.jsonl"} for name in names.split()]
+    stage = {"kind": "ppo", "name": "ppo", "reward": rewards[0]["name"], "data": "p.jsonl", **ppo}
+    return parse_recipe({"name": "t", "base": {"model": "random:tiny"}, "stage": [*rewards, stage]})
+
+
+@pytest.mark.parametrize("word", ["auto", "reward", "policy"])
+def test_a_reward_stage_called_like_a_word_of_value_init(word: str) -> None:
+    """Nothing is in doubt until `value_init` says the word, and with `reward` where it is that very model."""
+    assert value_source(named(f"rm {word}").stage[-1]) == "rm"  # type: ignore[arg-type]
+    assert value_source(named(f"{word} rm").stage[-1]) == word  # type: ignore[arg-type]
+    told = f'value_init = "{word}" is a word of its own and a reward stage · give the stage another name'
+    with pytest.raises(RecipeError, match=told):
+        named(f"rm {word}", value_init=word)
+    if word == "reward":
+        assert value_source(named("reward rm", value_init="reward").stage[-1]) == "reward"  # type: ignore[arg-type]
+
+
+def test_a_policy_called_like_a_word_of_value_init_is_no_input(tmp_path: Path) -> None:
+    data = str(preferences(tmp_path / "p.jsonl"))
+    for word in ("auto", "policy"):
+        sft = {"kind": "sft", "name": word, "data": str(demonstrations(tmp_path / "d.jsonl"))}
+        rm = {"kind": "reward", "name": "rm", "data": data}
+        ppo = {"kind": "ppo", "name": "ppo", "reward": "rm", "data": data, "value_init": word}
+        raw = {"name": "t", "base": {"model": "random:tiny"}, "stage": [sft, rm, ppo]}
+        (step,) = (s for s in make_plan(parse_recipe(raw), tmp_path / "run").steps if s.name == "ppo")
+        assert list(step.inputs) == ["base", "rm"]
 
 
 @pytest.fixture
