@@ -57,6 +57,10 @@ def test_a_function_gets_prompts_and_completions_and_may_print() -> None:
         ("nothing", "returned a NoneType that is no finite number, first at completion 3 of 4"),
         ("too_few", "returned 3 scores for 4 completions, first at completion 4 of 4"),
         ("one_number", "returned a float"),
+        ("raises_late", r"raised ValueError at planted_rewards.py:\d+, first at completion 3 of 4"),
+        ("endless", "returned more than 4 scores for 4 completions"),
+        ("too_large", "returned a int that is no finite number, first at completion 3 of 4"),
+        ("unordered", "returned a set"),
         ("dies", r"ended its process \(exit code 7\)"),
     ],
 )

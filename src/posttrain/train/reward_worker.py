@@ -11,6 +11,7 @@ What is said of an exception is its type and the line of the function's code, no
 
 import contextlib
 import importlib
+import itertools
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import queue
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 Function = Callable[..., Any]
@@ -76,27 +77,34 @@ def _import_words(reference: str, error: BaseException) -> str:
 def answer(function: Function, prompts: list[str], completions: list[str]) -> dict[str, Any]:
     """The function's scores, checked, or what is wrong with them and with which completion it began."""
     try:
-        found = function(prompts=prompts, completions=completions)
+        found = _called(function, prompts, completions)
     except Exception as error:  # noqa: BLE001 - somebody's function
         return {"error": f"raised {_place(error)}", "index": _first_that_raises(function, prompts, completions)}
     return check(found, len(completions))
 
 
+def _called(function: Function, prompts: list[str], completions: list[str]) -> Any:
+    """What a function returns; of a generator, whose code runs only now, no more than shows that it returns too many."""
+    found = function(prompts=prompts, completions=completions)
+    return list(itertools.islice(found, len(completions) + 1)) if isinstance(found, Iterator) else found
+
+
 def check(found: Any, count: int) -> dict[str, Any]:
     """One finite number a completion, of whatever type; nothing else passes."""
-    if isinstance(found, str | dict):
+    if isinstance(found, str | bytes | dict | set | frozenset):
         return {"error": f"returned a {type(found).__name__}", "index": None}
     try:
         values = list(found)
     except TypeError:
         return {"error": f"returned a {type(found).__name__}", "index": None}
     if len(values) != count:
-        return {"error": f"returned {len(values)} scores for {count} completions", "index": min(len(values), count - 1)}
+        many = f"more than {count}" if len(values) > count else f"{len(values)}"
+        return {"error": f"returned {many} scores for {count} completions", "index": min(len(values), count - 1)}
     scores = []
     for index, value in enumerate(values):
         number = math.nan
-        with contextlib.suppress(TypeError, ValueError, RuntimeError):
-            if not isinstance(value, str):
+        with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):
+            if not isinstance(value, str | bytes):
                 number = float(value)
         if not abs(number) <= LARGEST:
             shown = f"{number}" if isinstance(value, float) else f"a {type(value).__name__} that is no finite number"
@@ -109,7 +117,7 @@ def _first_that_raises(function: Function, prompts: list[str], completions: list
     """The first completion that raises by itself; None where none does."""
     for index in range(len(completions)):
         try:
-            function(prompts=prompts[index : index + 1], completions=completions[index : index + 1])
+            _called(function, prompts[index : index + 1], completions[index : index + 1])
         except Exception:  # noqa: BLE001 - somebody's function
             return index
     return None
