@@ -11,6 +11,7 @@ What is said of an exception is its type and the line of the function's code, no
 
 import contextlib
 import importlib
+import inspect
 import itertools
 import json
 import math
@@ -57,11 +58,18 @@ def _listen(calls: "queue.Queue[str]") -> None:
 
 
 def load(reference: str) -> Function:
-    """The function that `package.module:function` names. Raises what its module raises; TypeError where it is no function."""
+    """The function that `package.module:function` names. Raises what its module raises; TypeError where it is no function, or
+    none that can be called with `prompts` and `completions`."""
     module, _, name = reference.partition(":")
     found = vars(importlib.import_module(module)).get(name)
     if not callable(found):
         raise TypeError(f"no function {name} in {module}")
+    with contextlib.suppress(ValueError):  # some of C's have no signature
+        signature = inspect.signature(found)
+        try:
+            signature.bind(prompts=[], completions=[])
+        except TypeError as error:
+            raise TypeError(f"no function {name}(prompts, completions) in {module}: {error}") from None
     return found  # type: ignore[no-any-return]
 
 
