@@ -303,6 +303,9 @@ def test_prompts_come_once_and_evaluations_are_left_out(chat: ChatFormat, tmp_pa
     assert found.report["dropped"] == {"longer than max_prompt_tokens = 60": 1}
     with pytest.raises(DataError, match="no prompt of at most 3 tokens"):
         prepare_prompts(data, chat, seed=0, max_prompt_tokens=3, evaluation_prompts=())
+    asked = {"max_prompt_tokens": 60, "evaluation_prompts": ("a", "b", "asked")}
+    with pytest.raises(DataError, match=r"no prompt of at most 60 tokens .1 longer, 4 asked by an evaluation.* give other data"):
+        prepare_prompts(data, chat, seed=0, **asked)  # type: ignore[arg-type]
 
 
 def test_the_prompts_of_pairs_and_of_conversations_of_several_turns(chat: ChatFormat, tmp_path: Path) -> None:
