@@ -1,6 +1,7 @@
 """Reward functions of tests: some score, some break. They run in a process of their own, as a user's do."""
 
 import itertools
+import sys
 import time
 from collections.abc import Iterator, Sequence
 
@@ -85,6 +86,11 @@ def too_large(prompts: list[str], completions: list[str]) -> list[int]:
 
 def unordered(prompts: list[str], completions: list[str]) -> set[float]:
     return {float(index) for index in range(len(completions))}
+
+
+def reads_input(prompts: list[str], completions: list[str]) -> list[float]:
+    """Would take a call for its own input, and wait for the next."""
+    return [float(len(sys.stdin.read()))] * len(completions)
 
 
 def by_position(texts: list[str], answers: list[str]) -> list[float]:

@@ -46,6 +46,7 @@ def test_a_function_gets_prompts_and_completions_and_may_print() -> None:
     assert call("proxy", texts) == share(texts)
     assert call("short", texts) == [-3.0, -3.0, 0.0, -5.0], "whole numbers will do"
     assert call("asks", texts) == [8.0] * 4
+    assert call("reads_input", texts) == [0.0] * 4, "there is none"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The process in which a reward function runs: `python -m posttrain.train.reward_worker package.module:function`.
 
 Where it stands: `functions.py` starts it, and kills it when a call takes too long. It speaks JSON, one line a message. The
-function's own prints go to standard error, so that they cannot stand between the messages.
+function's own prints go to standard error, and its standard input is empty, so that neither stands between the messages.
 
     in   {"prompts": [...], "completions": [...]}
     out  {"ready": true}, then a call's {"scores": [...]}, or {"error": what, "index": the completion, or null}
@@ -21,7 +21,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 Function = Callable[..., Any]
 # Scores are float32 from here on.
@@ -30,10 +30,11 @@ LARGEST = 3e38
 
 def main(reference: str) -> None:
     """Import, then answer calls until standard input ends."""
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    out, asked = os.fdopen(os.dup(1), "w", encoding="utf-8"), os.fdopen(os.dup(0), encoding="utf-8")
     os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     calls: queue.Queue[str] = queue.Queue()
-    threading.Thread(target=_listen, args=(calls,), daemon=True).start()
+    threading.Thread(target=_listen, args=(asked, calls), daemon=True).start()
 
     def say(message: dict[str, Any]) -> None:
         out.write(json.dumps(message) + "\n")
@@ -50,9 +51,9 @@ def main(reference: str) -> None:
         say(answer(function, call["prompts"], call["completions"]))
 
 
-def _listen(calls: "queue.Queue[str]") -> None:
-    """Hand calls over; when standard input ends, so does the process, whatever the function is doing."""
-    for line in sys.stdin:
+def _listen(asked: TextIO, calls: "queue.Queue[str]") -> None:
+    """Hand calls over; when there can be no more, the process ends, whatever the function is doing."""
+    for line in asked:
         calls.put(line)
     os._exit(0)
 
