@@ -12,6 +12,7 @@ from torch import Tensor
 from posttrain.data.chat import ChatFormat
 from posttrain.data.prompts import prepare_prompts
 from posttrain.errors import DataError, Interrupted, RecipeError, TrainingError
+from posttrain.models.batches import MICRO_TOKENS
 from posttrain.models.files import Policies, load_adapter
 from posttrain.models.heads import new_head
 from posttrain.models.load import BaseModel
@@ -320,3 +321,21 @@ def test_the_prompts_of_pairs_and_of_conversations_of_several_turns(chat: ChatFo
     assert "v" not in text
     pairs = preferences(tmp_path / "p.jsonl", rows=4)
     assert len(prepare_prompts(str(pairs), chat, seed=0, max_prompt_tokens=90, evaluation_prompts=()).train) == 4
+
+
+@pytest.mark.parametrize("value", ["own", "shared"])
+@pytest.mark.parametrize("tokens", [1, 60])
+def test_how_a_step_is_cut_changes_no_gradient(
+    tokens: int, value: str, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise B1: a step of six prompts of 17 to 20 tokens at once, one by one, and by threes with a ragged rest."""
+    whole = first_gradient(base, tmp_path / "whole", value=value, minibatch=6)
+    monkeypatch.setitem(MICRO_TOKENS, "cpu", tokens)
+    cut = first_gradient(base, tmp_path / "cut", value=value, minibatch=6)
+    assert cut.keys() == whole.keys()
+    for name, gradient in whole.items():
+        assert torch.allclose(cut[name], gradient, rtol=1e-4, atol=1e-6), name
+    first, second = rows_of(tmp_path / "whole")[0], rows_of(tmp_path / "cut")[0]
+    assert second["memory/activations"] < first["memory/activations"] / 1.5, "it was cut"
+    del first["memory/activations"], second["memory/activations"]
+    assert second == pytest.approx(first, rel=1e-4, abs=1e-6)
