@@ -157,10 +157,11 @@ def _status(
     if manifest is not None and manifest["fingerprint"] == mark:
         gone = [name for name in manifest.get("files", {}) if not (folder / name).is_file()]
         return ("due", f"{gone[0]} is missing") if gone else ("done", "its manifest matches")
-    if unfinished(folder) == (work or mark):
+    begun = unfinished(folder)
+    if begun == (work or mark):
         return "resume", "an unfinished one is there"
     if manifest is None:
-        return "due", "not made yet"
+        return "due", "begun anew: the unfinished one there is of other settings or data" if begun else "not made yet"
     changed = _differences(manifest.get("settings", {}), settings)
     changed += [f"input {name}" for name, value in inputs.items() if manifest.get("inputs", {}).get(name) != value]
     changed += [f"data {name}" for name, value in data.items() if manifest.get("data", {}).get(name) != value]
