@@ -339,3 +339,12 @@ def test_how_a_step_is_cut_changes_no_gradient(
     assert second["memory/activations"] < first["memory/activations"] / 1.5, "it was cut"
     del first["memory/activations"], second["memory/activations"]
     assert second == pytest.approx(first, rel=1e-4, abs=1e-6)
+
+
+def test_the_entropy_bonus_is_part_of_the_update(base: BaseModel, tmp_path: Path) -> None:
+    """At ratio 1 it costs minus the samples' entropy, and it changes the gradient."""
+    plain = first_gradient(base, tmp_path / "plain", minibatch=6)
+    bonus = first_gradient(base, tmp_path / "bonus", minibatch=6, entropy_coef=0.5)
+    (first, second) = (rows_of(tmp_path / name)[0] for name in ("plain", "bonus"))
+    assert second["ppo/policy_loss"] - first["ppo/policy_loss"] == pytest.approx(-0.5 * first["ppo/entropy"], rel=1e-4)
+    assert any(not torch.allclose(bonus[name], plain[name], rtol=0.1) for name in plain if not name.startswith("value."))

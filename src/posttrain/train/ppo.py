@@ -189,7 +189,7 @@ class _Update:
             return self._value_loss(payload, self.roles.own_values(payload.batch), total)
         logprobs_N, value_N = self.roles.outputs(payload.batch)
         tokens = PolicyTokens(logprobs_N, payload.old_N, payload.advantage_N)
-        out = policy_loss(tokens, clip=self.stage.clip_range, step_tokens=total)
+        out = policy_loss(tokens, clip=self.stage.clip_range, step_tokens=total, entropy_coef=self.stage.entropy_coef)
         if payload.first and float(out.metrics["ppo/approximate_kl"]) != 0:
             raise TrainingError(
                 f'stage "{self.stage.name}"', "the policy is not the one that sampled, before the first step of an iteration",
