@@ -35,6 +35,14 @@ def tiny(own_cache: None) -> "BaseModel":
     return load_base("random:tiny", template="gemma", dtype="float32", device="cpu")
 
 
+@pytest.fixture
+def base(tiny: "BaseModel") -> Iterator["BaseModel"]:
+    """The shared tiny base; adapters of a test are forgotten after it."""
+    yield tiny
+    for name in tiny.adapters.names():
+        tiny.adapters.remove(name)
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator["Browser"]:
     """Headless Chromium, for tests that bear the marks `browsers.IN_CHROMIUM`."""

@@ -113,6 +113,30 @@ def test_more_work_takes_longer_in_the_same_proportion():
     assert sft["seconds"] / dpo["seconds"] == pytest.approx(expected, rel=0.1)
 
 
+# Body and head passes of a token and a target in the update, and forwards of a token before it besides the reward model's.
+UPDATES = {
+    "a value function of its own": ((), 4 + 4, 4, 4),
+    "a shared value function": (("ppo.value=shared",), 4, 4, 3),
+    "no value function": (("ppo.estimator=rloo", "ppo.completions=2"), 4, 4, 3),
+    "full weights": (("adapter.kind=full",), 6, 6, 3),
+}
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_a_ppo_stage_counts_what_is_trained_in_it(name: str):
+    more, body_passes, head_passes, forwards = UPDATES[name]
+    iterations = 10_000_000
+    settings = ("sft.epochs=10000000", f"ppo.iterations={iterations}", "ppo.gold=[]", "base.device=cpu", *more)
+    found, _ = describe(load_recipe(TINY, settings), Path("nowhere"))
+    sft, ppo = (next(step for step in found["steps"] if step["step"] == kind) for kind in ("sft", "ppo"))
+    tokens, targets = ppo["tokens"], ppo["targets"]
+    passes = 2 * (tokens * body_passes * BODY + targets * head_passes * HEAD)
+    operations = tokens * 2 * (forwards + 1) * BODY + targets * 6 * HEAD + passes
+    a_token, a_target = (6 * BODY, 6 * HEAD) if name == "full weights" else (4 * BODY, 4 * HEAD)
+    expected = operations / (sft["tokens"] * a_token + sft["targets"] * a_target)
+    assert ppo["seconds"] / sft["seconds"] == pytest.approx(expected, rel=0.02)
+
+
 def test_data_that_would_stop_the_run_stops_the_plan(folder: Path):
     (folder / "p.jsonl").write_text('{"prompt": "cd", "chosen": "same", "rejected": "same"}\n')
     with pytest.raises(DataError, match="chosen equals rejected"):

@@ -131,6 +131,14 @@ def test_only_what_depends_on_a_changed_setting_is_made_again(capsys: pytest.Cap
     assert {status for status, _ in plan_of(capsys, run, "--set", "seed=1").values()} == {"due"}
 
 
+def test_unfinished_work_for_other_settings_is_told_before_it_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "run/.sft.partial").mkdir(parents=True)
+    (tmp_path / "run/.sft.partial/working_on.json").write_text('{"fingerprint": "of another learning rate"}')
+    plan = plan_of(capsys, tmp_path / "run")
+    assert plan["sft"] == ("due", "begun anew: the unfinished one there is of other settings or data")
+    assert plan["dpo"] == ("due", "not made yet")
+
+
 def test_changed_data_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     row = {"messages": [{"role": "user", "content": "Say hi."}, {"role": "assistant", "content": "Hi."}]}

@@ -101,11 +101,12 @@ def _speed(recipe: Recipe) -> float:
 
 def _training(plan: Plan, stage: Stage, chat: ChatFormat, body: int, head: int) -> Work:
     report = prepare_stage(stage, chat, seed=plan.recipe.seed, evaluation_prompts=plan.evaluation_prompts).report
-    if isinstance(stage, PpoStage):
-        return _ppo(stage, report, body, head)
     full = plan.recipe.adapter.kind == "full"
-    tokens, targets = round(report["tokens"] * stage.epochs), round(report["trained_tokens"] * stage.epochs)
     a_token, a_target = (6 * body, 6 * head) if full else (4 * body, 4 * head)
+    if isinstance(stage, PpoStage):
+        own_value = stage.estimator == "gae" and stage.value != "shared" and not full
+        return _ppo(stage, report, body, head, trained=(a_token, a_target), own_value=own_value)
+    tokens, targets = round(report["tokens"] * stage.epochs), round(report["trained_tokens"] * stage.epochs)
     operations: float = tokens * a_token + (targets * a_target if stage.kind != "reward" else 0)
     if stage.kind == "dpo":  # the reference is computed once for each pair that is seen
         seen = min(1.0, stage.epochs)
@@ -113,17 +114,24 @@ def _training(plan: Plan, stage: Stage, chat: ChatFormat, body: int, head: int) 
     return Work(round(report["train_rows"] * stage.epochs), tokens, targets, operations)
 
 
-def _ppo(stage: PpoStage, report: dict[str, Any], body: int, head: int) -> Work:
-    """Sampling, forwards to judge (policy, reference, value, reward models), the passes of policy and value, and gold."""
+def _ppo(
+    stage: PpoStage, report: dict[str, Any], body: int, head: int, *, trained: tuple[int, int], own_value: bool
+) -> Work:  # fmt: skip
+    """Sampling, forwards to judge (policy, reference, value, reward models), the passes of policy and value, and gold.
+
+    `trained` are the operations of a token and of a target in training; `own_value` says whether a value function has an
+    adapter, and so a forward and passes, of its own.
+    """
+    a_token, a_target = trained
     models = sum(len(part.models) for part in reward_parts(stage.reward))
     rows = stage.iterations * min(stage.prompts, report["train_rows"]) * stage.completions
     targets = rows * stage.max_new_tokens
     tokens = round(rows * report["tokens"] / report["train_rows"]) + targets
-    a_pass = tokens * 8 * body + targets * 4 * head
-    operations = tokens * 2.0 * (4 + models) * body + targets * 6 * head + stage.ppo_epochs * a_pass
+    a_pass = tokens * (a_token + 4 * body * own_value) + targets * a_target
+    operations = tokens * 2.0 * (3 + own_value + models) * body + targets * 6 * head + stage.ppo_epochs * a_pass
     if "ptx" in report:  # as many rows as the passes see prompts
         seen = stage.ppo_epochs * rows / stage.completions / report["ptx"]["rows"]
-        operations += seen * (report["ptx"]["tokens"] * 4 * body + report["ptx"]["trained_tokens"] * 4 * head)
+        operations += seen * (report["ptx"]["tokens"] * a_token + report["ptx"]["trained_tokens"] * a_target)
     if stage.gold:
         answers = min(stage.gold_prompts, report["validation_rows"]) * (stage.iterations // stage.gold_every + 1)
         models += sum(len(part.models) for part in reward_parts(stage.gold))

@@ -157,6 +157,7 @@ def _check_data(plan: Plan) -> None:
     from posttrain.data.prompts import PreparedPrompts, check_room
     from posttrain.models.load import load_chat
     from posttrain.train.functions import check_function
+    from posttrain.train.gold import gold_that_pays
 
     chat = load_chat(plan.source, plan.recipe.base.template)
     for step in plan.due:
@@ -166,6 +167,8 @@ def _check_data(plan: Plan) -> None:
         if isinstance(found, PreparedPrompts) and step.stage.kind == "ppo":
             room, where = step.stage.max_new_tokens, f'stage "{step.name}"'
             check_room([*found.train, *found.validation], max_new_tokens=room, context=plan.source.context(), where=where)
+            for warning in gold_that_pays(step.stage):
+                say(f"warning: {step.name}: {warning}")
         for part in parts_of(step.stage):
             if part.function:
                 check_function(part.function, timeout=part.timeout, where=f'stage "{step.name}"')

@@ -14,7 +14,7 @@ from posttrain.data.chat import TEMPLATES
 from posttrain.data.sources import data_hashes
 from posttrain.evaluate.suites import Task, evaluation_prompts, load_suites, suite_fingerprint
 from posttrain.models.source import BaseModelFolder, locate_base
-from posttrain.settings import DpoStage, PpoStage, Recipe, RewardPart, RewardStage, Stage, reward_parts
+from posttrain.settings import VALUE_WORDS, DpoStage, PpoStage, Recipe, RewardPart, RewardStage, Stage, reward_parts
 from posttrain.train.functions import source_hash
 
 # Raise a number when the code of that kind of step would make something else of the same input.
@@ -98,7 +98,7 @@ def _training_step(recipe: Recipe, run: Path, stage: Stage, known: dict[str, str
     names = {stage.init}
     if isinstance(stage, PpoStage):
         names |= {name for part in parts_of(stage) for name in part.models} | set(stage.gold_compare)
-        names |= {stage.value_init} & known.keys()
+        names |= {stage.value_init} - VALUE_WORDS
     if isinstance(stage, DpoStage | PpoStage):
         names.add(stage.init if stage.reference == "init" else stage.reference)
     inputs = {name: known[name] for name in sorted(names)}
@@ -157,10 +157,11 @@ def _status(
     if manifest is not None and manifest["fingerprint"] == mark:
         gone = [name for name in manifest.get("files", {}) if not (folder / name).is_file()]
         return ("due", f"{gone[0]} is missing") if gone else ("done", "its manifest matches")
-    if unfinished(folder) == (work or mark):
+    begun = unfinished(folder)
+    if begun == (work or mark):
         return "resume", "an unfinished one is there"
     if manifest is None:
-        return "due", "not made yet"
+        return "due", "begun anew: the unfinished one there is of other settings or data" if begun else "not made yet"
     changed = _differences(manifest.get("settings", {}), settings)
     changed += [f"input {name}" for name, value in inputs.items() if manifest.get("inputs", {}).get(name) != value]
     changed += [f"data {name}" for name, value in data.items() if manifest.get("data", {}).get(name) != value]

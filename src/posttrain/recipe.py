@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from posttrain.errors import RecipeError
 from posttrain.settings import (
     STAGE_KINDS,
+    VALUE_WORDS,
     Adapter,
     Base,
     DpoStage,
@@ -263,6 +264,10 @@ def _check_value(place: str, stage: PpoStage, rewards: list[str]) -> None:
     if stage.value_init not in there:
         found = f'value_init = "{stage.value_init}" is not an earlier reward stage'
         raise RecipeError(place, found, allowed=f"there is: {', '.join(there)}", do=nearest(stage.value_init, there))
+    said, meant = "value_init" in stage.model_fields_set, models[:1] if stage.value_init == "reward" else []
+    if said and stage.value_init in VALUE_WORDS and stage.value_init in rewards and meant != [stage.value_init]:
+        found = f'value_init = "{stage.value_init}" is a word of its own and a reward stage'
+        raise RecipeError(place, found, do="give the stage another name")
 
 
 def _check_parts(place: str, field: str, parts: Iterable[RewardPart], rewards: list[str]) -> None:

@@ -230,6 +230,8 @@ class PpoStage(_Optimised):
     """Entropy of the samples, in nats a token, below which the stage stops: they are all the same; 0 never does."""
     max_mismatch: Annotated[float, Field(gt=0, le=1)] = 0.4
     """Share of sampled tokens whose probability in training may be more than a tenth off before the stage stops."""
+    entropy_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the policy's entropy, in nats a token, that every optimiser step raises; 0 raises none."""
     missing_eos_penalty: Annotated[float, Field(ge=0)] = 1.0
     """What a completion that does not end loses of its score."""
     whiten_rewards: bool = False
@@ -244,6 +246,10 @@ class PpoStage(_Optimised):
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "constant"
     """How the learning rate falls after the warm-up."""
+
+
+# What `value_init` says without naming a stage.
+VALUE_WORDS = frozenset({"auto", "reward", "policy"})
 
 
 def reward_parts(written: str | tuple[RewardPart, ...]) -> tuple[RewardPart, ...]:

@@ -161,3 +161,23 @@ def test_the_policy_loss_reaches_the_tilted_optimum() -> None:
     distance = 0.5 * float((torch.softmax(logits.detach(), 0) - wanted).abs().sum())
     assert distance < 1e-2, f"total variation {distance:.4f}"
     assert exp(float(torch.log_softmax(logits.detach(), 0).max())) < 1
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_the_entropy_bonus_has_the_gradient_of_the_entropy(moved: bool) -> None:
+    """Every token of an enumerable policy as often as who sampled takes it; also where the policy has moved since."""
+    generator = torch.Generator().manual_seed(0)
+    z_V = torch.randn(7, generator=generator, dtype=torch.float64, requires_grad=True)
+    old_V = torch.log_softmax(z_V.detach() + (torch.randn(7, generator=generator) if moved else 0), 0)
+    logprob_V = torch.log_softmax(z_V, 0)
+    losses = torch.stack(
+        [
+            policy_loss(
+                PolicyTokens(new[None], old[None], torch.zeros(1, dtype=torch.float64)), clip=0.2, entropy_coef=0.3
+            ).loss
+            for new, old in zip(logprob_V, old_V, strict=True)
+        ]
+    )
+    (found,) = torch.autograd.grad((old_V.exp() * losses).sum(), z_V, retain_graph=True)
+    (wanted,) = torch.autograd.grad(-0.3 * -(logprob_V.exp() * logprob_V).sum(), z_V)
+    assert torch.allclose(found, wanted, atol=1e-12)

@@ -174,6 +174,8 @@ def test_a_stage_kind_that_is_not_known_is_drawn_all_the_same(tmp_path: Path):
     metrics = [
         {"step": i, "newkind/surprise": 1 / i, "newkind/validation_surprise": 2 / i, "train/grad_norm": 1.0} for i in (1, 2, 3)
     ]
+    metrics[0] |= {"memory/base": 512.0, "memory/activations": 80.0}
+    metrics[1] |= {"memory/base": 512.0, "memory/activations": 90.5}
     metrics.append({"step": 4, "newkind/surprise": None})
     stages = [{"name": "odd", "kind": "newkind", "prompts": "p.jsonl", "metrics": metrics}]
     page = page_of(write_run(tmp_path / "run", {"base": BASE, "odd": scores("odd", follows=9, facts=20)}, stages))
@@ -181,6 +183,7 @@ def test_a_stage_kind_that_is_not_known_is_drawn_all_the_same(tmp_path: Path):
     assert "surprise" in page.text
     assert "newkind" in page.text
     assert "training 0.3333" in page.text  # the last finite value
+    assert "memory: base 512.0, activations 90.5 MiB" in page.text  # the largest of a stage
     assert "held out 0.6667" in page.text
 
 

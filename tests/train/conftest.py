@@ -9,10 +9,8 @@ from posttrain.models.load import BaseModel
 
 
 @pytest.fixture
-def base(tiny: BaseModel) -> Iterator[BaseModel]:
+def base(base: BaseModel) -> Iterator[BaseModel]:
     """The tiny base, put back after the test."""
-    yield tiny
-    for name in tiny.adapters.names():
-        tiny.adapters.remove(name)
-    tiny.model.requires_grad_(False)
-    reload_base(tiny)
+    yield base
+    base.model.requires_grad_(False)
+    reload_base(base)

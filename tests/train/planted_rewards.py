@@ -1,7 +1,9 @@
 """Reward functions of tests: some score, some break. They run in a process of their own, as a user's do."""
 
+import itertools
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 # A completion that the breaking functions break at, and that no error may quote.
 SECRET = "zz secret"
@@ -64,6 +66,35 @@ def too_few(prompts: list[str], completions: list[str]) -> list[float]:
 
 def one_number(prompts: list[str], completions: list[str]) -> float:
     return 1.0
+
+
+def raises_late(prompts: list[str], completions: list[str]) -> Iterator[float]:
+    """A generator: its code runs only while the scores are taken from it."""
+    for text in completions:
+        if text == SECRET:
+            raise ValueError(f"cannot score {text}")
+        yield 1.0
+
+
+def endless(prompts: list[str], completions: list[str]) -> Iterator[float]:
+    return itertools.repeat(1.0)
+
+
+def too_large(prompts: list[str], completions: list[str]) -> list[int]:
+    return [10**400 if text == SECRET else 1 for text in completions]
+
+
+def unordered(prompts: list[str], completions: list[str]) -> set[float]:
+    return {float(index) for index in range(len(completions))}
+
+
+def reads_input(prompts: list[str], completions: list[str]) -> list[float]:
+    """Would take a call for its own input, and wait for the next."""
+    return [float(len(sys.stdin.read()))] * len(completions)
+
+
+def by_position(texts: list[str], answers: list[str]) -> list[float]:
+    return share(answers)
 
 
 def hangs(prompts: list[str], completions: list[str]) -> list[float]:

@@ -141,6 +141,14 @@ def test_gold_is_measured_where_it_is_due(base: BaseModel, tmp_path: Path) -> No
     assert [row["step"] for row in rows_of(tmp_path / "ppo") if "ppo/gold_se" in row] == [8, 12]
 
 
+def test_gold_that_pays_is_told(base: BaseModel, tmp_path: Path) -> None:
+    """What is the same, or a part of it, cannot fall while the score rises: the rule would never stop anything."""
+    result = run_gold(base, tmp_path / "ppo", gold="planted_rewards:proxy", **{**SHORT, "iterations": 1})
+    (warning,) = result.warnings
+    assert warning.startswith("gold pays as well: planted_rewards:proxy; ")
+    assert run_gold(base, tmp_path / "other", **{**SHORT, "iterations": 1}).warnings == ()
+
+
 def test_gold_needs_prompts_that_are_held_out(base: BaseModel, tmp_path: Path) -> None:
     with pytest.raises(DataError, match='stage "ppo" · 0 prompts held out for gold · at least 2 · raise validation'):
         run_gold(base, tmp_path / "ppo", **{**SHORT, "validation": 0.001})

@@ -12,16 +12,19 @@ from torch import Tensor
 from posttrain.data.chat import ChatFormat
 from posttrain.data.prompts import prepare_prompts
 from posttrain.errors import DataError, Interrupted, RecipeError, TrainingError
+from posttrain.models.batches import MICRO_TOKENS
 from posttrain.models.files import Policies, load_adapter
 from posttrain.models.heads import new_head
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter, LoraSettings
+from posttrain.plan import make_plan
 from posttrain.recipe import parse_recipe
 from posttrain.settings import Recipe
 from posttrain.train.ppo import train_ppo
 from posttrain.train.reward import train_reward
 from posttrain.train.signals import StopSignal
 from posttrain.train.stage import StageContext, StageResult
+from posttrain.train.value import value_source
 
 SMALL: dict[str, Any] = {
     "iterations": 3, "prompts": 6, "minibatch": 3, "max_new_tokens": 8, "learning_rate": 1e-3, "missing_eos_penalty": 0.0,
@@ -247,6 +250,36 @@ def test_what_a_ppo_stage_may_not_be(change: dict[str, Any], message: str, tmp_p
         recipe_of(tmp_path / "p.jsonl", **change)
 
 
+def named(names: str, **ppo: Any) -> Recipe:
+    """Two reward stages of these names, and a ppo stage that is paid by the first."""
+    rewards = [{"kind": "reward", "name": name, "data": "p.jsonl"} for name in names.split()]
+    stage = {"kind": "ppo", "name": "ppo", "reward": rewards[0]["name"], "data": "p.jsonl", **ppo}
+    return parse_recipe({"name": "t", "base": {"model": "random:tiny"}, "stage": [*rewards, stage]})
+
+
+@pytest.mark.parametrize("word", ["auto", "reward", "policy"])
+def test_a_reward_stage_called_like_a_word_of_value_init(word: str) -> None:
+    """Nothing is in doubt until `value_init` says the word, and with `reward` where it is that very model."""
+    assert value_source(named(f"rm {word}").stage[-1]) == "rm"  # type: ignore[arg-type]
+    assert value_source(named(f"{word} rm").stage[-1]) == word  # type: ignore[arg-type]
+    told = f'value_init = "{word}" is a word of its own and a reward stage · give the stage another name'
+    with pytest.raises(RecipeError, match=told):
+        named(f"rm {word}", value_init=word)
+    if word == "reward":
+        assert value_source(named("reward rm", value_init="reward").stage[-1]) == "reward"  # type: ignore[arg-type]
+
+
+def test_a_policy_called_like_a_word_of_value_init_is_no_input(tmp_path: Path) -> None:
+    data = str(preferences(tmp_path / "p.jsonl"))
+    for word in ("auto", "policy"):
+        sft = {"kind": "sft", "name": word, "data": str(demonstrations(tmp_path / "d.jsonl"))}
+        rm = {"kind": "reward", "name": "rm", "data": data}
+        ppo = {"kind": "ppo", "name": "ppo", "reward": "rm", "data": data, "value_init": word}
+        raw = {"name": "t", "base": {"model": "random:tiny"}, "stage": [sft, rm, ppo]}
+        (step,) = (s for s in make_plan(parse_recipe(raw), tmp_path / "run").steps if s.name == "ppo")
+        assert list(step.inputs) == ["base", "rm"]
+
+
 @pytest.fixture
 def chat(base: BaseModel) -> ChatFormat:
     return base.chat
@@ -271,6 +304,9 @@ def test_prompts_come_once_and_evaluations_are_left_out(chat: ChatFormat, tmp_pa
     assert found.report["dropped"] == {"longer than max_prompt_tokens = 60": 1}
     with pytest.raises(DataError, match="no prompt of at most 3 tokens"):
         prepare_prompts(data, chat, seed=0, max_prompt_tokens=3, evaluation_prompts=())
+    asked = {"max_prompt_tokens": 60, "evaluation_prompts": ("a", "b", "asked")}
+    with pytest.raises(DataError, match=r"no prompt of at most 60 tokens \(1 longer, 4 asked by an evaluation\)"):
+        prepare_prompts(data, chat, seed=0, **asked)  # type: ignore[arg-type]
 
 
 def test_the_prompts_of_pairs_and_of_conversations_of_several_turns(chat: ChatFormat, tmp_path: Path) -> None:
@@ -285,3 +321,30 @@ def test_the_prompts_of_pairs_and_of_conversations_of_several_turns(chat: ChatFo
     assert "v" not in text
     pairs = preferences(tmp_path / "p.jsonl", rows=4)
     assert len(prepare_prompts(str(pairs), chat, seed=0, max_prompt_tokens=90, evaluation_prompts=()).train) == 4
+
+
+@pytest.mark.parametrize("value", ["own", "shared"])
+@pytest.mark.parametrize("tokens", [1, 60])
+def test_how_a_step_is_cut_changes_no_gradient(
+    tokens: int, value: str, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise B1: a step of six prompts of 17 to 20 tokens at once, one by one, and by threes with a ragged rest."""
+    whole = first_gradient(base, tmp_path / "whole", value=value, minibatch=6)
+    monkeypatch.setitem(MICRO_TOKENS, "cpu", tokens)
+    cut = first_gradient(base, tmp_path / "cut", value=value, minibatch=6)
+    assert cut.keys() == whole.keys()
+    for name, gradient in whole.items():
+        assert torch.allclose(cut[name], gradient, rtol=1e-4, atol=1e-6), name
+    first, second = rows_of(tmp_path / "whole")[0], rows_of(tmp_path / "cut")[0]
+    assert second["memory/activations"] < first["memory/activations"] / 1.5, "it was cut"
+    del first["memory/activations"], second["memory/activations"]
+    assert second == pytest.approx(first, rel=1e-4, abs=1e-6)
+
+
+def test_the_entropy_bonus_is_part_of_the_update(base: BaseModel, tmp_path: Path) -> None:
+    """At ratio 1 it costs minus the samples' entropy, and it changes the gradient."""
+    plain = first_gradient(base, tmp_path / "plain", minibatch=6)
+    bonus = first_gradient(base, tmp_path / "bonus", minibatch=6, entropy_coef=0.5)
+    (first, second) = (rows_of(tmp_path / name)[0] for name in ("plain", "bonus"))
+    assert second["ppo/policy_loss"] - first["ppo/policy_loss"] == pytest.approx(-0.5 * first["ppo/entropy"], rel=1e-4)
+    assert any(not torch.allclose(bonus[name], plain[name], rtol=0.1) for name in plain if not name.startswith("value."))

@@ -13,7 +13,7 @@ from test_ppo import SMALL, random_reward_model, recipe_of, run_ppo
 from tiny_stages import StopAt, digest, newest, preferences, rows_of, run_stage
 
 from posttrain.cli import main
-from posttrain.errors import AdapterError, Interrupted, RecipeError, TrainingError
+from posttrain.errors import AdapterError, Interrupted, NonFiniteError, RecipeError, TrainingError
 from posttrain.models.batches import pack_trees
 from posttrain.models.files import Policies, save_adapter
 from posttrain.models.load import BaseModel
@@ -46,6 +46,7 @@ def test_a_function_gets_prompts_and_completions_and_may_print() -> None:
     assert call("proxy", texts) == share(texts)
     assert call("short", texts) == [-3.0, -3.0, 0.0, -5.0], "whole numbers will do"
     assert call("asks", texts) == [8.0] * 4
+    assert call("reads_input", texts) == [0.0] * 4, "there is none"
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,10 @@ def test_a_function_gets_prompts_and_completions_and_may_print() -> None:
         ("nothing", "returned a NoneType that is no finite number, first at completion 3 of 4"),
         ("too_few", "returned 3 scores for 4 completions, first at completion 4 of 4"),
         ("one_number", "returned a float"),
+        ("raises_late", r"raised ValueError at planted_rewards.py:\d+, first at completion 3 of 4"),
+        ("endless", "returned more than 4 scores for 4 completions"),
+        ("too_large", "returned a int that is no finite number, first at completion 3 of 4"),
+        ("unordered", "returned a set"),
         ("dies", r"ended its process \(exit code 7\)"),
     ],
 )
@@ -102,6 +107,10 @@ def test_a_run_that_is_asked_to_stop_does_not_wait_for_a_function() -> None:
         ("planted_rewards.inside:f", "there is no module planted_rewards.inside"),
         ("planted_rewards:proxi", "no function proxi in planted_rewards"),
         ("planted_rewards:NO_FUNCTION", "no function NO_FUNCTION in planted_rewards"),
+        (
+            "planted_rewards:by_position",
+            r"no function by_position\(prompts, completions\) in planted_rewards: missing a required argument: 'texts'",
+        ),
         ("broken_module:f", "importing it raised ZeroDivisionError: division by zero"),
     ],
 )
@@ -243,6 +252,15 @@ def test_a_function_that_failed_loses_nothing(base: BaseModel, tmp_path: Path) -
     assert newest(tmp_path / "ppo").state["step"] == 8
     run_ppo(base, tmp_path / "ppo", reward="planted_rewards:third_time", estimator="rloo", completions=2)
     assert digest(tmp_path / "ppo") == digest(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("weight", [1e30, -1e36])
+def test_scores_whose_squares_leave_float32_stop_before_anything_is_written(
+    weight: float, base: BaseModel, tmp_path: Path
+) -> None:
+    with pytest.raises(NonFiniteError, match=r'"ppo" · iteration 1 · ppo/.* not finite; no step was taken'):
+        run_ppo(base, tmp_path / "ppo", reward=[{"function": "planted_rewards:short", "weight": weight}])
+    assert not list(tmp_path.rglob("rollouts")), "no rollouts, no samples"
 
 
 def test_members_of_an_ensemble_differ_by_their_seed(base: BaseModel, tmp_path: Path) -> None:

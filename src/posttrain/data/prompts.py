@@ -59,8 +59,10 @@ def prepare_prompts(
             kept |= {tuple(ids)} if in_validation(messages, validation) else set()
     if len(found) == len(kept):
         where = "data " + ", ".join(f'"{s.path}"' for s in read.sources)
+        lost = {"longer": long, "asked by an evaluation": contaminated, "held out": len(kept)}
+        why = ", ".join(f"{count} {what}" for what, count in lost.items() if count) or "none could be read"
         raise DataError(
-            where, f"no prompt of at most {max_prompt_tokens} tokens", do="raise max_prompt_tokens or give other data"
+            where, f"no prompt of at most {max_prompt_tokens} tokens ({why})", do="raise max_prompt_tokens or give other data"
         )
     rows = [row for ids, row in found.items() if ids not in kept]
     held_out = [row for ids, row in found.items() if ids in kept]

@@ -3,6 +3,7 @@
     ratio = exp(log pi - log pi_old)
     L_policy = mean max(-A ratio, -A clip(ratio, 1 - e, 1 + e))                                            (eq. 7)
     L_value  = 1/2 mean max((V - R)^2, (V_old + clip(V - V_old, -e_v, e_v) - R)^2)                         (released code)
+    entropy bonus: L_policy + c mean ratio [log pi],  [.] without gradient: its gradient is that of -c H(pi), by sampled tokens
     approximate KL(old || new) = mean (exp(d) - 1 - d),  d = log pi - log pi_old                           (Schulman 2020, k3)
 
 Before the first update of an iteration ratio is 1 and the approximate KL 0, exactly: policy and sampler are the same.
@@ -35,8 +36,8 @@ class ValueTokens(NamedTuple):
     return_N: Tensor
 
 
-def policy_loss(tokens: PolicyTokens, *, clip: float, step_tokens: int = 0) -> LossOutput:
-    """The clipped surrogate. Mean over the tokens of the optimiser step.
+def policy_loss(tokens: PolicyTokens, *, clip: float, step_tokens: int = 0, entropy_coef: float = 0.0) -> LossOutput:
+    """The clipped surrogate, less the entropy bonus. Mean over the tokens of the optimiser step.
 
     `step_tokens` is the number of tokens of the whole step when this is one of its micro-batches; 0 means this is all.
     Metrics are sums over the micro-batch's tokens.
@@ -46,6 +47,8 @@ def policy_loss(tokens: PolicyTokens, *, clip: float, step_tokens: int = 0) -> L
     plain_N = -tokens.advantage_N * ratio_N
     clipped_N = -tokens.advantage_N * ratio_N.clamp(1 - clip, 1 + clip)
     total = torch.maximum(plain_N, clipped_N).sum()
+    if entropy_coef:
+        total = total + entropy_coef * (ratio_N * tokens.logprob_N.detach()).sum()
     sums = {
         "ppo/policy_loss": total, "ppo/clip_fraction": (clipped_N > plain_N).float().sum(),
         "ppo/approximate_kl": k3(tokens.old_logprob_N, tokens.logprob_N).sum(), "ppo/ratio": ratio_N.sum(),

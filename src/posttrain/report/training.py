@@ -71,6 +71,8 @@ _CHARTS = (
 _NOT_DRAWN = frozenset({"step", "train/epoch", "time/step", "time/rollout"})
 _GENERAL = frozenset({"train", "time"})
 _VALIDATION = "validation_"
+# Told beside the stage's name: the parts hardly change from step to step.
+_MEMORY = "memory/"
 # Metrics that end in a name of the recipe's.
 _PARTS = {"ppo/score/": "score part", "ppo/ensemble_spread/": "ensemble part"}
 # What a row of charts is filled up with where a stage has few.
@@ -89,14 +91,18 @@ def training(run: Run) -> Markup:
 
 def _stage(stage: Stage) -> Markup:
     found = read_series(stage.metrics)
-    charts = charts_of(found)
+    charts = charts_of({name: points for name, points in found.items() if not name.startswith(_MEMORY)})
     shown = [chart for chart in charts if chart.open]
     shown += [chart for chart in charts if not chart.open and chart.title in _FILLING][: max(0, _ROW - len(shown))]
     behind = [_figure(stage.name, chart, found) for chart in charts if chart not in shown]
     manifest = stage.manifest or {}
+    parts = [(name, name.removeprefix(_MEMORY)) for name in found if name.startswith(_MEMORY)]
     work = [f"{manifest['steps']:,} steps"] if "steps" in manifest else []
     work += [f"{manifest['tokens']:,} tokens"] if "tokens" in manifest else []
     work += [words.duration(manifest.get("train_seconds", manifest.get("seconds")))]
+    work += (
+        [f"memory: {', '.join(f'{part} {max(y for _, y in found[name]):,.1f}' for name, part in parts)} MiB"] if parts else []
+    )
     more = details(f"{len(behind)} more curves of {stage.name}", el("div.plots", *behind)) if behind else ""
     head = el("h3", stage.name, " ", el("span.kind", stage.kind), el("span.small", " · ".join(work)))
     return el("div.stage", head, el("div.plots", *(_figure(stage.name, chart, found) for chart in shown)), more)

@@ -46,6 +46,16 @@ def open_gold(context: StageContext, stage: PpoStage, prompts: Sequence[PromptRo
     return GoldMeasure(context, stage, [prompts[i] for i in sorted(order[: stage.gold_prompts])], score, judge)
 
 
+def gold_that_pays(stage: PpoStage) -> tuple[str, ...]:
+    """A warning where gold, or a part of it, is what the policy is paid by as well."""
+    paid, gold = (
+        {name for part in reward_parts(written) for name in (*part.models, part.function) if name}
+        for written in (stage.reward, stage.gold)
+    )
+    both = ", ".join(sorted(paid & gold))
+    return (f"gold pays as well: {both}; it cannot show what is wrong with the score, so give another one",) if both else ()
+
+
 class GoldMeasure:
     """The held-out prompts, and who judges the answers to them."""
 
@@ -119,16 +129,17 @@ class GoldMeasure:
         return overoptimised(gold_EB, score_EB, patience=self.stage.gold_patience, planned=len(self.due))
 
     def warnings(self) -> tuple[str, ...]:
-        """What the manifest says of a run that the rule stopped, or would have stopped at its end."""
-        rows = [row for row in self._rows() if row["policy"] == self.stage.name]
+        """What the manifest says: of gold that pays, and of a run that the rule stopped, or would have stopped at its end."""
+        pays, rows = gold_that_pays(self.stage), [row for row in self._rows() if row["policy"] == self.stage.name]
         if not rows:
-            return ()
+            return pays
         found = self._verdict(rows[-1]["iteration"])
         if found is None or not found.stop:
-            return ()
+            return pays
         gold, score, last = found.gold, found.score, rows[-1]["iteration"]
         stopped = f"stopped after iteration {last}" if last < self.stage.iterations else "at the end"
         return (
+            *pays,
             f"over-optimisation: gold fell by {-gold[0]:.3g} ± {gold[1]:.2g} while the score rose by {score[0]:.3g} ± "
             f"{score[1]:.2g}; {stopped}, published is the policy after iteration {rows[found.best]['iteration']}",
         )

@@ -5,6 +5,7 @@ iteration: what it has is published, and the manifest says why. A number that is
 in training, is an error. Both are functions of what lies on disk, so a resumed stage decides the same.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -46,6 +47,19 @@ def check_sampled(sampled: Sampled, names: Sequence[str], *, where: str) -> None
                 allowed=f"their prompts: {shown}{more}",
                 do="look at what scores them, or lower learning_rate; the last checkpoint is whole",
             )  # fmt: skip
+
+
+def check_figures(stats: dict[str, float], *, where: str) -> None:
+    """Refuse an iteration whose figures are not finite, as where the squares of its scores leave float32.
+
+    Raises NonFiniteError before anything is learned or written.
+    """
+    bad = [name for name, value in stats.items() if not math.isfinite(value)]
+    if bad:
+        raise NonFiniteError(
+            where, f"{', '.join(bad)} not finite; no step was taken",
+            do="make what scores smaller: its numbers, a weight or kl_coef",
+        )  # fmt: skip
 
 
 def check_sampler(mismatch: float, stage: PpoStage) -> None:

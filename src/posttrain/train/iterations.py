@@ -24,7 +24,8 @@ from posttrain.progress import Progress
 from posttrain.records import Rollout
 from posttrain.settings import PpoStage
 from posttrain.train.checkpoint import Checkpoint, load_newest, load_step, oldest_step, save_checkpoint
-from posttrain.train.guards import check_sampled, check_sampler
+from posttrain.train.guards import check_figures, check_sampled, check_sampler
+from posttrain.train.memory import cache
 from posttrain.train.rewards import Judged, Texts
 from posttrain.train.roles import Roles
 from posttrain.train.rollouts import Rollouts, Sampled, from_tensors, judge_rollouts, to_tensors
@@ -59,12 +60,15 @@ class Iterations:
         started = time.monotonic()
         sampled, answers, judged = self._sample(iteration)
         names = [row.id for row in self.asked(iteration) for _ in range(self.stage.completions)]
-        check_sampled(sampled, names, where=f'stage "{self.stage.name}" · iteration {iteration + 1}')
+        where = f'stage "{self.stage.name}" · iteration {iteration + 1}'
+        check_sampled(sampled, names, where=where)
         rollouts = judge_rollouts(sampled, self.stage, self._coefficient(iteration))
+        check_figures(rollouts.stats, where=where)
         check_sampler(rollouts.stats["ppo/mismatch"], self.stage)
         seconds = time.monotonic() - started
         speed = {"time/rollout": seconds, "time/rollout_tokens_per_second": len(rollouts.old_N) / seconds}
-        rollouts = rollouts._replace(stats={**rollouts.stats, **judged.metrics(), **speed})
+        room = {"memory/cache": cache(self.base, sampled.prompts, self.stage)}
+        rollouts = rollouts._replace(stats={**rollouts.stats, **judged.metrics(), **room, **speed})
         # As far back as the oldest checkpoint goes, and the iteration before it, whose KL moves the coefficient.
         oldest = oldest_step(self.folder / "checkpoints") // self.steps
         tensors, state = to_tensors(rollouts)

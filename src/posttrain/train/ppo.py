@@ -30,6 +30,7 @@ from posttrain.train.gold import open_gold
 from posttrain.train.guards import why_ended
 from posttrain.train.iterations import Iterations
 from posttrain.train.loop import MicroBatch, TrainTask
+from posttrain.train.memory import Kept, held
 from posttrain.train.ptx import PtxBatch, ptx_batches, ptx_loss
 from posttrain.train.rewards import Judge
 from posttrain.train.roles import Roles
@@ -90,12 +91,14 @@ class _Update:
     def __init__(self, stage: PpoStage, roles: Roles, iterations: Iterations, ptx: Sequence[TrainRow], seed: int) -> None:
         self.stage, self.roles, self.iterations, self.ptx, self.seed = stage, roles, iterations, ptx, seed
         self.base, self.policy, self.gold, self.steps = roles.base, roles.policy, roles.gold, iterations.steps
-        self.begun, self.tokens = 0.0, 0  # of the step in hand
+        self.begun, self.tokens, self.kept = 0.0, 0, Kept(roles)  # of the step in hand
+        self.memory: dict[str, float] = {}
 
     def task(self, parameters: dict[str, nn.Parameter]) -> TrainTask:
         """PPO as the loop sees it; a row is an optimiser step."""
         steps, faster = self.stage.iterations * self.steps, self.stage.value_learning_rate / self.stage.learning_rate
         value = self.roles.value.parameters if self.roles.value else {}
+        self.memory = held(self.roles, self.stage, parameters.values())
         task = TrainTask(
             steps, parameters, self.batches_at, self._loss, self._summarise, None, "ppo/score", by_step=True,
             next_step=self.next_step if self.stage.max_update_kl else None, rates=dict.fromkeys(value, faster),
@@ -152,7 +155,7 @@ class _Update:
         if self.roles.value is not None and not self.roles.shared:
             micros += [MicroBatch(m.payload._replace(own_value=True), 0, m.row_ids) for m in micros]
         micros += ptx_batches(self.base, self.ptx, step, size=self.stage.minibatch, seed=self.seed)
-        self.begun, self.tokens = time.monotonic(), sum(m.tokens for m in micros)
+        self.begun, self.tokens, self.kept = time.monotonic(), sum(m.tokens for m in micros), Kept(self.roles)
         return micros
 
     def _measure(self, iteration: int) -> dict[str, float]:
@@ -174,6 +177,10 @@ class _Update:
         return found
 
     def _loss(self, micro: MicroBatch, step: Sequence[MicroBatch]) -> LossOutput:
+        with self.kept.counted():
+            return self._learned(micro, step)
+
+    def _learned(self, micro: MicroBatch, step: Sequence[MicroBatch]) -> LossOutput:
         if isinstance(micro.payload, PtxBatch):
             return ptx_loss(self.base, self.policy, micro, step, coef=self.stage.ptx_coef)
         payload: PpoBatch = micro.payload
@@ -182,7 +189,7 @@ class _Update:
             return self._value_loss(payload, self.roles.own_values(payload.batch), total)
         logprobs_N, value_N = self.roles.outputs(payload.batch)
         tokens = PolicyTokens(logprobs_N, payload.old_N, payload.advantage_N)
-        out = policy_loss(tokens, clip=self.stage.clip_range, step_tokens=total)
+        out = policy_loss(tokens, clip=self.stage.clip_range, step_tokens=total, entropy_coef=self.stage.entropy_coef)
         if payload.first and float(out.metrics["ppo/approximate_kl"]) != 0:
             raise TrainingError(
                 f'stage "{self.stage.name}"', "the policy is not the one that sampled, before the first step of an iteration",
@@ -206,4 +213,5 @@ class _Update:
             means["ppo/ptx_loss"] = sums["ptx/nll"] / sums["ptx/targets"]
             loss += self.stage.ptx_coef * means["ppo/ptx_loss"]
         speed = {"time/update_tokens_per_second": self.tokens / (time.monotonic() - self.begun)}
-        return {"ppo/loss": loss, **means, **self.iterations.newest().stats, **speed}
+        memory = {**self.memory, "memory/activations": self.kept.largest}
+        return {"ppo/loss": loss, **means, **self.iterations.newest().stats, **memory, **speed}

@@ -1,7 +1,7 @@
 """The process in which a reward function runs: `python -m posttrain.train.reward_worker package.module:function`.
 
 Where it stands: `functions.py` starts it, and kills it when a call takes too long. It speaks JSON, one line a message. The
-function's own prints go to standard error, so that they cannot stand between the messages.
+function's own prints go to standard error, and its standard input is empty, so that neither stands between the messages.
 
     in   {"prompts": [...], "completions": [...]}
     out  {"ready": true}, then a call's {"scores": [...]}, or {"error": what, "index": the completion, or null}
@@ -11,6 +11,8 @@ What is said of an exception is its type and the line of the function's code, no
 
 import contextlib
 import importlib
+import inspect
+import itertools
 import json
 import math
 import os
@@ -18,8 +20,8 @@ import queue
 import sys
 import threading
 import traceback
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
 
 Function = Callable[..., Any]
 # Scores are float32 from here on.
@@ -28,10 +30,11 @@ LARGEST = 3e38
 
 def main(reference: str) -> None:
     """Import, then answer calls until standard input ends."""
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    out, asked = os.fdopen(os.dup(1), "w", encoding="utf-8"), os.fdopen(os.dup(0), encoding="utf-8")
     os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     calls: queue.Queue[str] = queue.Queue()
-    threading.Thread(target=_listen, args=(calls,), daemon=True).start()
+    threading.Thread(target=_listen, args=(asked, calls), daemon=True).start()
 
     def say(message: dict[str, Any]) -> None:
         out.write(json.dumps(message) + "\n")
@@ -48,19 +51,26 @@ def main(reference: str) -> None:
         say(answer(function, call["prompts"], call["completions"]))
 
 
-def _listen(calls: "queue.Queue[str]") -> None:
-    """Hand calls over; when standard input ends, so does the process, whatever the function is doing."""
-    for line in sys.stdin:
+def _listen(asked: TextIO, calls: "queue.Queue[str]") -> None:
+    """Hand calls over; when there can be no more, the process ends, whatever the function is doing."""
+    for line in asked:
         calls.put(line)
     os._exit(0)
 
 
 def load(reference: str) -> Function:
-    """The function that `package.module:function` names. Raises what its module raises; TypeError where it is no function."""
+    """The function that `package.module:function` names. Raises what its module raises; TypeError where it is no function, or
+    none that can be called with `prompts` and `completions`."""
     module, _, name = reference.partition(":")
     found = vars(importlib.import_module(module)).get(name)
     if not callable(found):
         raise TypeError(f"no function {name} in {module}")
+    with contextlib.suppress(ValueError):  # some of C's have no signature
+        signature = inspect.signature(found)
+        try:
+            signature.bind(prompts=[], completions=[])
+        except TypeError as error:
+            raise TypeError(f"no function {name}(prompts, completions) in {module}: {error}") from None
     return found  # type: ignore[no-any-return]
 
 
@@ -76,27 +86,34 @@ def _import_words(reference: str, error: BaseException) -> str:
 def answer(function: Function, prompts: list[str], completions: list[str]) -> dict[str, Any]:
     """The function's scores, checked, or what is wrong with them and with which completion it began."""
     try:
-        found = function(prompts=prompts, completions=completions)
+        found = _called(function, prompts, completions)
     except Exception as error:  # noqa: BLE001 - somebody's function
         return {"error": f"raised {_place(error)}", "index": _first_that_raises(function, prompts, completions)}
     return check(found, len(completions))
 
 
+def _called(function: Function, prompts: list[str], completions: list[str]) -> Any:
+    """What a function returns; of a generator, whose code runs only now, no more than shows that it returns too many."""
+    found = function(prompts=prompts, completions=completions)
+    return list(itertools.islice(found, len(completions) + 1)) if isinstance(found, Iterator) else found
+
+
 def check(found: Any, count: int) -> dict[str, Any]:
     """One finite number a completion, of whatever type; nothing else passes."""
-    if isinstance(found, str | dict):
+    if isinstance(found, str | bytes | dict | set | frozenset):
         return {"error": f"returned a {type(found).__name__}", "index": None}
     try:
         values = list(found)
     except TypeError:
         return {"error": f"returned a {type(found).__name__}", "index": None}
     if len(values) != count:
-        return {"error": f"returned {len(values)} scores for {count} completions", "index": min(len(values), count - 1)}
+        many = f"more than {count}" if len(values) > count else f"{len(values)}"
+        return {"error": f"returned {many} scores for {count} completions", "index": min(len(values), count - 1)}
     scores = []
     for index, value in enumerate(values):
         number = math.nan
-        with contextlib.suppress(TypeError, ValueError, RuntimeError):
-            if not isinstance(value, str):
+        with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):
+            if not isinstance(value, str | bytes):
                 number = float(value)
         if not abs(number) <= LARGEST:
             shown = f"{number}" if isinstance(value, float) else f"a {type(value).__name__} that is no finite number"
@@ -109,7 +126,7 @@ def _first_that_raises(function: Function, prompts: list[str], completions: list
     """The first completion that raises by itself; None where none does."""
     for index in range(len(completions)):
         try:
-            function(prompts=prompts[index : index + 1], completions=completions[index : index + 1])
+            _called(function, prompts[index : index + 1], completions[index : index + 1])
         except Exception:  # noqa: BLE001 - somebody's function
             return index
     return None

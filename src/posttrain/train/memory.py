@@ -1,0 +1,80 @@
+"""What a ppo stage holds in memory, by parts and in MiB. Counted and not measured: a resumed stage logs the very same numbers.
+
+    base         the weights of the model, once for all roles
+    adapters     of policy, reference, init, reward models, gold and value function, with their heads
+    optimiser    gradients and AdamW's two moments of what is trained
+    cache        room for keys and values of the completions that are sampled at once
+    activations  what the step's largest forward keeps for its backward
+
+Where it stands: rows of metrics.jsonl, and the report. Left out: what the program, its libraries and the data take, products
+on their way, and with full weights the copy of the policy while another role has its place.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.generate.batch import room_for
+from posttrain.generate.engine import ROWS
+from posttrain.models.decoding import bytes_per_token
+from posttrain.models.load import BaseModel
+from posttrain.settings import PpoStage
+from posttrain.train.roles import Roles
+
+MIB = 2**20
+
+
+def held(roles: Roles, stage: PpoStage, trained: Iterable[nn.Parameter]) -> dict[str, float]:
+    """What is there from the first step to the last, by the names of the metrics."""
+    base = roles.base
+    names = {roles.policy, roles.reference, stage.init, *roles.judge.models}
+    names |= set(roles.gold.judge.models) if roles.gold is not None else set()
+    adapters = [p for name in names - {"base"} if name in base.adapters for p in base.adapters.get(name).parameters().values()]
+    adapters += roles.value.parameters.values() if roles.value is not None else ()
+    return {
+        "memory/base": _mib([*base.model.parameters(), *base.model.buffers()]), "memory/adapters": _mib(adapters),
+        "memory/optimiser": 3 * _mib(trained),
+    }  # fmt: skip
+
+
+def cache(base: BaseModel, prompts: Sequence[Sequence[int]], stage: PpoStage) -> float:
+    """Room for the completions of these prompts that are sampled at once: as many as the engine takes, the largest."""
+    kind = base.device.type
+    rooms = [room_for(len(ids) + stage.max_new_tokens - 1, kind) for ids in prompts for _ in range(stage.completions)]
+    a_token = bytes_per_token(base.model.config.get_text_config().to_dict(), base.dtype)
+    return sum(sorted(rooms)[-ROWS[kind] :]) * a_token / MIB
+
+
+class Kept:
+    """The largest sum of bytes that one of the forwards inside of `counted` kept for its backward."""
+
+    def __init__(self, roles: Roles) -> None:
+        self.base, self.largest = roles.base, 0.0
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count what the forward inside keeps. On a GPU it is what its memory has grown by."""
+        if self.base.device.type == "cuda":
+            before = torch.cuda.memory_allocated(self.base.device)
+            yield
+            self.largest = max(self.largest, (torch.cuda.memory_allocated(self.base.device) - before) / MIB)
+            return
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if not tensor.is_leaf or not (tensor.requires_grad or storage.data_ptr() in weights):
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor.detach()
+
+        weights = {p.untyped_storage().data_ptr() for p in self.base.model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            yield
+        self.largest = max(self.largest, sum(kept.values()) / MIB)
+
+
+def _mib(tensors: Iterable[Tensor]) -> float:
+    """Tensors of one storage count once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()) / MIB
