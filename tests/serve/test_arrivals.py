@@ -13,7 +13,7 @@ from posttrain.serve.limits import Limits
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import arrivals  # noqa: E402
+import arrivals
 
 SETTINGS = {"max_tokens": 4, "temperature": 1.0}
 
