@@ -2,7 +2,6 @@
 
     served.py                                                     both sides in every setting, and one request at a time
     served.py --settings 16-even@1 --seconds 20 --sides posttrain --no-alone        a short try
-    served.py generate FOLDER                       inside: transformers' generate, one prompt at a time, in .venv-peers
 
 Both servers are the commands that a user runs, on this machine, with 64 adapters of rank 16 loaded before the first request.
 A setting is how many of the adapters are asked (0: the base), how (`arrivals.py`), and after @ how many requests a second
@@ -26,7 +25,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +32,7 @@ import arrivals
 import httpx
 import rollouts
 from adapters import RANK, prepare
+from alone import alone
 from run import PEERS, ROOT, VLLM, need, side
 
 MOST, BASE = 64, "the-base"
@@ -199,41 +198,6 @@ def warm(url: str, prompts: list[list[int]], loads: dict[str, Any]) -> dict[str,
     return {outcome: found[outcome] for outcome in ("ended", "refused", "failed")}
 
 
-def alone(times: list[tuple[int, float]]) -> dict[str, Any]:
-    """Tokens a second over all answers, the prompt's time with it; the seconds of an answer."""
-    tokens, seconds = sum(t for t, _ in times), [s for _, s in times]
-    return {"answers": len(times), "tokens": tokens, "tokens_per_s": round(tokens / sum(seconds), 2), **_seconds(seconds)}
-
-
-def _seconds(seconds: list[float]) -> dict[str, float]:
-    ordered = sorted(seconds)
-    return {"seconds_median": round(ordered[len(ordered) // 2], 3), "seconds_max": round(ordered[-1], 3)}
-
-
-def hf_generate(work: dict[str, Any]) -> dict[str, Any]:
-    """transformers' generate on one prompt at a time, in each setting that was found worth trying."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.bfloat16).eval()
-    found = {}
-    for setting, fields in {"dynamic cache": {}, "static cache": {"cache_implementation": "static"}}.items():
-
-        def run(prompt: list[int], fields: dict[str, Any] = fields) -> tuple[int, float]:
-            ids, started = torch.tensor([prompt]), time.perf_counter()
-            with torch.inference_mode():
-                out = model.generate(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=work["new_tokens"], do_sample=False,
-                    eos_token_id=work["ends"], pad_token_id=work["ends"][0], **fields,
-                )  # fmt: skip
-            return out.shape[1] - len(prompt), time.perf_counter() - started
-
-        for prompt in work["warm"][:2]:
-            run(prompt)
-        found[setting] = alone([run(prompt) for prompt in work["alone"]])
-    return {"settings": found, "versions": {name: version(name) for name in ("transformers", "torch")}}
-
-
 def versions(name: str) -> dict[str, str]:
     """Of the packages of a side, in its own environment."""
     kind = name.partition("@")[0]
@@ -270,8 +234,8 @@ def race(options: argparse.Namespace) -> dict[str, Any]:
         work |= {"warm": prompts[:MOST], "alone": prompts[MOST : MOST + ALONE]}
         (folder / "rollouts.json").write_text(json.dumps(work))
         loads = plans(prompts[MOST + ALONE :], options.settings, options.seconds)
+        generate = side(need(PEERS), "alone.py", str(folder)) if options.alone else None
         sides = {each: measure(each, folder, work, loads, options) for each in options.sides}
-        generate = side(need(PEERS), "served.py", "generate", str(folder)) if options.alone else None
     found: dict[str, Any] = {
         "race": "served", "adapters": MOST, "rank": RANK, "streams": arrivals.STREAMS, "seconds": options.seconds,
         "rate": RATE, "prompts": len(prompts) - MOST - ALONE, "asked": SAMPLED, "sides": sides, "generate": generate,
@@ -288,10 +252,7 @@ def race(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the race, or the part of it that runs elsewhere, and print one JSON object."""
-    if sys.argv[1:2] == ["generate"]:
-        print(json.dumps(hf_generate(json.loads((Path(sys.argv[2]) / "rollouts.json").read_text()))))
-        return
+    """Run the race and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--settings", nargs="+", type=setting_of, default=[setting_of(each) for each in SETTINGS],
@@ -302,6 +263,8 @@ def main() -> None:
     parser.add_argument("--alone", action=argparse.BooleanOptionalAction, default=True, help="one request at a time as well")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data", help="folder of the public data sets")
     options = parser.parse_args()
+    # Whoever ends this program ends the server with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     print(json.dumps(race(options)))
 
 

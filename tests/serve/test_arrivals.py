@@ -1,6 +1,8 @@
-"""The client of the race `served`: arrivals and percentiles against what is known of them; what becomes of requests."""
+"""The race `served`: arrivals and percentiles against what is known of them; what becomes of requests; what is compared."""
 
+import argparse
 import itertools
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -14,6 +16,7 @@ from posttrain.serve.limits import Limits
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import arrivals
+import served
 
 SETTINGS = {"max_tokens": 4, "temperature": 1.0}
 
@@ -74,3 +77,45 @@ def test_every_arrival_is_counted_whatever_became_of_it(tiny: BaseModel):
         assert (few["ended"], few["turned_away"]) == (2, 4)
     with listening(tiny, limits=Limits(queue_seconds=1e-9)) as server:
         assert arrivals.under_load(server.url, plan, SETTINGS, seconds=1.0)["refused"] == 6
+
+
+def test_settings_are_read_and_every_side_gets_the_same_plan():
+    setting = served.setting_of("4-zipf@2.5")
+    assert setting == ("4-zipf@2.5", ["a0", "a1", "a2", "a3"], "zipf", 2.5)
+    assert served.setting_of("0-even") == ("0-even", [served.BASE], "even", served.RATE)
+    for wrong in ("65-even", "4", "4-flat", "4-even@0", "4-even@"):
+        with pytest.raises(argparse.ArgumentTypeError, match="allowed"):
+            served.setting_of(wrong)
+    prompts = [[k] for k in range(500)]
+    settings = [setting, served.setting_of("0-even@2")]
+    plans = served.plans(prompts, settings, 60.0)
+    assert plans == served.plans(prompts, settings, 60.0)
+    used = [tuple(arrival.prompt) for plan in plans.values() for arrival in plan]
+    assert len(set(used)) == len(used) > 150
+
+
+def test_times_are_compared_only_where_both_sides_held_the_load():
+    held = {"held": True, "tokens_per_s": 30.0, "first_token_ms": {"p50": 100.0}, "per_token_ms": {"p50": None}}
+    lost = {**held, "held": False, "tokens_per_s": 60.0, "first_token_ms": {"p50": 400.0}}
+    found = served.ratios(
+        {"loads": {"x": held, "y": held}}, {"loads": {"x": held | {"first_token_ms": {"p50": 400.0}}, "y": lost}}
+    )
+    assert found["x"] == {
+        "both_held": True,
+        "tokens_per_s": 1.0,
+        "first_token_ms": {"p50": 0.25},
+        "per_token_ms": {"p50": None},
+    }
+    assert found["y"] == {"both_held": False, "tokens_per_s": 0.5}
+
+
+def test_memory_is_that_of_a_process_and_all_below_it():
+    command = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
+    with subprocess.Popen([sys.executable, "-c", command], stdin=subprocess.PIPE) as process:
+        while len(found := served.tree(process.pid)) < 2:
+            assert process.poll() is None
+        assert found[0] == process.pid
+        assert all(served.resident(each) > 0 for each in found)
+        process.communicate(b"\n")
+    assert served.tree(process.pid) == [process.pid]
+    assert served.resident(process.pid) == 0
