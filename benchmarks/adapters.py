@@ -21,7 +21,7 @@ ADAPTERS, RANK = 16, 16
 Run = tuple[Callable[[int], int], str, tuple[str, ...]]
 
 
-def prepare(folder: Path, data: Path) -> dict[str, Any]:
+def prepare(folder: Path, data: Path, adapters: int = ADAPTERS, prompts: int = rollouts.PROMPTS) -> dict[str, Any]:
     """Adapters on all linear layers; their B is small and not zero."""
     import torch
 
@@ -29,9 +29,9 @@ def prepare(folder: Path, data: Path) -> dict[str, Any]:
     from posttrain.models.load import load_base
     from posttrain.models.lora import LoraSettings
 
-    found = rollouts.prepare(folder, data)
+    found = rollouts.prepare(folder, data, prompts)
     base = load_base(rollouts.MODEL)
-    for number in range(ADAPTERS):
+    for number in range(adapters):
         target = folder / f"a{number}"
         target.mkdir()
         adapter = base.adapters.create(target.name, LoraSettings(RANK, 32.0, 0.0, "all", "standard"), seed=number)

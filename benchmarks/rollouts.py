@@ -23,7 +23,7 @@ PROMPTS, NEW_TOKENS, RUNS = 64, 64, 3
 MODEL = "package:smollm2-135m-instruct"
 
 
-def prepare(folder: Path, data: Path) -> dict[str, Any]:
+def prepare(folder: Path, data: Path, prompts: int = PROMPTS) -> dict[str, Any]:
     """First turns of hh_harmless, rendered by the model's own template."""
     from posttrain.data.prompts import prepare_prompts
     from posttrain.models.load import load_base
@@ -32,7 +32,7 @@ def prepare(folder: Path, data: Path) -> dict[str, Any]:
     source = str(data / "preferences/hh_harmless.jsonl")
     found = prepare_prompts(source, base.chat, seed=0, max_prompt_tokens=256, evaluation_prompts=frozenset())
     work = {
-        "model": str(base.source.folder), "prompts": [row.ids for row in found.train[:PROMPTS]],
+        "model": str(base.source.folder), "prompts": [row.ids for row in found.train[:prompts]],
         "ends": sorted(base.chat.end_ids), "new_tokens": NEW_TOKENS,
     }  # fmt: skip
     (folder / "rollouts.json").write_text(json.dumps(work))

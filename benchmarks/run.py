@@ -168,7 +168,7 @@ def main() -> None:
     """Run one race and print its JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "race", choices=["sft", "dpo", "reward", "ppo", "rollouts", "adapters", "growth", "quickstart", "gpu-sft", "gpu-lora"]
+        "race", choices=[*SETTINGS, "ppo", "rollouts", "adapters", "served", "growth", "quickstart", "gpu-sft", "gpu-lora"]
     )
     parser.add_argument("--steps", type=int, default=12, help="optimiser steps a side, the first two are warm-up")
     parser.add_argument("--rows", type=int, default=0, help="rows a step (default: 16 for sft, 8 pairs for dpo)")
@@ -189,6 +189,8 @@ def main() -> None:
         result = adapters(options.data)
     elif options.race == "ppo":
         result = ppo(options.data, tuple(options.settings.split(",")) if options.settings else PPO_SETTINGS)
+    elif options.race == "served":
+        result = side(sys.executable, "served.py", "--data", str(options.data))
     elif options.race == "growth":
         result = side(sys.executable, "growth.py")
     elif options.race.startswith("gpu"):
