@@ -6,15 +6,22 @@ The base's product runs once over all tokens. The tokens of each of n adapters a
 low-rank products of all adapters are two batched ones. One adapter for all tokens is computed just as in training. Copies in
 the type of the products are kept by the engine.
 
-T: tokens, M: most tokens of one adapter, R: rank (of the widest adapter, others are filled with zeros).
+Where shapes must not depend on who is there (`models/graphs.py`), all tokens are multiplied with the matrices of all adapters
+side by side, and of the projections each token keeps its own:
+
+    y_t = W x_t + [B_1 .. B_n] p_t,   p_t: s_a A_a x_t at the place of adapter a, 0 elsewhere
+
+T: tokens, M: most tokens of one adapter, R: rank (of the widest adapter, others are filled with zeros), C = n R.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from posttrain.models.decoding import new_address
 from posttrain.models.packed import PackedProducts
 
 if TYPE_CHECKING:
@@ -38,11 +45,8 @@ class NarrowAdapters:
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.product = dtype, PackedProducts(dtype, device)
-        self.slots: list[LoraAdapter | None] = []
-        self._versions: list[int] = []
-        self._stacks: dict[str, Stack] = {}
-        self._rank = 0
+        self.dtype, self.product, self._device = dtype, PackedProducts(dtype, device), device
+        self._open(0, 0)
 
     def hold(self, adapters: "Sequence[LoraAdapter]") -> None:
         """These are needed now. Others stay until their slots are, so that rows that come and go make no copies each time."""
@@ -54,8 +58,8 @@ class NarrowAdapters:
             room = max(len(needed), room + room // 4)
         elif needed and room > SPARE_SLOTS * len(needed):
             room = len(needed)
-        if room != len(self.slots) or rank > self._rank:
-            self._open(room, max(rank, self._rank))
+        if room != len(self.slots) or rank > self.rank:
+            self._open(room, max(rank, self.rank))
             missing = needed
         free = [slot for slot, adapter in enumerate(self.slots) if adapter not in needed]
         for slot, adapter in zip(free, missing, strict=False):
@@ -66,26 +70,53 @@ class NarrowAdapters:
 
     def _open(self, slots: int, rank: int) -> None:
         """Empty slots for adapters of at most this rank."""
-        self.slots, self._versions, self._stacks, self._rank = [None] * slots, [0] * slots, {}, rank
+        self.slots: list[LoraAdapter | None] = [None] * slots
+        self._versions, self.rank = [0] * slots, rank
+        self._stacks: dict[str, Stack] = {}
+        # What the product of each slot is multiplied by.
+        self.scale_n = torch.zeros(slots, device=self._device)
+        # Whether a slot's matrices are finite; None where nobody has looked.
+        self._finite: list[bool | None] = [True] * slots
+        # Another one where the tensors are others.
+        self.address = new_address()
 
     def stack(self, layer: str) -> Stack | None:
         """A layer's matrices; None where no adapter has any."""
         return self._stacks.get(layer)
 
+    def finite(self, needed: "Sequence[LoraAdapter]") -> bool:
+        """Whether all matrices are finite, so that what is not a token's own adds zeros to it. Of adapters that are not needed
+        what is not finite is forgotten."""
+        for slot, finite in enumerate(self._finite):
+            if finite is None:
+                parts = [matrix[slot] for stack in self._stacks.values() for matrix in stack]
+                self._finite[slot] = bool(torch.nn.utils.get_total_norm(parts, math.inf).isfinite())
+            if not self._finite[slot] and self.slots[slot] not in needed:
+                for stack in self._stacks.values():
+                    stack.a[slot], stack.b[slot] = 0, 0
+                self.slots[slot], self._finite[slot] = None, True
+        return all(self._finite)
+
     def _write(self, slot: int, adapter: "LoraAdapter") -> None:
-        self.slots[slot], self._versions[slot] = adapter, _version(adapter)
+        self.slots[slot], self._versions[slot], self._finite[slot] = adapter, _version(adapter), None
+        self.scale_n[slot] = adapter.settings.scale
         for layer, (a, b) in adapter.weights.items():
             if layer not in self._stacks:
+                # In memory B lies as [n, R, outputs] on a GPU, so that all slots side by side are one matrix.
+                shape = (len(self.slots), self.rank, b.shape[0])
+                turned = b.new_zeros(shape, dtype=self.dtype).transpose(1, 2)
                 self._stacks[layer] = Stack(
-                    a.new_zeros(len(self.slots), self._rank, a.shape[1], dtype=self.dtype),
-                    b.new_zeros(len(self.slots), b.shape[0], self._rank, dtype=self.dtype),
+                    a.new_zeros(len(self.slots), self.rank, a.shape[1], dtype=self.dtype),
+                    turned if b.is_cuda else turned.contiguous(),
                 )
+                self.address = new_address()
         for layer, stack in self._stacks.items():
             pair = adapter.weights.get(layer)
             rank = 0 if pair is None else len(pair[0])
             if pair is not None:
                 stack.a[slot, :rank], stack.b[slot, :, :rank] = pair[0].detach(), pair[1].detach()
-            stack.a[slot, rank:] = 0  # what the adapter before it had beyond
+            # What the adapter before it had beyond, which need not be finite.
+            stack.a[slot, rank:], stack.b[slot, :, rank:] = 0, 0
 
 
 def _version(adapter: "LoraAdapter") -> int:
@@ -140,4 +171,31 @@ class TokenAdapters:
         projected_nMR.masked_fill_(self._spare_nM1, 0.0)
         added_nMO = torch.bmm(projected_nMR, stack.b.transpose(1, 2))
         y[0].index_add_(0, self._table_nM.flatten(), added_nMO.flatten(0, 1))
+        return y
+
+
+class SlotAdapters:
+    """Which slot each token's adapter has, -1 for the base, in a tensor; None where all tokens are the base's.
+
+    `embedded` [1, T, D] is what the tokens are embedded as, where an adapter has trained rows. All slots must be finite
+    (`NarrowAdapters.finite`).
+    """
+
+    def __init__(self, kept: NarrowAdapters, slot_T: Tensor | None, embedded: Tensor | None) -> None:
+        self._kept, self._adapted, self.embedded = kept, slot_T is not None, embedded
+        if slot_T is not None:
+            slot_C = torch.arange(len(kept.slots) * kept.rank, device=slot_T.device) // max(kept.rank, 1)
+            self._other_TC = slot_T[:, None] != slot_C
+            self._scale_T1 = kept.scale_n[slot_T.clamp(min=0)][:, None]
+
+    def apply(self, layer: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x [1, T, inputs] -> [1, T, outputs]."""
+        y = self._kept.product(x, weight, bias)
+        stack = self._kept.stack(layer) if self._adapted else None
+        if stack is None:
+            return y
+        projected_TC = (x[0] @ stack.a.flatten(0, 1).T).mul_(self._scale_T1)
+        # Not by multiplying with zeros: what another adapter makes of a token may overflow.
+        projected_TC.masked_fill_(self._other_TC, 0.0)
+        y[0].addmm_(projected_TC, stack.b.transpose(1, 2).flatten(0, 1))
         return y
