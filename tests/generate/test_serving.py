@@ -113,11 +113,11 @@ def failing(monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
     left = [failures]
     tokens = Engine._tokens
 
-    def dies(self: Engine, hidden: Any, work: Any) -> list[Event]:
+    def dies(self: Engine, *given: Any) -> list[Event]:
         if left[0]:
             left[0] -= 1
             raise MemoryError("no memory")
-        return tokens(self, hidden, work)
+        return tokens(self, *given)
 
     monkeypatch.setattr(Engine, "_tokens", dies)
 

@@ -70,3 +70,24 @@ def test_slots_follow_what_is_needed(tiny: BaseModel):
         kept.hold(there[:needed])
         counts.append(len(kept.slots))
     assert counts == [1, 2, 8, 10, 10, 4, 4, 4, 1]
+
+
+@torch.no_grad()
+def test_nothing_is_left_of_weights_that_were_not_finite(tiny: BaseModel):
+    """Neither under an adapter of lower rank that has their slot next, nor where all slots are multiplied."""
+    one, _, broken, next_one = adapters(tiny)[:4]
+    for a, b in broken.weights.values():
+        a.fill_(float("nan"))
+        b.fill_(float("inf"))
+    kept = NarrowAdapters(torch.float32, tiny.device)
+    kept.hold([one, broken])
+    kept.hold([one, next_one])
+    assert wrong_slots(kept, [one, next_one]) == 0
+    assert kept.finite([one, next_one])
+    kept.hold([one, broken])
+    assert not kept.finite([one, broken])
+    kept.hold([one])
+    assert kept.finite([one])
+    assert broken not in kept.slots
+    assert wrong_slots(kept, [one]) == 0
+    assert all(matrix.isfinite().all() for stack in kept._stacks.values() for matrix in stack)

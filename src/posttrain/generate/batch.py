@@ -2,7 +2,8 @@
 
 A row stands on a shelf (`models/decoding.py`) by what it needs, a power of two of tokens. Rows that leave are replaced by rows
 that join; where none does, the last rows of the shelf move into the gaps, so that the rows computed are always the first ones.
-On a CPU, whose memory is taken where it is written, most rows share one shelf, the longest first.
+On a CPU, whose memory is taken where it is written, most rows share one shelf, the longest first. Where steps are steady
+(`generate/steady.py`), gaps stay until closing them halves the rows computed.
 
 T: tokens of the forward.
 """
@@ -26,6 +27,8 @@ WORTH_SORTING = 1.15
 SIZES = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
 # Rows that reach a block are rounded up to multiples of so many.
 ROWS_STEP = 8
+# Of a steady step's rows there are powers of two, and no fewer than these where the shelf has them.
+LEAST_ROWS = 16
 # A forward with prompts in it is rounded up to multiples of so many tokens.
 ROUND_TO = 32
 
@@ -74,6 +77,11 @@ def rounded(rows: int) -> int:
     return next((size for size in SIZES if size >= rows), -(-rows // SIZES[-1]) * SIZES[-1])
 
 
+def steady_rows(rows: int, shelf: Shelf) -> int:
+    """How many of a shelf's first places a steady step computes for so many."""
+    return min(shelf.places, max(LEAST_ROWS, 1 << (rows - 1).bit_length()))
+
+
 def capacity_for(need: int, kind: str) -> int:
     """Tokens of the shelf that a row with this need stands on, on a kind of device."""
     return max(SMALLEST_SHELF[kind], 1 << max(0, need - 1).bit_length())
@@ -87,8 +95,8 @@ def room_for(need: int, kind: str) -> int:
 class Places:
     """Who stands where: for each capacity its shelf and the rows on it, None for a gap."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, *, steady: bool) -> None:
+        self.device, self.steady = device, steady
         self.shelves: dict[int, tuple[Shelf, list[Row | None]]] = {}
 
     def rows(self) -> list[Row]:
@@ -135,7 +143,12 @@ class Places:
         """Close the gaps of each shelf, by its last rows or, where it saves products, by sorting all of them."""
         for shelf, places in self.shelves.values():
             rows = [row for row in places if row is not None]
-            if shelf.block < shelf.capacity and _spare(rows, shelf.block):
+            if self.steady:
+                while places[-1] is None:
+                    places.pop()
+                if steady_rows(len(rows), shelf) == steady_rows(len(places), shelf):
+                    continue
+            if not self.steady and shelf.block < shelf.capacity and _spare(rows, shelf.block):
                 order = sorted(rows, key=lambda row: -row.length)
             else:
                 last = iter(reversed([row for row in places[len(rows) :] if row is not None]))
@@ -262,7 +275,7 @@ class _Layout:
         step = CacheStep(self.decoded, tuple(self.readings), tuple(self._fillings()), tuple(past for _, past in self.late))
         return Work(
             torch.tensor(self.ids, device=device), torch.tensor(self.positions, device=device),
-            Segments(tuple(self.spans), step=step), _merged(self.runs), self.chosen, self.source, self.scored,
+            Segments(tuple(self.spans), step=step), merged(self.runs), self.chosen, self.source, self.scored,
         )  # fmt: skip
 
     def _fillings(self) -> Iterator[Filling]:
@@ -307,7 +320,7 @@ def _shared_beginning(prompts: Sequence[Sequence[int]]) -> int:
     return same if len(prompts) > 1 and same >= WORTH_SHARING else 0
 
 
-def _merged(runs: list[tuple[int, LoraAdapter | None]]) -> list[tuple[int, LoraAdapter | None]]:
+def merged(runs: list[tuple[int, LoraAdapter | None]]) -> list[tuple[int, LoraAdapter | None]]:
     """Neighbouring runs of one adapter as one."""
     found: list[tuple[int, LoraAdapter | None]] = []
     for count, adapter in runs:

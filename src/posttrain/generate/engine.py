@@ -20,9 +20,10 @@ from torch import Tensor
 from posttrain.errors import ModelError
 from posttrain.generate.batch import Chunk, Places, Work, capacity_for, lay_out, room_for, rounded
 from posttrain.generate.prefix import PrefixCache
-from posttrain.generate.rows import Event, Request, Row, TokenScore, Top
-from posttrain.generate.sampling import Chosen, check_settings, choose_tokens, token_logprobs, top_tokens
+from posttrain.generate.rows import Event, Request, Row, TokenScore
+from posttrain.generate.sampling import Draw, check_settings, choose_tokens, draw_numbers, token_logprobs, top_tokens
 from posttrain.generate.sampling import SamplingSettings as SamplingSettings  # callers need no other module
+from posttrain.generate.steady import SteadyDecoder
 from posttrain.generate.waiting import FairQueue
 from posttrain.models.decoding import bytes_per_token
 from posttrain.models.load import BaseModel
@@ -40,6 +41,8 @@ SERVED_PREFILL_TOKENS = {"cpu": 512, "cuda": 4096}
 PREFIX_BYTES = {"cpu": 512 * 2**20, "cuda": 8 * 2**30}
 # Rows wait while the cache of those in flight would be larger; one row always runs.
 CACHE_BYTES = {"cpu": 4 * 2**30, "cuda": 16 * 2**30}
+# Whether steps without prompts have few fixed forms, which a GPU replays.
+STEADY = {"cpu": False, "cuda": True}
 # Of the places, the share that one owner may have while another wants some.
 OWNER_SHARE = 0.5
 # Tokens of a prompt whose own next tokens are looked up at once: their logits are there at once.
@@ -62,8 +65,10 @@ class Engine:
     def reset(self) -> None:
         """Forget all that waits, is in flight or is kept: at the start, and after a step that failed half way."""
         base = self.base
-        self._places = Places(base.device)
+        steady = STEADY[base.device.type]
+        self._places = Places(base.device, steady=steady)
         self._narrow = NarrowAdapters(base.dtype, base.device)
+        self._steady = SteadyDecoder(base, self._narrow) if steady else None
         self.prefixes = PrefixCache(self._prefix_bytes)
         # Rows that share a prompt join together.
         self._waiting = FairQueue()
@@ -153,13 +158,34 @@ class Engine:
             return events
         self._begin(joining)
         chunks = self._next_chunks()
+        decoding = None if chunks or self._steady is None else self._decode(self._steady)
+        return events + (self._compute(chunks) if decoding is None else decoding)
+
+    def _decode(self, decoder: SteadyDecoder) -> list[Event] | None:
+        """A step without prompts, in a fixed form; None where it has none."""
+        steady = decoder.lay_out(self._places)
+        if steady is None:
+            return None
+        rows, draws = steady.rows, [row.draw() for row in steady.rows]
+        numbers_4R = draw_numbers(draws, self.base.device)
+        hidden_TD = decoder.forward(steady)
+        logits_TV = self.base.row_logits(hidden_TD, [row.adapter for row in rows], self._narrow.product)
+        events = self._tokens(logits_TV[: len(rows)], rows, draws, numbers_4R)
+        self._end([row for row in rows if row.finish])
+        return events
+
+    def _compute(self, chunks: Sequence[Chunk]) -> list[Event]:
+        """A step with these pieces of prompts."""
         work = lay_out(self._places, chunks)
         hidden_TD = self._forward(work)
         for chunk in chunks:
             for row in chunk.rows:
                 row.filled = chunk.stop
         self._score(hidden_TD, work)
-        events += self._tokens(hidden_TD, work)
+        events = []
+        if work.chosen:
+            draws = [row.draw() for row in work.chosen]
+            events = self._tokens(self._next_logits(hidden_TD, work), work.chosen, draws)
         # A prompt that was only to be scored.
         scored = [row for chunk in chunks if chunk.last for row in chunk.rows if not row.settings.max_new_tokens]
         for row in scored:
@@ -168,13 +194,14 @@ class Engine:
         self._end([row for row in (*work.chosen, *scored) if row.finish])
         return events
 
-    def _tokens(self, hidden_TD: Tensor, work: Work) -> list[Event]:
+    def _tokens(
+        self, logits_RV: Tensor, rows: Sequence[Row], draws: Sequence[Draw], numbers_4R: Tensor | None = None
+    ) -> list[Event]:
         """The next token of each row that is ready for one."""
-        if not work.chosen:
-            return []
-        chosen, tops = self._choose(hidden_TD, work)
+        tops = top_tokens(logits_RV, [row.settings.top_logprobs for row in rows])
         events = []
-        for row, token, logprob, model_logprob, finite, top in zip(work.chosen, *chosen, tops, strict=True):
+        chosen = choose_tokens(logits_RV, draws, numbers_4R)
+        for row, token, logprob, model_logprob, finite, top in zip(rows, *chosen, tops, strict=True):
             if not finite:
                 row.finish = "not finite"
                 events.append(Event(row.number, None, 0.0, 0.0, row.rollout()))
@@ -265,8 +292,8 @@ class Engine:
         with self.base.adapters.use_tokens(TokenAdapters(work.runs, self._narrow, self.base.device)):
             return self.base.forward(work.ids_T, work.positions_T, work.segments)
 
-    def _choose(self, hidden_TD: Tensor, work: Work) -> tuple[Chosen, list[Top]]:
-        """The next token of each row, and the likeliest ones where they are asked for."""
+    def _next_logits(self, hidden_TD: Tensor, work: Work) -> Tensor:
+        """Logits [R, V] of the next token of each row."""
         # The head runs once for rows that begin alike.
         source = list(dict.fromkeys(work.source))
         adapter_of = dict(zip(work.source, (row.adapter for row in work.chosen), strict=True))
@@ -276,9 +303,7 @@ class Engine:
         if len(source) < len(work.source):
             place = {token: place for place, token in enumerate(source)}
             logits_RV = logits_RV[torch.tensor([place[token] for token in work.source], device=logits_RV.device)]
-        logits_RV = logits_RV[: len(work.source)]
-        tops = top_tokens(logits_RV, [row.settings.top_logprobs for row in work.chosen])
-        return choose_tokens(logits_RV, [row.draw() for row in work.chosen]), tops
+        return logits_RV[: len(work.source)]
 
     def _logits(self, hidden_TD: Tensor, tokens: list[int], adapters: list[LoraAdapter | None]) -> Tensor:
         index = torch.tensor(tokens, device=hidden_TD.device)

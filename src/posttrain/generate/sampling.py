@@ -130,10 +130,22 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def choose_tokens(logits_RV: Tensor, draws: Sequence[Draw]) -> Chosen:
+def draw_numbers(draws: Sequence[Draw], device: torch.device) -> Tensor:
+    """What `choose_tokens` reads of each row, in one piece [4, R], float64: the number that it draws, its temperature, whether
+    it is greedy, whether its distribution is the model's own. Made before a forward, it need not wait for that."""
+    settings = [draw.settings for draw in draws]
+    temperatures = [max(s.temperature, LEAST_TEMPERATURE) if s.temperature else 1.0 for s in settings]
+    rows = [[draw.uniform for draw in draws], temperatures, [not s.temperature for s in settings], [s.plain for s in settings]]
+    return torch.tensor(rows, dtype=torch.float64).to(device)
+
+
+def choose_tokens(logits_RV: Tensor, draws: Sequence[Draw], numbers_4R: Tensor | None = None) -> Chosen:
     """The next token of each row; what a row gets does not depend on the others. Waits for the device once."""
+    numbers_4R = draw_numbers(draws, logits_RV.device) if numbers_4R is None else numbers_4R
     size = BLOCK_ROWS if logits_RV.device.type == "cpu" else len(draws)
-    parts = [_choose(logits_RV[i : i + size], draws[i : i + size]) for i in range(0, len(draws), size)]
+    parts = [
+        _choose(logits_RV[i : i + size], draws[i : i + size], numbers_4R[:, i : i + size]) for i in range(0, len(draws), size)
+    ]
     token_R, logprob_R, model_R, finite_R = torch.cat(parts, 1).tolist()
     return Chosen([int(token) for token in token_R], logprob_R, model_R, [bool(finite) for finite in finite_R])
 
@@ -157,9 +169,10 @@ def top_tokens(logits_RV: Tensor, counts: Sequence[int]) -> list[tuple[tuple[int
     return found
 
 
-def _choose(logits_bV: Tensor, draws: Sequence[Draw]) -> Tensor:
+def _choose(logits_bV: Tensor, draws: Sequence[Draw], numbers_4b: Tensor) -> Tensor:
     """Tokens, both log-probabilities and whether they are of finite logits [4, b], float64."""
     settings = [draw.settings for draw in draws]
+    uniform_b, temperature_b, greedy_b, plain_b = numbers_4b
     told = any(s.logprobs for s in settings)
     z_bV = logits_bV.float()
     model_total_b = torch.logsumexp(z_bV, 1) if told and not all(s.plain for s in settings) else None
@@ -170,22 +183,21 @@ def _choose(logits_bV: Tensor, draws: Sequence[Draw]) -> Tensor:
         largest_b = z_bV.gather(1, likeliest_b[:, None])[:, 0].double()
         none_b = torch.zeros_like(largest_b)
         return torch.stack([likeliest_b.double(), none_b, none_b, largest_b.isfinite().double()])
-    weights_bV = torch.softmax(_tempered(z_bV, settings), 1)
+    weights_bV = torch.softmax(_tempered(z_bV, settings, temperature_b), 1)
     if any(s.cuts for s in settings):
         weights_bV = cut(weights_bV, settings)
     total_b: Tensor | None = None
     token_b: Tensor | None = _argmax(z_bV) if not all(s.temperature for s in settings) else None
     if any(s.temperature for s in settings):
-        drawn_b, total_b = _draw(weights_bV, _numbers([draw.uniform for draw in draws], weights_bV, torch.float64))
-        greedy_b = _numbers([not s.temperature for s in settings], weights_bV, torch.bool)
-        token_b = drawn_b if token_b is None else torch.where(greedy_b, token_b, drawn_b)
+        drawn_b, total_b = _draw(weights_bV, uniform_b)
+        token_b = drawn_b if token_b is None else torch.where(greedy_b.bool(), token_b, drawn_b)
     assert token_b is not None
     weight_b = weights_bV.gather(1, token_b[:, None])[:, 0].double()
     logprob_b = (weight_b if total_b is None else weight_b / total_b).log()
     model_b = logprob_b
     if model_total_b is not None:
         own_b = (logits_bV.gather(1, token_b[:, None])[:, 0].float() - model_total_b).double()
-        model_b = torch.where(_numbers([s.plain for s in settings], weights_bV, torch.bool), logprob_b, own_b)
+        model_b = torch.where(plain_b.bool(), logprob_b, own_b)
     return torch.stack([token_b.double(), logprob_b, model_b, logprob_b.isfinite().double()])
 
 
@@ -193,12 +205,11 @@ def _numbers(values: Sequence[float], like: Tensor, dtype: torch.dtype) -> Tenso
     return torch.tensor(values, dtype=dtype, device=like.device)
 
 
-def _tempered(z_bV: Tensor, settings: Sequence[SamplingSettings]) -> Tensor:
-    temperatures = [max(s.temperature, LEAST_TEMPERATURE) if s.temperature else 1.0 for s in settings]
-    if all(t == 1 for t in temperatures):
+def _tempered(z_bV: Tensor, settings: Sequence[SamplingSettings], temperature_b: Tensor) -> Tensor:
+    if all(s.temperature in (0, 1) for s in settings):
         return z_bV
     # The largest is taken off first: at a temperature near 0 the others may then fall to -inf, and none rises to inf.
-    return (z_bV - z_bV.amax(1, keepdim=True)) / _numbers(temperatures, z_bV, torch.float32)[:, None]
+    return (z_bV - z_bV.amax(1, keepdim=True)) / temperature_b.float()[:, None]
 
 
 def move_logits(z_bV: Tensor, draws: Sequence[Draw]) -> Tensor:

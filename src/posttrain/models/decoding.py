@@ -13,6 +13,7 @@ R: rows computed, B: blocks with keys seen, K: key/value heads, G: query heads o
 N: tokens written.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -29,6 +30,12 @@ LINE = 64
 
 # Keys and values [K, tokens, D] of some tokens, by layer.
 Layers = dict[int, tuple[Tensor, Tensor]]
+_addresses = itertools.count()
+
+
+def new_address() -> int:
+    """A number for tensors that a recorded forward reads: no others ever have it, as they may have an address in memory."""
+    return next(_addresses)
 
 
 def bytes_per_token(config: dict[str, Any], dtype: torch.dtype) -> int:
@@ -45,6 +52,8 @@ class Shelf:
         self.places, self.capacity = places, capacity
         self.block = capacity if device.type == "cuda" else min(capacity, BLOCK)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        # Another one where the tensors are others.
+        self.address = new_address()
 
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """The tensors of one layer; made at the first use, when the shapes are known. Zeros: a masked key must be finite."""
@@ -53,11 +62,14 @@ class Shelf:
             self._layers[index] = (_zeros(shape, like), _zeros(shape, like))
         return self._layers[index]
 
-    def write(self, layer: int, k: Tensor, v: Tensor, place_N: Tensor, position_N: Tensor, token_N: Tensor) -> None:
+    def write(self, layer: int, k: Tensor, v: Tensor, place_N: Tensor, position_N: Tensor, token_N: Tensor | slice) -> None:
         """Packed token `token_N` of k and v [K, T, D] becomes token `position_N` of the row at `place_N`."""
-        block_N = position_N // self.block
+        block_N: Tensor | int = 0
+        if self.block < self.capacity:
+            block_N = position_N // self.block
+            position_N = position_N - block_N * self.block
         for kept, new in zip(self.layer(layer, k), (k, v), strict=True):
-            kept[block_N, place_N, :, position_N - block_N * self.block] = new[:, token_N].transpose(0, 1)
+            kept[block_N, place_N, :, position_N] = new[:, token_N].transpose(0, 1)
 
     def put(self, place: int, position: int, layers: Layers) -> None:
         """Write tokens of one row, from `position` on and all in one block."""
@@ -91,7 +103,7 @@ class Shelf:
             keys, values = (_zeros((x.shape[0], places, *x.shape[2:]), x) for x in pair)
             keys[:, : self.places], values[:, : self.places] = pair
             self._layers[index] = (keys, values)
-        self.places = places
+        self.places, self.address = places, new_address()
 
     def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
         """Put rows, of at most `length` tokens, into other places."""
@@ -117,6 +129,7 @@ class Reading(NamedTuple):
     """Decoding rows of one shelf: tokens [start, start + rows) of the batch stand for its first places.
 
     Of these only the places `place_N` hold a row, `length_N` tokens long before this one, which is `token_N` of the batch.
+    (In a steady step all of them do; `generate/steady.py`.)
     Rows that see keys of block b stand on its first `rows_B[b]` places.
     """
 
@@ -125,23 +138,18 @@ class Reading(NamedTuple):
     rows: int
     place_N: Tensor
     length_N: Tensor
-    token_N: Tensor
+    token_N: Tensor | slice
     seen: int
     rows_B: tuple[int, ...]
-    # Which keys each row sees, by window, as booleans or as numbers, whichever the device wants; kept for the other layers.
+    # Which keys each row sees, by window; kept for the other layers.
     kept: dict[int, Tensor]
 
-    def mask(self, window: int) -> Tensor:
-        """[R, S]; a place without a row sees its first key."""
-        if window not in self.kept:
-            self.kept[window] = self._seen(window)
-        return self.kept[window]
-
-    def bias(self, window: int) -> Tensor:
-        """[R, S], float32: 0 where a key is seen, -inf where not."""
+    def bias(self, window: int, dtype: torch.dtype) -> Tensor:
+        """[R, S]: 0 where a key is seen, -inf where not. A place without a row sees its first key."""
         if window not in self.kept:
             mask_RS = self._seen(window)
-            self.kept[window] = torch.zeros(mask_RS.shape, device=mask_RS.device).masked_fill_(~mask_RS, float("-inf"))
+            zeros_RS = torch.zeros(mask_RS.shape, dtype=dtype, device=mask_RS.device)
+            self.kept[window] = zeros_RS.masked_fill_(~mask_RS, float("-inf"))
         return self.kept[window]
 
     def _seen(self, window: int) -> Tensor:
@@ -209,7 +217,7 @@ def decode(
         if softcap is None and q.is_cuda:
             out = functional.scaled_dot_product_attention(
                 grouped, keys[0, :rows, :, : reading.seen], values[0, :rows, :, : reading.seen],
-                attn_mask=reading.mask(window)[:, None, None], scale=scale,
+                attn_mask=reading.bias(window, q.dtype)[:, None, None], scale=scale,
             )  # fmt: skip
         else:
             out = _attend(grouped, keys, values, reading, window, scale, softcap)
@@ -238,7 +246,7 @@ def _attend(
         scores, scale = torch.tanh(scores * (scale / softcap)), softcap
     scores = scores.view(rows, heads * groups, -1)[..., : reading.seen]
     # Adding the mask takes a sixth of the time of filling it in.
-    scores = torch.add(reading.bias(window)[:, None], scores, alpha=scale)
+    scores = torch.add(reading.bias(window, torch.float32)[:, None], scores, alpha=scale)
     weights = torch.softmax(scores, -1).to(q_RKGD.dtype).view(rows * heads, groups, -1)
     out = q_RKGD.new_zeros((rows * heads, groups, width), dtype=torch.float32)
     for b, reached in enumerate(reading.rows_B):

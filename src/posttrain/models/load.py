@@ -117,7 +117,7 @@ class BaseModel:
         self.device: torch.device = weight.device
         # What products are computed in. Wider weights are narrowed anew for each forward, and their gradients widened.
         self.dtype: torch.dtype = dtype or weight.dtype
-        self._narrow = NarrowWeights(model.base_model, self.dtype) if self.dtype != weight.dtype else None
+        self.narrow = NarrowWeights(model.base_model, self.dtype) if self.dtype != weight.dtype else None
         self.adapters = AdapterSet(model)
         # What the weights in memory are known by: those of a full stage may take their place. None while they change.
         self.weights_hash: str | None = source.weights_hash
@@ -176,7 +176,7 @@ class BaseModel:
 
     def forward(self, ids_T: Tensor, positions_T: Tensor, segments: Segments) -> Tensor:
         """Last hidden states [T, D] with whatever adapter routing is in force."""
-        run = self.model.base_model if self._narrow is None else self._narrow
+        run = self.model.base_model if self.narrow is None else self.narrow
         out = run(
             input_ids=ids_T[None].to(self.device),
             position_ids=positions_T[None].to(self.device),

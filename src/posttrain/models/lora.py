@@ -11,7 +11,7 @@ T: tokens, R: rank.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from posttrain.errors import AdapterError, RecipeError
 from posttrain.models.heads import SCORE_NAME, ScoreHead
-from posttrain.models.mixed import TokenAdapters
+from posttrain.models.mixed import SlotAdapters, TokenAdapters
 from posttrain.models.rows import TokenRows, replace_rows
 
 ATTENTION_PARENTS = ("self_attn", "attn", "attention")
@@ -131,7 +131,7 @@ class Routing:
 
     def __init__(self) -> None:
         self.whole: LoraAdapter | None = None
-        self.tokens: TokenAdapters | None = None
+        self.tokens: TokenAdapters | SlotAdapters | None = None
 
 
 class LoraLinear(nn.Module):
@@ -288,7 +288,7 @@ class AdapterSet:
             self.routing.whole = before
 
     @contextmanager
-    def use_tokens(self, tokens: TokenAdapters) -> Iterator[None]:
+    def use_tokens(self, tokens: TokenAdapters | SlotAdapters) -> Iterator[None]:
         """Tokens of the batch use different adapters, without gradients: for generation."""
         before, self.routing.tokens = self.routing.tokens, tokens
         try:
@@ -296,12 +296,22 @@ class AdapterSet:
         finally:
             self.routing.tokens = before
 
+    def embed(self, ids_T: Tensor, runs: Sequence[tuple[int, LoraAdapter | None]]) -> Tensor:
+        """What the model takes tokens for [1, T, D], with the trained rows of these runs of adapters."""
+        embedded: Tensor = self._embedding(ids_T[None])
+        return self._with_rows(ids_T[None], embedded, runs)
+
     def _embed(self, module: nn.Module, inputs: tuple[Tensor], embedded: Tensor) -> Tensor | None:
         """After the embedding: trained rows of the adapters in force replace the base's. None leaves the output as it is."""
         ids, tokens = inputs[0], self.routing.tokens
+        if isinstance(tokens, SlotAdapters):
+            return tokens.embedded
         runs = [(ids.shape[1], self.routing.whole)] if tokens is None else tokens.runs
         if all(adapter is None or adapter.tokens is None for _, adapter in runs):
             return None
+        return self._with_rows(ids, embedded, runs)
+
+    def _with_rows(self, ids: Tensor, embedded: Tensor, runs: Sequence[tuple[int, LoraAdapter | None]]) -> Tensor:
         parts, start = [], 0
         for count, adapter in runs:
             part = embedded[:, start : start + count]

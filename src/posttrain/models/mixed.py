@@ -7,15 +7,22 @@ as in training. The other tokens of each of n adapters are gathered into a table
 adapters are two batched ones; layers that read the same input share the first. Copies in the type of the products are kept by
 the engine.
 
-T: tokens, M: most tokens of one adapter in the table, R: rank (of the widest adapter, others are filled with zeros).
+Where shapes must not depend on who is there (`models/graphs.py`), all tokens are multiplied with the matrices of all adapters
+side by side, and of the projections each token keeps its own:
+
+    y_t = W x_t + [s_1 B_1 .. s_n B_n] p_t,   p_t: A_a x_t at the place of adapter a, 0 elsewhere
+
+T: tokens, M: most tokens of one adapter in the table, R: rank (of the widest adapter, others are filled with zeros), C = n R.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from posttrain.models.decoding import new_address
 from posttrain.models.packed import PackedProducts
 
 if TYPE_CHECKING:
@@ -54,8 +61,8 @@ class NarrowAdapters:
             room = max(len(needed), room + room // 4)
         elif needed and room > SPARE_SLOTS * len(needed):
             room = len(needed)
-        if room != len(self.slots) or rank > self._rank:
-            self._open(room, max(rank, self._rank))
+        if room != len(self.slots) or rank > self.rank:
+            self._open(room, max(rank, self.rank))
             missing = needed
         free = [slot for slot, adapter in enumerate(self.slots) if adapter not in needed]
         for slot, adapter in zip(free, missing, strict=False):
@@ -68,9 +75,12 @@ class NarrowAdapters:
     def _open(self, slots: int, rank: int) -> None:
         """Empty slots for adapters of at most this rank."""
         self.slots: list[LoraAdapter | None] = [None] * slots
-        self._versions = [0] * slots
+        self._versions, self.rank = [0] * slots, rank
         self._stacks: dict[str, Stack] = {}
-        self._rank = rank
+        # Whether a slot's matrices are finite; None where nobody has looked.
+        self._finite: list[bool | None] = [True] * slots
+        # Another one where the tensors are others.
+        self.address = new_address()
         # By the first layer that reads an input: all that read it, and their A side by side [n, layers x R, inputs].
         self._readers: dict[str, tuple[list[str], Tensor]] = {}
 
@@ -88,22 +98,40 @@ class NarrowAdapters:
         names, wide = [*names, layer], torch.cat([wide, self._stacks[layer].a], 1)
         self._readers[first] = names, wide
         for index, name in enumerate(names):
-            self._stacks[name] = Stack(wide[:, index * self._rank : (index + 1) * self._rank], self._stacks[name].b)
+            self._stacks[name] = Stack(wide[:, index * self.rank : (index + 1) * self.rank], self._stacks[name].b)
+        self.address = new_address()
+
+    def finite(self, needed: "Sequence[LoraAdapter]") -> bool:
+        """Whether all matrices are finite, so that what is not a token's own adds zeros to it. Of adapters that are not needed
+        what is not finite is forgotten."""
+        for slot, finite in enumerate(self._finite):
+            if finite is None:
+                parts = [matrix[slot] for stack in self._stacks.values() for matrix in stack]
+                self._finite[slot] = bool(torch.nn.utils.get_total_norm(parts, math.inf).isfinite())
+            if not self._finite[slot] and self.slots[slot] not in needed:
+                for stack in self._stacks.values():
+                    stack.a[slot], stack.b[slot] = 0, 0
+                self.slots[slot], self._finite[slot] = None, True
+        return all(self._finite)
 
     def _write(self, slot: int, adapter: "LoraAdapter") -> None:
-        self.slots[slot], self._versions[slot] = adapter, _version(adapter)
+        self.slots[slot], self._versions[slot], self._finite[slot] = adapter, _version(adapter), None
         for layer, (a, b) in adapter.weights.items():
             if layer not in self._stacks:
+                # In memory B lies as [n, R, outputs] on a GPU, so that all slots side by side are one matrix.
+                turned = b.new_zeros((len(self.slots), self.rank, b.shape[0]), dtype=self.dtype).transpose(1, 2)
                 self._stacks[layer] = Stack(
-                    a.new_zeros(len(self.slots), self._rank, a.shape[1], dtype=self.dtype),
-                    b.new_zeros(len(self.slots), b.shape[0], self._rank, dtype=self.dtype),
+                    a.new_zeros(len(self.slots), self.rank, a.shape[1], dtype=self.dtype),
+                    turned if b.is_cuda else turned.contiguous(),
                 )
+                self.address = new_address()
         for layer, stack in self._stacks.items():
             pair = adapter.weights.get(layer)
             rank = 0 if pair is None else len(pair[0])
             if pair is not None:
                 stack.a[slot, :rank], stack.b[slot, :, :rank] = pair[0].detach(), pair[1].detach() * adapter.settings.scale
-            stack.a[slot, rank:] = 0  # what the adapter before it had beyond
+            # What the adapter before it had beyond, which need not be finite.
+            stack.a[slot, rank:], stack.b[slot, :, rank:] = 0, 0
 
 
 def _version(adapter: "LoraAdapter") -> int:
@@ -174,5 +202,32 @@ class TokenAdapters:
         if layer in self._names:
             index = self._names.index(layer)
             return self._projected[..., index * rank : (index + 1) * rank]
-        self._kept.join(self._first, layer)
+        if not x.is_cuda:  # there all slots side by side must be one matrix
+            self._kept.join(self._first, layer)
         return torch.bmm(self._gathered, stack.a.transpose(1, 2))
+
+
+class SlotAdapters:
+    """Which slot each token's adapter has, -1 for the base, in a tensor; None where all tokens are the base's.
+
+    `embedded` [1, T, D] is what the tokens are embedded as, where an adapter has trained rows. All slots must be finite
+    (`NarrowAdapters.finite`).
+    """
+
+    def __init__(self, kept: NarrowAdapters, slot_T: Tensor | None, embedded: Tensor | None) -> None:
+        self._kept, self._adapted, self.embedded = kept, slot_T is not None, embedded
+        if slot_T is not None:
+            slot_C = torch.arange(len(kept.slots) * kept.rank, device=slot_T.device) // max(kept.rank, 1)
+            self._other_TC = slot_T[:, None] != slot_C
+
+    def apply(self, layer: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x [1, T, inputs] -> [1, T, outputs]."""
+        y = self._kept.product(x, weight, bias)
+        stack = self._kept.stack(layer) if self._adapted else None
+        if stack is None:
+            return y
+        projected_TC = x[0] @ stack.a.flatten(0, 1).T
+        # Not by multiplying with zeros: what another adapter makes of a token may overflow.
+        projected_TC.masked_fill_(self._other_TC, 0.0)
+        y[0].addmm_(projected_TC, stack.b.transpose(1, 2).flatten(0, 1))
+        return y

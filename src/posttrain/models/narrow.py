@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posttrain.models.decoding import new_address
+
 
 class NarrowWeights:
     """Calls a module with its weights in another dtype."""
@@ -17,6 +19,13 @@ class NarrowWeights:
         self._module, self._dtype = module, dtype
         self._kept: dict[str, Tensor] = {}
         self._versions: list[int] = []
+        self._address = new_address()
+
+    @property
+    def address(self) -> int:
+        """A number of the weights that a forward without gradients sees; another one once a weight has moved."""
+        self._weights()
+        return self._address
 
     def __call__(self, **inputs: Any) -> Any:
         """The module's output."""
@@ -32,5 +41,5 @@ class NarrowWeights:
         if not self._kept or versions != self._versions:
             with torch.inference_mode(False), torch.no_grad():
                 self._kept = {name: weight.to(self._dtype) for name, weight in wide.items()}
-            self._versions = versions
+            self._versions, self._address = versions, new_address()
         return self._kept
