@@ -121,7 +121,8 @@ class Flow:
             while (event := await self._next(answer)) is not None:
                 choice = self.choices[place * self.ask.n + event.row]
                 self._count(event, first=choice.count == 0)
-                piece = choice.take(event)
+                # Beside the loop where a whole prompt is told, which takes long.
+                piece = await asyncio.to_thread(choice.take, event) if event.prompt else choice.take(event)
                 if event.rollout is not None and event.rollout.finish == "not finite":
                     found = "gives numbers that are not finite"
                     raise Refusal(500, f'model "{self.served.name}"', found, do="use another model", code="not_finite")

@@ -84,7 +84,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
                 answer = await answer_of(flow)
                 service.metrics.request(model, 200)
                 flow.cancel()
-                return _json(answer)
+                return Response(answer, media_type="application/json")
             chunks = chunks_of(flow)
             first = await anext(chunks)
         except BaseException as error:
