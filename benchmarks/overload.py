@@ -104,6 +104,9 @@ async def hold(process: "subprocess.Popen[str]", url: str, options: argparse.Nam
     broken = first.broken + load.broken
     if any(float(told[name]) for name in ("posttrain_completions_open", "posttrain_completions_waiting")):
         broken["completions were still open at the end"] += 1
+    turned_away = float(told.get('posttrain_requests_total{model="unknown",status="429"}', "0"))
+    if turned_away != load.statuses["429"] + first.statuses["429"]:
+        broken[f"/metrics counts {turned_away} requests that were turned away"] += 1
     begin, end = statistics.median(memory[8:13]), statistics.median(memory[-5:])
     if end > GROWTH * begin:
         broken[f"memory grew from {begin} to {end} MiB"] += 1
