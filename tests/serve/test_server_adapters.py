@@ -165,6 +165,12 @@ def test_a_run_offers_its_finished_policies_with_their_scores(run_server: Listen
         assert cards[name]["scores"] == measured[name] != {}
 
 
+def test_a_served_stage_names_what_its_training_started_from(run_server: Listening):
+    """As the scorecard does; what started from the base names it as it is served, and the base has no parent."""
+    parents = {card["id"]: card["parent"] for card in run_server.get("/v1/models").json()["data"]}
+    assert parents == {BASE: None, "sft": BASE, "dpo": "sft", "ppo": "sft"}
+
+
 def test_a_runs_policies_answer_as_they_do_in_a_chat(run_server: Listening):
     target = open_target(str(finished_run()))
     for name in target.names:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ from listening import BASE, chat, listening
 
 from posttrain.generate.engine import Engine
 from posttrain.generate.rows import Event
-from posttrain.generate.serving import FAILURES
+from posttrain.generate.serving import FAILURES, Answer
 from posttrain.models.load import BaseModel
 from posttrain.serve.limits import Limits
 
@@ -34,9 +35,38 @@ def raw(body: dict[str, Any]) -> bytes:
     return head.encode() + data
 
 
+class Ends:
+    """Of each answer that was given up, by number of its rows: the tokens that came after, and the seconds to its end."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.tokens: dict[int, int] = {}
+        self.seconds: dict[int, float] = {}
+        cancel, step = Answer.cancel, Engine.step
+        given_up: dict[int, float] = {}
+
+        def heard(answer: Answer) -> None:
+            given_up.update(dict.fromkeys(answer.numbers, time.monotonic()))
+            cancel(answer)
+
+        def stepped(engine: Engine) -> list[Event]:
+            late = set(given_up)  # a step that has begun is not the one in which a token would be one too many
+            events = step(engine)
+            for event in events:
+                if event.row in given_up and event.rollout is not None:
+                    self.seconds[event.row] = time.monotonic() - given_up[event.row]
+                    self.tokens.setdefault(event.row, 0)
+                elif event.row in late and event.token is not None:
+                    self.tokens[event.row] = self.tokens.get(event.row, 0) + 1
+            return events
+
+        patch.setattr(Answer, "cancel", heard)
+        patch.setattr(Engine, "step", stepped)
+
+
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
-def test_clients_that_leave_leave_nothing_in_flight(tiny: BaseModel, count: int):
-    """Streaming or not, before the first token, after it, or with half of a request sent."""
+def test_clients_that_leave_leave_nothing_in_flight(tiny: BaseModel, count: int, monkeypatch: pytest.MonkeyPatch):
+    """Streaming or not, before the first token, after it, or with half of a request sent; within one token."""
+    ends = Ends(monkeypatch)
 
     async def one(number: int, port: int, places: asyncio.Semaphore) -> None:
         body = raw(chat(f"Hi {number}", stream=number % 2 == 0, n=1 + number % 3, **ENDLESS))
@@ -62,6 +92,8 @@ def test_clients_that_leave_leave_nothing_in_flight(tiny: BaseModel, count: int)
         assert "posttrain_completions_waiting 0.0\n" in text
         assert f'posttrain_requests_total{{model="{BASE}",status="499"}}' in text
         assert server.post(CHAT, chat("Hi")).status_code == 200
+    assert len(ends.tokens) > count / 4, "most leave while they are computed"
+    assert max(ends.tokens.values()) <= 1
 
 
 def test_what_is_in_flight_ends_well_while_new_requests_are_turned_away(tiny: BaseModel):

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -173,6 +174,10 @@ def test_a_full_house_says_when_to_come_again(server: Listening):
         response = server.post(CHAT, chat("Hi"))
         told(response, 429, None)
         assert response.headers["retry-after"] == "1"
+        counted = re.findall(
+            r'^posttrain_requests_total{model="unknown",status="429"} (.+)$', server.get("/metrics").text, re.M
+        )
+        assert counted == ["1.0"], "who watches sees that requests are turned away"
         assert (
             server.get("/health").status_code == server.get("/ready").status_code == server.get("/metrics").status_code == 200
         )

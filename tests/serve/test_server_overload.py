@@ -1,14 +1,17 @@
 """More is asked for than can be answered: what is taken is answered, the rest is turned away at once and in words."""
 
 import asyncio
+import threading
 from collections import Counter
+from collections.abc import Sequence
 
 import httpx
 import pytest
-from listening import chat, listening
+from listening import BASE, chat, listening
 
 from posttrain.generate.engine import ROWS
 from posttrain.models.load import BaseModel
+from posttrain.serve.answers import Flow
 from posttrain.serve.limits import Limits
 
 CHAT = "/v1/chat/completions"
@@ -70,3 +73,30 @@ def test_a_burst_of_prompts_that_take_long_to_read_does_not_stop_the_rest(tiny: 
         statuses, healthy = asyncio.run(work(server.url))
     assert statuses == [400] * 3  # far more than the context holds
     assert healthy > 10
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_of_many_tokens_are_written_beside_the_loop(
+    tiny: BaseModel, monkeypatch: pytest.MonkeyPatch, stream: bool
+):
+    """16 answers of 1,500 tokens with 20 likely ones each held everybody else up for seconds."""
+    seen: set[str] = set()
+    token_text, decode = Flow.token_text, tiny.chat.decode
+
+    def noted(flow: Flow, token: int) -> str:
+        seen.add(threading.current_thread().name)
+        return token_text(flow, token)
+
+    def noted_too(ids: Sequence[int], special: bool = False) -> str:
+        seen.add(threading.current_thread().name)
+        return decode(ids, special)
+
+    scored = {"model": BASE, "prompt": [list(range(7, 107))] * 3, "echo": True, "logprobs": 5, "max_tokens": 0}
+    with listening(tiny) as server:
+        monkeypatch.setattr(Flow, "token_text", noted)
+        if not stream:  # a stream tells few at a time
+            assert server.post(CHAT, chat("Hi", n=3, tokens=30, logprobs=True, top_logprobs=5)).status_code == 200
+        monkeypatch.setattr(tiny.chat, "decode", noted_too)
+        assert server.post("/v1/completions", scored | {"stream": stream}).status_code == 200
+    assert seen
+    assert "server under test" not in seen

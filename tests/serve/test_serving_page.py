@@ -5,10 +5,13 @@ import io
 import json
 import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from adapter_folders import write_adapter
 from listening import BASE, Listening, alone, chat, listening
 
 from posttrain.cli import build_parser
@@ -28,7 +31,8 @@ from posttrain.serve.protocol import (
     CompletionRequest,
 )
 
-PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+PLACE = Path(__file__).parents[2] / "docs"
+PAGE = (PLACE / "serving.md").read_text(encoding="utf-8")
 
 
 def section(name: str) -> str:
@@ -82,12 +86,26 @@ def test_the_metrics_are_those_of_the_page(server: Listening):
     assert {name for name in found if not name.endswith("_created")} == told
 
 
-def test_the_curl_example_is_answered(server: Listening):
-    (line,) = [line for line in PAGE.splitlines() if line.startswith("curl ")]
-    words = shlex.split(line)
-    body = json.loads(words[words.index("-d") + 1])
-    assert words[1].endswith("/v1/chat/completions")
-    assert server.post("/v1/chat/completions", body | {"model": BASE}).status_code == 200
+CURLS = [
+    (page.name, line)
+    for page in (*sorted(PLACE.glob("*.md")), PLACE.parent / "README.md")
+    for line in page.read_text(encoding="utf-8").splitlines()
+    if line.startswith("curl ")
+]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+@pytest.mark.parametrize(("page", "line"), CURLS)
+def test_a_curl_command_is_answered_as_it_is_written(base: BaseModel, tmp_path: Path, page: str, line: str):
+    """By a server that has a policy of the name; nothing is changed but the port."""
+    assert line.count("http://127.0.0.1:8000/") == 1
+    with listening(base, adapters={"dpo": write_adapter(tmp_path / "dpo", base, 1)}) as server:
+        command = shlex.split(line.replace("http://127.0.0.1:8000", server.url))
+        done = subprocess.run([*command, "-sS", "--fail-with-body"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    answer = json.loads(done.stdout)
+    assert answer["model"] == "dpo"
+    assert answer["choices"][0]["message"]["content"]
 
 
 def test_the_openai_example_runs(tiny: BaseModel, server: Listening):

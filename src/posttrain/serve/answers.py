@@ -2,7 +2,7 @@
 
 A `Flow` is one HTTP request on its way: an engine request a prompt, of which each completion becomes a `Choice`. Both kinds
 of API read the same flow; they differ only in their shapes. Prompts of one request are all computed at once and told in
-their order. The token that ends an answer is counted and not shown.
+their order. The token that ends an answer is counted and not shown; without a template it has its log-probability.
 """
 
 import asyncio
@@ -55,10 +55,12 @@ class Choice:
                 self._show(score)
         if event.token is not None:
             self.count += 1
-            if rollout is None or not rollout.ended:
+            ends = rollout is not None and rollout.ended
+            if not ends:
                 piece = self._pieces.add(event.token)
-                if self._ask.scored:
-                    self._show(TokenScore(event.token, event.model_logprob, event.top))
+            # A harness asks for one token more than it wants and drops the last entry, whatever that token was.
+            if self._ask.scored and not (ends and self._ask.chat):
+                self._show(TokenScore(event.token, event.model_logprob, event.top))
         if rollout is not None:
             piece += self._pieces.end()
             self.finish = FINISH.get(rollout.finish)
@@ -119,7 +121,8 @@ class Flow:
             while (event := await self._next(answer)) is not None:
                 choice = self.choices[place * self.ask.n + event.row]
                 self._count(event, first=choice.count == 0)
-                piece = choice.take(event)
+                # Beside the loop where a whole prompt is told, which takes long.
+                piece = await asyncio.to_thread(choice.take, event) if event.prompt else choice.take(event)
                 if event.rollout is not None and event.rollout.finish == "not finite":
                     found = "gives numbers that are not finite"
                     raise Refusal(500, f'model "{self.served.name}"', found, do="use another model", code="not_finite")

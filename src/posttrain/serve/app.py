@@ -25,7 +25,7 @@ from posttrain.serve.envelope import Refusal, encode, refusal
 from posttrain.serve.events import LEFT, answer_of, chunks_of, server_sent
 from posttrain.serve.gate import Gate
 from posttrain.serve.keys import Keys
-from posttrain.serve.metrics import CONTENT_TYPE
+from posttrain.serve.metrics import CONTENT_TYPE, UNKNOWN
 from posttrain.serve.protocol import (
     MESSAGE_REFUSED,
     REFUSED,
@@ -64,7 +64,10 @@ def build_app(service: Service, *, keys: Keys | None, hosts: frozenset[str]) -> 
         title="posttrain", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False,
         responses=_ERRORS,
     )  # fmt: skip
-    gate = Gate(app, keys=keys, hosts=hosts, limits=service.limits, places=service.places)
+    gate = Gate(
+        app, keys=keys, hosts=hosts, limits=service.limits, places=service.places,
+        refused=lambda status: service.metrics.request(UNKNOWN, status),
+    )  # fmt: skip
     _add_errors(app)
     _add_generation(app, service)
     _add_models(app, service)
@@ -84,7 +87,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
                 answer = await answer_of(flow)
                 service.metrics.request(model, 200)
                 flow.cancel()
-                return _json(answer)
+                return Response(answer, media_type="application/json")
             chunks = chunks_of(flow)
             first = await anext(chunks)
         except BaseException as error:

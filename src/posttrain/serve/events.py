@@ -32,6 +32,8 @@ from posttrain.serve.shapes import (
 LEAST = -9999.0
 # In the metrics: a client that left before its answer was whole.
 LEFT = 499
+# Tokens that are told at once: those of a prompt that is echoed, and not the one or two of a step.
+MANY = 16
 _LOG = logging.getLogger("posttrain.serve")
 
 
@@ -77,7 +79,9 @@ async def completion_stream(flow: Flow) -> AsyncIterator[BaseModel]:
         if choice.index not in begun:
             begun.add(choice.index)
             piece = choice.text
-        if piece or choice.told or choice.finish is not None:
+        if len(choice.told) > MANY:
+            yield _completion(flow, [await asyncio.to_thread(_completion_choice, flow, choice, piece)])
+        elif piece or choice.told or choice.finish is not None:
             yield _completion(flow, [_completion_choice(flow, choice, piece)])
     if flow.ask.usage:
         yield _completion(flow, [], usage=True)
@@ -88,11 +92,13 @@ def chunks_of(flow: Flow) -> AsyncIterator[BaseModel]:
     return chat_stream(flow) if flow.ask.chat else completion_stream(flow)
 
 
-async def answer_of(flow: Flow) -> ChatCompletion | Completion:
-    """The whole answer of a flow in the shape of its API."""
+async def answer_of(flow: Flow) -> bytes:
+    """The whole answer of a flow in the shape of its API, as JSON."""
     async for _ in flow.events():
         pass
-    return chat_answer(flow) if flow.ask.chat else completion_answer(flow)
+    make = chat_answer if flow.ask.chat else completion_answer
+    # Beside the loop: log-probabilities of many tokens take long to write down.
+    return await asyncio.to_thread(lambda: _json(make(flow)))
 
 
 async def server_sent(first: BaseModel, rest: AsyncIterator[BaseModel]) -> AsyncIterator[tuple[bytes, int]]:
@@ -113,7 +119,11 @@ async def server_sent(first: BaseModel, rest: AsyncIterator[BaseModel]) -> Async
 
 
 def _event(chunk: BaseModel) -> bytes:
-    return b"data: " + chunk.model_dump_json(exclude_unset=True).encode() + b"\n\n"
+    return b"data: " + _json(chunk) + b"\n\n"
+
+
+def _json(value: BaseModel) -> bytes:
+    return value.model_dump_json(exclude_unset=True).encode()
 
 
 def _fingerprint(flow: Flow) -> str:

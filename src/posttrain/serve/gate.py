@@ -31,6 +31,8 @@ OPEN_PATHS = frozenset({"/health"})
 PAGE = "/"
 # Routes that change what is served.
 ADMIN_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
+# Routes whose requests are counted, those that are turned away here as well.
+COUNTED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 # Routes that answer while the server goes down.
 WATCHING_PATHS = frozenset({"/health", "/ready", "/metrics"})
 # Of a body that is too long anyway, as much is read as lets a client see the answer rather than a reset connection.
@@ -46,10 +48,16 @@ HEADERS = {
 
 
 class Gate:
-    """The application behind its checks. `places` is how many requests may be inside; `inside` how many are."""
+    """The application behind its checks. `places` is how many requests may be inside; `inside` how many are.
 
-    def __init__(self, app: App, *, keys: Keys | None, hosts: frozenset[str], limits: Limits, places: int) -> None:
+    `refused` hears the status of each request for an answer that is turned away here.
+    """
+
+    def __init__(
+        self, app: App, *, keys: Keys | None, hosts: frozenset[str], limits: Limits, places: int, refused: Callable[[int], None]
+    ) -> None:
         self.app, self._keys, self._hosts, self._limits, self._places = app, keys, hosts, limits, places
+        self._refused = refused
         self.inside = 0
         self.draining = False
 
@@ -70,16 +78,21 @@ class Gate:
             scope["posttrain.owner"] = self._admit(scope["path"], headers, counted)
         except Refusal as problem:
             await self._discard(receive)
-            await _answer(send, problem)
+            await self._turn_away(scope, send, problem)
             return
         self.inside += counted
         try:
             body = await self._read(headers, receive)
             await self._run(scope, body, receive, send)
         except Refusal as problem:
-            await _answer(send, problem)
+            await self._turn_away(scope, send, problem)
         finally:
             self.inside -= counted
+
+    async def _turn_away(self, scope: Scope, send: Send, problem: Refusal) -> None:
+        if scope["path"] in COUNTED_PATHS:
+            self._refused(problem.status)
+        await _answer(send, problem)
 
     def _admit(self, path: str, headers: dict[bytes, bytes], counted: bool) -> str:
         """Whose request it is. Raises Refusal where it may not come in."""

@@ -53,8 +53,8 @@ def open_service(
         scores = read_scores(run)
         for policy in found.names[1:]:
             verify_files(run / policy, (ADAPTER_WEIGHTS, ADAPTER_CONFIG))
-            manifest = read_manifest(run / policy) or {}
-            store.offer(policy, run / policy, stage=manifest.get("stage"), scores=scores.get(policy))
+            kind, parent = _origin(run / policy)
+            store.offer(policy, run / policy, stage=kind, parent=parent, scores=scores.get(policy))
     for public, path in adapters:
         store.offer(public, path)
     return Service(found.base, store, limits)
@@ -69,6 +69,12 @@ def _whole(
     found.policies.activate(found.policy)
     assert found.policy == "base" or (run / found.policy / FULL_WEIGHTS).exists()
     return Service(found.base, AdapterStore(found.base, base_name=name or found.policy, folder=None, budget_bytes=0), limits)
+
+
+def _origin(folder: Path) -> tuple[str | None, str]:
+    """The kind of a stage, and the policy that its training started from."""
+    manifest = read_manifest(folder) or {}
+    return manifest.get("stage"), manifest.get("settings", {}).get("stage", {}).get("init", "base")
 
 
 def read_scores(run: Path) -> dict[str, dict[str, float]]:

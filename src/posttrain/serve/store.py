@@ -38,7 +38,8 @@ class Served(NamedTuple):
     """What is known of one policy that can be asked for.
 
     `name` is the public one, `engine_name` what `generate.rows.Request.adapter` takes. `fingerprint` is the hash of its
-    content, of the base its weights' hash. `root` and `parent` name the base. `bytes` are those of its weights in memory.
+    content, of the base its weights' hash. `root` names the base, `parent` the policy that its training started from, as far as
+    that is known. `bytes` are those of its weights in memory.
     `adapter` is there where `use` gave it: whoever holds it keeps `engine_name` good.
     """
 
@@ -84,15 +85,22 @@ class AdapterStore:
         self._reading = asyncio.Lock()
 
     def offer(
-        self, name: str, path: Path, *, pinned: bool = False, stage: str | None = None, scores: dict[str, float] | None = None
+        self, name: str, path: Path, *, pinned: bool = False, stage: str | None = None, parent: str = "base",
+        scores: dict[str, float] | None = None,
     ) -> Served:  # fmt: skip
-        """Serve the adapter in a folder, at start. Raises AdapterError where it cannot be, or its name is taken."""
+        """Serve the adapter in a folder, at start. `parent` is what its training started from.
+
+        Raises AdapterError where it cannot be served, or its name is taken.
+        """
         self._check_name(name)
         if name in self._entries:
             raise AdapterError(f'adapter "{name}"', "a name that is taken", do="give each adapter a name of its own")
         place = _Place(path.absolute(), None)
         files = self._read(name, place)
-        return self._keep(self._make(name, files), self._describe(name, files, pinned, stage, scores), place)
+        served = self._describe(name, files, pinned)._replace(stage=stage, scores=scores)
+        if parent != "base":
+            served = served._replace(parent=parent)
+        return self._keep(self._make(name, files), served, place)
 
     async def load(self, name: str, path: str, *, pinned: bool = False, replace: bool = False) -> Served:
         """Serve the adapter at `path` below the folder, or with `replace` other content under a name that is taken.
@@ -108,7 +116,7 @@ class AdapterStore:
             if known is not None and known.served.fingerprint == files.fingerprint:
                 served = known.served._replace(pinned=pinned)
             elif known is None or replace:
-                served = self._describe(name, files, pinned, None, None)
+                served = self._describe(name, files, pinned)
             else:
                 raise AdapterError(f'adapter "{name}"', "is served with other content", do="ask for it to be replaced")
             return self._keep(await self._found(served, files), served, place)
@@ -203,11 +211,9 @@ class AdapterStore:
                 raise AdapterError(where, f"{tensor} holds numbers that are not finite", do="train the adapter again")
         return adapter
 
-    def _describe(
-        self, name: str, files: AdapterFiles, pinned: bool, stage: str | None, scores: dict[str, float] | None
-    ) -> Served:  # fmt: skip
+    def _describe(self, name: str, files: AdapterFiles, pinned: bool) -> Served:
         root = self._root.name
-        return Served(name, _engine_name(name, files), files.fingerprint, root, root, stage, scores, 0, pinned)
+        return Served(name, _engine_name(name, files), files.fingerprint, root, root, None, None, 0, pinned)
 
     def _keep(self, adapter: LoraAdapter, served: Served, place: _Place) -> Served:
         """Make room, and put an adapter in the place of what had its name. Without an await: no request comes in between."""

@@ -1,0 +1,153 @@
+"""A server that is asked for ten times what it can answer, for minutes: 200 and 429 and nothing else, in bounded memory.
+
+    python benchmarks/overload.py --seconds 300     on random:tiny, or --model
+
+The server is the command itself in a process of its own. First as many clients as it computes rows at once ask one after the
+other: that is its capacity. Then requests come by the clock at `--load` times that rate, whatever has been answered. Prints
+one JSON object (answers by status, times to answer, the server's memory at 40 times, what /metrics says at the end) and exits
+with 1 where something broke: another status, a reset connection, a 429 without its body or `Retry-After`, an answer that is
+cut, memory that grew by more than a twentieth after the first fifth, a row left in flight, or another exit code.
+"""
+
+import argparse
+import asyncio
+import json
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from typing import Any
+
+import httpx
+from soak import ENVIRONMENT, watch
+
+from posttrain.generate.engine import ROWS
+
+GROWTH = 1.05
+CHAT = "/v1/chat/completions"
+NAME = "the-base"
+
+
+class Load:
+    """The requests and what came of them."""
+
+    def __init__(self, tokens: int) -> None:
+        ask = {"role": "user", "content": "Hi"}
+        self.body = {"model": NAME, "messages": [ask], "temperature": 0, "max_tokens": tokens, "min_tokens": tokens}
+        self.tokens = tokens
+        self.statuses: Counter[str] = Counter()
+        self.broken: Counter[str] = Counter()
+        self.seconds: dict[int, list[float]] = {200: [], 429: []}
+
+    async def ask(self, http: httpx.AsyncClient) -> None:
+        """One request."""
+        began = time.monotonic()
+        try:
+            response = await http.post(CHAT, json=self.body)
+        except httpx.HTTPError as error:
+            self.broken[f"{type(error).__name__} {error}"] += 1
+            return
+        status = response.status_code
+        self.statuses[str(status)] += 1
+        if status == 200:
+            good = response.json()["usage"]["completion_tokens"] == self.tokens
+        else:
+            good = status == 429 and response.headers.get("retry-after") == "1"
+            good = good and response.json()["error"]["code"] == "queue_full"
+        if not good:
+            self.broken[f"{status}: {response.text[:200]}"] += 1
+        self.seconds.setdefault(status, []).append(time.monotonic() - began)
+
+    async def capacity(self, http: httpx.AsyncClient, seconds: float) -> float:
+        """Answers a second with one client for each row that is computed at once."""
+        end = time.monotonic() + seconds
+
+        async def client() -> None:
+            while time.monotonic() < end:
+                await self.ask(http)
+
+        began = time.monotonic()
+        await asyncio.gather(*(client() for _ in range(ROWS["cpu"])))
+        return len(self.seconds[200]) / (time.monotonic() - began)
+
+    async def offer(self, http: httpx.AsyncClient, rate: float, seconds: float) -> int:
+        """Requests by the clock; returns how many there were, when all are answered."""
+        began, count = time.monotonic(), int(rate * seconds)
+        async with asyncio.TaskGroup() as group:
+            for number in range(count):
+                await asyncio.sleep(max(0.0, began + number / rate - time.monotonic()))
+                group.create_task(self.ask(http))
+        return count
+
+
+def percentiles(seconds: list[float]) -> list[float]:
+    """The median, the 99th of a hundred and the longest."""
+    found = sorted(seconds)
+    return [round(found[len(found) * part // 100], 4) for part in (50, 99)] + [round(found[-1], 4)] if found else []
+
+
+async def hold(process: "subprocess.Popen[str]", url: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Capacity, overload, and what /metrics says when all is answered."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=200)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
+        first = Load(options.tokens)
+        capacity = await first.capacity(http, options.seconds / 15)
+        load = Load(options.tokens)
+        rate = options.load * capacity
+        memory, count = await asyncio.gather(watch(process, options.seconds), load.offer(http, rate, options.seconds))
+        metrics = (await http.get("/metrics")).text
+    told = dict(re.findall(r"^(posttrain_(?:requests_total|completions)\S*) (\S+)$", metrics, re.MULTILINE))
+    broken = first.broken + load.broken
+    if any(float(told[name]) for name in ("posttrain_completions_open", "posttrain_completions_waiting")):
+        broken["completions were still open at the end"] += 1
+    turned_away = float(told.get('posttrain_requests_total{model="unknown",status="429"}', "0"))
+    if turned_away != load.statuses["429"] + first.statuses["429"]:
+        broken[f"/metrics counts {turned_away} requests that were turned away"] += 1
+    begin, end = statistics.median(memory[8:13]), statistics.median(memory[-5:])
+    if end > GROWTH * begin:
+        broken[f"memory grew from {begin} to {end} MiB"] += 1
+    return {
+        "capacity_per_second": round(capacity, 2), "offered_per_second": round(rate, 1), "requests": count,
+        "statuses": dict(load.statuses), "broken": dict(broken),
+        "seconds_p50_p99_max": {str(status): percentiles(found) for status, found in load.seconds.items()},
+        "memory_mib": {"first_fifth": begin, "end": end, "all": memory}, "metrics": told,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Start the server, ask too much of it, and print what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--load", type=float, default=10.0)
+    parser.add_argument("--tokens", type=int, default=400, help="of each answer: long ones, so that few can be answered")
+    parser.add_argument("--queue", type=int, default=32)
+    parser.add_argument("--model", default="random:tiny")
+    parser.add_argument("--template", default="plain")
+    options = parser.parse_args()
+    command = [
+        sys.executable, "-m", "posttrain.cli", "serve", options.model, "--template", options.template, "--name", NAME,
+        "--port", "0", "--queue", str(options.queue),
+    ]  # fmt: skip
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=ENVIRONMENT)
+        try:
+            assert process.stdout is not None
+            url = next(found[0] for line in process.stdout if (found := re.findall(r"http://127\.0\.0\.1:\d+", line)))
+            found = asyncio.run(hold(process, url, options))
+        finally:
+            process.send_signal(signal.SIGTERM)
+            code = process.wait(60)
+        log.seek(0)
+        trace = log.read()
+    if code or "Traceback" in trace:
+        found["broken"][f"exit code {code}: {trace[-500:]}"] = 1
+    print(json.dumps({"seconds": options.seconds, "model": options.model, **found}, indent=2))
+    sys.exit(bool(found["broken"]))
+
+
+if __name__ == "__main__":
+    main()
