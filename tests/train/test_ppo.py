@@ -18,6 +18,7 @@ from posttrain.models.heads import new_head
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter, LoraSettings
 from posttrain.plan import make_plan
+from posttrain.progress import Tracker
 from posttrain.recipe import parse_recipe
 from posttrain.settings import Recipe
 from posttrain.train.ppo import train_ppo
@@ -54,14 +55,22 @@ def random_reward_model(base: BaseModel, name: str = "rm", *, seed: int = 1) -> 
     random_adapter(base, name, seed=seed).head = new_head(64, seed=seed, device=base.device)
 
 
-def run_ppo(base: BaseModel, folder: Path, *, stop_at: int = 0, data: Path | None = None, **stage: Any) -> StageResult:
+def run_ppo(
+    base: BaseModel,
+    folder: Path,
+    *,
+    stop_at: int = 0,
+    data: Path | None = None,
+    trackers: tuple[Tracker, ...] = (),
+    **stage: Any,
+) -> StageResult:
     """Train against the reward model in memory, resuming what is in the folder."""
     recipe = recipe_of(data or preferences(folder.parent / "p.jsonl", rows=20), **stage)
     if "rm" not in base.adapters:
         random_reward_model(base)
     folder.mkdir(parents=True, exist_ok=True)
     stopper = StopAt(stop_at)
-    context = StageContext(base, Policies(base, folder.parent), recipe, folder, stopper.stop, (stopper,))
+    context = StageContext(base, Policies(base, folder.parent), recipe, folder, stopper.stop, (stopper, *trackers))
     return train_ppo(context, recipe.stage[-1])  # type: ignore[arg-type]
 
 
