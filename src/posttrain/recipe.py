@@ -6,7 +6,7 @@ checked here.
 
 import difflib
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from posttrain.settings import (
     RewardStage,
     SftStage,
     Source,
+    part_name,
     reward_parts,
 )
 
@@ -242,6 +243,9 @@ def _check_ppo(place: str, stage: PpoStage, policies: list[str], rewards: list[s
     if stage.target_kl and not stage.kl_coef:
         found = f"target_kl = {stage.target_kl:g} with kl_coef = 0, which no factor moves"
         raise RecipeError(place, found, allowed="kl_coef above 0", do="set kl_coef to where it starts")
+    if "kl_horizon" in stage.model_fields_set and not stage.target_kl:
+        found = "kl_horizon without target_kl, which it follows"
+        raise RecipeError(place, found, allowed="target_kl above 0", do="set target_kl, or remove kl_horizon")
     if bool(stage.ptx_coef) != bool(stage.ptx_data):
         found = f"ptx_coef = {stage.ptx_coef:g} without ptx_data" if stage.ptx_coef else "ptx_data with ptx_coef = 0"
         raise RecipeError(place, found, allowed="both or neither", do="set both, or remove both")
@@ -270,7 +274,7 @@ def _check_value(place: str, stage: PpoStage, rewards: list[str]) -> None:
         raise RecipeError(place, found, do="give the stage another name")
 
 
-def _check_parts(place: str, field: str, parts: Iterable[RewardPart], rewards: list[str]) -> None:
+def _check_parts(place: str, field: str, parts: Sequence[RewardPart], rewards: list[str]) -> None:
     """What a score is made of: earlier reward stages and functions, each once."""
     seen: list[str] = []
     for part in parts:
@@ -296,6 +300,11 @@ def _check_parts(place: str, field: str, parts: Iterable[RewardPart], rewards: l
             if name in seen:
                 raise RecipeError(place, f'{field} names "{name}" twice', allowed="each once", do="change the weight instead")
             seen.append(name)
+    names = [part_name(part) for part in parts]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        found = f'{field} has two parts that metrics call "{twice}"'
+        raise RecipeError(place, found, allowed="a name of its own each", do="give a reward stage another name")
 
 
 def _check_policy(place: str, field: str, name: str, special: tuple[str, ...], policies: list[str]) -> None:

@@ -259,6 +259,11 @@ def reward_parts(written: str | tuple[RewardPart, ...]) -> tuple[RewardPart, ...
     return (RewardPart(function=written) if ":" in written else RewardPart(models=(written,)),) if written else ()
 
 
+def part_name(part: RewardPart) -> str:
+    """What a part is called in metrics: its models or its function, in letters that every tracker takes."""
+    return part.function.replace(":", ".") or "-".join(part.models)
+
+
 Stage = Annotated[SftStage | DpoStage | RewardStage | PpoStage, Field(discriminator="kind")]
 STAGE_KINDS: dict[str, type[SftStage | DpoStage | RewardStage | PpoStage]] = {
     "sft": SftStage, "dpo": DpoStage, "reward": RewardStage, "ppo": PpoStage,

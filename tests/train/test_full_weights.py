@@ -9,13 +9,14 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from test_reference import kl_of_rollouts
 from tiny_stages import StopAt, demonstrations, digest, preferences, rows_of
 
 from posttrain.cli import main
 from posttrain.data.prepare import TrainRow
 from posttrain.errors import Interrupted, RecipeError
 from posttrain.models.batches import pack_rows, row_scores
-from posttrain.models.files import Policies
+from posttrain.models.files import Policies, reload_base
 from posttrain.models.load import BaseModel, load_base
 from posttrain.pipeline import run_recipe
 from posttrain.recipe import parse_recipe, to_toml
@@ -89,6 +90,18 @@ def test_full_ppo_is_exact_at_each_start_and_its_roles_do_not_disturb_it(estimat
     published, base = load_file(folder / "model.safetensors"), load_file(whole.source.folder / "model.safetensors")
     assert "score.weight" not in published, "a value head is not published"
     assert all(not torch.equal(published[name], base[name]) for name in base)
+
+
+def test_the_reference_of_full_ppo_is_the_policy_that_it_started_from(whole: BaseModel, run: Path) -> None:
+    """Weights that were put in the policy's place three times: each iteration's KL is to the base as it lies on disk."""
+    with pytest.raises(Interrupted):
+        run_ppo(whole, run, "held", stop_at=6, checkpoint_every=1)
+    rows = rows_of(run_ppo(whole, run, "held", checkpoint_every=1))
+    reload_base(whole)
+    for iteration in (1, 2):
+        found = kl_of_rollouts(whole, "base", run / "held", iteration)
+        assert found == pytest.approx(rows[iteration * 4]["ppo/kl"], rel=1e-4, abs=1e-5)
+    assert abs(rows[-1]["ppo/kl"]) > 1e-3
 
 
 def test_0_of_4_stops_change_a_full_run(whole: BaseModel, run: Path) -> None:

@@ -7,8 +7,10 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+from test_ppo import random_reward_model, run_ppo
 from tiny_stages import demonstrations, digest, preferences, rows_of, run_stage
 
 from posttrain.models.load import BaseModel, load_base
@@ -17,28 +19,42 @@ GOLDEN = Path(__file__).parent / "golden"
 STEPS = 100
 # Other processors round otherwise, and 100 steps add that up; on one machine the numbers are equal to the last bit.
 TOLERANCE = 1e-4
+# PPO's losses come near 0, whatever their terms are. On one thread or two, with the widest instructions or none, they differ by
+# 8e-7 at most: every sampled token is the same.
+NEAR_ZERO = {"ppo": 1e-5}
+
+
+PPO: dict[str, Any] = {
+    "iterations": 25, "prompts": 6, "minibatch": 3, "max_new_tokens": 3, "learning_rate": 1e-3, "target_kl": 0.05,
+    "kl_horizon": 100,
+}  # fmt: skip
 
 
 def losses(base: BaseModel, kind: str, folder: Path) -> list[float]:
     """`kind/loss` of 100 steps, gradient norms and rates included in what a digest sees."""
-    data = demonstrations(folder / "d.jsonl", 40) if kind == "sft" else preferences(folder / "p.jsonl", 40)
-    run_stage(
-        base, folder / kind, kind, adapter={"dropout": 0.0}, data=str(data), epochs=10, validation=0, learning_rate=3e-4,
-        warmup=0.1, max_tokens=64,
-    )  # fmt: skip
+    if kind == "ppo":
+        random_reward_model(base)
+        run_ppo(base, folder / kind, data=preferences(folder / "p.jsonl", 40), **PPO)
+    else:
+        data = demonstrations(folder / "d.jsonl", 40) if kind == "sft" else preferences(folder / "p.jsonl", 40)
+        run_stage(
+            base, folder / kind, kind, adapter={"dropout": 0.0}, data=str(data), epochs=10, validation=0, learning_rate=3e-4,
+            warmup=0.1, max_tokens=64,
+        )  # fmt: skip
     found = [row[f"{kind}/loss"] for row in rows_of(folder / kind)]
     assert len(found) == STEPS
     return found
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo", "reward"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "reward", "ppo"])
 def test_the_same_seed_gives_the_same_run_and_the_golden_losses(kind: str, base: BaseModel, tmp_path: Path):
     first, second = (losses(base, kind, tmp_path / name) for name in ("first", "second"))
     assert first == second
     assert digest(tmp_path / "first" / kind) == digest(tmp_path / "second" / kind)
     golden = json.loads((GOLDEN / f"{kind}.json").read_text(encoding="utf-8"))
-    assert first == pytest.approx(golden, rel=TOLERANCE)
-    assert first[-1] < first[0] - 0.1
+    assert first == pytest.approx(golden, rel=TOLERANCE, abs=NEAR_ZERO.get(kind))
+    if kind != "ppo":  # whose loss is no measure of what was learned
+        assert first[-1] < first[0] - 0.1
 
 
 def test_another_seed_gives_another_run(base: BaseModel, tmp_path: Path):
@@ -50,7 +66,7 @@ def test_another_seed_gives_another_run(base: BaseModel, tmp_path: Path):
 
 if __name__ == "__main__":
     tiny = load_base("random:tiny", template="gemma", dtype="float32", device="cpu")
-    for method in sys.argv[1:] or ("sft", "dpo", "reward"):
+    for method in sys.argv[1:] or ("sft", "dpo", "reward", "ppo"):
         with tempfile.TemporaryDirectory() as scratch:
             curve = losses(tiny, method, Path(scratch))
         (GOLDEN / f"{method}.json").write_text(json.dumps(curve, indent=0) + "\n", encoding="utf-8")

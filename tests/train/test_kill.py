@@ -9,31 +9,34 @@ import time
 from pathlib import Path
 
 import pytest
-from kill_runs import RECIPE, Watched
-from tiny_stages import demonstrations, rows_of
+from kill_runs import REWARDED, SFT, Watched, write_recipe
+from tiny_stages import rows_of
 
 
-def run_hits(folder: Path, how: str, tries: int, epochs: int) -> dict[str, int]:
-    command = [sys.executable, str(Path(__file__).parent / "kill_runs.py"), str(folder), how, str(tries), str(epochs)]
+def run_hits(folder: Path, how: str, tries: int, size: int, stages: tuple[str, ...] = SFT) -> dict[str, dict[str, int]]:
+    program = str(Path(__file__).parent / "kill_runs.py")
+    command = [sys.executable, program, str(folder), how, str(tries), str(size), *stages]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    assert found["tries"] == tries
+    found: dict[str, dict[str, int]] = json.loads(done.stdout.splitlines()[-1])
+    assert {stage: count["tries"] for stage, count in found.items()} == dict.fromkeys(stages, tries)
     return found
 
 
-def check(found: dict[str, int], *, inside: int) -> None:
-    tries = found["tries"]
-    assert f"{found['unusable']} of {tries} unusable" == f"0 of {tries} unusable"
-    assert f"{found['badly ended']} of {tries} badly ended" == f"0 of {tries} badly ended"
-    assert f"{found['not saved']} of {tries} not saved" == f"0 of {tries} not saved"
-    assert f"{found['different']} of {found['runs']} runs different" == f"0 of {found['runs']} runs different"
-    assert found["refused"] == 0
-    assert found["inside"] >= inside
+def check(found: dict[str, dict[str, int]], *, inside: int, sampling: int = 0) -> None:
+    """Nothing was lost, at any stage; so many signals in all came inside a save, and so many while rollouts were made."""
+    for stage, count in found.items():
+        for what in ("unusable", "badly ended", "not saved"):
+            assert f"{stage}: {count[what]} of {count['tries']} {what}" == f"{stage}: 0 of {count['tries']} {what}"
+        runs = count["runs"]
+        assert f"{stage}: {count['different']} of {runs} runs different" == f"{stage}: 0 of {runs} runs different"
+        assert count["refused"] == 0
+    assert sum(count["inside"] for count in found.values()) >= inside
+    assert sum(count["sampling"] for count in found.values()) >= sampling
 
 
-def test_0_of_12_kills_and_sigterms_change_a_run(tmp_path: Path):
-    check(run_hits(tmp_path, "kill+kill+term", 12, 8), inside=3)
+def test_0_of_4_kills_and_sigterms_of_each_stage_change_a_run(tmp_path: Path):
+    check(run_hits(tmp_path, "kill+kill+term", 4, 4, (*SFT, *REWARDED)), inside=3)
 
 
 @pytest.mark.slow
@@ -47,16 +50,25 @@ def test_0_of_50_sigterms_lose_a_step(tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_0_of_25_kills_each_change_a_reward_model_and_what_learns_from_it(tmp_path: Path):
+    check(run_hits(tmp_path, "kill", 25, 30, REWARDED), inside=20, sampling=3)
+
+
+@pytest.mark.slow
+def test_0_of_25_sigterms_each_change_a_reward_model_and_what_learns_from_it(tmp_path: Path):
+    check(run_hits(tmp_path, "term", 25, 30, REWARDED), inside=0)
+
+
+@pytest.mark.slow
 def test_0_of_50_second_sigterms_tear_a_file(tmp_path: Path):
     check(run_hits(tmp_path, "twice", 50, 40), inside=0)
 
 
 def test_a_fresh_process_saves_on_sigterm_and_its_successor_goes_on(tmp_path: Path):
     """The same with `python -m posttrain.cli`, nothing imported before."""
-    recipe, run = tmp_path / "recipe.toml", tmp_path / "run"
-    recipe.write_text(RECIPE.format(data=demonstrations(tmp_path / "d.jsonl"), epochs=300), encoding="utf-8")
+    recipe, run = write_recipe(tmp_path, SFT, 300), tmp_path / "run"
     command = [sys.executable, "-m", "posttrain.cli", "run", str(recipe), "--out", str(run)]
-    watched = Watched(run)
+    watched = Watched(run, "sft")
     steps = []
     for _ in range(2):
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

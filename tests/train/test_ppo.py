@@ -18,6 +18,7 @@ from posttrain.models.heads import new_head
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter, LoraSettings
 from posttrain.plan import make_plan
+from posttrain.progress import Tracker
 from posttrain.recipe import parse_recipe
 from posttrain.settings import Recipe
 from posttrain.train.ppo import train_ppo
@@ -54,14 +55,22 @@ def random_reward_model(base: BaseModel, name: str = "rm", *, seed: int = 1) -> 
     random_adapter(base, name, seed=seed).head = new_head(64, seed=seed, device=base.device)
 
 
-def run_ppo(base: BaseModel, folder: Path, *, stop_at: int = 0, data: Path | None = None, **stage: Any) -> StageResult:
+def run_ppo(
+    base: BaseModel,
+    folder: Path,
+    *,
+    stop_at: int = 0,
+    data: Path | None = None,
+    trackers: tuple[Tracker, ...] = (),
+    **stage: Any,
+) -> StageResult:
     """Train against the reward model in memory, resuming what is in the folder."""
     recipe = recipe_of(data or preferences(folder.parent / "p.jsonl", rows=20), **stage)
     if "rm" not in base.adapters:
         random_reward_model(base)
     folder.mkdir(parents=True, exist_ok=True)
     stopper = StopAt(stop_at)
-    context = StageContext(base, Policies(base, folder.parent), recipe, folder, stopper.stop, (stopper,))
+    context = StageContext(base, Policies(base, folder.parent), recipe, folder, stopper.stop, (stopper, *trackers))
     return train_ppo(context, recipe.stage[-1])  # type: ignore[arg-type]
 
 
@@ -222,6 +231,9 @@ def test_completions_are_shown_with_their_scores(base: BaseModel, tmp_path: Path
     rows = [json.loads(line) for line in (tmp_path / "ppo/samples.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == [1] * 5 + [2] * 5 + [3] * 5
     assert all(0 < row["tokens"] <= 8 for row in rows)
+    run_ppo(base, tmp_path / "several", completions=5, iterations=1)
+    several = [json.loads(line) for line in (tmp_path / "several/samples.jsonl").read_text().splitlines()]
+    assert len({row["prompt"] for row in several}) == 5, "of six prompts, five completions each"
 
 
 @pytest.mark.parametrize(
@@ -238,6 +250,7 @@ def test_completions_are_shown_with_their_scores(base: BaseModel, tmp_path: Path
         ({"value": "shared", "value_init": "rm2"}, 'value_init = "rm2" with value = "shared" · auto or policy'),
         ({"value": "both"}, "value = 'both' · 'auto', 'own' or 'shared'"),
         ({"target_kl": 6.0, "kl_coef": 0.0}, "target_kl = 6 with kl_coef = 0, which no factor moves · kl_coef above 0"),
+        ({"kl_horizon": 10_000}, "kl_horizon without target_kl, which it follows · target_kl above 0"),
         ({"ptx_coef": 1.0}, "ptx_coef = 1 without ptx_data · both or neither"),
         ({"ptx_data": "starter/demonstrations.jsonl"}, "ptx_data with ptx_coef = 0 · both or neither"),
         ({"kl_coef": -0.1}, "kl_coef = -0.1 · greater than or equal to 0"),

@@ -1,4 +1,4 @@
-"""DPO's reference: the policy starts at it, it never moves, and a damaged or foreign one is not trained against."""
+"""The reference of DPO and PPO: the policy starts at it, it never moves, and a damaged or foreign one is refused."""
 
 from math import log
 from pathlib import Path
@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from test_ppo import random_adapter, run_ppo
 from tiny_stages import hashes, preferences, rows_of, run_stage
 
 from posttrain.errors import Interrupted, TrainingError
+from posttrain.models.batches import batch_logprobs, pack_trees
+from posttrain.models.files import full_state
 from posttrain.models.load import BaseModel
-from posttrain.train.checkpoint import Checkpoint, load_newest, save_checkpoint
+from posttrain.train.checkpoint import Checkpoint, load_newest, load_step, save_checkpoint
 
 LORA: dict[str, Any] = {}
 FULL: dict[str, Any] = {"kind": "full"}
@@ -95,3 +98,49 @@ def test_dropout_is_off_where_nothing_is_learned(base: BaseModel, tmp_path: Path
     found = {mean_loss(base, "p", train_rows()) for _ in range(3)}
     assert len(found) == 1
     assert torch.equal(torch.get_rng_state(), state)  # validating more or less often does not change the run
+
+
+class Watch:
+    """A tracker that takes a hash of the base and of an adapter after every step, before its checkpoint is written."""
+
+    def __init__(self, base: BaseModel, adapter: str) -> None:
+        self.base, self.adapter, self.found = base, adapter, list[dict[str, str]]()
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        own = self.base.adapters.get(self.adapter).parameters() if self.adapter != "base" else {}
+        self.found.append(hashes({**full_state(self.base), **own}))
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+@torch.no_grad()
+def kl_of_rollouts(base: BaseModel, reference: str, folder: Path, iteration: int) -> float:
+    """KL in nats a completion of an iteration's rollouts, from what lies on disk and a reference that this test brings."""
+    saved = load_step(folder / "checkpoints/rollouts", iteration)
+    assert saved is not None
+    prompts, completions = saved.state["prompts"], saved.state["completions"]
+    trees = zip(prompts, completions, strict=True)
+    reference_N = torch.cat([batch_logprobs(base, pack_trees([tree], base.device), reference) for tree in trees])
+    return float((saved.tensors["old"] - reference_N).sum()) / sum(map(len, completions))
+
+
+@pytest.mark.parametrize("init", ["sft", "base"])
+def test_the_reference_of_ppo_is_the_same_at_every_checkpoint(init: str, base: BaseModel, tmp_path: Path) -> None:
+    """1 hash over the 12 steps of a run that was stopped once, and each iteration's KL is to a copy made before the run."""
+    if init == "sft":
+        random_adapter(base, "sft")
+        base.adapters.copy("sft", "before")
+    watch, folder, stage = Watch(base, init), tmp_path / "ppo", {"init": init, "checkpoint_every": 1, "learning_rate": 1e-2}
+    with pytest.raises(Interrupted):
+        run_ppo(base, folder, stop_at=6, trackers=(watch,), **stage)
+    run_ppo(base, folder, trackers=(watch,), **stage)
+    assert len(watch.found) == 12
+    different = sum(found != watch.found[0] for found in watch.found)
+    assert f"{different} of 12 different" == "0 of 12 different"
+    rows = rows_of(folder)
+    assert [row["ppo/kl"] for row in rows[:4]] == [0.0] * 4, "the policy starts at it"
+    assert rows[-1]["ppo/kl"] > 0.1, "the policy has moved, the reference has not"
+    for iteration in (1, 2):
+        found = kl_of_rollouts(base, "before" if init == "sft" else "base", folder, iteration)
+        assert found == pytest.approx(rows[iteration * 4]["ppo/kl"], rel=1e-4, abs=1e-5)

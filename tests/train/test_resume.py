@@ -25,7 +25,7 @@ CASES = [
     pytest.param(kind, adapter, id=f"{kind}-{name}")
     for kind, name, adapter in (
         ("sft", "full", FULL), ("sft", "lora-dropout", DROPOUT), ("dpo", "full", FULL), ("dpo", "lora-dropout", DROPOUT),
-        ("reward", "lora-dropout", DROPOUT),
+        ("reward", "full", FULL), ("reward", "lora-dropout", DROPOUT),
     )
 ]  # fmt: skip
 

@@ -334,6 +334,18 @@ def test_what_a_reward_may_not_be(change: dict[str, Any], message: str, tmp_path
         recipe_of(tmp_path / "p.jsonl", **change)
 
 
+def test_two_parts_that_metrics_would_call_the_same(tmp_path: Path) -> None:
+    """Stages and functions are joined into one name: a and b with a-b, a.b with a:b."""
+    for names, parts, called in (
+        (("a", "b", "a-b"), [{"models": ["a", "b"]}, {"models": ["a-b"]}], "a-b"),
+        (("a.b",), [{"function": "a:b"}, {"models": ["a.b"]}], "a.b"),
+    ):
+        rewards = [{"kind": "reward", "name": name, "data": "p.jsonl"} for name in names]
+        ppo = {"kind": "ppo", "name": "ppo", "reward": parts, "data": "p.jsonl"}
+        with pytest.raises(RecipeError, match=f'reward has two parts that metrics call "{called}" · a name of its own each'):
+            parse_recipe({"name": "t", "base": {"model": "random:tiny"}, "stage": [*rewards, ppo]})
+
+
 def test_a_reward_that_no_stage_can_give(tmp_path: Path) -> None:
     ppo = {"kind": "ppo", "name": "ppo", "reward": "rm", "data": "p.jsonl", **SMALL}
     with pytest.raises(RecipeError, match=r"there is none · add one above, or name a function as package\.module:function"):

@@ -32,6 +32,7 @@ from posttrain.train.rollouts import Rollouts, Sampled, from_tensors, judge_roll
 from posttrain.train.stage import StageContext
 
 SAMPLES = "samples.jsonl"
+# Rollouts of an iteration that are kept as samples.
 SHOWN = 5
 
 
@@ -174,14 +175,19 @@ class Iterations:
         return advance
 
     def _show(self, iteration: int, sampled: Sampled, answers: list[Rollout]) -> None:
-        """The first rollouts of every iteration with their scores; rows of a later one, from before a stop, go."""
+        """Some rollouts of every iteration with their scores, evenly spread: a prompt's stand side by side. Rows of a later
+        iteration, from before a stop, go.
+        """
         path = self.folder / SAMPLES
         kept = [row for row in read_jsonl(path) if row["iteration"] < iteration + 1]
+        count, score_B = min(SHOWN, len(answers)), sampled.score_B.tolist()
+        chosen = [k * len(answers) // count for k in range(count)]
         shown = [
             {
-                "iteration": iteration + 1, "prompt": self.base.chat.decode(list(a.prompt_ids)), "answer": a.text,
-                "score": round(score, 4), "ended": a.ended, "tokens": len(a.completion_ids),
+                "iteration": iteration + 1, "prompt": self.base.chat.decode(list(answers[k].prompt_ids)),
+                "answer": answers[k].text, "score": round(score_B[k], 4), "ended": answers[k].ended,
+                "tokens": len(answers[k].completion_ids),
             }
-            for a, score in zip(answers[:SHOWN], sampled.score_B.tolist(), strict=False)
+            for k in chosen
         ]  # fmt: skip
         write_jsonl(path, [*kept, *shown])

@@ -20,7 +20,7 @@ from torch import Tensor
 from posttrain.errors import Interrupted
 from posttrain.models.batches import DeviceBatch, row_scores
 from posttrain.models.files import Policies
-from posttrain.settings import RewardPart
+from posttrain.settings import RewardPart, part_name
 from posttrain.train.functions import FunctionWorker, Stop
 
 
@@ -99,11 +99,6 @@ class Judge:
         for worker in self._workers.values():
             worker.close()
         self._workers.clear()
-
-
-def part_name(part: RewardPart) -> str:
-    """What a part is called in metrics: its models or its function, in letters that every tracker takes."""
-    return part.function.replace(":", ".") or "-".join(part.models)
 
 
 def combine(member_MB: Tensor, part: RewardPart) -> Tensor:
