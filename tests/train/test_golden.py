@@ -19,14 +19,14 @@ GOLDEN = Path(__file__).parent / "golden"
 STEPS = 100
 # Other processors round otherwise, and 100 steps add that up; on one machine the numbers are equal to the last bit.
 TOLERANCE = 1e-4
-# PPO's losses come near 0, whatever their terms are. On one thread or two, with the widest instructions or none, they differ by
-# 8e-7 at most: every sampled token is the same.
+# PPO's losses come near 0, whatever their terms are. With AVX-512, AVX2 or plain instructions they differ by 1e-6 at most, so
+# every sampled token is the same.
 NEAR_ZERO = {"ppo": 1e-5}
 
 
 PPO: dict[str, Any] = {
-    "iterations": 25, "prompts": 6, "minibatch": 3, "max_new_tokens": 3, "learning_rate": 1e-3, "target_kl": 0.05,
-    "kl_horizon": 100,
+    "iterations": 10, "prompts": 6, "minibatch": 3, "ppo_epochs": 5, "max_new_tokens": 3, "learning_rate": 3e-4,
+    "target_kl": 0.05, "kl_horizon": 100,
 }  # fmt: skip
 
 
@@ -48,9 +48,10 @@ def losses(base: BaseModel, kind: str, folder: Path) -> list[float]:
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "reward", "ppo"])
 def test_the_same_seed_gives_the_same_run_and_the_golden_losses(kind: str, base: BaseModel, tmp_path: Path):
-    first, second = (losses(base, kind, tmp_path / name) for name in ("first", "second"))
-    assert first == second
-    assert digest(tmp_path / "first" / kind) == digest(tmp_path / "second" / kind)
+    first = losses(base, kind, tmp_path / "first")
+    if kind != "ppo":  # of which test_ppo.py compares thirty runs
+        assert losses(base, kind, tmp_path / "second") == first
+        assert digest(tmp_path / "first" / kind) == digest(tmp_path / "second" / kind)
     golden = json.loads((GOLDEN / f"{kind}.json").read_text(encoding="utf-8"))
     assert first == pytest.approx(golden, rel=TOLERANCE, abs=NEAR_ZERO.get(kind))
     if kind != "ppo":  # whose loss is no measure of what was learned
