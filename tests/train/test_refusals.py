@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kill_runs import RECIPE, Watched
+from kill_runs import COMMON, ON_ROWS, Watched
 from safetensors.torch import load_file, save_file
 from tiny_stages import demonstrations, hashes, write_rows
 
@@ -15,6 +15,7 @@ from posttrain.cli import main
 from posttrain.models.load import BaseModel
 from posttrain.train.checkpoint import load_newest
 
+RECIPE = COMMON + ON_ROWS
 POISON = "§"  # its bytes stand in no evaluation item of the first of each task
 
 
@@ -39,7 +40,11 @@ def test_a_planted_nan_stops_before_the_step_and_names_the_rows(
     data = write_rows(tmp_path / "d.jsonl", rows)
     recipe = tmp_path / "recipe.toml"
     model = untied(base, tmp_path / "model")
-    text = RECIPE.format(data=data, epochs=1).replace("random:tiny", str(model)).replace("validation = 0.2", "validation = 0")
+    text = (
+        RECIPE.format(kind="sft", data=data, size=1)
+        .replace("random:tiny", str(model))
+        .replace("validation = 0.2", "validation = 0")
+    )
     recipe.write_text(text, encoding="utf-8")
     run = tmp_path / "run"
     assert main(["run", str(recipe), "--out", str(run)]) == 2
@@ -65,7 +70,7 @@ def test_a_planted_nan_stops_before_the_step_and_names_the_rows(
 def test_a_full_disk_ends_with_2_and_the_next_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """The largest file of this run is the state of a checkpoint: with room for everything else, saving is what fails."""
     recipe, run = tmp_path / "recipe.toml", tmp_path / "run"
-    recipe.write_text(RECIPE.format(data=demonstrations(tmp_path / "d.jsonl"), epochs=1), encoding="utf-8")
+    recipe.write_text(RECIPE.format(kind="sft", data=demonstrations(tmp_path / "d.jsonl"), size=1), encoding="utf-8")
     assert main(["run", str(recipe), "--out", str(tmp_path / "room")]) == 0
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
@@ -77,7 +82,7 @@ def test_a_full_disk_ends_with_2_and_the_next_run_goes_on(tmp_path: Path, capsys
     assert code == 2
     assert said.startswith("error: ")
     assert "step-00000001 · larger than a file may be here · make room" in said
-    assert Watched(run).saved() == 0
+    assert Watched(run, "sft").saved() == 0
     assert main(["run", str(recipe), "--out", str(run)]) == 0
     weights = [hashes(load_file(folder / "sft" / "adapter_model.safetensors")) for folder in (run, tmp_path / "room")]
     assert weights[0] == weights[1]
@@ -86,7 +91,7 @@ def test_a_full_disk_ends_with_2_and_the_next_run_goes_on(tmp_path: Path, capsys
 @pytest.mark.parametrize("choice", ['keep = "best"', "patience = 2"])
 def test_choosing_by_validation_without_a_held_out_row_is_said(choice: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     recipe, run = tmp_path / "recipe.toml", tmp_path / "run"
-    text = RECIPE.format(data=demonstrations(tmp_path / "d.jsonl"), epochs=0.2).replace('keep = "best"', choice)
+    text = RECIPE.format(kind="sft", data=demonstrations(tmp_path / "d.jsonl"), size=0.2).replace('keep = "best"', choice)
     recipe.write_text(text.replace("validation = 0.2", "validation = 0"), encoding="utf-8")
     assert main(["run", str(recipe), "--out", str(run)]) == 0
     assert "warning: no row is held out for validation" in capsys.readouterr().err
