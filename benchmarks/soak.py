@@ -6,9 +6,9 @@ The server is the command itself in a process of its own. Sixteen clients choose
 may be in flight, and SIGTERM must end it with 0. Every greedy answer of weights that stay is compared with its first one, up to
 where two tokens are as good as equally likely: in bfloat16 the company of a row then decides.
 Prints one JSON object and exits with 1 where something broke: a status of 500 or more, a reset connection, an answer that
-changed, a row left in flight, another exit code, or, in five minutes or more, memory beside the cache of prompts that grew by more
-than a tenth in the second half. The library keeps the products that it compiled, up to 0.5 GiB of them; here it may keep few, or they
-would hide what leaks.
+changed, a row left in flight, another exit code, or, in five minutes or more, memory beside the cache of prompts that grew by
+more than a tenth in the second half. The library keeps the products that it compiled, up to 0.5 GiB of them; here it may keep
+few, or they would hide what leaks.
 """
 
 import argparse
