@@ -28,12 +28,16 @@ class Target(NamedTuple):
 def split_target(target: str) -> tuple[Path, str] | None:
     """Run folder and stage where `target` names them, or None where it names a model."""
     path = Path(target)
+    if ":" in path.name:  # a scheme; no stage has such a name
+        return None
     if (path / "recipe.toml").is_file():
         names = finished_policies(path)
         return path, names[-1]
     if (path.parent / "recipe.toml").is_file():
         recipe = load_recipe(path.parent / "recipe.toml")
         names = _finished(path.parent, recipe)
+        if path.name not in (s.name for s in recipe.stage) and (path / "config.json").is_file():
+            return None  # a model that somebody put beside the stages
         if path.name in (s.name for s in recipe.stage if isinstance(s, RewardStage)):
             raise ArtifactError(
                 str(path), "is a reward model: it scores answers and writes none", allowed=f"there is: {', '.join(names)}",
