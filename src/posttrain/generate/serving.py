@@ -13,6 +13,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from posttrain.errors import BusyError
@@ -81,7 +82,10 @@ class Server:
     """Runs an engine in a thread. Made by `serving`; `submit` and `Answer.cancel` may be called from any event loop."""
 
     def __init__(self, base: BaseModel, waiting: int = WAITING) -> None:
-        self._engine, self._limit = Engine(base, serving=True), waiting
+        # Products in two living threads make OpenMP's workers sleep between them, which takes as long as they do for one row.
+        with ThreadPoolExecutor(1) as brief:
+            self._engine = brief.submit(Engine, base, serving=True).result()
+        self._limit = waiting
         self._changed = threading.Condition()
         self._told: list[_Submit | _Cancel] = []
         self._waiting = 0
