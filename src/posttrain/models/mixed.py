@@ -68,8 +68,10 @@ class NarrowAdapters:
         for slot, adapter in zip(free, missing, strict=False):
             self._write(slot, adapter)
         for slot, held in enumerate(self.slots):
-            # What was read from a file stays as it is.
-            if held is not None and held.fingerprint is None and held in needed and _version(held) != self._versions[slot]:
+            if held is None or held not in needed:
+                continue
+            # What was read from a file and is not trained stays as it is: asking all of its tensors takes milliseconds.
+            if (held.training or held.fingerprint is None) and _version(held) != self._versions[slot]:
                 self._write(slot, held)
 
     def _open(self, slots: int, rank: int) -> None:

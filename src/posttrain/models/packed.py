@@ -7,6 +7,8 @@ the weights, so it lives as long as the engine that decodes with it.
 T: tokens.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -35,6 +37,7 @@ class PackedProducts:
         return y
 
 
+@functools.cache
 def _packing_works() -> bool:
     """Whether this build of torch has the operations, and this processor products in bfloat16."""
     try:

@@ -61,6 +61,7 @@ class Kept:
             yield
             self.largest = max(self.largest, (torch.cuda.memory_allocated(self.base.device) - before) / MIB)
             return
+        weights = {p.untyped_storage().data_ptr() for p in self.base.model.parameters()}
         kept: dict[int, int] = {}
 
         def keep(tensor: Tensor) -> Tensor:
@@ -69,7 +70,6 @@ class Kept:
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor.detach()
 
-        weights = {p.untyped_storage().data_ptr() for p in self.base.model.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             yield
         self.largest = max(self.largest, sum(kept.values()) / MIB)
