@@ -3,7 +3,8 @@
 Rows with similar needs stand on one shelf: a tensor [blocks, places, K, block, D] a layer. One forward may hold decoding
 rows, one token each, and behind them the packed prompts of rows that join: the first read their shelf, the second fill it.
 
-    o_r = softmax(scale K_r q_r) V_r     over the tokens of row r, on a CPU as two batched products with K_r and V_r as they lie
+    o_r = softmax(scale K_r q_r) V_r     over the tokens of row r, on a CPU by `models/compiled.py`, or else as two batched
+                                         products with K_r and V_r as they lie
 
 On a CPU a block holds 64 tokens and the longest rows stand first, so of a block only the places of rows that reach it are
 computed. The G query heads of a key/value head stand side by side in one product, so no key is repeated. Keys seen and rows
@@ -22,6 +23,8 @@ import numpy
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from posttrain.models import compiled
 
 # Tokens of one block of keys or values on a CPU; keys seen are rounded up to it everywhere.
 BLOCK = 64
@@ -208,6 +211,8 @@ def decode(
     q: Tensor, k: Tensor, v: Tensor, layer: int, step: CacheStep, *, scale: float, window: int, softcap: float | None
 ) -> Tensor:
     """One new token a row: append its key and value, attend to the row's cache. q [H, T, D] -> [H, step.rows, D]."""
+    if softcap is None and compiled.able(q) and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+        return _compiled(q, k, v, layer, step, scale, window)
     parts = []
     for reading in step.readings:
         shelf, rows, heads = reading.shelf, reading.rows, len(q)
@@ -223,6 +228,17 @@ def decode(
             out = _attend(grouped, keys, values, reading, window, scale, softcap)
         parts.append(out.reshape(rows, heads, -1))
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).transpose(0, 1)
+
+
+def _compiled(q: Tensor, k: Tensor, v: Tensor, layer: int, step: CacheStep, scale: float, window: int) -> Tensor:
+    """In one pass over the keys and values of each row, and no further than its length."""
+    # Places without a row find zeros.
+    out_RHD = q.new_zeros((step.rows, len(q), q.shape[-1]))
+    for reading in step.readings:
+        assert isinstance(reading.token_N, Tensor)
+        where = reading.place_N, reading.length_N, reading.token_N
+        compiled.attend(q, k, v, *reading.shelf.layer(layer, k), where, scale, window, out_RHD)
+    return out_RHD.transpose(0, 1)
 
 
 def _attend(

@@ -1,4 +1,5 @@
-"""Puts the compiled chains of `models/fused.py` in the places of a model's own code, on a GPU.
+"""Puts compiled chains in the places of a model's own code: those of `models/fused.py` on a GPU, and those of
+`models/compiled.py` in decoding on a CPU.
 
 Gated MLPs and rotary embeddings are recognised by what they compute: where a small probe gives another result, the model's own
 code stays. A GPU step of Qwen3-0.6B spends a fifth of its time in these chains when each operation runs by itself.
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posttrain.models import compiled
 from posttrain.models.fused import gated_gelu, gated_silu, rotate
 
 ROTARY = "apply_rotary_pos_emb"
@@ -21,18 +23,26 @@ _replaced: set[str] = set()
 
 
 class GatedMlp(nn.Module):
-    """down(act(gate(x)) * up(x)) with the model's own layers, under their own names."""
+    """down(act(gate(x)) * up(x)) with the model's own layers, under their own names; a CPU trains by its own operations."""
 
     def __init__(self, mlp: Any, gated: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj, self._gated = mlp.gate_proj, mlp.up_proj, mlp.down_proj, gated
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn
+        self._gated = gated
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
         gate, up = self.gate_proj(x), self.up_proj(x)
-        gated = self._gated(gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1]))
-        out: Tensor = self.down_proj(gated.view_as(gate))
+        out: Tensor = self.down_proj(self._gate(gate, up))
         return out
+
+    def _gate(self, gate: Tensor, up: Tensor) -> Tensor:
+        if gate.is_cuda:
+            return self._gated(gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])).view_as(gate)
+        if compiled.takes(gate):
+            return compiled.gated(gate, up, gelu=self._gated is gated_gelu)
+        own: Tensor = self.act_fn(gate) * up
+        return own
 
 
 @torch.no_grad()
@@ -60,7 +70,7 @@ def _gate_of(mlp: Any) -> Callable[..., Tensor] | None:
     wanted = mlp(probe).float()
     close = 2e-2 if weight.dtype == torch.bfloat16 else 1e-4
     for gated in (gated_silu, gated_gelu):
-        found = GatedMlp(mlp, gated)(probe).float()
+        found = mlp.down_proj(gated(mlp.gate_proj(probe), mlp.up_proj(probe))).float()
         if (found - wanted).norm() <= close * wanted.norm():
             return gated
     return None
@@ -68,7 +78,7 @@ def _gate_of(mlp: Any) -> Callable[..., Tensor] | None:
 
 @torch.no_grad()
 def replace_rotary(model: nn.Module) -> bool:
-    """Let the attention layers of a model's architecture rotate by one kernel on a GPU; on a CPU nothing changes for them.
+    """Let the attention layers of a model's architecture rotate by one kernel on a GPU, and in decoding on a CPU.
 
     Their rotation is a function of the module that defines them, so it is replaced there, once.
     """
@@ -76,7 +86,7 @@ def replace_rotary(model: nn.Module) -> bool:
     for name in names - _replaced:
         own = vars(sys.modules[name]).get(ROTARY)
         if own is not None and _rotates_by_halves(own):
-            setattr(sys.modules[name], ROTARY, _on_gpu(own))
+            setattr(sys.modules[name], ROTARY, _fast(own))
             _replaced.add(name)
     return bool(names & _replaced)
 
@@ -97,11 +107,14 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotate(x[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None]
 
 
-def _on_gpu(own: Callable[..., Any]) -> Callable[..., Any]:
+def _fast(own: Callable[..., Any]) -> Callable[..., Any]:
     def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
         # Some models turn only a part of the width.
-        if q.is_cuda and len(q) == 1 and unsqueeze_dim == 1 and cos.shape[-1] == q.shape[-1]:
-            return _rotated(q, cos, sin), _rotated(k, cos, sin)
+        if len(q) == 1 and unsqueeze_dim == 1 and cos.shape[-1] == q.shape[-1]:
+            if q.is_cuda:
+                return _rotated(q, cos, sin), _rotated(k, cos, sin)
+            if compiled.takes(q) and q.stride(-1) == k.stride(-1) == 1 and cos.dtype == q.dtype:
+                return tuple(compiled.rotate(x[0], cos[0].contiguous(), sin[0].contiguous())[None] for x in (q, k))
         return own(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
 
     return apply

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from posttrain.artifacts import disk_error, fsync_tree, write_json
 from posttrain.data.chat import ChatFormat, load_chat_format
 from posttrain.errors import ArtifactError, ModelError
 from posttrain.models.attention import ATTENTION_NAME, register_attention
+from posttrain.models.compiled import decoding
 from posttrain.models.kernels import replace_mlps, replace_rotary
 from posttrain.models.logprobs import target_logprobs
 from posttrain.models.lora import AdapterSet, LoraAdapter, LoraShape
@@ -177,12 +178,11 @@ class BaseModel:
     def forward(self, ids_T: Tensor, positions_T: Tensor, segments: Segments) -> Tensor:
         """Last hidden states [T, D] with whatever adapter routing is in force."""
         run = self.model.base_model if self.narrow is None else self.narrow
-        out = run(
-            input_ids=ids_T[None].to(self.device),
-            position_ids=positions_T[None].to(self.device),
-            use_cache=False,
-            segments=segments,
-        )
+        with nullcontext() if segments.step is None else decoding():
+            out = run(
+                input_ids=ids_T[None].to(self.device), position_ids=positions_T[None].to(self.device), use_cache=False,
+                segments=segments,
+            )  # fmt: skip
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
 
@@ -247,9 +247,8 @@ def load_base(
     inner.eval()
     if not full or kind.type == "cuda":  # on a CPU a trained weight needs the gradient of the model's own module
         replace_norms(inner, inner.config.get_text_config().to_dict().get("rms_norm_eps"))
-    if kind.type == "cuda":
-        replace_mlps(inner)
-        replace_rotary(inner)
+    replace_mlps(inner)
+    replace_rotary(inner)
     inner.to(kind)
     return BaseModel(source, inner, tokenizer, load_chat_format(tokenizer, template), products_dtype)
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from posttrain.models import compiled
 from posttrain.models.decoding import new_address
 from posttrain.models.packed import PackedProducts
 
@@ -120,11 +121,12 @@ class NarrowAdapters:
         self.slots[slot], self._versions[slot], self._finite[slot] = adapter, _version(adapter), None
         for layer, (a, b) in adapter.weights.items():
             if layer not in self._stacks:
-                # In memory B lies as [n, R, outputs] on a GPU, so that all slots side by side are one matrix.
+                # In memory B lies as [n, R, outputs] on a GPU, so that all slots side by side are one matrix, and where
+                # `expand` adds it up.
                 turned = b.new_zeros((len(self.slots), self.rank, b.shape[0]), dtype=self.dtype).transpose(1, 2)
                 self._stacks[layer] = Stack(
                     a.new_zeros(len(self.slots), self.rank, a.shape[1], dtype=self.dtype),
-                    turned if b.is_cuda else turned.contiguous(),
+                    turned if b.is_cuda or compiled.able(turned) else turned.contiguous(),
                 )
                 self.address = new_address()
         for layer, stack in self._stacks.items():
@@ -150,16 +152,21 @@ class TokenAdapters:
         tokens: list[list[int]] = [[] for _ in kept.slots]
         self.total = sum(count for count, _ in runs)
         self._long: list[tuple[slice, int]] = []
+        self._compiled = device.type == "cpu" and kept.dtype == torch.bfloat16 and compiled.library() is not None
         start = 0
         for count, adapter in runs:
             rows = slice(start, start + count)
-            if adapter is not None and (count >= LONG or count == self.total):
+            if adapter is not None and (count >= LONG or (count == self.total and not self._compiled)):
                 self._long.append((rows, slot_of[adapter]))
             elif adapter is not None:
                 tokens[slot_of[adapter]] += range(rows.start, rows.stop)
             start += count
         self._most = max(map(len, tokens), default=0)
-        if self._most:
+        # What the layers before found for the same input, which several of them have.
+        self._input: Tensor | None = None
+        if self._most and self._compiled:
+            self._groups = compiled.Groups(tokens)
+        elif self._most:
             self._tabulate(tokens, device)
 
     def _tabulate(self, tokens: list[list[int]], device: torch.device) -> None:
@@ -172,8 +179,6 @@ class TokenAdapters:
         self._place_C = torch.tensor(
             [places.get(token, len(tokens) * most) for token in range(self._covered.start, self._covered.stop)], device=device
         )
-        # What the layers before found for the same input, which several of them have.
-        self._input: Tensor | None = None
         self._added: dict[int, Tensor] = {}
 
     def apply(self, layer: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -184,7 +189,9 @@ class TokenAdapters:
             return y
         for rows, slot in self._long:
             y[0, rows].addmm_(x[0, rows] @ stack.a[slot].T, stack.b[slot].T)
-        if self._most:
+        if self._most and self._compiled:
+            self._add(layer, x, stack, y[0])
+        elif self._most:
             projected_nMR = self._project(layer, x, stack)
             slots, outputs = stack.b.shape[:2]
             if outputs not in self._added:
@@ -193,6 +200,20 @@ class TokenAdapters:
             torch.bmm(projected_nMR, stack.b.transpose(1, 2), out=added[:-1].view(slots, self._most, outputs))
             y[0, self._covered].add_(added[self._place_C])
         return y
+
+    def _add(self, layer: str, x: Tensor, stack: Stack, y_TO: Tensor) -> None:
+        """B A x added to y by compiled functions; the first layer that reads an input projects it for all that do."""
+        rank = stack.a.shape[1]
+        if x is not self._input:
+            self._input, self._first, self._dense = x, layer, x[0].contiguous()
+            self._names, wide = self._kept.readers(layer)
+            self._projected = compiled.project(self._dense, wide, self._groups)
+        if layer in self._names:
+            projected_TC, first = self._projected, rank * self._names.index(layer)
+        else:
+            projected_TC, first = compiled.project(self._dense, stack.a.contiguous(), self._groups), 0
+            self._kept.join(self._first, layer)
+        compiled.expand(projected_TC, stack.b.transpose(1, 2), self._groups, first, y_TO)
 
     def _project(self, layer: str, x: Tensor, stack: Stack) -> Tensor:
         """A x of the table [n, M, R]; the first layer that reads an input does it for all that do."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posttrain.models import compiled
 from posttrain.models.fused import rms_norm
 
 
@@ -51,6 +52,8 @@ class RmsNorm(nn.Module):
         """x [..., D] -> [..., D]."""
         if x.is_cuda:
             return rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.offset, self.eps).view_as(x)
+        if compiled.takes(x):
+            return compiled.rms_norm(x, self._scale_D, self.eps)
         if not torch.is_grad_enabled():  # the call of a function with a backward takes longer than the norm of a few tokens
             return _normed(x, self._scale_D, self.eps)[0]
         out: Tensor = _FrozenNorm.apply(x, self._scale_D, self.eps)  # type: ignore[no-untyped-call]

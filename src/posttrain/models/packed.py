@@ -2,7 +2,8 @@
 
 A plain product brings its weight into that order at each call. For thousands of tokens that is nothing; for the few of a
 decoding step it is a third of the time (docs/log.md). What is computed is the same to the bit. The copy takes as much memory as
-the weights, so it lives as long as the engine that decodes with it.
+the weights, so it lives as long as the engine that decodes with it. One or two tokens need none: their products are compiled
+ones (`models/compiled.py`).
 
 T: tokens.
 """
@@ -12,6 +13,8 @@ import functools
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from posttrain.models import compiled
 
 # From so many tokens on the plain product is as fast.
 MOST_TOKENS = 512
@@ -29,6 +32,8 @@ class PackedProducts:
         """x [..., T, inputs], weight [outputs, inputs] -> [..., T, outputs]. A weight of another type is narrowed each time."""
         if not self._packs or x.shape[-2] > MOST_TOKENS or weight.dtype != x.dtype:
             return functional.linear(x, weight.to(x.dtype), bias)
+        if x.numel() <= compiled.FEW_ROWS * x.shape[-1] and weight.is_contiguous() and compiled.able(x):
+            return compiled.multiply(x, weight, bias)
         kept = self._packed.get(id(weight))
         if kept is None or kept[1] != weight._version:
             kept = weight, weight._version, torch.ops.mkldnn._reorder_linear_weight(weight.detach())

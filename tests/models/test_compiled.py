@@ -1,0 +1,204 @@
+"""The compiled functions of decoding against float64 references, row by row alone, and the engine with and without them."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from posttrain.generate.engine import SamplingSettings, generate
+from posttrain.models import compiled
+from posttrain.models.load import load_base
+from posttrain.models.segments import Segments, Span
+
+if compiled.library() is None:
+    pytest.skip("no C compiler here, or POSTTRAIN_COMPILE=0: plain operations decode", allow_module_level=True)
+
+# Half of the last place of a bfloat16, and what float32 sums add to it.
+CLOSE = {"rtol": 2**-8 * 1.05, "atol": 1e-6}
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (7, 5), (576, 1536), (1000, 33)])
+def test_products_of_few_rows(rows: int, inputs: int, outputs: int) -> None:
+    x, weight, bias = numbers(1, rows, inputs), numbers(outputs, inputs, seed=1), numbers(outputs, seed=2)
+    wanted = functional.linear(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(compiled.multiply(x, weight, bias).double(), wanted, rtol=2**-8 * 1.05, atol=1e-4)
+    assert torch.equal(compiled.multiply(x, weight, None)[0, :1], compiled.multiply(x[0, :1], weight, None))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 64), (3, 1, 64), (1, 200, 576), (5, 7)])
+def test_norms(shape: tuple[int, ...]) -> None:
+    x, weight = numbers(*shape), torch.rand(shape[-1]) + 0.5
+    wide = x.double()
+    wanted = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * weight
+    torch.testing.assert_close(compiled.rms_norm(x, weight, 1e-5).double(), wanted, **CLOSE)
+
+
+def test_rotations_read_heads_where_they_lie() -> None:
+    tokens, heads, width = 9, 3, 16
+    lying = numbers(tokens, heads, width)
+    x, angles = lying.transpose(0, 1), torch.rand(tokens, width // 2) * 6
+    cos, sin = (torch.cat([f(angles)] * 2, -1).bfloat16() for f in (torch.cos, torch.sin))
+    left, right = x.double().chunk(2, -1)
+    wanted = x.double() * cos.double() + torch.cat([-right, left], -1) * sin.double()
+    torch.testing.assert_close(compiled.rotate(x, cos, sin).double(), wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_gates(gelu: bool) -> None:
+    gate, up = torch.linspace(-100, 100, 4001).bfloat16(), numbers(4001)
+    activation = functional.gelu(gate.double(), approximate="tanh") if gelu else functional.silu(gate.double())
+    torch.testing.assert_close(compiled.gated(gate, up, gelu=gelu).double(), activation * up.double(), **CLOSE)
+
+
+def cached(lengths: list[int], heads: int, kv: int, width: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values of one token a row, and caches of two blocks at the places 1, 3, 5 ..."""
+    rows = len(lengths)
+    q, k, v = (numbers(rows, h, width, seed=s).transpose(0, 1) for s, h in enumerate((heads, kv, kv)))
+    keys, values = (numbers(2, 2 * rows, kv, 64, width, seed=s) for s in (3, 4))
+    return q, k, v, keys, values
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: list[int], window: int) -> Tensor:
+    """[rows, H, D] in float64."""
+    found = []
+    for row, length in enumerate(lengths):
+        first = max(0, length + 1 - window) if window else 0
+        past_k, past_v = (x[:, 2 * row + 1].double().transpose(0, 1).flatten(1, 2)[:, first:length] for x in (keys, values))
+        own_k, own_v = (
+            torch.cat([past, new[:, row : row + 1].double()], 1).repeat_interleave(len(q) // len(k), 0)
+            for past, new in ((past_k, k), (past_v, v))
+        )
+        weights = torch.softmax(torch.einsum("hd,hsd->hs", q[:, row].double(), own_k) * 0.3, -1)
+        found.append(torch.einsum("hs,hsd->hd", weights, own_v))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("window", [0, 1, 5, 70])
+@pytest.mark.parametrize(("heads", "kv", "width"), [(4, 4, 16), (9, 3, 64), (4, 1, 256)])
+def test_attention_over_the_cache(heads: int, kv: int, width: int, window: int) -> None:
+    lengths = [0, 1, 63, 64, 65, 127]
+    q, k, v, keys, values = cached(lengths, heads, kv, width)
+    wanted, before = attention(q, k, v, keys, values, lengths, window), keys.clone()
+    places, counts, tokens = torch.arange(6) * 2 + 1, torch.tensor(lengths), torch.arange(6)
+    out = torch.zeros(6, heads, width, dtype=torch.bfloat16)
+    compiled.attend(q, k, v, keys, values, (places, counts, tokens), 0.3, window, out)
+    torch.testing.assert_close(out.double(), wanted, rtol=2**-8 * 1.05, atol=2e-5)
+    for row, length in enumerate(lengths):
+        block, inside = divmod(length, 64)
+        assert torch.equal(keys[block, 2 * row + 1, :, inside], k[:, row])
+        assert torch.equal(values[block, 2 * row + 1, :, inside], v[:, row])
+        before[block, 2 * row + 1, :, inside] = k[:, row]
+    assert torch.equal(keys, before)  # nothing else was written
+    alone = torch.zeros_like(out)
+    for row in range(6):
+        own = (x[row : row + 1] for x in (places, counts, tokens))
+        compiled.attend(q, k, v, keys, values, tuple(own), 0.3, window, alone)
+    assert torch.equal(alone, out)
+
+
+def test_a_row_that_is_not_finite_harms_no_other() -> None:
+    lengths = [3, 3, 3]
+    q, k, v, keys, values = cached(lengths, 4, 2, 16)
+    where = torch.arange(3) * 2 + 1, torch.tensor(lengths), torch.arange(3)
+    wanted, out = (torch.zeros(3, 4, 16, dtype=torch.bfloat16) for _ in range(2))
+    compiled.attend(q, k, v, keys, values, where, 0.3, 0, wanted)
+    keys[0, 3] = math.nan
+    compiled.attend(q, k, v, keys, values, where, 0.3, 0, out)
+    assert out[1].isnan().all()
+    assert torch.equal(out[::2], wanted[::2])
+    assert compiled.multiply(torch.tensor([[math.inf]]).bfloat16(), torch.ones(2, 1).bfloat16(), None).isinf().all()
+    assert compiled.rms_norm(torch.full((1, 8), math.nan).bfloat16(), torch.ones(8), 1e-5).isnan().all()
+    assert compiled.gated(torch.full((3,), math.nan).bfloat16(), numbers(3), gelu=False).isnan().all()
+
+
+@pytest.mark.parametrize("outputs", [1, 63, 64, 200])
+@pytest.mark.parametrize("inputs", [9, 576])
+def test_adapters_by_slot(inputs: int, outputs: int) -> None:
+    tokens = [[4, 0, 7, 2, 9], [], [1], [3, 5, 6]]  # token 8 is the base's
+    x, a, b = numbers(10, inputs), numbers(4, 24, inputs, seed=1), numbers(4, 8, outputs, seed=2)
+    groups, y = compiled.Groups(tokens), numbers(10, outputs, seed=3)
+    p, before = compiled.project(x, a, groups), y.clone()
+    compiled.expand(p, b, groups, 16, y)
+    for slot, own in enumerate(tokens):
+        for token in own:
+            wanted = a[slot].double() @ x[token].double()
+            torch.testing.assert_close(p[token].double(), wanted, rtol=2**-8 * 1.05, atol=1e-4)
+            added = before[token].double() + p[token, 16:].double() @ b[slot].double()
+            torch.testing.assert_close(y[token].double(), added, rtol=2**-8 * 1.05, atol=1e-4)
+            alone, single = compiled.Groups([[token] if s == slot else [] for s in range(4)]), before.clone()
+            compiled.expand(compiled.project(x, a, alone), b, alone, 16, single)
+            assert torch.equal(single[token], y[token])
+    assert torch.equal(y[8], before[8])
+
+
+ANSWERS = """
+import json, torch
+from posttrain.generate.engine import SamplingSettings, generate
+from posttrain.models.load import load_base
+from posttrain.models import compiled
+base = load_base("random:tiny", template="plain", dtype="bfloat16")
+prompts = [list(range(7 + k, 40 + 9 * k)) for k in range(9)]
+found = generate(base, prompts, SamplingSettings(12, 1.0, 1.0, 0), "base")
+print(json.dumps([compiled.library() is not None, [r.completion_ids for r in found], [r.model_logprobs for r in found]]))
+"""
+
+
+def answers(environment: dict[str, str]) -> tuple[bool, list[list[int]], list[list[float]]]:
+    done = subprocess.run(
+        [sys.executable, "-c", ANSWERS], capture_output=True, text=True, check=True, env={**os.environ, **environment}
+    )
+    made, ids, logprobs = json.loads(done.stdout)
+    return made, ids, logprobs
+
+
+def test_without_a_compiler_plain_operations_give_the_same() -> None:
+    made, ids, logprobs = answers({})
+    assert made
+    for environment in ({"POSTTRAIN_COMPILE": "0"}, {"CC": "/nowhere/cc"}):
+        plain, plain_ids, plain_logprobs = answers(environment)
+        assert not plain
+        same = sum(a == b for a, b in zip(ids, plain_ids, strict=True))
+        assert same >= 7, environment  # one rounding may turn a draw
+        for a, b, own, other in zip(ids, plain_ids, logprobs, plain_logprobs, strict=True):
+            if a == b:
+                torch.testing.assert_close(torch.tensor(own), torch.tensor(other), rtol=0, atol=0.03)
+
+
+def test_a_compiler_that_fails_leaves_nothing_half_made(tmp_path: Path) -> None:
+    broken = tmp_path / "cc"
+    broken.write_text('#!/bin/sh\nfor last; do :; done\n[ "$1" = -O3 ] && echo rubbish > "$last"\nexit 1\n')
+    broken.chmod(0o755)
+    made, _, _ = answers({"CC": str(broken), "POSTTRAIN_CACHE": str(tmp_path / "cache")})
+    assert not made
+    assert not list(tmp_path.glob("cache/kernels/*"))
+
+
+def test_mixing_by_plain_operations_is_still_right() -> None:
+    tests = [str(Path(__file__).with_name(name)) for name in ("test_mixed.py", "test_norms.py")]
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], check=True, capture_output=True, text=True,
+        env={**os.environ, "POSTTRAIN_COMPILE": "0"},
+    )  # fmt: skip
+
+
+def test_answers_are_those_of_a_forward_without_a_cache() -> None:
+    base = load_base("random:tiny", template="plain", dtype="bfloat16")
+    wide = load_base("random:tiny", template="plain", dtype="float32")
+    prompts = [list(range(10, 10 + count)) for count in (1, 3, 60, 64, 130)]
+    for rollout, prompt in zip(generate(base, prompts, SamplingSettings(8, 1.0, 1.0, 0), "base"), prompts, strict=True):
+        ids = torch.tensor([*prompt, *rollout.completion_ids])
+        hidden = wide.hidden(ids, torch.arange(len(ids)), Segments((Span(0, len(ids)),)), "base")
+        wanted = wide.logprobs(hidden[len(prompt) - 1 : -1], ids[len(prompt) :], "base")
+        torch.testing.assert_close(torch.tensor(rollout.model_logprobs), wanted, rtol=0, atol=0.05)
