@@ -50,7 +50,8 @@ DISTANCES = (0.5, 1.0, 2.0, 4.0)
 
 class Size(NamedTuple):
     """How much of everything: new tokens, passes over how many of the start's sentences (0 is all), pairs, the budgets of DPO
-    and PPO, PPO's iterations of prompts, prompts measured and best-of-n's samples of each, and learning rates."""
+    and PPO, PPO's iterations of prompts, prompts measured and best-of-n's samples of each, learning rates, and passes of the
+    reward model."""
 
     new_tokens: int
     epochs: float
@@ -65,6 +66,7 @@ class Size(NamedTuple):
     dpo_rate: float
     ppo_rate: float
     reward_rate: float
+    reward_epochs: float = 1
 
 
 SMALL = Size(
@@ -72,8 +74,8 @@ SMALL = Size(
     iterations=24, prompts=96, measured=150, samples=32, dpo_rate=3e-3, ppo_rate=1e-3, reward_rate=2e-3,
 )  # fmt: skip
 PACKAGE = Size(
-    new_tokens=32, epochs=1, sentences=1500, pairs=600, betas=(0.05, 0.3), kl_coefs=(0.03, 0.15), iterations=8, prompts=48,
-    measured=64, samples=16, dpo_rate=1e-4, ppo_rate=1e-4, reward_rate=2e-4,
+    new_tokens=20, epochs=1, sentences=2500, pairs=1600, betas=(0.05, 0.3), kl_coefs=(0.03, 0.15), iterations=8, prompts=48,
+    measured=64, samples=16, dpo_rate=1e-4, ppo_rate=2e-4, reward_rate=2e-4, reward_epochs=2,
 )  # fmt: skip
 WHOLE = Size(
     new_tokens=32, epochs=2, sentences=0, pairs=3000, betas=(0.03, 0.1, 0.3, 1.0), kl_coefs=(0.02, 0.05, 0.1, 0.3),
@@ -193,7 +195,7 @@ def recipe_of(folder: Path, own: Path, size: Size, seed: int, at: dict[str, str]
             "batch": 16,
             "learning_rate": size.reward_rate,
             "validation": 0.1,
-            "epochs": 1,
+            "epochs": size.reward_epochs,
         }
     ]
     for beta in size.betas:
