@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import threading
 from hashlib import sha256
 from pathlib import Path
 
@@ -143,6 +144,22 @@ def test_files_that_changed_meanwhile_are_not_served_as_what_they_were(base: Bas
             await store.use("b")
 
     asyncio.run(work())
+
+
+def test_no_thread_that_read_an_adapter_lives_on(base: BaseModel, written: Path):
+    """It would keep OpenMP's workers, and a stream would be half as fast."""
+
+    async def work() -> list[str]:
+        store = store_of(base, written, room=1)
+        await store.load("a", "a")
+        await store.load("b", "b")
+        await store.use("a")  # from disk again
+        for thread in set(threading.enumerate()) - before:
+            thread.join(10)
+        return [thread.name for thread in set(threading.enumerate()) - before]
+
+    before = set(threading.enumerate())
+    assert asyncio.run(work()) == []
 
 
 def test_other_content_needs_to_be_asked_for_and_the_same_is_no_load(base: BaseModel, written: Path):

@@ -13,10 +13,10 @@ import contextlib
 import logging
 import threading
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from posttrain.errors import BusyError
+from posttrain.generate.apart import apart
 from posttrain.generate.engine import Engine
 from posttrain.generate.prefix import PrefixCache
 from posttrain.generate.rows import Event, Request
@@ -82,10 +82,7 @@ class Server:
     """Runs an engine in a thread. Made by `serving`; `submit` and `Answer.cancel` may be called from any event loop."""
 
     def __init__(self, base: BaseModel, waiting: int = WAITING) -> None:
-        # Products in two living threads make OpenMP's workers sleep between them, which takes as long as they do for one row.
-        with ThreadPoolExecutor(1) as brief:
-            self._engine = brief.submit(Engine, base, serving=True).result()
-        self._limit = waiting
+        self._engine, self._limit = apart(Engine, base, serving=True), waiting
         self._changed = threading.Condition()
         self._told: list[_Submit | _Cancel] = []
         self._waiting = 0

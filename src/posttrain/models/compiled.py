@@ -62,6 +62,14 @@ def able(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and library() is not None
 
 
+def advice(dtype: torch.dtype, device: torch.device) -> str | None:
+    """What would make decoding faster here; None where nothing is missing."""
+    off = os.environ.get("POSTTRAIN_COMPILE") == "0"
+    if off or device.type != "cpu" or dtype != torch.bfloat16 or platform.system() != "Linux" or library() is not None:
+        return None
+    return "no working C compiler: answers take up to twice as long (install gcc, or set CC)"
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled functions; None where they cannot be made. The first call on a machine takes about a second."""

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,6 +68,8 @@ def serve(options: argparse.Namespace) -> int:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise RecipeError("posttrain serve", f"{', '.join(missing)} not installed", do='pip install "posttrain[serve]"')
+    from posttrain.generate.apart import apart
+    from posttrain.models.compiled import advice
     from posttrain.serve.keys import Keys
     from posttrain.serve.limits import Limits
     from posttrain.serve.run import check_host, open_service
@@ -78,10 +81,13 @@ def serve(options: argparse.Namespace) -> int:
         options.body_bytes, options.prompt_chars, options.max_tokens, options.default_tokens, options.completions,
         options.queue, options.body_seconds, options.queue_seconds, options.request_seconds, options.shutdown_timeout,
     )  # fmt: skip
-    service = open_service(
-        options.target, adapters=options.adapter, folder=options.adapters_dir, name=options.name, template=options.template,
-        budget_bytes=options.adapter_bytes, limits=limits,
+    service = apart(
+        open_service, options.target, adapters=options.adapter, folder=options.adapters_dir, name=options.name,
+        template=options.template, budget_bytes=options.adapter_bytes, limits=limits,
     )  # fmt: skip
+    note = apart(advice, service.base.dtype, service.base.device)
+    if note is not None:
+        print(f"note: {note}", file=sys.stderr)
     names = ", ".join(served.name for served in service.store.models())
     listen(
         service, host=options.host, port=options.port, keys=keys,

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from posttrain.errors import AdapterError
+from posttrain.generate.apart import beside
 from posttrain.models.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles, make_adapter, read_adapter
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter
@@ -111,7 +112,7 @@ class AdapterStore:
         self._check_name(name)
         place = self._check_path(name, path)
         async with self._reading:
-            files = await asyncio.to_thread(self._read, name, place)
+            files = await beside(self._read, name, place)
             known = self._entries.get(name)
             if known is not None and known.served.fingerprint == files.fingerprint:
                 served = known.served._replace(pinned=pinned)
@@ -156,7 +157,7 @@ class AdapterStore:
             served, place = self._entry(name)
             if served.engine_name in self._base.adapters:  # another request was first
                 return
-            files = await asyncio.to_thread(self._read, name, place)
+            files = await beside(self._read, name, place)
             if files.fingerprint != served.fingerprint:
                 raise AdapterError(f'adapter "{name}"', "its files were changed since it was loaded", do="load it again")
             self._keep(await self._found(served, files), served, place)
@@ -165,7 +166,7 @@ class AdapterStore:
         """The adapter itself: the one in memory, where its content is the same."""
         if served.engine_name in self._base.adapters:
             return self._base.adapters.get(served.engine_name)
-        return await asyncio.to_thread(self._make, served.name, files)
+        return await beside(self._make, served.name, files)
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
