@@ -204,7 +204,7 @@ def test_a_policy_of_full_fine_tuning_takes_the_place_of_the_base(tmp_path: Path
     running.end()
     target = open_target(str(run / "sft"))
     assert said == alone(target.base, "Hi", 12, target.policies.activate("sft"))
-    assert card["id"] == "sft"
+    assert (card["id"], card["stage"], card["parent"]) == ("sft", "sft", target.base.source.model)
     assert card["fingerprint"] == hash_file(run / "sft/model.safetensors")  # and not that of the base in whose place it is
     with pytest.raises(RecipeError, match="has whole weights · serve the base model to put adapters on it"):
         open_service(str(run), folder=tmp_path, budget_bytes=2**30, limits=Limits())

@@ -160,6 +160,20 @@ def test_json_is_asked_for_by_its_type(server: Listening):
         told(server.post(CHAT, chat("Hi"), headers={"content-type": kind}), 400, None)
 
 
+def test_requests_that_mean_nothing_are_counted(server: Listening):
+    def counted(model: str) -> float:
+        found = re.findall(
+            rf'^posttrain_requests_total{{model="{model}",status="400"}} (.+)$', server.get("/metrics").text, re.M
+        )
+        return sum(map(float, found))
+
+    name = server.get("/v1/models").json()["data"][0]["id"]
+    before = counted(name), counted("unknown")
+    told(server.post(CHAT, {**chat("Hi"), "n": "many"}), 400, "n")
+    told(server.post(CHAT, {**chat("Hi"), "model": 7}), 400, "model")
+    assert (counted(name), counted("unknown")) == (before[0] + 1, before[1] + 1)
+
+
 def test_paths_and_methods_that_are_not_there(server: Listening):
     told(server.get("/v1/nothing"), 404, None)
     told(server.get(CHAT), 405, None)

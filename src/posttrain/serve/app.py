@@ -49,6 +49,8 @@ from posttrain.serve.shapes import (
 )
 
 PLAYGROUND = files("posttrain") / "serve" / "playground.html"
+# Where requests are for answers, which are counted.
+ANSWERING = ("/v1/chat/completions", "/v1/completions")
 _ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in ("4XX", "5XX")}
 
 
@@ -68,7 +70,7 @@ def build_app(service: Service, *, keys: Keys | None, hosts: frozenset[str]) -> 
         app, keys=keys, hosts=hosts, limits=service.limits, places=service.places,
         refused=lambda status: service.metrics.request(UNKNOWN, status),
     )  # fmt: skip
-    _add_errors(app)
+    _add_errors(app, service)
     _add_generation(app, service)
     _add_models(app, service)
     _add_tokens(app, service)
@@ -110,11 +112,11 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 
     streamed: dict[str, Any] = {"content": {"text/event-stream": {}}}
 
-    @app.post("/v1/chat/completions", responses={200: {"model": ChatCompletion, **streamed}})
+    @app.post(ANSWERING[0], responses={200: {"model": ChatCompletion, **streamed}})
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         return await generate(body, request)
 
-    @app.post("/v1/completions", responses={200: {"model": Completion, **streamed}})
+    @app.post(ANSWERING[1], responses={200: {"model": Completion, **streamed}})
     async def completions(body: CompletionRequest, request: Request) -> Response:
         return await generate(body, request)
 
@@ -203,7 +205,7 @@ def page_policy(page: str) -> str:
     )
 
 
-def _add_errors(app: FastAPI) -> None:
+def _add_errors(app: FastAPI, service: Service) -> None:
     def answer(problem: Refusal, more: dict[str, str] | None = None) -> Response:
         body, headers = encode(problem.body()), {**(more or {}), **problem.headers()}
         return Response(body, problem.status, headers, media_type="application/json")
@@ -214,6 +216,9 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
+        if request.url.path in ANSWERING:
+            model = error.body.get("model") if isinstance(error.body, dict) else None
+            service.metrics.request(service.name_of(model) if isinstance(model, str) else UNKNOWN, 400)
         return answer(_mistake(error))
 
     @app.exception_handler(HTTPException)

@@ -68,7 +68,15 @@ def _whole(
         raise RecipeError("--adapter", f"{run} has whole weights", do="serve the base model to put adapters on it")
     found.policies.activate(found.policy)
     assert found.policy == "base" or (run / found.policy / FULL_WEIGHTS).exists()
-    return Service(found.base, AdapterStore(found.base, base_name=name or found.policy, folder=None, budget_bytes=0), limits)
+    kind, parent, scores = None, None, None
+    if found.policy != "base":
+        kind, parent = _origin(run / found.policy)
+        scores = read_scores(run).get(found.policy)
+    store = AdapterStore(
+        found.base, base_name=name or found.policy, folder=None, budget_bytes=0, stage=kind, scores=scores,
+        parent=found.base.source.model if parent == "base" else parent,
+    )  # fmt: skip
+    return Service(found.base, store, limits)
 
 
 def _origin(folder: Path) -> tuple[str | None, str]:

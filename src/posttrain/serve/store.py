@@ -71,15 +71,21 @@ class _Entry(NamedTuple):
 class AdapterStore:
     """The policies of one base in memory. For one event loop; `offer` is for the time before it runs."""
 
-    def __init__(self, base: BaseModel, *, base_name: str, folder: Path | None, budget_bytes: int) -> None:
-        """`folder` is where `load` may read. Raises AdapterError where it is none."""
+    def __init__(
+        self, base: BaseModel, *, base_name: str, folder: Path | None, budget_bytes: int, stage: str | None = None,
+        parent: str | None = None, scores: dict[str, float] | None = None,
+    ) -> None:  # fmt: skip
+        """`folder` is where `load` may read. `stage`, `parent` and `scores` are those of whole weights in the base's place.
+
+        Raises AdapterError where the folder is none.
+        """
         if folder is not None and not folder.is_dir():
             raise AdapterError(f"folder {folder}", "is not a folder", do="make it, or give the one that holds the adapters")
         self._base, self._budget = base, budget_bytes
         self._folder = folder.resolve() if folder is not None else None
         size = sum(p.numel() * p.element_size() for p in base.model.parameters())
         assert base.weights_hash is not None, "weights that change are not served"
-        self._root = Served(base_name, "base", base.weights_hash, base_name, None, None, None, size, True)
+        self._root = Served(base_name, "base", base.weights_hash, base_name, parent, stage, scores, size, True)
         # Least recently used first.
         self._entries: dict[str, _Entry] = {}
         # One adapter at a time is read: a burst of loads takes no more memory than one.
