@@ -185,6 +185,26 @@ def test_a_compiler_that_fails_leaves_nothing_half_made(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("cache/kernels/*"))
 
 
+def load_kernels(cache: Path) -> list[str]:
+    """Load them with a cache folder of its own; returns what lies there afterwards."""
+    code = "from posttrain.models import compiled; assert compiled.library() is not None"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "POSTTRAIN_CACHE": str(cache)})
+    return sorted(path.name for path in cache.glob("kernels/*"))
+
+
+def test_what_was_compiled_is_kept_where_nobody_else_writes(tmp_path: Path) -> None:
+    (name,) = load_kernels(tmp_path)
+    kept = tmp_path / "kernels" / name
+    before = kept.stat()
+    assert load_kernels(tmp_path) == [name]
+    assert kept.stat().st_mtime_ns == before.st_mtime_ns  # not made again
+    assert kept.parent.stat().st_mode & 0o777 == 0o700
+    kept.write_bytes(b"planted")
+    kept.parent.chmod(0o777)  # anybody may have written it: it is not looked at
+    assert load_kernels(tmp_path) == [name]
+    assert kept.read_bytes() == b"planted"
+
+
 def test_mixing_by_plain_operations_is_still_right() -> None:
     tests = [str(Path(__file__).with_name(name)) for name in ("test_mixed.py", "test_norms.py")]
     subprocess.run(

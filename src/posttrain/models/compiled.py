@@ -2,8 +2,9 @@
 
 A decoding step has some thirty small operations a layer beside its large products. By the library's functions each costs
 microseconds before it begins; compiled, attention over the cache is one call, low-rank products of many adapters are two, a
-norm is one. The result lies in the cache folder, under a hash of the source, the compiler and the processor. Without a
-compiler, on another system, in another dtype, or with POSTTRAIN_COMPILE=0, the plain operations do all of it, slower.
+norm is one. The result lies in the cache folder, where only its owner writes, under a hash of the source, the compiler and the
+processor. Without a compiler, on another system, in another dtype, or with POSTTRAIN_COMPILE=0, the plain operations do all of
+it, slower.
 
 T: tokens, H: query heads, K: key/value heads, D: width, R: rank, n: slots, C: columns of several layers' A.
 """
@@ -14,6 +15,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 import threading
@@ -77,17 +79,36 @@ def library() -> ctypes.CDLL | None:
     if compiler is None or os.environ.get("POSTTRAIN_COMPILE") == "0" or platform.system() != "Linux":
         return None
     try:
-        path = cache_folder() / "kernels" / f"decoding-{_key(compiler)}.so"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as work:
-                made = Path(work) / "made.so"
-                _run([compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"])
-                os.replace(made, path)
-        found = ctypes.CDLL(str(path))
+        found = _made(compiler, f"decoding-{_key(compiler)}.so")
         return found if _works(found) else None
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _made(compiler: str, name: str) -> ctypes.CDLL:
+    """What was compiled before, or is now: kept where there is a folder for it, else for this process only."""
+    folder = _own_folder()
+    if folder is not None and (folder / name).exists():
+        return ctypes.CDLL(str(folder / name))
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        made = Path(work) / name
+        _run([compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"])
+        found = ctypes.CDLL(str(made))
+        if folder is not None:
+            os.replace(made, folder / name)
+    return found
+
+
+def _own_folder() -> Path | None:
+    """Where only this user writes: what lies there is run. None where there is no such place, in a cache of several for one."""
+    folder = cache_folder() / "kernels"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = folder.lstat()
+    except OSError:
+        return None
+    mine = about.st_uid == os.geteuid() and stat.S_ISDIR(about.st_mode) and not about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return folder if mine and os.access(folder, os.W_OK) else None
 
 
 def _key(compiler: str) -> str:
