@@ -45,21 +45,21 @@ def test_norms(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(compiled.rms_norm(x, weight, 1e-5).double(), wanted, **CLOSE)
 
 
-def test_rotations_read_heads_where_they_lie() -> None:
-    tokens, heads, width = 9, 3, 16
+def test_rotations_are_the_librarys_to_the_bit() -> None:
+    tokens, heads, width = 40, 3, 64
     lying = numbers(tokens, heads, width)
     x, angles = lying.transpose(0, 1), torch.rand(tokens, width // 2) * 6
     cos, sin = (torch.cat([f(angles)] * 2, -1).bfloat16() for f in (torch.cos, torch.sin))
-    left, right = x.double().chunk(2, -1)
-    wanted = x.double() * cos.double() + torch.cat([-right, left], -1) * sin.double()
-    torch.testing.assert_close(compiled.rotate(x, cos, sin).double(), wanted, **CLOSE)
+    left, right = x.chunk(2, -1)  # heads lie apart, token by token
+    assert torch.equal(compiled.rotate(x, cos, sin), x * cos + torch.cat([-right, left], -1) * sin)
 
 
 @pytest.mark.parametrize("gelu", [False, True])
 def test_gates(gelu: bool) -> None:
     gate, up = torch.linspace(-100, 100, 4001).bfloat16(), numbers(4001)
     activation = functional.gelu(gate.double(), approximate="tanh") if gelu else functional.silu(gate.double())
-    torch.testing.assert_close(compiled.gated(gate, up, gelu=gelu).double(), activation * up.double(), **CLOSE)
+    wanted = activation.bfloat16().double() * up.double()  # rounded as the model's own is
+    torch.testing.assert_close(compiled.gated(gate, up, gelu=gelu).double(), wanted, rtol=2**-7 * 1.05, atol=1e-6)
 
 
 def cached(lengths: list[int], heads: int, kv: int, width: int) -> tuple[Tensor, ...]:
@@ -71,7 +71,7 @@ def cached(lengths: list[int], heads: int, kv: int, width: int) -> tuple[Tensor,
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: list[int], window: int) -> Tensor:
-    """[rows, H, D] in float64."""
+    """[rows, H, D] in float64, with scores and weights rounded as the trainer's are."""
     found = []
     for row, length in enumerate(lengths):
         first = max(0, length + 1 - window) if window else 0
@@ -80,7 +80,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, len
             torch.cat([past, new[:, row : row + 1].double()], 1).repeat_interleave(len(q) // len(k), 0)
             for past, new in ((past_k, k), (past_v, v))
         )
-        weights = torch.softmax(torch.einsum("hd,hsd->hs", q[:, row].double(), own_k) * 0.3, -1)
+        scores = torch.einsum("hd,hsd->hs", q[:, row].double(), own_k) * 0.3
+        weights = torch.softmax(scores.bfloat16().double(), -1).bfloat16().double()
         found.append(torch.einsum("hs,hsd->hd", weights, own_v))
     return torch.stack(found)
 
@@ -94,7 +95,9 @@ def test_attention_over_the_cache(heads: int, kv: int, width: int, window: int) 
     places, counts, tokens = torch.arange(6) * 2 + 1, torch.tensor(lengths), torch.arange(6)
     out = torch.zeros(6, heads, width, dtype=torch.bfloat16)
     compiled.attend(q, k, v, keys, values, (places, counts, tokens), 0.3, window, out)
-    torch.testing.assert_close(out.double(), wanted, rtol=2**-8 * 1.05, atol=2e-5)
+    # A float32 sum may end on the other side of where a score is rounded.
+    torch.testing.assert_close(out.double(), wanted, rtol=2**-7, atol=1e-2)
+    assert (out.double() - wanted).abs().mean() < 2e-3
     for row, length in enumerate(lengths):
         block, inside = divmod(length, 64)
         assert torch.equal(keys[block, 2 * row + 1, :, inside], k[:, row])
@@ -213,12 +216,17 @@ def test_mixing_by_plain_operations_is_still_right() -> None:
     )  # fmt: skip
 
 
-def test_answers_are_those_of_a_forward_without_a_cache() -> None:
+def test_the_sampler_is_the_trainer_but_for_last_bits() -> None:
+    """Where norms or gates of the sampler were compiled ones, the mean would be several times as large."""
     base = load_base("random:tiny", template="plain", dtype="bfloat16")
-    wide = load_base("random:tiny", template="plain", dtype="float32")
     prompts = [list(range(10, 10 + count)) for count in (1, 3, 60, 64, 130)]
-    for rollout, prompt in zip(generate(base, prompts, SamplingSettings(8, 1.0, 1.0, 0), "base"), prompts, strict=True):
+    apart = []
+    for rollout, prompt in zip(generate(base, prompts, SamplingSettings(24, 1.0, 1.0, 0), "base"), prompts, strict=True):
         ids = torch.tensor([*prompt, *rollout.completion_ids])
-        hidden = wide.hidden(ids, torch.arange(len(ids)), Segments((Span(0, len(ids)),)), "base")
-        wanted = wide.logprobs(hidden[len(prompt) - 1 : -1], ids[len(prompt) :], "base")
-        torch.testing.assert_close(torch.tensor(rollout.model_logprobs), wanted, rtol=0, atol=0.05)
+        with torch.no_grad():
+            hidden = base.hidden(ids, torch.arange(len(ids)), Segments((Span(0, len(ids)),)), "base")
+            wanted = base.logprobs(hidden[len(prompt) - 1 : -1], ids[len(prompt) :], "base")
+        apart += (wanted - torch.tensor(rollout.model_logprobs)).abs().tolist()
+    print(f"mean {sum(apart) / len(apart):.5f}, largest {max(apart):.4f} of {len(apart)}")
+    assert sum(apart) / len(apart) < 0.002
+    assert max(apart) < 0.05

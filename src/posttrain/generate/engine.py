@@ -13,6 +13,7 @@ Left out: paging of the cache. A row's room is set by its longest possible lengt
 
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from posttrain.generate.sampling import Draw, check_settings, choose_tokens, dra
 from posttrain.generate.sampling import SamplingSettings as SamplingSettings  # callers need no other module
 from posttrain.generate.steady import SteadyDecoder
 from posttrain.generate.waiting import FairQueue
+from posttrain.models.compiled import quick
 from posttrain.models.decoding import bytes_per_token
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter
@@ -59,7 +61,7 @@ class Engine:
         self._prefill_limit = (SERVED_PREFILL_TOKENS if serving else PREFILL_TOKENS)[kind]
         self._cache_tokens = CACHE_BYTES[kind] // bytes_per_token(base.model.config.get_text_config().to_dict(), base.dtype)
         self._prefix_bytes = PREFIX_BYTES[kind] if serving else 0
-        self._count = 0
+        self._serving, self._count = serving, 0
         self.reset()
 
     def reset(self) -> None:
@@ -67,7 +69,7 @@ class Engine:
         base = self.base
         steady = STEADY[base.device.type]
         self._places = Places(base.device, steady=steady)
-        self._narrow = NarrowAdapters(base.dtype, base.device)
+        self._narrow = NarrowAdapters(base.dtype, base.device, quick=self._serving)
         self._steady = SteadyDecoder(base, self._narrow) if steady else None
         self.prefixes = PrefixCache(self._prefix_bytes)
         # Rows that share a prompt join together.
@@ -289,7 +291,8 @@ class Engine:
 
     def _forward(self, work: Work) -> Tensor:
         """Hidden states [T, D] of a step's forward."""
-        with self.base.adapters.use_tokens(TokenAdapters(work.runs, self._narrow, self.base.device)):
+        tokens = TokenAdapters(work.runs, self._narrow, self.base.device)
+        with self.base.adapters.use_tokens(tokens), quick() if self._serving else nullcontext():
             return self.base.forward(work.ids_T, work.positions_T, work.segments)
 
     def _next_logits(self, hidden_TD: Tensor, work: Work) -> Tensor:

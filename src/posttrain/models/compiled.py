@@ -6,6 +6,10 @@ norm is one. The result lies in the cache folder, where only its owner writes, u
 processor. Without a compiler, on another system, in another dtype, or with POSTTRAIN_COMPILE=0, the plain operations do all of
 it, slower.
 
+A policy that is trained on its samples should sample from what is trained, to the last bit where that can be had: attention and
+rotations round where the library's operations do. Norms, gates and the products of few rows add up in another order, and
+one last bit changes all that comes after it by as much as bfloat16 does; only engines that serve use them.
+
 T: tokens, H: query heads, K: key/value heads, D: width, R: rank, n: slots, C: columns of several layers' A.
 """
 
@@ -42,11 +46,8 @@ _state = threading.local()
 
 
 @contextmanager
-def decoding() -> Iterator[None]:
-    """Within it this thread's forward is one of the generation engine's: norms, rotations and gates may be compiled ones.
-
-    Training computes with the library's own, with and without gradients, so that a ratio of policies is 1 where nothing moved.
-    """
+def quick() -> Iterator[None]:
+    """Within it this thread's forward may be rounded in other places than the trainer's: norms and gates are compiled ones."""
     before, _state.on = getattr(_state, "on", False), True
     try:
         yield
@@ -55,12 +56,12 @@ def decoding() -> Iterator[None]:
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the compiled functions compute this: bfloat16 on a CPU, while `decoding`, where they could be made."""
+    """Whether a norm or gate of this is compiled: while `quick`, where it can be."""
     return getattr(_state, "on", False) and able(x)
 
 
 def able(x: Tensor) -> bool:
-    """Whether they could."""
+    """Whether the compiled functions compute this: bfloat16 on a CPU, where they could be made."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and library() is not None
 
 

@@ -1,5 +1,7 @@
 /* What a decoding step does beside its large products, for a few rows on a CPU in bfloat16: compiled where it runs, by
  * models/compiled.py, which says what each function computes. Sums are float32. A row's result does not depend on the others.
+ * What the library's operations would store between them is rounded as they would, so that the policy that samples is the one
+ * that is trained.
  *
  * The loops are written so that a compiler turns them into vector instructions; there are no intrinsics.
  */
@@ -29,6 +31,8 @@ static inline bf16 narrow(float x) {
     uint32_t rounded = (v.u + 0x7fff + ((v.u >> 16) & 1)) >> 16;
     return (bf16)(x == x ? rounded : (v.u >> 16) | 0x40);
 }
+
+static inline float rounded(float x) { return wide(narrow(x)); }
 
 /* e^x for x <= 0 to 2e-7: 2^n (1 + r + r^2/2 + ...), |r| <= ln 2 / 2. */
 static inline float exponential(float x) {
@@ -62,12 +66,12 @@ static void attend_one(
     int64_t seen = length + 1 - first;
     float *queries = work, *sums = work + G * D, *weights = work + 2 * G * D;
     for (int64_t g = 0; g < G; g++)
-        for (int64_t d = 0; d < D; d++) queries[g * D + d] = wide(q[g * s->q_head + d]) * scale;
+        for (int64_t d = 0; d < D; d++) queries[g * D + d] = wide(q[g * s->q_head + d]);
     memset(sums, 0, G * D * sizeof(float));
     for (int64_t i = 0; i < seen; i++) {
         int64_t at = first + i;
         const bf16 *key = keys + (((at / B) * s->places + place) * s->kv_heads + head) * B * D + (at % B) * D;
-        for (int64_t g = 0; g < G; g++) weights[g * seen + i] = dot(key, queries + g * D, D);
+        for (int64_t g = 0; g < G; g++) weights[g * seen + i] = rounded(dot(key, queries + g * D, D) * scale);
     }
     for (int64_t g = 0; g < G; g++) {
         float *w = weights + g * seen, most = w[0], total = 0.0f;
@@ -75,7 +79,7 @@ static void attend_one(
         for (int64_t i = 0; i < seen; i++) w[i] = exponential(w[i] - most);
         for (int64_t i = 0; i < seen; i++) total += w[i];
         float share = 1.0f / total;
-        for (int64_t i = 0; i < seen; i++) w[i] *= share;
+        for (int64_t i = 0; i < seen; i++) w[i] = rounded(w[i] * share);
     }
     for (int64_t i = 0; i < seen; i++) {
         int64_t at = first + i;
@@ -169,7 +173,7 @@ int project(
                 for (int64_t c = c0; c < c1; c++) {
                     float sums[TOGETHER];
                     dots_of(a + (slot * columns + c) * inputs, rows, count, inputs, sums);
-                    for (int j = 0; j < count; j++) p[order[t + j] * columns + c] = wide(narrow(sums[j]));
+                    for (int j = 0; j < count; j++) p[order[t + j] * columns + c] = rounded(sums[j]);
                 }
             }
         }
@@ -260,8 +264,8 @@ void rotate(
         const bf16 *restrict in = x + head * x_head + token * x_token, *c = cosine + token * width, *s = sine + token * width;
         bf16 *restrict to = out + i * width;
         for (int64_t d = 0; d < half; d++) {
-            to[d] = narrow(wide(in[d]) * wide(c[d]) - wide(in[d + half]) * wide(s[d]));
-            to[d + half] = narrow(wide(in[d + half]) * wide(c[d + half]) + wide(in[d]) * wide(s[d + half]));
+            to[d] = narrow(rounded(wide(in[d]) * wide(c[d])) - rounded(wide(in[d + half]) * wide(s[d])));
+            to[d + half] = narrow(rounded(wide(in[d + half]) * wide(c[d + half])) + rounded(wide(in[d]) * wide(s[d + half])));
         }
     }
 }
@@ -273,6 +277,6 @@ void gated(const bf16 *gate, const bf16 *up, int64_t count, int64_t gelu, bf16 *
         float x = wide(gate[i]);
         float z = gelu ? 1.59576912f * (x + 0.044715f * x * x * x) : x;
         float e = exponential(z < 0.0f ? z : -z);
-        y[i] = narrow(x * (z < 0.0f ? e : 1.0f) / (1.0f + e) * wide(up[i]));
+        y[i] = narrow(rounded(x * (z < 0.0f ? e : 1.0f) / (1.0f + e)) * wide(up[i]));
     }
 }

@@ -113,7 +113,7 @@ def _fast(own: Callable[..., Any]) -> Callable[..., Any]:
         if len(q) == 1 and unsqueeze_dim == 1 and cos.shape[-1] == q.shape[-1]:
             if q.is_cuda:
                 return _rotated(q, cos, sin), _rotated(k, cos, sin)
-            if compiled.takes(q) and q.stride(-1) == k.stride(-1) == 1 and cos.dtype == q.dtype:
+            if not torch.is_grad_enabled() and compiled.able(q) and q.stride(-1) == k.stride(-1) == 1 and cos.dtype == q.dtype:
                 return tuple(compiled.rotate(x[0], cos[0].contiguous(), sin[0].contiguous())[None] for x in (q, k))
         return own(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
 

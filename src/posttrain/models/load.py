@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from posttrain.artifacts import disk_error, fsync_tree, write_json
 from posttrain.data.chat import ChatFormat, load_chat_format
 from posttrain.errors import ArtifactError, ModelError
 from posttrain.models.attention import ATTENTION_NAME, register_attention
-from posttrain.models.compiled import decoding
 from posttrain.models.kernels import replace_mlps, replace_rotary
 from posttrain.models.logprobs import target_logprobs
 from posttrain.models.lora import AdapterSet, LoraAdapter, LoraShape
@@ -178,11 +177,12 @@ class BaseModel:
     def forward(self, ids_T: Tensor, positions_T: Tensor, segments: Segments) -> Tensor:
         """Last hidden states [T, D] with whatever adapter routing is in force."""
         run = self.model.base_model if self.narrow is None else self.narrow
-        with nullcontext() if segments.step is None else decoding():
-            out = run(
-                input_ids=ids_T[None].to(self.device), position_ids=positions_T[None].to(self.device), use_cache=False,
-                segments=segments,
-            )  # fmt: skip
+        out = run(
+            input_ids=ids_T[None].to(self.device),
+            position_ids=positions_T[None].to(self.device),
+            use_cache=False,
+            segments=segments,
+        )
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
 

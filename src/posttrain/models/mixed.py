@@ -48,8 +48,8 @@ class NarrowAdapters:
     `product` is what the base's own products are computed by.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.product = dtype, PackedProducts(dtype, device)
+    def __init__(self, dtype: torch.dtype, device: torch.device, *, quick: bool = False) -> None:
+        self.dtype, self.product = dtype, PackedProducts(dtype, device, quick=quick)
         self._open(0, 0)
 
     def hold(self, adapters: "Sequence[LoraAdapter]") -> None:
@@ -153,10 +153,11 @@ class TokenAdapters:
         self.total = sum(count for count, _ in runs)
         self._long: list[tuple[slice, int]] = []
         self._compiled = device.type == "cpu" and kept.dtype == torch.bfloat16 and compiled.library() is not None
+        quick = self._compiled and kept.product.quick
         start = 0
         for count, adapter in runs:
             rows = slice(start, start + count)
-            if adapter is not None and (count >= LONG or (count == self.total and not self._compiled)):
+            if adapter is not None and (count >= LONG or (count == self.total and not quick)):
                 self._long.append((rows, slot_of[adapter]))
             elif adapter is not None:
                 tokens[slot_of[adapter]] += range(rows.start, rows.stop)

@@ -2,8 +2,8 @@
 
 A plain product brings its weight into that order at each call. For thousands of tokens that is nothing; for the few of a
 decoding step it is a third of the time (docs/log.md). What is computed is the same to the bit. The copy takes as much memory as
-the weights, so it lives as long as the engine that decodes with it. One or two tokens need none: their products are compiled
-ones (`models/compiled.py`).
+the weights, so it lives as long as the engine that decodes with it. Where a server has one or two tokens it needs none: their
+products are compiled ones (`models/compiled.py`).
 
 T: tokens.
 """
@@ -23,7 +23,9 @@ MOST_TOKENS = 512
 class PackedProducts:
     """Products with weights that stay as they are; each is packed at its first use."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, *, quick: bool = False) -> None:
+        """`quick` lets few rows be computed as they are quickest, with last bits that differ from those of many."""
+        self.quick = quick
         self._packs = device.type == "cpu" and dtype == torch.bfloat16 and _packing_works()
         # The weight itself is kept too: no other can then have its identity.
         self._packed: dict[int, tuple[Tensor, int, Tensor]] = {}
@@ -32,7 +34,7 @@ class PackedProducts:
         """x [..., T, inputs], weight [outputs, inputs] -> [..., T, outputs]. A weight of another type is narrowed each time."""
         if not self._packs or x.shape[-2] > MOST_TOKENS or weight.dtype != x.dtype:
             return functional.linear(x, weight.to(x.dtype), bias)
-        if x.numel() <= compiled.FEW_ROWS * x.shape[-1] and weight.is_contiguous() and compiled.able(x):
+        if self.quick and x.numel() <= compiled.FEW_ROWS * x.shape[-1] and weight.is_contiguous() and compiled.able(x):
             return compiled.multiply(x, weight, bias)
         kept = self._packed.get(id(weight))
         if kept is None or kept[1] != weight._version:
