@@ -148,42 +148,64 @@ def test_adapters_by_slot(inputs: int, outputs: int) -> None:
 
 ANSWERS = """
 import json, torch
-from posttrain.generate.engine import SamplingSettings, generate
-from posttrain.models.load import load_base
+from posttrain.generate.engine import Engine, Request, SamplingSettings
 from posttrain.models import compiled
+from posttrain.models.load import load_base
+from posttrain.models.lora import LoraSettings
+from posttrain.models.segments import Segments, Span
 base = load_base("random:tiny", template="plain", dtype="bfloat16")
+for seed, (name, rank, targets) in enumerate([("all", 8, "all"), ("some", 3, ("q_proj", "v_proj", "down_proj"))]):
+    adapter = base.adapters.create(name, LoraSettings(rank, 2.0 * rank, 0.0, targets, "standard"), seed=seed)
+    with torch.no_grad():
+        for _, b in adapter.weights.values():
+            b.normal_(std=0.3, generator=torch.Generator().manual_seed(seed))
+names = ["all", "base", "some"] * 3
 prompts = [list(range(7 + k, 40 + 9 * k)) for k in range(9)]
-found = generate(base, prompts, SamplingSettings(12, 1.0, 1.0, 0), "base")
-print(json.dumps([compiled.library() is not None, [r.completion_ids for r in found], [r.model_logprobs for r in found]]))
+found = []
+for serving in (False, True):
+    engine, rollouts = Engine(base, serving=serving), {}
+    for prompt, name in zip(prompts, names):
+        engine.submit(Request(prompt, SamplingSettings(12, 1.0, 1.0, 0), name))
+    while engine.live:
+        rollouts |= {event.row: event.rollout for event in engine.step() if event.rollout}
+    for number, rollout in sorted(rollouts.items()):
+        ids = torch.tensor([*prompts[number], *rollout.completion_ids])
+        with torch.no_grad():
+            segments, start = Segments((Span(0, len(ids)),)), len(prompts[number])
+            hidden = base.hidden(ids, torch.arange(len(ids)), segments, names[number])
+            trainer = base.logprobs(hidden[start - 1 : -1], ids[start:], names[number]).tolist()
+        found.append((rollout.completion_ids, rollout.model_logprobs, trainer))
+print(json.dumps([compiled.library() is not None, *map(list, zip(*found))]))
 """
 
 
-def answers(environment: dict[str, str]) -> tuple[bool, list[list[int]], list[list[float]]]:
+def answers(environment: dict[str, str]) -> tuple[bool, list[list[int]], list[list[float]], list[list[float]]]:
+    """Of the base and two adapters mixed, by an engine that does not serve and by one that does: whether compiled functions
+    were there, ids, the engine's log-probabilities and the trainer's."""
     done = subprocess.run(
         [sys.executable, "-c", ANSWERS], capture_output=True, text=True, check=True, env={**os.environ, **environment}
     )
-    made, ids, logprobs = json.loads(done.stdout)
-    return made, ids, logprobs
+    made, ids, logprobs, trainer = json.loads(done.stdout)
+    return made, ids, logprobs, trainer
 
 
-def test_without_a_compiler_plain_operations_give_the_same() -> None:
-    made, ids, logprobs = answers({})
-    assert made
-    for environment in ({"POSTTRAIN_COMPILE": "0"}, {"CC": "/nowhere/cc"}):
-        plain, plain_ids, plain_logprobs = answers(environment)
-        assert not plain
-        same = sum(a == b for a, b in zip(ids, plain_ids, strict=True))
-        assert same >= 7, environment  # one rounding may turn a draw
-        for a, b, own, other in zip(ids, plain_ids, logprobs, plain_logprobs, strict=True):
-            if a == b:
-                torch.testing.assert_close(torch.tensor(own), torch.tensor(other), rtol=0, atol=0.03)
+def test_mixed_adapters_answer_as_they_were_trained_with_a_compiler_and_without() -> None:
+    found = [answers(environment) for environment in ({}, {"POSTTRAIN_COMPILE": "0"}, {"CC": "/nowhere/cc"})]
+    assert [made for made, *_ in found] == [True, False, False]
+    for _, _, logprobs, trainer in found:
+        for own, wanted in zip(logprobs, trainer, strict=True):
+            torch.testing.assert_close(torch.tensor(own), torch.tensor(wanted), rtol=0, atol=0.1)
+    ids, plain = found[0][1], found[1][1]
+    same = sum(a == b for a, b in zip(ids, plain, strict=True))
+    assert same >= 12, f"{same} of {len(ids)}"  # one rounding may turn a draw
+    assert found[1][1:] == found[2][1:]
 
 
 def test_a_compiler_that_fails_leaves_nothing_half_made(tmp_path: Path) -> None:
     broken = tmp_path / "cc"
     broken.write_text('#!/bin/sh\nfor last; do :; done\n[ "$1" = -O3 ] && echo rubbish > "$last"\nexit 1\n')
     broken.chmod(0o755)
-    made, _, _ = answers({"CC": str(broken), "POSTTRAIN_CACHE": str(tmp_path / "cache")})
+    made, *_ = answers({"CC": str(broken), "POSTTRAIN_CACHE": str(tmp_path / "cache")})
     assert not made
     assert not list(tmp_path.glob("cache/kernels/*"))
 
@@ -208,16 +230,7 @@ def test_what_was_compiled_is_kept_where_nobody_else_writes(tmp_path: Path) -> N
     assert kept.read_bytes() == b"planted"
 
 
-def test_mixing_by_plain_operations_is_still_right() -> None:
-    tests = [str(Path(__file__).with_name(name)) for name in ("test_mixed.py", "test_norms.py")]
-    subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], check=True, capture_output=True, text=True,
-        env={**os.environ, "POSTTRAIN_COMPILE": "0"},
-    )  # fmt: skip
-
-
-def test_the_sampler_is_the_trainer_but_for_last_bits() -> None:
-    """Where norms or gates of the sampler were compiled ones, the mean would be several times as large."""
+def test_the_sampler_of_a_tiny_model_is_the_trainer() -> None:
     base = load_base("random:tiny", template="plain", dtype="bfloat16")
     prompts = [list(range(10, 10 + count)) for count in (1, 3, 60, 64, 130)]
     apart = []
@@ -227,6 +240,5 @@ def test_the_sampler_is_the_trainer_but_for_last_bits() -> None:
             hidden = base.hidden(ids, torch.arange(len(ids)), Segments((Span(0, len(ids)),)), "base")
             wanted = base.logprobs(hidden[len(prompt) - 1 : -1], ids[len(prompt) :], "base")
         apart += (wanted - torch.tensor(rollout.model_logprobs)).abs().tolist()
-    print(f"mean {sum(apart) / len(apart):.5f}, largest {max(apart):.4f} of {len(apart)}")
-    assert sum(apart) / len(apart) < 0.002
-    assert max(apart) < 0.05
+    assert len(apart) > 90
+    assert max(apart) < 1e-6

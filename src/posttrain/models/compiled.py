@@ -70,7 +70,7 @@ def advice(dtype: torch.dtype, device: torch.device) -> str | None:
     off = os.environ.get("POSTTRAIN_COMPILE") == "0"
     if off or device.type != "cpu" or dtype != torch.bfloat16 or platform.system() != "Linux" or library() is not None:
         return None
-    return "no working C compiler: answers take up to twice as long (install gcc, or set CC)"
+    return "no working C compiler: one answer takes two to three times as long (install gcc, or set CC)"
 
 
 @functools.cache

@@ -190,45 +190,42 @@ class TokenAdapters:
             return y
         for rows, slot in self._long:
             y[0, rows].addmm_(x[0, rows] @ stack.a[slot].T, stack.b[slot].T)
-        if self._most and self._compiled:
-            self._add(layer, x, stack, y[0])
-        elif self._most:
-            projected_nMR = self._project(layer, x, stack)
-            slots, outputs = stack.b.shape[:2]
-            if outputs not in self._added:
-                self._added[outputs] = y.new_zeros(slots * self._most + 1, outputs)
-            added = self._added[outputs]
-            torch.bmm(projected_nMR, stack.b.transpose(1, 2), out=added[:-1].view(slots, self._most, outputs))
-            y[0, self._covered].add_(added[self._place_C])
+        if self._most:
+            projected, first = self._project(layer, x, stack)
+            if self._compiled:
+                compiled.expand(projected, stack.b.transpose(1, 2), self._groups, first, y[0])
+            else:
+                self._add(projected[..., first : first + stack.a.shape[1]], stack, y)
         return y
 
-    def _add(self, layer: str, x: Tensor, stack: Stack, y_TO: Tensor) -> None:
-        """B A x added to y by compiled functions; the first layer that reads an input projects it for all that do."""
-        rank = stack.a.shape[1]
-        if x is not self._input:
-            self._input, self._first, self._dense = x, layer, x[0].contiguous()
-            self._names, wide = self._kept.readers(layer)
-            self._projected = compiled.project(self._dense, wide, self._groups)
-        if layer in self._names:
-            projected_TC, first = self._projected, rank * self._names.index(layer)
-        else:
-            projected_TC, first = compiled.project(self._dense, stack.a.contiguous(), self._groups), 0
-            self._kept.join(self._first, layer)
-        compiled.expand(projected_TC, stack.b.transpose(1, 2), self._groups, first, y_TO)
+    def _add(self, projected_nMR: Tensor, stack: Stack, y: Tensor) -> None:
+        """B p of the table added to the tokens that stand in it."""
+        slots, outputs = stack.b.shape[:2]
+        if outputs not in self._added:
+            self._added[outputs] = y.new_zeros(slots * self._most + 1, outputs)
+        added = self._added[outputs]
+        torch.bmm(projected_nMR, stack.b.transpose(1, 2), out=added[:-1].view(slots, self._most, outputs))
+        y[0, self._covered].add_(added[self._place_C])
 
-    def _project(self, layer: str, x: Tensor, stack: Stack) -> Tensor:
-        """A x of the table [n, M, R]; the first layer that reads an input does it for all that do."""
+    def _project(self, layer: str, x: Tensor, stack: Stack) -> tuple[Tensor, int]:
+        """Projections of the grouped tokens, and the column from which they are this layer's; the first layer that reads an
+        input does it for all that do."""
         if x is not self._input:
-            self._input, self._first, self._gathered = x, layer, x[0, self._table_nM]
+            self._input, self._first = x, layer
+            self._gathered = x[0].contiguous() if self._compiled else x[0, self._table_nM]
             self._names, wide = self._kept.readers(layer)
-            self._projected = torch.bmm(self._gathered, wide.transpose(1, 2))
-        rank = stack.a.shape[1]
+            self._projected = self._times(wide)
         if layer in self._names:
-            index = self._names.index(layer)
-            return self._projected[..., index * rank : (index + 1) * rank]
+            return self._projected, self._names.index(layer) * stack.a.shape[1]
         if not x.is_cuda:  # there all slots side by side must be one matrix
             self._kept.join(self._first, layer)
-        return torch.bmm(self._gathered, stack.a.transpose(1, 2))
+        return self._times(stack.a), 0
+
+    def _times(self, a: Tensor) -> Tensor:
+        """A x: compiled [T, C], else of the table [n, M, C]."""
+        if self._compiled:
+            return compiled.project(self._gathered, a.contiguous(), self._groups)
+        return torch.bmm(self._gathered, a.transpose(1, 2))
 
 
 class SlotAdapters:
