@@ -1,4 +1,4 @@
-"""The compiled functions of decoding against float64 references, row by row alone, and the engine with and without them."""
+"""The compiled functions against float64 references, row by row alone, and the engine with and without them."""
 
 import json
 import math
@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from posttrain.generate.engine import SamplingSettings, generate
 from posttrain.models import compiled
+from posttrain.models.attention_cpu import CpuSegmentAttention, gather
 from posttrain.models.load import load_base
 from posttrain.models.segments import Segments, Span
 
@@ -71,7 +72,7 @@ def cached(lengths: list[int], heads: int, kv: int, width: int) -> tuple[Tensor,
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: list[int], window: int) -> Tensor:
-    """[rows, H, D] in float64, with scores and weights rounded as the trainer's are."""
+    """[rows, H, D] in float64, with weights rounded as they enter their product."""
     found = []
     for row, length in enumerate(lengths):
         first = max(0, length + 1 - window) if window else 0
@@ -81,7 +82,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, len
             for past, new in ((past_k, k), (past_v, v))
         )
         scores = torch.einsum("hd,hsd->hs", q[:, row].double(), own_k) * 0.3
-        weights = torch.softmax(scores.bfloat16().double(), -1).bfloat16().double()
+        weights = torch.softmax(scores, -1).bfloat16().double()
         found.append(torch.einsum("hs,hsd->hd", weights, own_v))
     return torch.stack(found)
 
@@ -95,9 +96,8 @@ def test_attention_over_the_cache(heads: int, kv: int, width: int, window: int) 
     places, counts, tokens = torch.arange(6) * 2 + 1, torch.tensor(lengths), torch.arange(6)
     out = torch.zeros(6, heads, width, dtype=torch.bfloat16)
     compiled.attend(q, k, v, keys, values, (places, counts, tokens), 0.3, window, out)
-    # A float32 sum may end on the other side of where a score is rounded.
-    torch.testing.assert_close(out.double(), wanted, rtol=2**-7, atol=1e-2)
-    assert (out.double() - wanted).abs().mean() < 2e-3
+    # A float32 sum may end on the other side of where a weight is rounded.
+    torch.testing.assert_close(out.double(), wanted, rtol=2**-8 * 1.05, atol=2e-3)
     for row, length in enumerate(lengths):
         block, inside = divmod(length, 64)
         assert torch.equal(keys[block, 2 * row + 1, :, inside], k[:, row])
@@ -126,6 +126,101 @@ def test_a_row_that_is_not_finite_harms_no_other() -> None:
     assert compiled.gated(torch.full((3,), math.nan).bfloat16(), numbers(3), gelu=False).isnan().all()
 
 
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("count", [5, 64, 4001])
+def test_gradients_of_gates(count: int, gelu: bool) -> None:
+    gate, up, grad = torch.linspace(-9, 9, count).bfloat16(), numbers(count), numbers(count, seed=1)
+    own = [x.double().requires_grad_() for x in (gate, up)]
+    activation = functional.gelu(own[0], approximate="tanh") if gelu else functional.silu(own[0])
+    (activation * own[1]).backward(grad.double())
+    for found, x in zip(compiled.gated_backward(gate, up, grad, gelu=gelu), own, strict=True):
+        torch.testing.assert_close(found.double(), x.grad, rtol=2**-8 * 1.05, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [7, 64, 576])
+def test_gradients_of_norms(width: int) -> None:
+    x, weight, grad = numbers(1, 9, width), torch.rand(width) + 0.5, numbers(1, 9, width, seed=1)
+    wide = x.double().requires_grad_()
+    (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * weight).backward(grad.double())
+    assert wide.grad is not None
+    torch.testing.assert_close(compiled.rms_norm_backward(x, weight, 1e-5, grad).double(), wide.grad, **CLOSE)
+
+
+@pytest.mark.parametrize("width", [12, 64, 256])
+def test_gradients_of_rotations(width: int) -> None:
+    x, grad = numbers(3, 40, width), numbers(40, 3, width, seed=1).transpose(0, 1)
+    angles = torch.rand(40, width // 2) * 6
+    cos, sin = (torch.cat([f(angles)] * 2, -1).bfloat16() for f in (torch.cos, torch.sin))
+    wide = x.double().requires_grad_()
+    left, right = wide.chunk(2, -1)
+    (wide * cos.double() + torch.cat([-right, left], -1) * sin.double()).backward(grad.double())
+    assert wide.grad is not None
+    torch.testing.assert_close(compiled.rotate_backward(grad, cos, sin).double(), wide.grad, **CLOSE)
+
+
+def packed(q: Tensor, k: Tensor, v: Tensor, spans: tuple[Span, ...], window: int) -> Tensor:
+    """Attention of packed segments by plain operations, in the type of what comes in."""
+    out = torch.zeros_like(q)
+    for span in spans:
+        rows = slice(span.start, span.start + span.length)
+        keys, values = (gather(x, span).repeat_interleave(len(q) // len(k), 0) for x in (k, v))
+        hidden = Segments(spans).invisible(span.length, span.keys, window, q.device)
+        weights = torch.softmax((q[:, rows] @ keys.transpose(1, 2) * 0.2).masked_fill(hidden, float("-inf")), -1)
+        out = torch.index_copy(out, 1, torch.arange(rows.start, rows.stop), weights @ values)
+    return out
+
+
+TREES = [
+    ((Span(0, 2),), 0),
+    ((Span(0, 17), Span(18, 5, ((3, 4),))), 3),  # tokens of no span, and a window that cuts
+    ((Span(0, 120), Span(120, 70, ((0, 120),)), Span(190, 33, ((0, 120), (120, 70))), Span(223, 130)), 0),
+    ((Span(0, 200), Span(200, 40, ((0, 200),))), 77),
+]
+
+
+@pytest.mark.parametrize(("spans", "window"), TREES)
+@pytest.mark.parametrize(("heads", "kv", "width"), [(9, 3, 64), (4, 1, 256), (4, 4, 24), (3, 1, 16), (40, 1, 16)])
+def test_attention_of_packed_segments(heads: int, kv: int, width: int, spans: tuple[Span, ...], window: int) -> None:
+    tokens = spans[-1].start + spans[-1].length + 2
+    q, k, v, grad = (numbers(tokens, h, width, seed=s).transpose(0, 1) for s, h in enumerate((heads, kv, kv, heads)))
+    wide = [x.double().requires_grad_() for x in (q, k, v)]
+    wanted = packed(*wide, spans, window)
+    wanted.backward(grad.double())
+    for x in (q, k, v):
+        x.requires_grad_()
+    found = CpuSegmentAttention.apply(q, k, v, 0.2, Segments(spans), window)
+    found.backward(grad)
+    for own, other in [(found, wanted), *((x.grad, y.grad) for x, y in zip((q, k, v), wide, strict=True))]:
+        apart = (own.double() - other).norm() / other.norm()
+        assert apart < 2**-8, apart  # weights, slopes and results are rounded once each
+    again = CpuSegmentAttention.apply(q, k, v, 0.2, Segments(spans), window)
+    first = [x.grad.clone() for x in (q, k, v)]
+    for x in (q, k, v):
+        x.grad = None
+    again.backward(grad)
+    assert torch.equal(again, found)
+    assert all(torch.equal(x.grad, y) for x, y in zip((q, k, v), first, strict=True))
+
+
+@pytest.mark.parametrize("window", [0, 70])
+@pytest.mark.parametrize(("heads", "kv", "width"), [(9, 3, 64), (4, 1, 256), (4, 4, 24)])
+def test_a_token_attends_the_same_in_a_batch_in_a_tree_and_over_the_cache(
+    heads: int, kv: int, width: int, window: int
+) -> None:  # fmt: skip
+    q, k, v = (numbers(128, h, width, seed=s).transpose(0, 1) for s, h in enumerate((heads, kv, kv)))
+    whole = compiled.segments(q, k, v, compiled.SpanTable([[(0, 128)]]), 0.3, window)
+    tree = compiled.segments(
+        q, k, v, compiled.SpanTable([[(0, 50)], [(0, 50), (50, 11)], [(0, 50), (50, 11), (61, 67)]]), 0.3, window
+    )
+    assert torch.equal(tree, whole)
+    keys, values = (numbers(2, 3, kv, 64, width, seed=s) for s in (3, 4))
+    out = torch.zeros(128, heads, width, dtype=torch.bfloat16)
+    for token in range(128):
+        where = torch.tensor([1]), torch.tensor([token]), torch.tensor([token])
+        compiled.attend(q, k, v, keys, values, where, 0.3, window, out)
+    assert torch.equal(out.transpose(0, 1), whole)
+
+
 @pytest.mark.parametrize("outputs", [1, 63, 64, 200])
 @pytest.mark.parametrize("inputs", [9, 576])
 def test_adapters_by_slot(inputs: int, outputs: int) -> None:
@@ -150,6 +245,7 @@ ANSWERS = """
 import json, torch
 from posttrain.generate.engine import Engine, Request, SamplingSettings
 from posttrain.models import compiled
+from posttrain.models.attention_cpu import CpuSegmentAttention, gather
 from posttrain.models.load import load_base
 from posttrain.models.lora import LoraSettings
 from posttrain.models.segments import Segments, Span
@@ -196,8 +292,8 @@ def test_mixed_adapters_answer_as_they_were_trained_with_a_compiler_and_without(
         for own, wanted in zip(logprobs, trainer, strict=True):
             torch.testing.assert_close(torch.tensor(own), torch.tensor(wanted), rtol=0, atol=0.1)
     ids, plain = found[0][1], found[1][1]
-    same = sum(a == b for a, b in zip(ids, plain, strict=True))
-    assert same >= 12, f"{same} of {len(ids)}"  # one rounding may turn a draw
+    same = sum(a[0] == b[0] for a, b in zip(ids, plain, strict=True))
+    assert same >= 15, f"{same} of {len(ids)}"  # one rounding may turn a draw, and all after it
     assert found[1][1:] == found[2][1:]
 
 
@@ -241,4 +337,4 @@ def test_the_sampler_of_a_tiny_model_is_the_trainer() -> None:
             wanted = base.logprobs(hidden[len(prompt) - 1 : -1], ids[len(prompt) :], "base")
         apart += (wanted - torch.tensor(rollout.model_logprobs)).abs().tolist()
     assert len(apart) > 90
-    assert max(apart) < 1e-6
+    assert max(apart) < 1e-6  # the last place of a logarithm

@@ -13,7 +13,6 @@ Left out: paging of the cache. A row's room is set by its longest possible lengt
 
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -26,7 +25,6 @@ from posttrain.generate.sampling import Draw, check_settings, choose_tokens, dra
 from posttrain.generate.sampling import SamplingSettings as SamplingSettings  # callers need no other module
 from posttrain.generate.steady import SteadyDecoder
 from posttrain.generate.waiting import FairQueue
-from posttrain.models.compiled import quick
 from posttrain.models.decoding import bytes_per_token
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter
@@ -292,7 +290,7 @@ class Engine:
     def _forward(self, work: Work) -> Tensor:
         """Hidden states [T, D] of a step's forward."""
         tokens = TokenAdapters(work.runs, self._narrow, self.base.device)
-        with self.base.adapters.use_tokens(tokens), quick() if self._serving else nullcontext():
+        with self.base.adapters.use_tokens(tokens):
             return self.base.forward(work.ids_T, work.positions_T, work.segments)
 
     def _next_logits(self, hidden_TD: Tensor, work: Work) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from posttrain.models import compiled
 from posttrain.models.segments import Segments, Span
 
 # Queries of one block: large enough for the products, small enough that little of the masked half is computed.
@@ -38,7 +39,12 @@ class CpuSegmentAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments, window: int) -> Tensor:
-        """One block after the other."""
+        """One block after the other; in bfloat16 by the compiled function, where there is one."""
+        ctx.scale, ctx.segments, ctx.window = scale, segments, window
+        if compiled.able(q):
+            q, k, v = _dense(q), _dense(k), _dense(v)
+            ctx.save_for_backward(q, k, v)
+            return compiled.segments(q, k, v, _table(segments), scale, window)
         folded, groups = _fold(q, k), len(q) // len(k)
         out = torch.zeros_like(folded)
         kept: list[Tensor] = []
@@ -51,13 +57,15 @@ class CpuSegmentAttention(torch.autograd.Function):
                 if any(ctx.needs_input_grad) and span.keys <= KEPT_KEYS:
                     kept.append(weights)
         ctx.save_for_backward(folded, k, v, *kept)
-        ctx.scale, ctx.segments, ctx.window = scale, segments, window
         return _unfold(out, q)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """Gradients of queries, keys and values; those of keys and values are summed in float32."""
         folded, k, v, *kept = ctx.saved_tensors
+        if compiled.able(k):
+            table, grad = _table(ctx.segments), _dense(grads[0])
+            return *compiled.segments_backward(folded, k, v, grad, table, ctx.scale, ctx.window), None, None, None
         groups = folded.shape[1] // k.shape[1]
         folded_grad, grad_q = _fold(grads[0], k), torch.zeros_like(folded)
         grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
@@ -80,6 +88,18 @@ class CpuSegmentAttention(torch.autograd.Function):
             _scatter(grad_k, sum_k, span)
             _scatter(grad_v, sum_v, span)
         return _unfold(grad_q, grads[0]), grad_k, grad_v, None, None, None
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _table(segments: Segments) -> compiled.SpanTable:
+    """Made once a batch, and kept for the other layers."""
+    if segments.native is None:
+        segments.native = compiled.SpanTable([pieces(span) for span in segments.spans])
+    table: compiled.SpanTable = segments.native
+    return table
 
 
 def pieces(span: Span) -> tuple[tuple[int, int], ...]:

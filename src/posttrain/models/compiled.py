@@ -1,14 +1,15 @@
-"""The small work of a decoding step in C (`decoding.c`), compiled at its first use by the C compiler of the machine.
+"""Attention, and the chains of small operations beside the large products, in C (`native/`), compiled at their first use by
+the C compiler of the machine.
 
-A decoding step has some thirty small operations a layer beside its large products. By the library's functions each costs
-microseconds before it begins; compiled, attention over the cache is one call, low-rank products of many adapters are two, a
-norm is one. The result lies in the cache folder, where only its owner writes, under a hash of the source, the compiler and the
-processor. Without a compiler, on another system, in another dtype, or with POSTTRAIN_COMPILE=0, the plain operations do all of
-it, slower.
+A layer has some thirty small operations beside its large products. By the library's functions each costs microseconds before
+it begins, and reads and writes its whole tensor; compiled, attention is one call each way, a norm is one, a gate is one. The
+result lies in the cache folder, where only its owner writes, under a hash of the sources, the compiler and the processor.
+Without a compiler, on another system, in another dtype, or with POSTTRAIN_COMPILE=0, the plain operations do all of it, slower.
 
-A policy that is trained on its samples should sample from what is trained, to the last bit where that can be had: attention and
-rotations round where the library's operations do. Norms, gates and the products of few rows add up in another order, and
-one last bit changes all that comes after it by as much as bfloat16 does; only engines that serve use them.
+A policy that is trained on its samples should sample from what is trained, to the last bit where that can be had: one last bit
+changes all that comes after it by as much as bfloat16 does. So training and decoding use the same functions, and what each of
+them gives for a row does not depend on the rows beside it. Only the products of few rows add up in another order; engines that
+serve use them.
 
 T: tokens, H: query heads, K: key/value heads, D: width, R: rank, n: slots, C: columns of several layers' A.
 """
@@ -22,9 +23,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,31 +32,18 @@ from torch import Tensor
 
 from posttrain.models.source import cache_folder
 
-SOURCE = Path(__file__).with_name("decoding.c")
-# Sums may be taken in any order, or no loop would be turned into vector instructions. What is not finite keeps its meaning.
+NATIVE = Path(__file__).with_name("native")
 FLAGS = (
-    "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math",
-    "-fno-signed-zeros", *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []),
+    "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
+    *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []),
 )  # fmt: skip
+# Sums may be taken in any order, or no loop would be turned into vector instructions. What is not finite keeps its meaning.
+ANY_ORDER = "-fassociative-math"
+# Those of attention are written as vectors, and their order is promised.
+SOURCES = {"segments": (), "cache": (), "chains": (ANY_ORDER,), "lowrank": (ANY_ORDER,)}
 SECONDS = 60
 # Rows whose products read each weight once.
 FEW_ROWS = 2
-_state = threading.local()
-
-
-@contextmanager
-def quick() -> Iterator[None]:
-    """Within it this thread's forward may be rounded in other places than the trainer's: norms and gates are compiled ones."""
-    before, _state.on = getattr(_state, "on", False), True
-    try:
-        yield
-    finally:
-        _state.on = before
-
-
-def takes(x: Tensor) -> bool:
-    """Whether a norm or gate of this is compiled: while `quick`, where it can be."""
-    return getattr(_state, "on", False) and able(x)
 
 
 def able(x: Tensor) -> bool:
@@ -80,7 +66,7 @@ def library() -> ctypes.CDLL | None:
     if compiler is None or os.environ.get("POSTTRAIN_COMPILE") == "0" or platform.system() != "Linux":
         return None
     try:
-        found = _made(compiler, f"decoding-{_key(compiler)}.so")
+        found = _made(compiler, f"native-{_key(compiler)}.so")
         return found if _works(found) else None
     except (OSError, subprocess.SubprocessError):
         return None
@@ -93,7 +79,10 @@ def _made(compiler: str, name: str) -> ctypes.CDLL:
         return ctypes.CDLL(str(folder / name))
     with tempfile.TemporaryDirectory(dir=folder) as work:
         made = Path(work) / name
-        _run([compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"])
+        objects = [str(Path(work) / f"{source}.o") for source in SOURCES]
+        for (source, flags), into in zip(SOURCES.items(), objects, strict=True):
+            _run([compiler, *FLAGS, *flags, "-c", str(NATIVE / f"{source}.c"), "-o", into])
+        _run([compiler, *FLAGS, "-shared", *objects, "-o", str(made), "-lm"])
         found = ctypes.CDLL(str(made))
         if folder is not None:
             os.replace(made, folder / name)
@@ -116,7 +105,8 @@ def _key(compiler: str) -> str:
     """What the machine code depends on."""
     # `native` is what the compiler makes of this processor.
     target = _run([compiler, *FLAGS, "-###", "-E", "-x", "c", os.devnull])
-    return hashlib.sha256(SOURCE.read_bytes() + target).hexdigest()[:24]
+    sources = b"".join(path.read_bytes() for path in sorted(NATIVE.glob("*.[ch]")))
+    return hashlib.sha256(sources + repr(SOURCES).encode() + target).hexdigest()[:24]
 
 
 def _run(command: Sequence[str]) -> bytes:
@@ -161,21 +151,29 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return y
 
 
+def rms_norm_backward(x: Tensor, weight_D: Tensor, eps: float, grad: Tensor) -> Tensor:
+    """The gradient of `rms_norm` with respect to x."""
+    x, grad, width = x.contiguous(), grad.contiguous(), x.shape[-1]
+    dx, rows = torch.empty_like(x), x.numel() // width
+    _call().rms_norm_backward(_at(x), _at(weight_D), _at(grad), _n(rows), _n(width), ctypes.c_float(eps), _at(dx))
+    return dx
+
+
 def rotate(x_HTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     """Rotary position embedding by halves, x cos + (-x_2, x_1) sin; the last dimension of all is dense."""
-    heads, tokens, width = x_HTD.shape
-    out = torch.empty((heads, tokens, width), dtype=x_HTD.dtype)
-    _call().rotate(
-        _at(x_HTD),
-        _n(x_HTD.stride(0)),
-        _n(x_HTD.stride(1)),
-        _at(cos_TD),
-        _at(sin_TD),
-        _n(heads),
-        _n(tokens),
-        _n(width),
-        _at(out),
-    )
+    return _turned("rotate", x_HTD, cos_TD, sin_TD, torch.empty(x_HTD.shape, dtype=x_HTD.dtype))
+
+
+def rotate_backward(grad_HTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    """The gradient of `rotate` [H, T, D], in memory token by token."""
+    heads, tokens, width = grad_HTD.shape
+    out_THD = torch.empty((tokens, heads, width), dtype=grad_HTD.dtype)
+    return _turned("rotate_backward", grad_HTD, cos_TD, sin_TD, out_THD).transpose(0, 1)
+
+
+def _turned(name: str, x_HTD: Tensor, cos_TD: Tensor, sin_TD: Tensor, out: Tensor) -> Tensor:
+    strides, sizes = map(_n, x_HTD.stride()[:2]), map(_n, x_HTD.shape)
+    getattr(_call(), name)(_at(x_HTD), *strides, _at(cos_TD), _at(sin_TD), *sizes, _at(out))
     return out
 
 
@@ -185,6 +183,52 @@ def gated(gate: Tensor, up: Tensor, *, gelu: bool) -> Tensor:
     y = torch.empty_like(gate)
     _call().gated(_at(gate), _at(up), _n(gate.numel()), _n(gelu), _at(y))
     return y
+
+
+def gated_backward(gate: Tensor, up: Tensor, grad: Tensor, *, gelu: bool) -> tuple[Tensor, Tensor]:
+    """The gradients of `gated` with respect to gate and up."""
+    gate, up, grad = gate.contiguous(), up.contiguous(), grad.contiguous()
+    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+    _call().gated_backward(_at(gate), _at(up), _at(grad), _n(gate.numel()), _n(gelu), _at(d_gate), _at(d_up))
+    return d_gate, d_up
+
+
+class SpanTable:
+    """Spans of a packed batch as the compiled attention reads them: start, length, and where their pieces (start and length of
+    every ancestor, then of the span itself) begin and end."""
+
+    def __init__(self, pieces: Sequence[Sequence[tuple[int, int]]]) -> None:
+        ends = torch.tensor([len(own) for own in pieces]).cumsum(0).tolist()
+        rows = [(*own[-1], end - len(own), end) for own, end in zip(pieces, ends, strict=True)]
+        self.count, self.spans = len(rows), torch.tensor(rows, dtype=torch.int64)
+        self.pieces = torch.tensor([piece for own in pieces for piece in own], dtype=torch.int64)
+
+
+def segments(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, table: SpanTable, scale: float, window: int) -> Tensor:
+    """softmax(scale Q K) V of every span [H, T, D], in memory token by token; tokens of no span give zeros."""
+    heads, tokens, width = q_HTD.shape
+    out_THD = torch.zeros((tokens, heads, width), dtype=q_HTD.dtype)
+    sizes = _sizes(q_HTD, k_KTD, v_KTD, q_HTD, table, window)
+    found = map(_at, (table.spans, table.pieces, q_HTD, k_KTD, v_KTD))
+    _look(_call().segments(sizes, *found, ctypes.c_float(scale), _at(out_THD)))
+    return out_THD.transpose(0, 1)
+
+
+def segments_backward(
+    q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, grad_HTD: Tensor, table: SpanTable, scale: float, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `segments` with respect to q, k and v, in memory token by token."""
+    dq, dk, dv = (torch.zeros((x.shape[1], x.shape[0], x.shape[2]), dtype=x.dtype) for x in (q_HTD, k_KTD, v_KTD))
+    sizes = _sizes(q_HTD, k_KTD, v_KTD, grad_HTD, table, window)
+    found = map(_at, (table.spans, table.pieces, q_HTD, k_KTD, v_KTD, grad_HTD))
+    _look(_call().segments_backward(sizes, *found, ctypes.c_float(scale), *map(_at, (dq, dk, dv))))
+    return dq.transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1)
+
+
+def _sizes(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, table: SpanTable, window: int) -> Any:
+    strides = [stride for x in (q, k, v, grad) for stride in x.stride()[:2]]
+    sizes = (table.count, q.shape[1], k.shape[1], len(k), len(q) // len(k), q.shape[2], window, *strides)
+    return (_n * len(sizes))(*sizes)
 
 
 def attend(
@@ -238,7 +282,7 @@ def expand(p_TC: Tensor, b: Tensor, groups: Groups, first: int, y_TO: Tensor) ->
 
 def _look(failed: int) -> None:
     if failed:
-        raise MemoryError("no memory for a decoding step")
+        raise MemoryError("no memory for attention or a decoding step")
 
 
 def _call() -> Any:

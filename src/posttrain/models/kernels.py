@@ -1,5 +1,5 @@
 """Puts compiled chains in the places of a model's own code: those of `models/fused.py` on a GPU, and those of
-`models/compiled.py` in decoding on a CPU.
+`models/compiled.py` on a CPU, in bfloat16.
 
 Gated MLPs and rotary embeddings are recognised by what they compute: where a small probe gives another result, the model's own
 code stays. A GPU step of Qwen3-0.6B spends a fifth of its time in these chains when each operation runs by itself.
@@ -23,7 +23,7 @@ _replaced: set[str] = set()
 
 
 class GatedMlp(nn.Module):
-    """down(act(gate(x)) * up(x)) with the model's own layers, under their own names; a CPU trains by its own operations."""
+    """down(act(gate(x)) * up(x)) with the model's own layers, under their own names."""
 
     def __init__(self, mlp: Any, gated: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -39,10 +39,42 @@ class GatedMlp(nn.Module):
     def _gate(self, gate: Tensor, up: Tensor) -> Tensor:
         if gate.is_cuda:
             return self._gated(gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])).view_as(gate)
-        if compiled.takes(gate):
-            return compiled.gated(gate, up, gelu=self._gated is gated_gelu)
+        if compiled.able(gate):
+            return _Gate.apply(gate, up, self._gated is gated_gelu)  # type: ignore[no-any-return, no-untyped-call]
         own: Tensor = self.act_fn(gate) * up
         return own
+
+
+class _Gate(torch.autograd.Function):
+    """act(gate) up on a CPU; keeps both factors."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.gelu = gelu
+        return compiled.gated(gate, up, gelu=gelu)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        gate, up = ctx.saved_tensors
+        return *compiled.gated_backward(gate, up, grads[0], gelu=ctx.gelu), None
+
+
+class _Rotation(torch.autograd.Function):
+    """x [H, T, D] turned on a CPU; keeps the angles."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_TD, sin_TD)
+        return compiled.rotate(_dense(x), cos_TD, sin_TD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return compiled.rotate_backward(_dense(grads[0]), *ctx.saved_tensors), None, None
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @torch.no_grad()
@@ -78,7 +110,7 @@ def _gate_of(mlp: Any) -> Callable[..., Tensor] | None:
 
 @torch.no_grad()
 def replace_rotary(model: nn.Module) -> bool:
-    """Let the attention layers of a model's architecture rotate by one kernel on a GPU, and in decoding on a CPU.
+    """Let the attention layers of a model's architecture rotate by one kernel, on a GPU and on a CPU.
 
     Their rotation is a function of the module that defines them, so it is replaced there, once.
     """
@@ -113,8 +145,9 @@ def _fast(own: Callable[..., Any]) -> Callable[..., Any]:
         if len(q) == 1 and unsqueeze_dim == 1 and cos.shape[-1] == q.shape[-1]:
             if q.is_cuda:
                 return _rotated(q, cos, sin), _rotated(k, cos, sin)
-            if not torch.is_grad_enabled() and compiled.able(q) and q.stride(-1) == k.stride(-1) == 1 and cos.dtype == q.dtype:
-                return tuple(compiled.rotate(x[0], cos[0].contiguous(), sin[0].contiguous())[None] for x in (q, k))
+            if compiled.able(q) and cos.dtype == q.dtype:
+                angles = cos[0].contiguous(), sin[0].contiguous()
+                return tuple(_Rotation.apply(x[0], *angles)[None] for x in (q, k))  # type: ignore[no-untyped-call]
         return own(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
 
     return apply

@@ -33,6 +33,8 @@ class Segments:
         self._invisible: dict[tuple[int, int, int], Tensor] = {}
         # The GPU kernel's table, made at the first use and kept for the other layers.
         self.varlen: Any = None
+        # The table of the compiled attention on a CPU, likewise.
+        self.native: Any = None
 
     def invisible(self, length: int, keys: int, window: int, device: torch.device) -> Tensor:
         """Which of `keys` keys each of the last `length` of their tokens must not see [L, S]; made once a batch and shape."""

@@ -1,0 +1,138 @@
+/* Chains of small operations in one pass each way: norms, rotations, gates. */
+#include "vectors.h"
+
+/* y = x w / sqrt(mean x^2 + eps). */
+void rms_norm(const bf16 *x, const float *weight, int64_t rows, int64_t width, float eps, bf16 *y) {
+#pragma omp parallel for schedule(static) if (rows * width > WORTH_THREADS)
+    for (int64_t t = 0; t < rows; t++) {
+        const bf16 *in = x + t * width;
+        bf16 *out = y + t * width;
+        float sum = 0.0f;
+        for (int64_t d = 0; d < width; d++) sum += wide(in[d]) * wide(in[d]);
+        float root = 1.0f / sqrtf(sum / (float)width + eps);
+        for (int64_t d = 0; d < width; d++) out[d] = narrow(wide(in[d]) * root * weight[d]);
+    }
+}
+
+/* dx = r (g w - x r^2 mean(g w x)),  r = 1 / sqrt(mean x^2 + eps). */
+void rms_norm_backward(
+    const bf16 *x, const float *weight, const bf16 *grad, int64_t rows, int64_t width, float eps, bf16 *dx
+) {
+#pragma omp parallel for schedule(static) if (rows * width > WORTH_THREADS)
+    for (int64_t t = 0; t < rows; t++) {
+        const bf16 *in = x + t * width, *g = grad + t * width;
+        bf16 *out = dx + t * width;
+        float sum = 0.0f, along = 0.0f;
+        for (int64_t d = 0; d < width; d++) {
+            sum += wide(in[d]) * wide(in[d]);
+            along += wide(g[d]) * weight[d] * wide(in[d]);
+        }
+        float root = 1.0f / sqrtf(sum / (float)width + eps);
+        float back = root * root * along / (float)width;
+        for (int64_t d = 0; d < width; d++) out[d] = narrow(root * (wide(g[d]) * weight[d] - wide(in[d]) * back));
+    }
+}
+
+/* Sixteen bfloat16 as float32. */
+ALWAYS vec widened(const bf16 *from) { return (vec)(load_halves(from) << 16); }
+
+ALWAYS vec rounded_all(vec x) { return (vec)(narrowed(x) << 16); }
+
+/* Heads [H, T, D], with strides, turned by cos and sin [T, D] into out [H, T, D]: x cos + (-x_2, x_1) sin, rounded where the
+ * library's operations round. */
+void rotate(
+    const bf16 *x, int64_t x_head, int64_t x_token, const bf16 *cosine, const bf16 *sine, int64_t heads, int64_t tokens,
+    int64_t width, bf16 *out
+) {
+    int64_t half = width / 2;
+#pragma omp parallel for schedule(static) if (heads * tokens * width > WORTH_THREADS)
+    for (int64_t i = 0; i < heads * tokens; i++) {
+        int64_t head = i / tokens, token = i % tokens;
+        const bf16 *restrict in = x + head * x_head + token * x_token, *c = cosine + token * width, *s = sine + token * width;
+        bf16 *restrict to = out + i * width;
+        int64_t d = 0;
+        for (; d + LANES <= half; d += LANES) {
+            vec left = widened(in + d), right = widened(in + d + half);
+            vec first = rounded_all(left * widened(c + d)) - rounded_all(right * widened(s + d));
+            vec second = rounded_all(right * widened(c + d + half)) + rounded_all(left * widened(s + d + half));
+            store_halves(to + d, narrowed(first));
+            store_halves(to + d + half, narrowed(second));
+        }
+        for (; d < half; d++) {
+            to[d] = narrow(rounded(wide(in[d]) * wide(c[d])) - rounded(wide(in[d + half]) * wide(s[d])));
+            to[d + half] = narrow(rounded(wide(in[d + half]) * wide(c[d + half])) + rounded(wide(in[d]) * wide(s[d + half])));
+        }
+    }
+}
+
+/* The gradient of `rotate`: g [H, T, D] with strides into out [T, H, D]. */
+void rotate_backward(
+    const bf16 *grad, int64_t g_head, int64_t g_token, const bf16 *cosine, const bf16 *sine, int64_t heads, int64_t tokens,
+    int64_t width, bf16 *out
+) {
+    int64_t half = width / 2;
+#pragma omp parallel for schedule(static) if (heads * tokens * width > WORTH_THREADS)
+    for (int64_t i = 0; i < heads * tokens; i++) {
+        int64_t token = i / heads, head = i % heads;
+        const bf16 *restrict g = grad + head * g_head + token * g_token, *c = cosine + token * width, *s = sine + token * width;
+        bf16 *restrict to = out + i * width;
+        int64_t d = 0;
+        for (; d + LANES <= half; d += LANES) {
+            vec left = widened(g + d), right = widened(g + d + half);
+            store_halves(to + d, narrowed(left * widened(c + d) + right * widened(s + d + half)));
+            store_halves(to + d + half, narrowed(right * widened(c + d + half) - left * widened(s + d)));
+        }
+        for (; d < half; d++) {
+            to[d] = narrow(wide(g[d]) * wide(c[d]) + wide(g[d + half]) * wide(s[d + half]));
+            to[d + half] = narrow(wide(g[d + half]) * wide(c[d + half]) - wide(g[d]) * wide(s[d]));
+        }
+    }
+}
+
+/* 1 / (1 + e^-z); a gelu by its tanh form is x sigmoid(2 z). */
+ALWAYS vec sigmoid(vec z) {
+    vec e = exponentials(choose(z < 0.0f, z, -z));
+    return choose(z < 0.0f, e, (vec){0} + 1.0f) / (e + 1.0f);
+}
+
+ALWAYS vec gate_of(vec x, int64_t gelu) { return sigmoid(gelu ? 1.59576912f * (x + 0.044715f * x * x * x) : x); }
+
+ALWAYS void gate_sixteen(const bf16 *gate, const bf16 *up, int64_t gelu, bf16 *y) {
+    vec x = widened(gate);
+    store_halves(y, narrowed(rounded_all(x * gate_of(x, gelu)) * widened(up)));
+}
+
+ALWAYS void gate_sixteen_back(const bf16 *gate, const bf16 *up, const bf16 *grad, int64_t gelu, bf16 *d_gate, bf16 *d_up) {
+    vec x = widened(gate), g = widened(grad), s = gate_of(x, gelu), slope = x * s * (1.0f - s);
+    if (gelu) slope *= 1.59576912f * (1.0f + 0.134145f * x * x);
+    store_halves(d_up, narrowed(g * x * s));
+    store_halves(d_gate, narrowed(g * widened(up) * (s + slope)));
+}
+
+/* y = gate's activation times up: silu (gelu = 0), or gelu. */
+void gated(const bf16 *gate, const bf16 *up, int64_t count, int64_t gelu, bf16 *y) {
+    int64_t whole = DOWN(count), rest = count - whole;
+#pragma omp parallel for schedule(static) if (count > WORTH_THREADS)
+    for (int64_t i = 0; i < whole; i += LANES) gate_sixteen(gate + i, up + i, gelu, y + i);
+    bf16 last[3][LANES] = {{0}};
+    memcpy(last[0], gate + whole, rest * sizeof(bf16));
+    memcpy(last[1], up + whole, rest * sizeof(bf16));
+    gate_sixteen(last[0], last[1], gelu, last[2]);
+    memcpy(y + whole, last[2], rest * sizeof(bf16));
+}
+
+/* Gradients of both factors of `gated`. */
+void gated_backward(
+    const bf16 *gate, const bf16 *up, const bf16 *grad, int64_t count, int64_t gelu, bf16 *d_gate, bf16 *d_up
+) {
+    int64_t whole = DOWN(count), rest = count - whole;
+#pragma omp parallel for schedule(static) if (count > WORTH_THREADS)
+    for (int64_t i = 0; i < whole; i += LANES) gate_sixteen_back(gate + i, up + i, grad + i, gelu, d_gate + i, d_up + i);
+    bf16 last[5][LANES] = {{0}};
+    memcpy(last[0], gate + whole, rest * sizeof(bf16));
+    memcpy(last[1], up + whole, rest * sizeof(bf16));
+    memcpy(last[2], grad + whole, rest * sizeof(bf16));
+    gate_sixteen_back(last[0], last[1], last[2], gelu, last[3], last[4]);
+    memcpy(d_gate + whole, last[3], rest * sizeof(bf16));
+    memcpy(d_up + whole, last[4], rest * sizeof(bf16));
+}
