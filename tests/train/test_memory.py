@@ -42,10 +42,11 @@ def test_activations_grow_with_what_is_computed_at_once(base: BaseModel, tmp_pat
     assert found[1] * MIB > 64 * 64 * 4 * 2 * 4, "tokens, width, bytes, layers, tensors a layer"
 
 
-def test_nothing_that_is_counted_stays_in_memory(base: BaseModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_nothing_that_is_counted_stays_in_memory(recompute: bool, base: BaseModel, tmp_path: Path) -> None:
     import gc
 
-    run_ppo(base, tmp_path / "ppo", iterations=1)
+    run_ppo(base, tmp_path / "ppo", iterations=1, recompute=recompute)
     gc.collect()
     big = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.grad_fn is not None]
     assert big == []

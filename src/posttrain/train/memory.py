@@ -1,10 +1,12 @@
-"""What a ppo stage holds in memory, by parts and in MiB. Counted and not measured: a resumed stage logs the very same numbers.
+"""What a ppo stage holds in memory, by parts and in MiB. Counted and not measured: a resumed stage logs the very same
+numbers.
 
     base         the weights of the model, once for all roles
     adapters     of policy, reference, init, reward models, gold and value function, with their heads
     optimiser    gradients and AdamW's two moments of what is trained
     cache        room for keys and values of the completions that are sampled at once
-    activations  what the step's largest forward keeps for its backward
+    activations  what the step's largest forward keeps for its backward; with `recompute` the inputs of the layers and what lies
+                 outside of them, beside which the backward holds the inside of one layer after the other
 
 Where it stands: rows of metrics.jsonl, and the report. Left out: what the program, its libraries and the data take, products
 on their way, and with full weights the copy of the policy while another role has its place.
@@ -50,8 +52,8 @@ def cache(base: BaseModel, prompts: Sequence[Sequence[int]], stage: PpoStage) ->
 class Kept:
     """The largest sum of bytes that one of the forwards inside of `counted` kept for its backward."""
 
-    def __init__(self, roles: Roles) -> None:
-        self.base, self.largest = roles.base, 0.0
+    def __init__(self, base: BaseModel) -> None:
+        self.base, self.largest = base, 0.0
 
     @contextmanager
     def counted(self) -> Iterator[None]:
