@@ -12,6 +12,7 @@ Where it stands: rows of metrics.jsonl, and the report. Left out: what the progr
 on their way, and with full weights the copy of the policy while another role has its place.
 """
 
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -64,17 +65,17 @@ class Kept:
             self.largest = max(self.largest, (torch.cuda.memory_allocated(self.base.device) - before) / MIB)
             return
         weights = {p.untyped_storage().data_ptr() for p in self.base.model.parameters()}
-        kept: dict[int, int] = {}
+        saved: list[weakref.ref[Tensor]] = []  # what is gone by the end of the forward was not kept
 
         def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if not tensor.is_leaf or not (tensor.requires_grad or storage.data_ptr() in weights):
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor.detach()
+            held = tensor.detach()
+            if not tensor.is_leaf or not (tensor.requires_grad or tensor.untyped_storage().data_ptr() in weights):
+                saved.append(weakref.ref(held))
+            return held
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             yield
-        self.largest = max(self.largest, sum(kept.values()) / MIB)
+        self.largest = max(self.largest, _mib(held for ref in saved if (held := ref()) is not None))
 
 
 def _mib(tensors: Iterable[Tensor]) -> float:
