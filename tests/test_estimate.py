@@ -119,6 +119,8 @@ UPDATES = {
     "a shared value function": (("ppo.value=shared",), 4, 4, 3),
     "no value function": (("ppo.estimator=rloo", "ppo.completions=2"), 4, 4, 3),
     "full weights": (("adapter.kind=full",), 6, 6, 3),
+    "a value function of its own, recomputed": (("base.recompute=true",), 6 + 6, 4, 4),
+    "full weights, recomputed": (("adapter.kind=full", "base.recompute=true"), 8, 6, 3),
 }
 
 
@@ -132,8 +134,8 @@ def test_a_ppo_stage_counts_what_is_trained_in_it(name: str):
     tokens, targets = ppo["tokens"], ppo["targets"]
     passes = 2 * (tokens * body_passes * BODY + targets * head_passes * HEAD)
     operations = tokens * 2 * (forwards + 1) * BODY + targets * 6 * HEAD + passes
-    a_token, a_target = (6 * BODY, 6 * HEAD) if name == "full weights" else (4 * BODY, 4 * HEAD)
-    expected = operations / (sft["tokens"] * a_token + sft["targets"] * a_target)
+    of_sft = body_passes / 2 if "of its own" in name else body_passes
+    expected = operations / (sft["tokens"] * of_sft * BODY + sft["targets"] * head_passes * HEAD)
     assert ppo["seconds"] / sft["seconds"] == pytest.approx(expected, rel=0.02)
 
 

@@ -125,7 +125,9 @@ def test_only_what_depends_on_a_changed_setting_is_made_again(capsys: pytest.Cap
     ):
         changed = plan_of(capsys, run, "--set", scored)
         assert [name for name, (status, _) in changed.items() if status == "due"] == [s for s in STEPS if "evaluate" in s]
-    for harmless in ("sft.checkpoint_every=7", "sft.checkpoint_minutes=1", "name=other", 'trackers=["tensorboard"]'):
+    for harmless in (
+        "sft.checkpoint_every=7", "sft.checkpoint_minutes=1", "name=other", 'trackers=["tensorboard"]', "base.recompute=true",
+    ):  # fmt: skip
         assert {status for status, _ in plan_of(capsys, run, "--set", harmless).values()} == {"done"}
     assert {status for status, _ in plan_of(capsys, run, "--set", "base.template=chatml").values()} == {"due"}
     assert {status for status, _ in plan_of(capsys, run, "--set", "seed=1").values()} == {"due"}

@@ -44,7 +44,7 @@ MISTAKES = [
     (
         'template = "gemma"',
         'tempalte = "gemma"',
-        '[base] · unknown setting "tempalte" · there is: model, template, dtype, device · did you mean "template"?',
+        '[base] · unknown setting "tempalte" · there is: model, template, dtype, device, recompute · did you mean "template"?',
     ),
     (
         'template = "gemma"',

@@ -3,7 +3,8 @@
 The data is rendered as training would render it; the model is only counted. The time is arithmetic over a speed that is
 measured here and now by a few matrix products:
 
-    training a token   6 P operations (forward 2 P, backward 4 P) less 2 P where the weights are frozen, P of the body
+    training a token   6 P operations (forward 2 P, backward 4 P) less 2 P where the weights are frozen, P of the body;
+                       2 P more where layers are computed again
     a target           4 V D with a frozen head (logits and their gradient), 6 V D with a trained one
     a decoded token    2 (P + V D)
 
@@ -103,6 +104,7 @@ def _training(plan: Plan, stage: Stage, chat: ChatFormat, body: int, head: int) 
     report = prepare_stage(stage, chat, seed=plan.recipe.seed, evaluation_prompts=plan.evaluation_prompts).report
     full = plan.recipe.adapter.kind == "full"
     a_token, a_target = (6 * body, 6 * head) if full else (4 * body, 4 * head)
+    a_token += 2 * body * plan.recipe.base.recompute
     if isinstance(stage, PpoStage):
         own_value = stage.estimator == "gae" and stage.value != "shared" and not full
         return _ppo(stage, report, body, head, trained=(a_token, a_target), own_value=own_value)
@@ -127,7 +129,7 @@ def _ppo(
     rows = stage.iterations * min(stage.prompts, report["train_rows"]) * stage.completions
     targets = rows * stage.max_new_tokens
     tokens = round(rows * report["tokens"] / report["train_rows"]) + targets
-    a_pass = tokens * (a_token + 4 * body * own_value) + targets * a_target
+    a_pass = tokens * a_token * (1 + own_value) + targets * a_target
     operations = tokens * 2.0 * (3 + own_value + models) * body + targets * 6 * head + stage.ppo_epochs * a_pass
     if "ptx" in report:  # as many rows as the passes see prompts
         seen = stage.ppo_epochs * rows / stage.completions / report["ptx"]["rows"]

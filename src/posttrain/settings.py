@@ -26,6 +26,9 @@ class Base(_Settings):
     """Type of the frozen weights; `auto` is bfloat16 where the processor multiplies it natively, else float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes a CUDA device where there is one."""
+    recompute: bool = False
+    """Whether training keeps of each layer its input alone, and computes the rest again in the backward: less memory, one more
+    forward a step. No result depends on it, so it may be changed between a stop and a resume."""
 
 
 class Adapter(_Settings):

@@ -8,7 +8,7 @@ from test_ppo import run_ppo
 from tiny_stages import rows_of
 
 from posttrain.models.load import BaseModel
-from posttrain.train.memory import MIB
+from posttrain.train.memory import MIB, Kept
 
 # Linear layers of the tiny model: 64 inputs and 64 or 32 outputs of attention, an MLP of 128; two layers of rank 4.
 INPUTS_OUTPUTS = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]
@@ -42,10 +42,22 @@ def test_activations_grow_with_what_is_computed_at_once(base: BaseModel, tmp_pat
     assert found[1] * MIB > 64 * 64 * 4 * 2 * 4, "tokens, width, bytes, layers, tensors a layer"
 
 
-def test_nothing_that_is_counted_stays_in_memory(base: BaseModel, tmp_path: Path) -> None:
+def test_what_a_forward_drops_again_is_not_counted(base: BaseModel) -> None:
+    """Its memory is given to something else, and the count would depend on to what."""
+    kept = Kept(base)
+    with kept.counted():
+        y = torch.ones(1000, requires_grad=True).mul(2).square()
+        for size in (3000, 2000):
+            torch.ones(size, requires_grad=True).mul(2).square()
+    assert kept.largest * MIB == 1000 * 4
+    y.sum().backward()  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_nothing_that_is_counted_stays_in_memory(recompute: bool, base: BaseModel, tmp_path: Path) -> None:
     import gc
 
-    run_ppo(base, tmp_path / "ppo", iterations=1)
+    run_ppo(base, tmp_path / "ppo", iterations=1, recompute=recompute)
     gc.collect()
     big = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.grad_fn is not None]
     assert big == []

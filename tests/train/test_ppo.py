@@ -32,13 +32,13 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def recipe_of(data: Path, *, dropout: float = 0.0, **stage: Any) -> Recipe:
+def recipe_of(data: Path, *, dropout: float = 0.0, recompute: bool = False, **stage: Any) -> Recipe:
     rm = {"kind": "reward", "name": "rm", "data": str(data), "epochs": 6, "batch": 8, "validation": 0.0, "learning_rate": 1e-3}
     sft = {"kind": "sft", "name": "sft", "data": str(data)}
     ppo = {"kind": "ppo", "name": "ppo", "reward": "rm", "data": str(data), **SMALL, **stage}
     stages = [rm, {**rm, "name": "rm2"}, sft, ppo]
-    adapter = {"rank": 4, "dropout": dropout}
-    return parse_recipe({"name": "t", "base": {"model": "random:tiny"}, "adapter": adapter, "stage": stages, "seed": 3})
+    adapter, base = {"rank": 4, "dropout": dropout}, {"model": "random:tiny", "recompute": recompute}
+    return parse_recipe({"name": "t", "base": base, "adapter": adapter, "stage": stages, "seed": 3})
 
 
 def random_adapter(base: BaseModel, name: str, *, seed: int = 1) -> LoraAdapter:

@@ -84,15 +84,17 @@ class StopAt:
 
 
 def run_stage(
-    base: BaseModel, folder: Path, kind: str, *, stop_at: int = 0, adapter: Any = None, seed: int = 3, **stage: Any
-) -> StageResult:
+    base: BaseModel, folder: Path, kind: str, *, stop_at: int = 0, adapter: Any = None, seed: int = 3, recompute: bool = False,
+    **stage: Any,
+) -> StageResult:  # fmt: skip
     """Train one stage in `folder`, from the base, resuming what is there. Raises Interrupted when stopped."""
     adapter = {"rank": 4, **(adapter or {})}
     if adapter.get("kind") == "full":
         reload_base(base)
     own_seed = {"seed": stage.pop("own_seed")} if "own_seed" in stage else {}
     raw = {"kind": kind, "name": kind, "batch": 4, "learning_rate": 1e-3, **stage, **own_seed}
-    recipe = parse_recipe({"name": "t", "base": {"model": "random:tiny"}, "adapter": adapter, "stage": [raw], "seed": seed})
+    base_settings = {"model": "random:tiny", "recompute": recompute}
+    recipe = parse_recipe({"name": "t", "base": base_settings, "adapter": adapter, "stage": [raw], "seed": seed})
     folder.mkdir(parents=True, exist_ok=True)
     stopper = StopAt(stop_at)
     context = StageContext(base, Policies(base, folder.parent), recipe, folder, stopper.stop, (stopper,))

@@ -1,15 +1,18 @@
-"""What a ppo stage holds in memory, by parts and in MiB. Counted and not measured: a resumed stage logs the very same numbers.
+"""What a ppo stage holds in memory, by parts and in MiB. Counted and not measured: a resumed stage logs the very same
+numbers.
 
     base         the weights of the model, once for all roles
     adapters     of policy, reference, init, reward models, gold and value function, with their heads
     optimiser    gradients and AdamW's two moments of what is trained
     cache        room for keys and values of the completions that are sampled at once
-    activations  what the step's largest forward keeps for its backward
+    activations  what the step's largest forward keeps for its backward; with `recompute` the inputs of the layers and what lies
+                 outside of them, beside which the backward holds the inside of one layer after the other
 
 Where it stands: rows of metrics.jsonl, and the report. Left out: what the program, its libraries and the data take, products
 on their way, and with full weights the copy of the policy while another role has its place.
 """
 
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -50,8 +53,8 @@ def cache(base: BaseModel, prompts: Sequence[Sequence[int]], stage: PpoStage) ->
 class Kept:
     """The largest sum of bytes that one of the forwards inside of `counted` kept for its backward."""
 
-    def __init__(self, roles: Roles) -> None:
-        self.base, self.largest = roles.base, 0.0
+    def __init__(self, base: BaseModel) -> None:
+        self.base, self.largest = base, 0.0
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -62,17 +65,17 @@ class Kept:
             self.largest = max(self.largest, (torch.cuda.memory_allocated(self.base.device) - before) / MIB)
             return
         weights = {p.untyped_storage().data_ptr() for p in self.base.model.parameters()}
-        kept: dict[int, int] = {}
+        saved: list[weakref.ref[Tensor]] = []  # what is gone by the end of the forward was not kept
 
         def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if not tensor.is_leaf or not (tensor.requires_grad or storage.data_ptr() in weights):
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor.detach()
+            held = tensor.detach()
+            if not tensor.is_leaf or not (tensor.requires_grad or tensor.untyped_storage().data_ptr() in weights):
+                saved.append(weakref.ref(held))
+            return held
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             yield
-        self.largest = max(self.largest, sum(kept.values()) / MIB)
+        self.largest = max(self.largest, _mib(held for ref in saved if (held := ref()) is not None))
 
 
 def _mib(tensors: Iterable[Tensor]) -> float:

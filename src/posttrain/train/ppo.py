@@ -91,7 +91,7 @@ class _Update:
     def __init__(self, stage: PpoStage, roles: Roles, iterations: Iterations, ptx: Sequence[TrainRow], seed: int) -> None:
         self.stage, self.roles, self.iterations, self.ptx, self.seed = stage, roles, iterations, ptx, seed
         self.base, self.policy, self.gold, self.steps = roles.base, roles.policy, roles.gold, iterations.steps
-        self.begun, self.tokens, self.kept = 0.0, 0, Kept(roles)  # of the step in hand
+        self.begun, self.tokens, self.kept = 0.0, 0, Kept(roles.base)  # of the step in hand
         self.memory: dict[str, float] = {}
 
     def task(self, parameters: dict[str, nn.Parameter]) -> TrainTask:
@@ -155,7 +155,7 @@ class _Update:
         if self.roles.value is not None and not self.roles.shared:
             micros += [MicroBatch(m.payload._replace(own_value=True), 0, m.row_ids) for m in micros]
         micros += ptx_batches(self.base, self.ptx, step, size=self.stage.minibatch, seed=self.seed)
-        self.begun, self.tokens, self.kept = time.monotonic(), sum(m.tokens for m in micros), Kept(self.roles)
+        self.begun, self.tokens, self.kept = time.monotonic(), sum(m.tokens for m in micros), Kept(self.base)
         return micros
 
     def _measure(self, iteration: int) -> dict[str, float]:

@@ -10,6 +10,7 @@ from posttrain.artifacts import write_json
 from posttrain.models.files import Policies, full_state, save_adapter, save_full
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter, LoraSettings
+from posttrain.models.recompute import recomputed
 from posttrain.models.tokens import token_ids
 from posttrain.progress import Tracker
 from posttrain.settings import PpoStage, Recipe, RewardStage, Stage
@@ -87,14 +88,15 @@ def fit_stage(
     """Train, then write the policy into the stage's folder. `check` may turn the final metrics into warnings."""
     write_json(context.folder / "data_report.json", report)
     try:
-        result = fit(
-            task,
-            loop_settings(stage, seed_of(stage, context.recipe)),
-            context.folder,
-            label=stage.name,
-            stop=context.stop,
-            trackers=context.trackers,
-        )
+        with recomputed(context.base, context.recipe.base.recompute):
+            result = fit(
+                task,
+                loop_settings(stage, seed_of(stage, context.recipe)),
+                context.folder,
+                label=stage.name,
+                stop=context.stop,
+                trackers=context.trackers,
+            )
         policy.save(context.folder)
     finally:
         context.base.model.requires_grad_(False)
