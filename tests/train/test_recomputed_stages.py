@@ -142,8 +142,9 @@ def test_what_is_kept_is_the_layers_inputs_and_what_lies_outside(deep: BaseModel
     batch = pack_rows([TrainRow("r", list(range(10, 138)), [False] * 127 + [True])], deep.device)
     kept = Kept(deep)
     with recomputed(deep), kept.counted():
-        batch_logprobs(deep, batch, "a")
+        out = batch_logprobs(deep, batch, "a")
     tokens, rotations = len(batch.ids_T), 2 * WIDTH // 4
     hidden = 4 * tokens * (WIDTH * (LAYERS + 1) + rotations)
     outside = 4 * (tokens + WIDTH)  # the last norm's number a token, the head's slope
     assert hidden + outside <= kept.largest * MIB < hidden + outside + 1024
+    assert out.requires_grad  # what it keeps is there as long as it is
