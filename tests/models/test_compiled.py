@@ -16,6 +16,7 @@ from posttrain.generate.engine import SamplingSettings, generate
 from posttrain.models import compiled
 from posttrain.models.attention_cpu import CpuSegmentAttention, gather
 from posttrain.models.load import load_base
+from posttrain.models.lora import LoraSettings
 from posttrain.models.segments import Segments, Span
 
 if compiled.library() is None:
@@ -248,6 +249,7 @@ from posttrain.models import compiled
 from posttrain.models.attention_cpu import CpuSegmentAttention, gather
 from posttrain.models.load import load_base
 from posttrain.models.lora import LoraSettings
+from posttrain.models.lora import LoraSettings
 from posttrain.models.segments import Segments, Span
 base = load_base("random:tiny", template="plain", dtype="bfloat16")
 for seed, (name, rank, targets) in enumerate([("all", 8, "all"), ("some", 3, ("q_proj", "v_proj", "down_proj"))]):
@@ -326,15 +328,21 @@ def test_what_was_compiled_is_kept_where_nobody_else_writes(tmp_path: Path) -> N
     assert kept.read_bytes() == b"planted"
 
 
-def test_the_sampler_of_a_tiny_model_is_the_trainer() -> None:
+@pytest.mark.parametrize("policy", ["base", "adapter"])
+def test_the_sampler_of_a_tiny_model_is_the_trainer(policy: str) -> None:
     base = load_base("random:tiny", template="plain", dtype="bfloat16")
+    if policy == "adapter":
+        adapter = base.adapters.create(policy, LoraSettings(16, 32.0, 0.0, "all", "standard"), seed=0)
+        with torch.no_grad():
+            for _, b in adapter.weights.values():
+                b.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
     prompts = [list(range(10, 10 + count)) for count in (1, 3, 60, 64, 130)]
     apart = []
-    for rollout, prompt in zip(generate(base, prompts, SamplingSettings(24, 1.0, 1.0, 0), "base"), prompts, strict=True):
+    for rollout, prompt in zip(generate(base, prompts, SamplingSettings(24, 1.0, 1.0, 0), policy), prompts, strict=True):
         ids = torch.tensor([*prompt, *rollout.completion_ids])
         with torch.no_grad():
-            hidden = base.hidden(ids, torch.arange(len(ids)), Segments((Span(0, len(ids)),)), "base")
-            wanted = base.logprobs(hidden[len(prompt) - 1 : -1], ids[len(prompt) :], "base")
+            hidden = base.hidden(ids, torch.arange(len(ids)), Segments((Span(0, len(ids)),)), policy)
+            wanted = base.logprobs(hidden[len(prompt) - 1 : -1], ids[len(prompt) :], policy)
         apart += (wanted - torch.tensor(rollout.model_logprobs)).abs().tolist()
     assert len(apart) > 90
     assert max(apart) < 1e-6  # the last place of a logarithm
