@@ -1,6 +1,7 @@
 """A whole run through the command line on the tiny model: once, again, changed, cut short, killed, moved, damaged."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from posttrain.artifacts import lineage, read_manifest, run_lock
 from posttrain.cli import main
 from posttrain.models.load import BaseModel
-from tiny_runs import TINY, command, content, copied_run, finished_run, plan_of, undisturbed_run, weights
+from tiny_runs import TINY, command, content, copied_run, finished_run, plan_of, posttrain, undisturbed_run, weights
 
 STEPS = ["evaluate base", "sft", "evaluate sft", "dpo", "evaluate dpo", "rm", "measure rm", "ppo", "evaluate ppo"]
 
@@ -97,6 +98,15 @@ def test_a_dry_run_writes_nothing_and_shows_rows_tokens_and_reasons(tmp_path: Pa
     # two layers of 2 (64·64 + 64·32) + 3 · 64·128, and 263 rows of 64
     assert plan["parameters"] == 2 * (2 * (64 * 64 + 64 * 32) + 3 * 64 * 128) + 263 * 64
     assert not run.exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_run_says_what_a_compiler_would_save_where_there_is_none(dtype: str, tmp_path: Path) -> None:
+    more = ("--set", f"base.dtype={dtype}", "--until", "sft")
+    for compiler, said in (("/nowhere/cc", dtype == "bfloat16"), (os.environ.get("CC", "cc"), None)):
+        done = posttrain(*command(tmp_path / str(said), *more), env={"CC": compiler})
+        assert done.returncode == 0
+        assert ("note: no working C compiler" in done.stderr) == bool(said)
 
 
 def test_only_what_depends_on_a_changed_setting_is_made_again(capsys: pytest.CaptureFixture[str]):

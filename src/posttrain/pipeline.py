@@ -100,6 +100,7 @@ def _work(plan: Plan, stop: StopSignal) -> None:
     say(f"loading {plan.recipe.base.model}")
     from safetensors import SafetensorError
 
+    from posttrain.models.compiled import advice
     from posttrain.models.files import Policies
     from posttrain.models.load import load_base
     from posttrain.models.tokens import token_ids, untrained_tokens
@@ -107,6 +108,8 @@ def _work(plan: Plan, stop: StopSignal) -> None:
     recipe = plan.recipe
     settings, full = recipe.base, recipe.adapter.kind == "full"
     base = load_base(settings.model, template=settings.template, dtype=settings.dtype, device=settings.device, full=full)
+    if (note := advice(base.dtype, base.device)) is not None:
+        say(f"note: {note}")
     policies = Policies(base, plan.run)
     token_ids(base, recipe.adapter.train_tokens)  # a name that the vocabulary lacks is told before hours are spent
     for warning in () if full else untrained_tokens(base, recipe.adapter.train_tokens):

@@ -1,4 +1,5 @@
-"""Attention over packed segments on a CPU: plain batched products over blocks of queries, with its own backward.
+"""Attention over packed segments on a CPU, with its own backward: in bfloat16 by `models/compiled.py`, else as plain batched
+products over blocks of queries.
 
     S = scale Q K^T,   P = softmax(S),   O = P V          dS = P (dP - rowsum(dP P)),   dP = dO V^T,   dV = P^T dO
 
@@ -42,7 +43,6 @@ class CpuSegmentAttention(torch.autograd.Function):
         """One block after the other; in bfloat16 by the compiled function, where there is one."""
         ctx.scale, ctx.segments, ctx.window = scale, segments, window
         if compiled.able(q):
-            q, k, v = _dense(q), _dense(k), _dense(v)
             ctx.save_for_backward(q, k, v)
             return compiled.segments(q, k, v, _table(segments), scale, window)
         folded, groups = _fold(q, k), len(q) // len(k)
@@ -64,8 +64,8 @@ class CpuSegmentAttention(torch.autograd.Function):
         """Gradients of queries, keys and values; those of keys and values are summed in float32."""
         folded, k, v, *kept = ctx.saved_tensors
         if compiled.able(k):
-            table, grad = _table(ctx.segments), _dense(grads[0])
-            return *compiled.segments_backward(folded, k, v, grad, table, ctx.scale, ctx.window), None, None, None
+            table = _table(ctx.segments)
+            return *compiled.segments_backward(folded, k, v, grads[0], table, ctx.scale, ctx.window), None, None, None
         groups = folded.shape[1] // k.shape[1]
         folded_grad, grad_q = _fold(grads[0], k), torch.zeros_like(folded)
         grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
@@ -88,10 +88,6 @@ class CpuSegmentAttention(torch.autograd.Function):
             _scatter(grad_k, sum_k, span)
             _scatter(grad_v, sum_v, span)
         return _unfold(grad_q, grads[0]), grad_k, grad_v, None, None, None
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _table(segments: Segments) -> compiled.SpanTable:

@@ -52,11 +52,12 @@ def able(x: Tensor) -> bool:
 
 
 def advice(dtype: torch.dtype, device: torch.device) -> str | None:
-    """What would make decoding faster here; None where nothing is missing."""
+    """What would make everything faster here; None where nothing is missing."""
     off = os.environ.get("POSTTRAIN_COMPILE") == "0"
     if off or device.type != "cpu" or dtype != torch.bfloat16 or platform.system() != "Linux" or library() is not None:
         return None
-    return "no working C compiler: one answer takes two to three times as long (install gcc, or set CC)"
+    found = "training takes a third longer, one answer two to three times as long"
+    return f"no working C compiler: {found} (install gcc, or set CC)"
 
 
 @functools.cache
@@ -160,21 +161,26 @@ def rms_norm_backward(x: Tensor, weight_D: Tensor, eps: float, grad: Tensor) -> 
 
 
 def rotate(x_HTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """Rotary position embedding by halves, x cos + (-x_2, x_1) sin; the last dimension of all is dense."""
-    return _turned("rotate", x_HTD, cos_TD, sin_TD, torch.empty(x_HTD.shape, dtype=x_HTD.dtype))
+    """Rotary position embedding by halves, x cos + (-x_2, x_1) sin [H, T, D], in memory token by token."""
+    return _turned(x_HTD, cos_TD, sin_TD, rounds=True)
 
 
 def rotate_backward(grad_HTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """The gradient of `rotate` [H, T, D], in memory token by token."""
-    heads, tokens, width = grad_HTD.shape
-    out_THD = torch.empty((tokens, heads, width), dtype=grad_HTD.dtype)
-    return _turned("rotate_backward", grad_HTD, cos_TD, sin_TD, out_THD).transpose(0, 1)
+    """The gradient of `rotate`: a turn back, with the sines of the other half."""
+    return _turned(grad_HTD, cos_TD, -sin_TD.roll(sin_TD.shape[-1] // 2, -1), rounds=False)
 
 
-def _turned(name: str, x_HTD: Tensor, cos_TD: Tensor, sin_TD: Tensor, out: Tensor) -> Tensor:
-    strides, sizes = map(_n, x_HTD.stride()[:2]), map(_n, x_HTD.shape)
-    getattr(_call(), name)(_at(x_HTD), *strides, _at(cos_TD), _at(sin_TD), *sizes, _at(out))
-    return out
+def _turned(x_HTD: Tensor, cos_TD: Tensor, sin_TD: Tensor, *, rounds: bool) -> Tensor:
+    x, (heads, tokens, width) = _dense(x_HTD), x_HTD.shape
+    out_THD = x.new_empty((tokens, heads, width))
+    strides, sizes = map(_n, x.stride()[:2]), map(_n, (heads, tokens, width, rounds))
+    _call().rotate(_at(x), *strides, _at(cos_TD), _at(sin_TD), *sizes, _at(out_THD))
+    return out_THD.transpose(0, 1)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """A tensor whose last dimension is dense."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def gated(gate: Tensor, up: Tensor, *, gelu: bool) -> Tensor:
@@ -207,9 +213,9 @@ class SpanTable:
 def segments(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, table: SpanTable, scale: float, window: int) -> Tensor:
     """softmax(scale Q K) V of every span [H, T, D], in memory token by token; tokens of no span give zeros."""
     heads, tokens, width = q_HTD.shape
-    out_THD = torch.zeros((tokens, heads, width), dtype=q_HTD.dtype)
-    sizes = _sizes(q_HTD, k_KTD, v_KTD, q_HTD, table, window)
-    found = map(_at, (table.spans, table.pieces, q_HTD, k_KTD, v_KTD))
+    out_THD = q_HTD.new_zeros((tokens, heads, width))
+    q, k, v = map(_dense, (q_HTD, k_KTD, v_KTD))
+    sizes, found = _sizes(q, k, v, q, table, window), map(_at, (table.spans, table.pieces, q, k, v))
     _look(_call().segments(sizes, *found, ctypes.c_float(scale), _at(out_THD)))
     return out_THD.transpose(0, 1)
 
@@ -218,9 +224,9 @@ def segments_backward(
     q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, grad_HTD: Tensor, table: SpanTable, scale: float, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `segments` with respect to q, k and v, in memory token by token."""
-    dq, dk, dv = (torch.zeros((x.shape[1], x.shape[0], x.shape[2]), dtype=x.dtype) for x in (q_HTD, k_KTD, v_KTD))
-    sizes = _sizes(q_HTD, k_KTD, v_KTD, grad_HTD, table, window)
-    found = map(_at, (table.spans, table.pieces, q_HTD, k_KTD, v_KTD, grad_HTD))
+    dq, dk, dv = (x.new_zeros((x.shape[1], x.shape[0], x.shape[2])) for x in (q_HTD, k_KTD, v_KTD))
+    q, k, v, grad = map(_dense, (q_HTD, k_KTD, v_KTD, grad_HTD))
+    sizes, found = _sizes(q, k, v, grad, table, window), map(_at, (table.spans, table.pieces, q, k, v, grad))
     _look(_call().segments_backward(sizes, *found, ctypes.c_float(scale), *map(_at, (dq, dk, dv))))
     return dq.transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1)
 

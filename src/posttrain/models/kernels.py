@@ -66,15 +66,11 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
         ctx.save_for_backward(cos_TD, sin_TD)
-        return compiled.rotate(_dense(x), cos_TD, sin_TD)
+        return compiled.rotate(x, cos_TD, sin_TD)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return compiled.rotate_backward(_dense(grads[0]), *ctx.saved_tensors), None, None
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+        return compiled.rotate_backward(grads[0], *ctx.saved_tensors), None, None
 
 
 @torch.no_grad()

@@ -18,7 +18,10 @@ from posttrain.models import compiled
 from posttrain.models.fused import rms_norm
 
 
-def _normed(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _normed(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
+    """y and r; the compiled function makes r again in backward."""
+    if compiled.able(x):
+        return compiled.rms_norm(x, weight_D, eps), None
     wide = x.float()
     root = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
     return (wide * root).mul_(weight_D).to(x.dtype), root
@@ -27,20 +30,16 @@ def _normed(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 class _FrozenNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        ctx.eps = eps
-        if compiled.able(x):
-            ctx.save_for_backward(x, weight_D)
-            return compiled.rms_norm(x, weight_D, eps)
         y, root = _normed(x, weight_D, eps)
         ctx.save_for_backward(x, weight_D, root)
+        ctx.eps = eps
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        x, weight_D, *roots = ctx.saved_tensors
-        if not roots:
+        x, weight_D, root = ctx.saved_tensors
+        if root is None:
             return compiled.rms_norm_backward(x, weight_D, ctx.eps, grads[0]), None, None
-        root = roots[0]
         normed = x.float() * root
         slope = grads[0].float() * weight_D
         along = (slope * normed).mean(-1, keepdim=True)
@@ -60,8 +59,7 @@ class RmsNorm(nn.Module):
         if x.is_cuda:
             return rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.offset, self.eps).view_as(x)
         if not torch.is_grad_enabled():  # the call of a function with a backward takes longer than the norm of a few tokens
-            able = compiled.able(x)
-            return compiled.rms_norm(x, self._scale_D, self.eps) if able else _normed(x, self._scale_D, self.eps)[0]
+            return _normed(x, self._scale_D, self.eps)[0]
         out: Tensor = _FrozenNorm.apply(x, self._scale_D, self.eps)  # type: ignore[no-untyped-call]
         return out
 

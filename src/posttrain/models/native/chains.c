@@ -38,53 +38,30 @@ ALWAYS vec widened(const bf16 *from) { return (vec)(load_halves(from) << 16); }
 
 ALWAYS vec rounded_all(vec x) { return (vec)(narrowed(x) << 16); }
 
-/* Heads [H, T, D], with strides, turned by cos and sin [T, D] into out [H, T, D]: x cos + (-x_2, x_1) sin, rounded where the
- * library's operations round. */
+/* Heads [H, T, D], with strides, turned by cos and sin [T, D] into out [T, H, D]: x cos + (-x_2, x_1) sin. With `rounds` each
+ * product is rounded, as the library's operations do. */
 void rotate(
     const bf16 *x, int64_t x_head, int64_t x_token, const bf16 *cosine, const bf16 *sine, int64_t heads, int64_t tokens,
-    int64_t width, bf16 *out
+    int64_t width, int64_t rounds, bf16 *out
 ) {
     int64_t half = width / 2;
 #pragma omp parallel for schedule(static) if (heads * tokens * width > WORTH_THREADS)
     for (int64_t i = 0; i < heads * tokens; i++) {
-        int64_t head = i / tokens, token = i % tokens;
+        int64_t token = i / heads, head = i % heads, d = 0;
         const bf16 *restrict in = x + head * x_head + token * x_token, *c = cosine + token * width, *s = sine + token * width;
         bf16 *restrict to = out + i * width;
-        int64_t d = 0;
         for (; d + LANES <= half; d += LANES) {
             vec left = widened(in + d), right = widened(in + d + half);
-            vec first = rounded_all(left * widened(c + d)) - rounded_all(right * widened(s + d));
-            vec second = rounded_all(right * widened(c + d + half)) + rounded_all(left * widened(s + d + half));
-            store_halves(to + d, narrowed(first));
-            store_halves(to + d + half, narrowed(second));
+            vec a = left * widened(c + d), b = right * widened(s + d);
+            vec e = right * widened(c + d + half), f = left * widened(s + d + half);
+            store_halves(to + d, narrowed(rounds ? rounded_all(a) - rounded_all(b) : a - b));
+            store_halves(to + d + half, narrowed(rounds ? rounded_all(e) + rounded_all(f) : e + f));
         }
         for (; d < half; d++) {
-            to[d] = narrow(rounded(wide(in[d]) * wide(c[d])) - rounded(wide(in[d + half]) * wide(s[d])));
-            to[d + half] = narrow(rounded(wide(in[d + half]) * wide(c[d + half])) + rounded(wide(in[d]) * wide(s[d + half])));
-        }
-    }
-}
-
-/* The gradient of `rotate`: g [H, T, D] with strides into out [T, H, D]. */
-void rotate_backward(
-    const bf16 *grad, int64_t g_head, int64_t g_token, const bf16 *cosine, const bf16 *sine, int64_t heads, int64_t tokens,
-    int64_t width, bf16 *out
-) {
-    int64_t half = width / 2;
-#pragma omp parallel for schedule(static) if (heads * tokens * width > WORTH_THREADS)
-    for (int64_t i = 0; i < heads * tokens; i++) {
-        int64_t token = i / heads, head = i % heads;
-        const bf16 *restrict g = grad + head * g_head + token * g_token, *c = cosine + token * width, *s = sine + token * width;
-        bf16 *restrict to = out + i * width;
-        int64_t d = 0;
-        for (; d + LANES <= half; d += LANES) {
-            vec left = widened(g + d), right = widened(g + d + half);
-            store_halves(to + d, narrowed(left * widened(c + d) + right * widened(s + d + half)));
-            store_halves(to + d + half, narrowed(right * widened(c + d + half) - left * widened(s + d)));
-        }
-        for (; d < half; d++) {
-            to[d] = narrow(wide(g[d]) * wide(c[d]) + wide(g[d + half]) * wide(s[d + half]));
-            to[d + half] = narrow(wide(g[d + half]) * wide(c[d + half]) - wide(g[d]) * wide(s[d]));
+            float left = wide(in[d]), right = wide(in[d + half]);
+            float a = left * wide(c[d]), b = right * wide(s[d]), e = right * wide(c[d + half]), f = left * wide(s[d + half]);
+            to[d] = narrow(rounds ? rounded(a) - rounded(b) : a - b);
+            to[d + half] = narrow(rounds ? rounded(e) + rounded(f) : e + f);
         }
     }
 }

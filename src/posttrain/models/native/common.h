@@ -31,14 +31,4 @@ ALWAYS bf16 narrow(float x) {
 
 ALWAYS float rounded(float x) { return wide(narrow(x)); }
 
-/* e^x for x <= 0 to 2e-7: 2^n (1 + r + r^2/2 + ...), |r| <= ln 2 / 2. */
-ALWAYS float exponential(float x) {
-    float bounded = x < -87.0f ? -87.0f : x;
-    float n = (float)(int)(bounded * 1.44269504f - 0.5f);
-    float r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.0f + r * (1.0f + r * (0.5f + r * (1.66666672e-1f + r * (4.16664853e-2f + r * (8.3333610e-3f + r * 1.3981999e-3f)))));
-    union { uint32_t u; float f; } power = {(uint32_t)((int)n + 127) << 23};
-    return p * power.f;
-}
-
 #endif

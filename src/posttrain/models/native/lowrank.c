@@ -8,7 +8,7 @@
 #define COLUMNS 8
 
 /* sums[t] = w . x_t for `count` rows of n numbers, w read and widened once. With a constant count they stay in registers. */
-static inline __attribute__((always_inline)) void dots(
+ALWAYS void dots(
     const bf16 *restrict w, const float *restrict x, const int count, int64_t n, float *restrict sums
 ) {
     float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
@@ -65,7 +65,7 @@ int project(
 }
 
 /* y_t[o] += sum over r of p_t[r] b[r][o] for `tokens` tokens and `count` outputs from o0 on. */
-static inline __attribute__((always_inline)) void add_piece(
+ALWAYS void add_piece(
     const float *p, const bf16 *b, const int64_t *order, const int tokens, int64_t columns, int64_t rank, int64_t outputs,
     int64_t o0, const int64_t count, bf16 *y
 ) {

@@ -63,7 +63,7 @@ ALWAYS words narrowed(vec x) {
 
 ALWAYS vec choose(ints yes, vec a, vec b) { return (vec)((yes & (ints)a) | (~yes & (ints)b)); }
 
-/* `exponential` of each. */
+/* e^x of each x <= 0 to 2e-7: 2^n (1 + r + r^2/2 + ...), |r| <= ln 2 / 2. */
 ALWAYS vec exponentials(vec x) {
     vec bounded = choose(x < -87.0f, (vec){0} - 87.0f, x);
     ints whole = __builtin_convertvector(bounded * 1.44269504f - 0.5f, ints);
