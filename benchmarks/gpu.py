@@ -1,4 +1,4 @@
-"""One GPU against published figures: `python benchmarks/run.py gpu-sft|gpu-lora`. Needs a CUDA device.
+"""One GPU against published figures: `python benchmarks/run.py gpu-sft|gpu-lora [--recompute]`. Needs a CUDA device.
 
 Shapes of Qwen3 with random weights and random tokens, every token a target, one row a sequence; the same tasks and loop that
 `posttrain run` uses. The peer's figure is prime-rl's published one for an H100 (benchmarks/baselines of its repository), which
@@ -70,10 +70,11 @@ def operations(base: Any, race: dict[str, Any]) -> float:
     return (6 if race["kind"] == "full" else 4) * weights + attention
 
 
-def run(name: str, steps: int, folder: Path) -> dict[str, Any]:
+def run(name: str, steps: int, folder: Path, *, recompute: bool) -> dict[str, Any]:
     """Train and return the race's object."""
     from posttrain.data.prepare import TrainRow
     from posttrain.models.load import load_base
+    from posttrain.models.recompute import recomputed
     from posttrain.train.loop import fit
     from posttrain.train.schedule import LoopSettings
     from posttrain.train.sft import sft_task
@@ -93,7 +94,8 @@ def run(name: str, steps: int, folder: Path) -> dict[str, Any]:
         keep="last", patience=0, validate_every=0, checkpoint_every=0, checkpoint_minutes=1e9, seed=0,
     )  # fmt: skip
     torch.cuda.reset_peak_memory_stats()
-    fit(sft_task(base, policy, rows, []), settings, folder, label=name, stop=StopSignal())
+    with recomputed(base, recompute):
+        fit(sft_task(base, policy, rows, []), settings, folder, label=name, stop=StopSignal())
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rates = [m["time/tokens_per_second"] for m in metrics][WARM_UP:]
     per_second = len(rates) / sum(1 / r for r in rates)
@@ -103,7 +105,8 @@ def run(name: str, steps: int, folder: Path) -> dict[str, Any]:
         "mfu": round(per_second * needed / PEAK_FLOPS, 3), "peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 1),
     }  # fmt: skip
     return {
-        "race": name, "unit": "tokens", "device": torch.cuda.get_device_name(), "ours": ours, "peer": race["peer"],
+        "race": name, "unit": "tokens", "recompute": recompute, "device": torch.cuda.get_device_name(),
+        "ours": ours, "peer": race["peer"],
         "ratio": round(per_second / race["peer"]["per_second"], 2),
         "memory_ratio": round(ours["peak_gib"] / race["peer"]["peak_gib"], 2), "losses_agree": None,
         "first_loss": metrics[0]["sft/loss"], "log_vocabulary": math.log(SHARED["vocab_size"]), "versions": versions(),
@@ -112,4 +115,4 @@ def run(name: str, steps: int, folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as temporary:
-        print(json.dumps(run(sys.argv[1], int(sys.argv[2]), Path(temporary))))
+        print(json.dumps(run(sys.argv[1], int(sys.argv[2]), Path(temporary), recompute="recompute" in sys.argv)))

@@ -1,7 +1,6 @@
 """Our side of a race, one process: prints losses, units (tokens or pairs) and seconds of each step, and peak memory."""
 
 import json
-import resource
 import sys
 import time
 from importlib.metadata import version
@@ -9,16 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rollouts import MODEL, device, peak_gib
 
 
 def versions() -> dict[str, str]:
     """What ran."""
     return {name: version(name) for name in ("posttrain", "torch", "transformers")}
-
-
-def peak_gib() -> float:
-    """Peak resident memory of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def train(race: str, folder: Path, dtype: str) -> dict[str, Any]:
@@ -37,7 +32,7 @@ def train(race: str, folder: Path, dtype: str) -> dict[str, Any]:
     from posttrain.train.stage import TrainedPolicy
 
     work = json.loads((folder / "workload.json").read_text())
-    base = load_base("package:smollm2-135m-instruct", dtype=dtype)
+    base = load_base(MODEL, dtype=dtype)
     adapter = load_adapter(folder / "adapter", "policy", base)
     adapter.requires_grad_(True)
     policy = TrainedPolicy("policy", adapter.parameters(), lambda _: None)
@@ -71,7 +66,7 @@ def train(race: str, folder: Path, dtype: str) -> dict[str, Any]:
         "units": units,
         "seconds": [m["time/step"] + before for m in metrics],
         "peak_gib": peak_gib(),
-        "setting": f"{str(base.dtype).removeprefix('torch.')} packed",
+        "setting": f"{str(base.dtype).removeprefix('torch.')} packed, {device()}",
         "versions": versions(),
     }
 

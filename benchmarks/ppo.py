@@ -10,15 +10,15 @@ samples, scores, log-probabilities and all passes. The first is warm-up.
 """
 
 import json
-import resource
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rollouts import MODEL, device, peak_gib
+
 PROMPTS, NEW_TOKENS, PASSES, MINIBATCH, ITERATIONS = 64, 64, 4, 16, 1
-MODEL = "package:smollm2-135m-instruct"
 RECIPE = """
 name = "race"
 [base]
@@ -84,7 +84,7 @@ def posttrain(folder: Path, work: dict[str, Any]) -> dict[str, Any]:
     seconds = [sum(row["time/step"] for row in rows[i : i + steps]) for i in range(0, len(rows), steps)]
     last = {name: rows[-1][name] for name in ("ppo/length", "ppo/kl", "ppo/score")}
     packages = ("posttrain", "torch", "transformers")
-    return {"seconds": seconds, "setting": "bfloat16, packed, one base", "last": last, **_common(packages)}
+    return {"seconds": seconds, "setting": f"bfloat16, packed, one base, {device()}", "last": last, **_common(packages)}
 
 
 def trl(folder: Path, work: dict[str, Any], setting: str) -> dict[str, Any]:
@@ -123,8 +123,9 @@ def trl(folder: Path, work: dict[str, Any], setting: str) -> dict[str, Any]:
         output_dir=str(folder / "trl"), per_device_train_batch_size=micro, gradient_accumulation_steps=PROMPTS // micro,
         num_mini_batches=PROMPTS // MINIBATCH, num_ppo_epochs=PASSES, total_episodes=ITERATIONS * PROMPTS,
         response_length=NEW_TOKENS, temperature=1.0, stop_token_id=work["end"], local_rollout_forward_batch_size=PROMPTS,
-        learning_rate=5e-5, kl_coef=0.05, gradient_checkpointing=False, bf16=setting.startswith("bf16"), use_cpu=True,
-        report_to="none", save_strategy="no", num_sample_generations=0, seed=0, disable_tqdm=True, logging_steps=1,
+        learning_rate=5e-5, kl_coef=0.05, gradient_checkpointing=False, bf16=setting.startswith("bf16"),
+        use_cpu=device() == "cpu", report_to="none", save_strategy="no", num_sample_generations=0, seed=0, disable_tqdm=True,
+        logging_steps=1,
     )  # fmt: skip
     trainer = PPOTrainer(
         config, tokenizer, policy, None, reward, rows, value, peft_config=lora, callbacks=[Clock()], eval_dataset=rows
@@ -133,12 +134,17 @@ def trl(folder: Path, work: dict[str, Any], setting: str) -> dict[str, Any]:
     trainer.train()
     last = {k: v for k, v in trainer.state.log_history[-1].items() if k.startswith(("objective", "val"))}
     packages = ("trl", "transformers", "peft", "torch")
-    return {"seconds": seconds, "setting": f"{setting}, {micro} rows a device batch", "last": last, **_common(packages)}
+    return {
+        "seconds": seconds,
+        "setting": f"{setting}, {micro} rows a device batch, {device()}",
+        "last": last,
+        **_common(packages),
+    }
 
 
 def _common(packages: tuple[str, ...]) -> dict[str, Any]:
     return {
-        "units": [PROMPTS] * ITERATIONS, "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "units": [PROMPTS] * ITERATIONS, "peak_gib": peak_gib(),
         "versions": {name: version(name) for name in packages},
     }  # fmt: skip
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 PROMPTS, NEW_TOKENS, RUNS = 64, 64, 3
-MODEL = "package:smollm2-135m-instruct"
+# Another model of the same interface can be raced: run.py --model.
+MODEL = os.environ.get("RACE_MODEL", "package:smollm2-135m-instruct")
 
 
 def prepare(folder: Path, data: Path, prompts: int = PROMPTS) -> dict[str, Any]:

@@ -176,9 +176,13 @@ def main() -> None:
     parser.add_argument(
         "--settings", help="the peer's settings to try, comma separated (default: all; the first is compared step by step)"
     )
+    parser.add_argument("--model", help="another model to race with: a package, or a folder in the Hugging Face layout")
+    parser.add_argument("--recompute", action="store_true", help="compute activations again in the backward (gpu races)")
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes/quickstart.toml")
     parser.add_argument("--out", type=Path, help="also write the JSON object here")
     options = parser.parse_args()
+    if options.model:
+        os.environ["RACE_MODEL"] = options.model
     if options.race in SETTINGS:
         rows = options.rows or (16 if options.race == "sft" else 8)
         settings = tuple(options.settings.split(",")) if options.settings else SETTINGS[options.race]
@@ -194,7 +198,7 @@ def main() -> None:
     elif options.race == "growth":
         result = side(sys.executable, "growth.py")
     elif options.race.startswith("gpu"):
-        result = side(sys.executable, "gpu.py", options.race, str(options.steps))
+        result = side(sys.executable, "gpu.py", options.race, str(options.steps), *["recompute"] * options.recompute)
     else:
         result = quickstart(options.recipe)
     text = json.dumps(result, indent=2)

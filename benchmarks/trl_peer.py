@@ -1,7 +1,6 @@
 """TRL's side of a race, in its own environment: the same ids, order, adapter and rate. Arguments: race folder setting steps."""
 
 import json
-import resource
 import sys
 import time
 from importlib.metadata import version
@@ -10,11 +9,13 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from rollouts import device, peak_gib
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-# Rows of a device batch: smaller ones pad less and fit the caches better; the optimiser step is the same.
-MICRO = 4
+# Rows of a device batch: on a CPU smaller ones pad less and fit the caches better, a GPU wants them large; the optimiser
+# step is the same.
+MICRO = 4 if device() == "cpu" else 16
 
 
 class Clock(TrainerCallback):
@@ -50,7 +51,7 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=dtype)
     model = PeftModel.from_pretrained(model, str(folder / "adapter"), is_trainable=True)
     # A packed row holds about four of the data's: a quarter of the accumulation is the same step.
-    accumulation = max(1, work["rows"] // MICRO // (4 if "packed" in setting else 1))
+    accumulation = max(1, work["rows"] // min(MICRO, work["rows"]) // (4 if "packed" in setting else 1))
     shared = shared_settings(folder, work, setting, steps, accumulation)
     clock = Clock()
     side = {"sft": sft, "dpo": dpo, "reward": reward}[race]
@@ -61,8 +62,8 @@ def main() -> None:
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "units": units[: len(seconds)],
         "seconds": seconds,
-        "setting": f"{setting}, {MICRO} rows a device batch",
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "setting": f"{setting}, {MICRO} rows a device batch, {device()}",
+        "peak_gib": peak_gib(),
         "versions": {name: version(name) for name in ("trl", "transformers", "peft", "torch")},
     }
     print(json.dumps(found))
@@ -85,7 +86,7 @@ def shared_settings(folder: Path, work: dict, setting: str, steps: int, accumula
         "logging_steps": 1,
         "report_to": "none",
         "save_strategy": "no",
-        "use_cpu": True,
+        "use_cpu": device() == "cpu",
         "seed": 0,
         "disable_tqdm": True,
         "max_length": 1024,

@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from rollouts import MODEL
+
 from posttrain.data.formats import read_demonstrations, read_preferences
 from posttrain.data.prepare import prepare_demonstrations, prepare_pairs
 from posttrain.models.files import save_adapter
@@ -15,7 +17,6 @@ from posttrain.models.load import load_base
 from posttrain.models.lora import LoraSettings
 from posttrain.settings import Source
 
-MODEL = "package:smollm2-135m-instruct"
 LORA = LoraSettings(16, 32.0, 0.0, "all", "standard")
 RATE = 2e-4
 PAIRS = {"dpo": "oasst_pairs", "reward": "hh_harmless"}
