@@ -83,6 +83,9 @@ class _Optimised(_Stage):
     """Optimiser steps between checkpoints; 0 leaves it to `checkpoint_minutes`."""
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 2.0
     """Minutes between checkpoints."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """Seed of a new adapter or head, of dropout, of the order of the data and of samples; none takes the recipe's. Members of
+    an ensemble, and repetitions of a stage, differ in it."""
 
 
 class _Training(_Optimised):
@@ -139,9 +142,6 @@ class RewardStage(_Training):
     """Peak learning rate."""
     validation: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
     """Share of the prompts (by a hash of the first user turn) that is kept for measuring the reward model."""
-    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    """Seed of the new head, of a new adapter and of the order of the data; none takes the recipe's. Members of an ensemble
-    differ in it."""
 
 
 class RewardPart(_Settings):

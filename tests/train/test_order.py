@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_stages import demonstrations, preferences, run_stage
+from tiny_stages import demonstrations, digest, preferences, run_stage
 
 import posttrain.train.dpo
 import posttrain.train.reward
@@ -49,3 +49,16 @@ def test_0_rows_are_doubled_or_left_out(kind: str, base: BaseModel, tmp_path: Pa
         counts = Counter(seen[epoch * rows : (epoch + 1) * rows])
         doubled, left_out = sum(n - 1 for n in counts.values()), rows - len(counts)
         assert f"{doubled} doubled, {left_out} left out" == "0 doubled, 0 left out"
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_stage_may_have_a_seed_of_its_own(kind: str, base: BaseModel, tmp_path: Path) -> None:
+    """The same as a recipe's seed of that number; data is read by the recipe's, so that repetitions share their rows."""
+    data = demonstrations(tmp_path / "d.jsonl") if kind == "sft" else preferences(tmp_path / "p.jsonl")
+    ends = {}
+    for name, recipe_seed, own in (("recipe", 7, None), ("own", 3, 7), ("other", 3, None)):
+        extra = {} if own is None else {"own_seed": own}
+        run_stage(base, tmp_path / name, kind, seed=recipe_seed, data=str(data), epochs=2, validation=0.0, **extra)
+        ends[name] = digest(tmp_path / name)["published"]
+    assert ends["own"] == ends["recipe"]
+    assert ends["other"] != ends["recipe"]

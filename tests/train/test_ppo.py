@@ -88,6 +88,16 @@ def first_gradient(base: BaseModel, folder: Path, **stage: Any) -> dict[str, Ten
     return {name[len("adam/exp_avg/") :]: t / 0.1 for name, t in tensors.items() if name.startswith("adam/exp_avg/")}
 
 
+def test_repetitions_differ_by_a_seed_of_the_stage(base: BaseModel, tmp_path: Path) -> None:
+    """The recipe's seed is 3; another draws other samples, the same number the same ones."""
+    ends = {}
+    for name, extra in (("none", {}), ("same", {"seed": 3}), ("other", {"seed": 4})):
+        run_ppo(base, tmp_path / name, **extra)
+        ends[name] = digest(tmp_path / name)
+    assert ends["same"] == ends["none"]
+    assert ends["other"]["rows"][0]["ppo/score"] != ends["none"]["rows"][0]["ppo/score"]
+
+
 @pytest.mark.parametrize("estimator", ["gae", "rloo", "grpo"])
 def test_before_the_first_step_of_an_iteration_nothing_has_moved(estimator: str, base: BaseModel, tmp_path: Path) -> None:
     run_ppo(base, tmp_path / "ppo", estimator=estimator, completions=1 if estimator == "gae" else 3)

@@ -28,7 +28,7 @@ from posttrain.train.checkpoint import Checkpoint, load_newest, save_checkpoint
 from posttrain.train.loop import MicroBatch, TrainTask
 from posttrain.train.schedule import run_order
 from posttrain.train.signals import StopSignal
-from posttrain.train.stage import StageContext, StageResult, TrainedPolicy, fit_stage, loop_settings, start_policy
+from posttrain.train.stage import StageContext, StageResult, TrainedPolicy, fit_stage, loop_settings, seed_of, start_policy
 
 # Nats a token by which a policy at its reference may differ from it: the two are packed into other batches.
 START_DIVERGENCE = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
@@ -53,7 +53,8 @@ def train_dpo(context: StageContext, stage: DpoStage) -> StageResult:
     )  # fmt: skip
     name = stage.init if stage.reference == "init" else stage.reference
     # Below one epoch the reference need not answer for pairs that no step sees.
-    seen = {index for step in run_order(len(prepared.train), loop_settings(stage, context.recipe.seed)) for index in step}
+    settings = loop_settings(stage, seed_of(stage, context.recipe))
+    seen = {index for step in run_order(len(prepared.train), settings) for index in step}
     rows = [*(prepared.train[index] for index in sorted(seen)), *prepared.validation]
     reference = reference_logprobs(base, context.policies.activate(name), rows, context.folder, context.stop)
     policy = start_policy(context, stage)

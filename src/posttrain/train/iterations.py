@@ -29,7 +29,7 @@ from posttrain.train.memory import cache
 from posttrain.train.rewards import Judged, Texts
 from posttrain.train.roles import Roles
 from posttrain.train.rollouts import Rollouts, Sampled, from_tensors, judge_rollouts, to_tensors
-from posttrain.train.stage import StageContext
+from posttrain.train.stage import StageContext, seed_of
 
 SAMPLES = "samples.jsonl"
 # Rollouts of an iteration that are kept as samples.
@@ -41,7 +41,7 @@ class Iterations:
 
     def __init__(self, context: StageContext, stage: PpoStage, prompts: Sequence[PromptRow], roles: Roles) -> None:
         self.base, self.policies, self.stage, self.roles = context.base, context.policies, stage, roles
-        self.folder, self.stop, self.seed, self.prompts = context.folder, context.stop, context.recipe.seed, prompts
+        self.folder, self.stop, self.seed, self.prompts = context.folder, context.stop, seed_of(stage, context.recipe), prompts
         self.count = min(stage.prompts, len(prompts))
         self.minibatches = -(-self.count // stage.minibatch)
         self.steps = stage.ppo_epochs * self.minibatches  # of an iteration

@@ -35,7 +35,7 @@ from posttrain.train.ptx import PtxBatch, ptx_batches, ptx_loss
 from posttrain.train.rewards import Judge
 from posttrain.train.roles import Roles
 from posttrain.train.rollouts import Rollouts
-from posttrain.train.stage import StageContext, StageResult, TrainedPolicy, fit_stage, start_policy
+from posttrain.train.stage import StageContext, StageResult, TrainedPolicy, fit_stage, seed_of, start_policy
 from posttrain.train.value import start_value, value_name
 
 
@@ -54,16 +54,16 @@ class PpoBatch(NamedTuple):
 
 def train_ppo(context: StageContext, stage: PpoStage) -> StageResult:
     """Train towards what scores. Raises DataError for prompts that cannot be used, TrainingError where PPO cannot go on."""
-    base, seed = context.base, context.recipe.seed
+    base, seed = context.base, seed_of(stage, context.recipe)
     prepared = prepare_prompts(
-        stage.data, base.chat, seed=seed, max_prompt_tokens=stage.max_prompt_tokens,
+        stage.data, base.chat, seed=context.recipe.seed, max_prompt_tokens=stage.max_prompt_tokens,
         evaluation_prompts=context.evaluation_prompts, validation=stage.validation if stage.gold else 0.0,
     )  # fmt: skip
     where = f'stage "{stage.name}"'
     check_room([*prepared.train, *prepared.validation], max_new_tokens=stage.max_new_tokens, context=base.context, where=where)
     report, ptx = prepared.report, []
     if stage.ptx_data:
-        found = prepare_ptx(stage, base.chat, seed=seed, evaluation_prompts=context.evaluation_prompts)
+        found = prepare_ptx(stage, base.chat, seed=context.recipe.seed, evaluation_prompts=context.evaluation_prompts)
         report, ptx = {**report, "ptx": found.report}, found.train
     reference = stage.init if stage.reference == "init" else stage.reference
     context.policies.activate(reference)  # one that cannot be read is told before anything is sampled

@@ -13,7 +13,7 @@ from posttrain.models.lora import LoraAdapter, LoraSettings
 from posttrain.models.recompute import recomputed
 from posttrain.models.tokens import token_ids
 from posttrain.progress import Tracker
-from posttrain.settings import PpoStage, Recipe, RewardStage, Stage
+from posttrain.settings import PpoStage, Recipe, Stage
 from posttrain.train.loop import FitResult, TrainTask, fit
 from posttrain.train.schedule import LoopSettings
 from posttrain.train.signals import StopSignal
@@ -54,8 +54,8 @@ def lora_settings(recipe: Recipe) -> LoraSettings:
 
 
 def seed_of(stage: Stage, recipe: Recipe) -> int:
-    """A reward stage may have a seed of its own, so that several make an ensemble; all others take the recipe's."""
-    return stage.seed if isinstance(stage, RewardStage) and stage.seed is not None else recipe.seed
+    """The stage's own seed, so that several make an ensemble or repetitions; else the recipe's, which also reads the data."""
+    return recipe.seed if stage.seed is None else stage.seed
 
 
 def start_policy(context: StageContext, stage: Stage) -> TrainedPolicy:
@@ -65,7 +65,7 @@ def start_policy(context: StageContext, stage: Stage) -> TrainedPolicy:
         context.policies.activate(stage.init)
         base.model.requires_grad_(True)
         return TrainedPolicy("base", full_state(base), lambda folder: save_full(folder, base))
-    adapter = start_adapter(context, stage.init, f"{stage.name} in training", seed=context.recipe.seed)
+    adapter = start_adapter(context, stage.init, f"{stage.name} in training", seed=seed_of(stage, context.recipe))
     adapter.requires_grad_(True)
     return TrainedPolicy(adapter.name, adapter.parameters(), lambda folder: save_adapter(folder, adapter, base))
 

@@ -13,7 +13,7 @@ from torch import nn
 from posttrain.errors import AdapterError
 from posttrain.models.heads import ScoreHead, zero_head
 from posttrain.settings import PpoStage, reward_parts
-from posttrain.train.stage import StageContext, start_adapter
+from posttrain.train.stage import StageContext, seed_of, start_adapter
 
 
 class ValueFunction(NamedTuple):
@@ -35,7 +35,7 @@ def start_value(context: StageContext, stage: PpoStage, policy: str) -> ValueFun
         return ValueFunction(policy, head, {"value.score.weight": head.weight})
     source, name = value_source(stage), value_name(stage)
     if source == "policy":
-        adapter = start_adapter(context, stage.init, name, seed=context.recipe.seed)
+        adapter = start_adapter(context, stage.init, name, seed=seed_of(stage, context.recipe))
         adapter.head = zero_head(width, device=base.device)
     else:
         adapter = base.adapters.copy(context.policies.activate(source), name)
