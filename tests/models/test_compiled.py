@@ -222,6 +222,36 @@ def test_a_token_attends_the_same_in_a_batch_in_a_tree_and_over_the_cache(
     assert torch.equal(out.transpose(0, 1), whole)
 
 
+@pytest.mark.parametrize(("vocabulary", "tokens", "width"), [(151, 48, 24), (5000, 16, 64), (7, 32, 33), (70_001, 80, 5)])
+def test_passes_over_logits(vocabulary: int, tokens: int, width: int) -> None:
+    """Sums and means of the same logits in float64; a token's are the same to the bit among others and with fifteen copies."""
+    logits, head, least = numbers(vocabulary, tokens) * 4, numbers(vocabulary, width, seed=1), math.log(1e-5)
+    total, mean = compiled.head_mean(logits, head, least)
+    logp = torch.log_softmax(logits.double(), 0)
+    assert torch.equal(total, compiled.log_sum_exp(logits))
+    assert (total - torch.logsumexp(logits.double(), 0)).abs().max() < 3e-6
+    share = torch.where(logp > least, logp.exp(), 0).T
+    assert (share > 0).sum(1).double().mean() < vocabulary or vocabulary < 100
+    wanted, size = share @ head.double(), share @ head.double().abs()
+    assert bool(((mean.double() - wanted).abs() <= wanted.abs() * 2**-8 + size * 2**-8).all())
+    alone = logits[:, 5:6].expand(-1, 16).contiguous()
+    total_alone, mean_alone = compiled.head_mean(alone, head, least)
+    assert torch.equal(total_alone, total[5].expand(16))
+    assert torch.equal(mean_alone, mean[5].expand(16, -1))
+
+
+def test_logits_that_are_no_numbers_harm_no_other_token() -> None:
+    logits, head = numbers(300, 16), numbers(300, 8, seed=1)
+    total, mean = compiled.head_mean(logits, head, -20.0)
+    spoilt = logits.clone()
+    spoilt[7, 3], spoilt[8, 4], spoilt[:, 5] = math.nan, math.inf, -math.inf
+    total_spoilt, mean_spoilt = compiled.head_mean(spoilt, head, -20.0)
+    whole = [n for n in range(16) if n not in (3, 4, 5)]
+    assert not total_spoilt[[3, 4, 5]].isfinite().any()
+    assert torch.equal(total_spoilt[whole], total[whole])
+    assert torch.equal(mean_spoilt[whole], mean[whole])
+
+
 @pytest.mark.parametrize("outputs", [1, 63, 64, 200])
 @pytest.mark.parametrize("inputs", [9, 576])
 def test_adapters_by_slot(inputs: int, outputs: int) -> None:

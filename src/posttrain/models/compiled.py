@@ -40,10 +40,12 @@ FLAGS = (
 # Sums may be taken in any order, or no loop would be turned into vector instructions. What is not finite keeps its meaning.
 ANY_ORDER = "-fassociative-math"
 # Those of attention are written as vectors, and their order is promised.
-SOURCES = {"segments": (), "cache": (), "chains": (ANY_ORDER,), "lowrank": (ANY_ORDER,)}
+SOURCES = {"segments": (), "cache": (), "head": (), "chains": (ANY_ORDER,), "lowrank": (ANY_ORDER,)}
 SECONDS = 60
 # Rows whose products read each weight once.
 FEW_ROWS = 2
+# Numbers of one vector (native/vectors.h).
+LANES = 16
 
 
 def able(x: Tensor) -> bool:
@@ -256,6 +258,31 @@ def attend(
         ctypes.c_float(scale), _at(out_THD),
     )  # fmt: skip
     _look(failed)
+
+
+def log_sum_exp(logits_VN: Tensor) -> Tensor:
+    """log sum_v exp z_v [N], float32, of logits as W h^T has them; N is a multiple of LANES."""
+    return _head(logits_VN, None, 0.0, None)
+
+
+def head_mean(logits_VN: Tensor, head_VD: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """The same, and the mean [N, D] of the head's rows over the tokens with log p above `least`."""
+    mean_ND = head_VD.new_empty(logits_VN.shape[1], head_VD.shape[1])
+    return _head(logits_VN, head_VD, least, mean_ND), mean_ND
+
+
+def _head(logits_VN: Tensor, head_VD: Tensor | None, least: float, mean_ND: Tensor | None) -> Tensor:
+    count, tokens = logits_VN.shape
+    assert tokens % LANES == 0, f"{tokens} tokens"
+    assert logits_VN.is_contiguous()
+    total_N = torch.empty(tokens)
+    weight, width = (None, 0) if head_VD is None else (_at(head_VD), head_VD.shape[1])
+    failed = _call().head(
+        _at(logits_VN), weight, _n(tokens), _n(count), _n(width), ctypes.c_float(least), _at(total_N),
+        None if mean_ND is None else _at(mean_ND),
+    )  # fmt: skip
+    _look(failed)
+    return total_N
 
 
 class Groups:

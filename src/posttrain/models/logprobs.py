@@ -9,7 +9,7 @@ number a row. With a trained head the chunk is computed again in backward. On a 
 On a CPU with bfloat16 weights the sum over v takes, for each row, the tokens with a probability of at least 1e-5: gathering a
 thousand rows of W costs a tenth of a product with all of them. What is left out is 1 % of the mass before fine-tuning and less
 after, about what rounding p to bfloat16 changes (Wijmans et al. 2024, "Cut your losses", filter at 2.4e-4). The log-probability
-itself and all of float32 are exact.
+itself and all of float32 are exact. Where there is a compiler the passes are C (`native/head.c`).
 
 N: targets, D: width, V: vocabulary. Log-sum-exp in float32.
 """
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from posttrain.models import compiled
 from posttrain.models.fused import log_sum_exp, logit_gradient, probabilities
 from posttrain.models.rows import HeadRows, head_logits
 
@@ -100,6 +101,41 @@ def _filtered_chunk(hidden_nD: Tensor, head_VD: Tensor, target_n: Tensor, rows: 
     return torch.cat(logprobs), _targets(head_VD, target_n, rows) - mean_nD
 
 
+def _compiled(head_VD: Tensor) -> bool:
+    return compiled.able(head_VD) and head_VD.is_contiguous()
+
+
+def _in_c(
+    hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, rows: HeadRows | None, slope_ND: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """log p of each target and log sum exp of its logits [N]; `slope_ND` is filled with d log p / d h as by `_filtered_chunk`.
+
+    Logits are made as W h^T, so that the product reads the head as it lies; h W^T would bring it into another order first.
+    """
+    logprobs_N = hidden_ND.new_empty(len(target_N), dtype=torch.float32)
+    total_N, least = torch.empty_like(logprobs_N), math.log(SMALLEST_PROBABILITY)
+    room = head_VD.new_empty(0)  # of all chunks: fresh memory each time would cost a quarter of the product
+    for chunk in _chunks(target_N, head_VD):
+        target_n = target_N[chunk]
+        turned_Dn = functional.pad(hidden_ND[chunk], (0, 0, 0, -len(target_n) % compiled.LANES)).T.contiguous()
+        size = len(head_VD) * turned_Dn.shape[1]
+        room = room if len(room) >= size else head_VD.new_empty(size)
+        logits_Vn = torch.mm(head_VD, turned_Dn, out=room[:size].view(len(head_VD), -1))
+        if rows is not None:
+            logits_Vn[rows.ids_K] = rows.rows_KD @ turned_Dn
+        if slope_ND is None:
+            total_n = compiled.log_sum_exp(logits_Vn)[: len(target_n)]
+        else:
+            total_n, mean_nD = (x[: len(target_n)] for x in compiled.head_mean(logits_Vn, head_VD, least))
+            if rows is not None:
+                share_nK = logits_Vn[rows.ids_K].T[: len(target_n)].float() - total_n[:, None]
+                rows.mean_(mean_nD, head_VD, share_nK.exp() * (share_nK > least))
+            slope_ND[chunk] = _targets(head_VD, target_n, rows) - mean_nD
+        total_N[chunk] = total_n
+        logprobs_N[chunk] = logits_Vn[target_n, torch.arange(len(target_n))].float() - total_n
+    return logprobs_N, total_N
+
+
 def _whole_chunk(hidden_nD: Tensor, head_VD: Tensor, target_n: Tensor, rows: HeadRows | None) -> tuple[Tensor, Tensor]:
     """log p [n] and d log p / d h [n, D] of a chunk, by whole products."""
     logits_nV = head_logits(hidden_nD, head_VD, rows)
@@ -121,8 +157,11 @@ class _FrozenHead(torch.autograd.Function):
     def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, rows: HeadRows | None) -> Tensor:
         if not ctx.needs_input_grad[0]:
             return _values(hidden_ND, head_VD, target_N, rows)[0]
-        logprobs_N = hidden_ND.new_empty(len(target_N), dtype=torch.float32)
         slope_ND = torch.empty_like(hidden_ND)
+        if _compiled(head_VD):
+            ctx.save_for_backward(slope_ND)
+            return _in_c(hidden_ND, head_VD, target_N, rows, slope_ND)[0]
+        logprobs_N = hidden_ND.new_empty(len(target_N), dtype=torch.float32)
         filtered = head_VD.dtype == torch.bfloat16 and not head_VD.is_cuda
         chunk_of = _filtered_chunk if filtered else _whole_chunk
         for chunk in _chunks(target_N, head_VD):
@@ -138,6 +177,8 @@ class _FrozenHead(torch.autograd.Function):
 
 def _values(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, rows: HeadRows | None) -> tuple[Tensor, Tensor]:
     """log p of each target and log sum exp of its logits [N], no gradient."""
+    if _compiled(head_VD):
+        return _in_c(hidden_ND, head_VD, target_N, rows, None)
     logprobs_N = hidden_ND.new_empty(len(target_N), dtype=torch.float32)
     total_N = torch.empty_like(logprobs_N)
     for chunk in _chunks(target_N, head_VD):

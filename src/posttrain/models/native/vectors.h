@@ -6,7 +6,7 @@
 
 #include "common.h"
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -62,6 +62,17 @@ ALWAYS words narrowed(vec x) {
 }
 
 ALWAYS vec choose(ints yes, vec a, vec b) { return (vec)((yes & (ints)a) | (~yes & (ints)b)); }
+
+/* A bit for each lane that holds. */
+ALWAYS uint32_t lanes_of(ints yes) {
+#ifdef __AVX512F__
+    return _mm512_test_epi32_mask((__m512i)yes, (__m512i)yes);
+#else
+    uint32_t found = 0;
+    for (int n = 0; n < LANES; n++) found |= (uint32_t)(yes[n] != 0) << n;
+    return found;
+#endif
+}
 
 /* e^x of each x <= 0 to 2e-7: 2^n (1 + r + r^2/2 + ...), |r| <= ln 2 / 2. */
 ALWAYS vec exponentials(vec x) {
