@@ -3,10 +3,12 @@
     python benchmarks/overload.py --seconds 300     on random:tiny, or --model
 
 The server is the command itself in a process of its own. First as many clients as it computes rows at once ask one after the
-other: that is its capacity. Then requests come by the clock at `--load` times that rate, whatever has been answered. Prints
-one JSON object (answers by status, times to answer, the server's memory at 40 times, what /metrics says at the end) and exits
-with 1 where something broke: another status, a reset connection, a 429 without its body or `Retry-After`, an answer that is
-cut, memory that grew by more than a twentieth after the first fifth, a row left in flight, or another exit code.
+other: that is its capacity. Then as many as it takes at all, rows and queue: it is saturated. Then requests come by the clock
+at `--load` times its capacity, whatever has been answered. Answers are streamed. Prints one JSON object (answers by status,
+times to the first token and to the end, goodput against the best rate before, the server's memory at 40 times, what /metrics
+says at the end) and exits with 1 where something broke: another status, a reset connection, a 429 without its body or
+`Retry-After`, an answer that is cut, memory that grew by more than a twentieth after the first fifth, a row left in flight, or
+another exit code.
 """
 
 import argparse
@@ -37,33 +39,43 @@ class Load:
 
     def __init__(self, tokens: int) -> None:
         ask = {"role": "user", "content": "Hi"}
-        self.body = {"model": NAME, "messages": [ask], "temperature": 0, "max_tokens": tokens, "min_tokens": tokens}
-        self.tokens = tokens
+        self.body = {
+            "model": NAME, "messages": [ask], "temperature": 0, "max_tokens": tokens, "min_tokens": tokens, "stream": True,
+            "stream_options": {"include_usage": True},
+        }  # fmt: skip
+        self.tokens, self.first_token = tokens, list[float]()
         self.statuses: Counter[str] = Counter()
         self.broken: Counter[str] = Counter()
         self.seconds: dict[int, list[float]] = {200: [], 429: []}
 
     async def ask(self, http: httpx.AsyncClient) -> None:
         """One request."""
-        began = time.monotonic()
+        began, seen, last = time.monotonic(), 0.0, ""
         try:
-            response = await http.post(CHAT, json=self.body)
+            async with http.stream("POST", CHAT, json=self.body) as response:
+                async for line in response.aiter_lines():
+                    if line.startswith("data: {"):
+                        last = line[6:]
+                        seen = seen or ('"content":"' in last and time.monotonic() - began)
+                    elif line.startswith("{"):  # an error, whole
+                        last = line
         except httpx.HTTPError as error:
             self.broken[f"{type(error).__name__} {error}"] += 1
             return
         status = response.status_code
         self.statuses[str(status)] += 1
         if status == 200:
-            good = response.json()["usage"]["completion_tokens"] == self.tokens
+            good = (json.loads(last).get("usage") or {}).get("completion_tokens") == self.tokens
+            self.first_token.append(seen)
         else:
             good = status == 429 and response.headers.get("retry-after") == "1"
-            good = good and response.json()["error"]["code"] == "queue_full"
+            good = good and json.loads(last)["error"]["code"] == "queue_full"
         if not good:
-            self.broken[f"{status}: {response.text[:200]}"] += 1
+            self.broken[f"{status}: {last[:200]}"] += 1
         self.seconds.setdefault(status, []).append(time.monotonic() - began)
 
-    async def capacity(self, http: httpx.AsyncClient, seconds: float) -> float:
-        """Answers a second with one client for each row that is computed at once."""
+    async def capacity(self, http: httpx.AsyncClient, seconds: float, clients: int) -> float:
+        """Answers a second with so many clients, each of which asks again when it is answered."""
         end = time.monotonic() + seconds
 
         async def client() -> None:
@@ -71,7 +83,7 @@ class Load:
                 await self.ask(http)
 
         began = time.monotonic()
-        await asyncio.gather(*(client() for _ in range(ROWS["cpu"])))
+        await asyncio.gather(*(client() for _ in range(clients)))
         return len(self.seconds[200]) / (time.monotonic() - began)
 
     async def offer(self, http: httpx.AsyncClient, rate: float, seconds: float) -> int:
@@ -94,18 +106,21 @@ async def hold(process: "subprocess.Popen[str]", url: str, options: argparse.Nam
     """Capacity, overload, and what /metrics says when all is answered."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=200)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
-        first = Load(options.tokens)
-        capacity = await first.capacity(http, options.seconds / 15)
-        load = Load(options.tokens)
+        first, full, load = (Load(options.tokens) for _ in range(3))
+        capacity = await first.capacity(http, options.seconds / 15, ROWS["cpu"])
+        saturated = await full.capacity(http, options.seconds / 15, ROWS["cpu"] + options.queue)
         rate = options.load * capacity
-        memory, count = await asyncio.gather(watch(process, options.seconds), load.offer(http, rate, options.seconds))
+        began = time.monotonic()
+        watched, count = await asyncio.gather(watch(process, url, options.seconds), load.offer(http, rate, options.seconds))
+        memory = [round(whole - kept, 1) for whole, kept in watched]  # the cache of prompts fills up to its limit
+        goodput = len(load.seconds[200]) / (time.monotonic() - began)
         metrics = (await http.get("/metrics")).text
     told = dict(re.findall(r"^(posttrain_(?:requests_total|completions)\S*) (\S+)$", metrics, re.MULTILINE))
-    broken = first.broken + load.broken
+    broken = first.broken + full.broken + load.broken
     if any(float(told[name]) for name in ("posttrain_completions_open", "posttrain_completions_waiting")):
         broken["completions were still open at the end"] += 1
     turned_away = float(told.get('posttrain_requests_total{model="unknown",status="429"}', "0"))
-    if turned_away != load.statuses["429"] + first.statuses["429"]:
+    if turned_away != sum(each.statuses["429"] for each in (first, full, load)):
         broken[f"/metrics counts {turned_away} requests that were turned away"] += 1
     begin, end = statistics.median(memory[8:13]), statistics.median(memory[-5:])
     if end > GROWTH * begin:
@@ -114,6 +129,11 @@ async def hold(process: "subprocess.Popen[str]", url: str, options: argparse.Nam
         "capacity_per_second": round(capacity, 2), "offered_per_second": round(rate, 1), "requests": count,
         "statuses": dict(load.statuses), "broken": dict(broken),
         "seconds_p50_p99_max": {str(status): percentiles(found) for status, found in load.seconds.items()},
+        "first_token_p50_p99_max": {
+            "at capacity": percentiles(first.first_token), "saturated": percentiles(full.first_token),
+            "overloaded": percentiles(load.first_token),
+        },
+        "goodput": {"per_second": round(goodput, 2), "of_the_best": round(goodput / max(capacity, saturated), 3)},
         "memory_mib": {"first_fifth": begin, "end": end, "all": memory}, "metrics": told,
     }  # fmt: skip
 
