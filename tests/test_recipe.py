@@ -30,8 +30,8 @@ init = "sft"
 data = "starter/preferences.jsonl"
 """
 SFT_SETTINGS = (
-    "name, init, data, learning_rate, schedule, warmup, weight_decay, clip, checkpoint_every, checkpoint_minutes, epochs, "
-    "batch, max_tokens, validation, keep, patience, validate_every, allow_dropped, kind"
+    "name, init, data, learning_rate, schedule, warmup, weight_decay, clip, checkpoint_every, checkpoint_minutes, seed, "
+    "epochs, batch, max_tokens, validation, keep, patience, validate_every, allow_dropped, kind"
 )
 
 # (what is replaced, by what, the whole message)
