@@ -4,8 +4,8 @@
 
 The server is the command itself in a process of its own. First as many clients as it computes rows at once ask one after the
 other: that is its capacity. Then as many as it takes at all, rows and queue: it is saturated. Then requests come by the clock
-at `--load` times its capacity, whatever has been answered. Answers are streamed. Prints one JSON object (answers by status,
-times to the first token and to the end, goodput against the best rate before, the server's memory at 40 times, what /metrics
+at `--load` times its capacity, whatever has been answered. Prints one JSON object (answers by status, times to answer, the
+time to the first token by the server's own histogram, goodput against the best rate before, memory at 40 times, what /metrics
 says at the end) and exits with 1 where something broke: another status, a reset connection, a 429 without its body or
 `Retry-After`, an answer that is cut, memory that grew by more than a twentieth after the first fifth, a row left in flight, or
 another exit code.
@@ -39,39 +39,29 @@ class Load:
 
     def __init__(self, tokens: int) -> None:
         ask = {"role": "user", "content": "Hi"}
-        self.body = {
-            "model": NAME, "messages": [ask], "temperature": 0, "max_tokens": tokens, "min_tokens": tokens, "stream": True,
-            "stream_options": {"include_usage": True},
-        }  # fmt: skip
-        self.tokens, self.first_token = tokens, list[float]()
+        self.body = {"model": NAME, "messages": [ask], "temperature": 0, "max_tokens": tokens, "min_tokens": tokens}
+        self.tokens = tokens
         self.statuses: Counter[str] = Counter()
         self.broken: Counter[str] = Counter()
         self.seconds: dict[int, list[float]] = {200: [], 429: []}
 
     async def ask(self, http: httpx.AsyncClient) -> None:
         """One request."""
-        began, seen, last = time.monotonic(), 0.0, ""
+        began = time.monotonic()
         try:
-            async with http.stream("POST", CHAT, json=self.body) as response:
-                async for line in response.aiter_lines():
-                    if line.startswith("data: {"):
-                        last = line[6:]
-                        seen = seen or ('"content":"' in last and time.monotonic() - began)
-                    elif line.startswith("{"):  # an error, whole
-                        last = line
+            response = await http.post(CHAT, json=self.body)
         except httpx.HTTPError as error:
             self.broken[f"{type(error).__name__} {error}"] += 1
             return
         status = response.status_code
         self.statuses[str(status)] += 1
         if status == 200:
-            good = (json.loads(last).get("usage") or {}).get("completion_tokens") == self.tokens
-            self.first_token.append(seen)
+            good = response.json()["usage"]["completion_tokens"] == self.tokens
         else:
             good = status == 429 and response.headers.get("retry-after") == "1"
-            good = good and json.loads(last)["error"]["code"] == "queue_full"
+            good = good and response.json()["error"]["code"] == "queue_full"
         if not good:
-            self.broken[f"{status}: {last[:200]}"] += 1
+            self.broken[f"{status}: {response.text[:200]}"] += 1
         self.seconds.setdefault(status, []).append(time.monotonic() - began)
 
     async def capacity(self, http: httpx.AsyncClient, seconds: float, clients: int) -> float:
@@ -102,19 +92,29 @@ def percentiles(seconds: list[float]) -> list[float]:
     return [round(found[len(found) * part // 100], 4) for part in (50, 99)] + [round(found[-1], 4)] if found else []
 
 
+def slowest(before: str, after: str, share: float = 0.99) -> list[float]:
+    """The edges in seconds of the histogram's bucket in which this share of the first tokens between two pages is reached."""
+    line = r'^posttrain_time_to_first_token_seconds_bucket\{le="([^"]+)".* (\S+)$'
+    old, new = (re.findall(line, page, re.MULTILINE) for page in (before, after))
+    counts = [float(now) - float(then) for (_, now), (_, then) in zip(new, old or [("", "0")] * len(new), strict=True)]
+    place = next(n for n, count in enumerate(counts) if count >= share * counts[-1])
+    return [float(new[place - 1][0]) if place else 0.0, float(new[place][0])]
+
+
 async def hold(process: "subprocess.Popen[str]", url: str, options: argparse.Namespace) -> dict[str, Any]:
     """Capacity, overload, and what /metrics says when all is answered."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=200)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
         first, full, load = (Load(options.tokens) for _ in range(3))
         capacity = await first.capacity(http, options.seconds / 15, ROWS["cpu"])
+        pages = [(await http.get("/metrics")).text]
         saturated = await full.capacity(http, options.seconds / 15, ROWS["cpu"] + options.queue)
-        rate = options.load * capacity
-        began = time.monotonic()
+        pages.append((await http.get("/metrics")).text)
+        rate, began = options.load * capacity, time.monotonic()
         watched, count = await asyncio.gather(watch(process, url, options.seconds), load.offer(http, rate, options.seconds))
         memory = [round(whole - kept, 1) for whole, kept in watched]  # the cache of prompts fills up to its limit
         goodput = len(load.seconds[200]) / (time.monotonic() - began)
-        metrics = (await http.get("/metrics")).text
+        pages.append(metrics := (await http.get("/metrics")).text)
     told = dict(re.findall(r"^(posttrain_(?:requests_total|completions)\S*) (\S+)$", metrics, re.MULTILINE))
     broken = first.broken + full.broken + load.broken
     if any(float(told[name]) for name in ("posttrain_completions_open", "posttrain_completions_waiting")):
@@ -129,9 +129,8 @@ async def hold(process: "subprocess.Popen[str]", url: str, options: argparse.Nam
         "capacity_per_second": round(capacity, 2), "offered_per_second": round(rate, 1), "requests": count,
         "statuses": dict(load.statuses), "broken": dict(broken),
         "seconds_p50_p99_max": {str(status): percentiles(found) for status, found in load.seconds.items()},
-        "first_token_p50_p99_max": {
-            "at capacity": percentiles(first.first_token), "saturated": percentiles(full.first_token),
-            "overloaded": percentiles(load.first_token),
+        "first_token_p99_between": {
+            "at capacity": slowest("", pages[0]), "saturated": slowest(*pages[:2]), "overloaded": slowest(*pages[1:]),
         },
         "goodput": {"per_second": round(goodput, 2), "of_the_best": round(goodput / max(capacity, saturated), 3)},
         "memory_mib": {"first_fifth": begin, "end": end, "all": memory}, "metrics": told,

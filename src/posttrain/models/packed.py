@@ -26,7 +26,7 @@ class PackedProducts:
     def __init__(self, dtype: torch.dtype, device: torch.device, *, quick: bool = False) -> None:
         """`quick` lets few rows be computed as they are quickest, with last bits that differ from those of many."""
         self.quick = quick
-        self._packs = device.type == "cpu" and dtype == torch.bfloat16 and _packing_works()
+        self._packs = packs(dtype, device)
         # The weight itself is kept too: no other can then have its identity.
         self._packed: dict[int, tuple[Tensor, int, Tensor]] = {}
 
@@ -42,6 +42,11 @@ class PackedProducts:
             self._packed[id(weight)] = kept
         y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, kept[2], bias, "none", [], "")
         return y
+
+
+def packs(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether engines keep packed copies of weights here."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and _packing_works()
 
 
 @functools.cache

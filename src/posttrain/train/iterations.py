@@ -25,7 +25,7 @@ from posttrain.records import Rollout
 from posttrain.settings import PpoStage
 from posttrain.train.checkpoint import Checkpoint, load_newest, load_step, oldest_step, save_checkpoint
 from posttrain.train.guards import check_figures, check_sampled, check_sampler
-from posttrain.train.memory import cache
+from posttrain.train.memory import cache, packed
 from posttrain.train.rewards import Judged, Texts
 from posttrain.train.roles import Roles
 from posttrain.train.rollouts import Rollouts, Sampled, from_tensors, judge_rollouts, to_tensors
@@ -68,7 +68,7 @@ class Iterations:
         check_sampler(rollouts.stats["ppo/mismatch"], self.stage)
         seconds = time.monotonic() - started
         speed = {"time/rollout": seconds, "time/rollout_tokens_per_second": len(rollouts.old_N) / seconds}
-        room = {"memory/cache": cache(self.base, sampled.prompts, self.stage)}
+        room = {"memory/cache": cache(self.base, sampled.prompts, self.stage), "memory/packed": packed(self.base)}
         rollouts = rollouts._replace(stats={**rollouts.stats, **judged.metrics(), **room, **speed})
         # As far back as the oldest checkpoint goes, and the iteration before it, whose KL moves the coefficient.
         oldest = oldest_step(self.folder / "checkpoints") // self.steps
