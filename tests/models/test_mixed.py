@@ -90,4 +90,4 @@ def test_nothing_is_left_of_weights_that_were_not_finite(tiny: BaseModel):
     assert kept.finite([one])
     assert broken not in kept.slots
     assert wrong_slots(kept, [one]) == 0
-    assert all(matrix.isfinite().all() for stack in kept._stacks.values() for matrix in stack)
+    assert all(matrix.isfinite().all() for stack in kept._stacks.values() for matrix in (stack.a, stack.b))

@@ -8,8 +8,9 @@ from test_ppo import run_ppo
 from tiny_stages import rows_of
 
 from posttrain.generate.engine import SamplingSettings, generate
+from posttrain.models import compiled
 from posttrain.models.load import BaseModel, load_base
-from posttrain.models.packed import packs
+from posttrain.models.products import packs
 from posttrain.train.memory import MIB, Kept, packed
 
 # Linear layers of the tiny model: 64 inputs and 64 or 32 outputs of attention, an MLP of 128; two layers of rank 4.
@@ -65,9 +66,14 @@ def test_nothing_that_is_counted_stays_in_memory(recompute: bool, base: BaseMode
     assert big == []
 
 
+@pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_weights_that_the_engine_holds_twice(dtype: str, own_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was really packed while an engine decoded, by the packed tensors' own numbers; float32 packs nothing."""
+def test_weights_that_the_engine_holds_twice(dtype: str, tiles: bool, own_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was really packed while an engine decoded, by the packed tensors' own numbers; float32 packs nothing, and neither
+    does a processor with matrix tiles."""
+    if tiles and not compiled.tiles():
+        pytest.skip("this processor has no matrix tiles")
+    monkeypatch.setattr(compiled, "tiles", lambda: tiles)
     made: list[torch.Tensor] = []
     reorder = torch.ops.mkldnn._reorder_linear_weight
 
@@ -76,9 +82,9 @@ def test_weights_that_the_engine_holds_twice(dtype: str, own_cache: None, monkey
         return reorder(weight)
 
     base = load_base("random:tiny", template="gemma", dtype=dtype, device="cpu")
-    able = packs(base.dtype, base.device)  # tries it once
+    able = packs(64, base.dtype, base.device)  # tries it once
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", noted)
     generate(base, [[1, 50, 60], [1, 70]], SamplingSettings(4, 1.0, 1.0, 0), "base")
     assert packed(base) * MIB == sum(weight.nbytes for weight in made)
     assert bool(made) == able
-    assert able == (dtype == "bfloat16" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    assert able == (dtype == "bfloat16" and not tiles and torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -8,10 +8,10 @@ Without a compiler, on another system, in another dtype, or with POSTTRAIN_COMPI
 
 A policy that is trained on its samples should sample from what is trained, to the last bit where that can be had: one last bit
 changes all that comes after it by as much as bfloat16 does. So training and decoding use the same functions, and what each of
-them gives for a row does not depend on the rows beside it. Only the products of few rows add up in another order; engines that
-serve use them.
+them gives for a row does not depend on the rows beside it. Only the products of few rows (`multiply`) add up in another order;
+engines that serve use them where there are no matrix tiles.
 
-T: tokens, H: query heads, K: key/value heads, D: width, R: rank, n: slots, C: columns of several layers' A.
+T: tokens, H: query heads, K: key/value heads, D: width, R: rank, n: slots, C: columns of several layers' or slots' A.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,12 +40,14 @@ FLAGS = (
 # Sums may be taken in any order, or no loop would be turned into vector instructions. What is not finite keeps its meaning.
 ANY_ORDER = "-fassociative-math"
 # Those of attention are written as vectors, and their order is promised.
-SOURCES = {"segments": (), "cache": (), "head": (), "chains": (ANY_ORDER,), "lowrank": (ANY_ORDER,)}
+SOURCES = {"segments": (), "cache": (), "head": (), "tiles": (), "chains": (ANY_ORDER,), "lowrank": (ANY_ORDER,)}
 SECONDS = 60
 # Rows whose products read each weight once.
 FEW_ROWS = 2
-# Numbers of one vector (native/vectors.h).
+# Numbers of one vector (native/vectors.h), and tokens of one tile (native/tiles.c).
 LANES = 16
+# Numbers of a row of a tile: inputs, and columns of adapters, come in as many.
+DEEP = 32
 
 
 def able(x: Tensor) -> bool:
@@ -283,6 +285,74 @@ def _head(logits_VN: Tensor, head_VD: Tensor | None, least: float, mean_ND: Tens
     )  # fmt: skip
     _look(failed)
     return total_N
+
+
+@functools.cache
+def tiles() -> bool:
+    """Whether this processor multiplies by matrix tiles, in our own products."""
+    found = library()
+    if found is None or not found.tiles():
+        return False
+    found.products.argtypes = (ctypes.c_void_p,) * 10  # then plain numbers do, which are made in no time
+    return True
+
+
+class Slots(NamedTuple):
+    """Adapters of one layer side by side: A [C, inputs] and s B [outputs, C], `rank` columns a slot (`slot_rank`), C a
+    multiple of DEEP; all finite. `slot_T` has each token's slot, -1 for none; None: all have slot 0. `order` has the tokens by
+    tiles of LANES, -1 where a tile has no more; None: as they come. Both int32."""
+
+    a: Tensor
+    b: Tensor
+    rank: int
+    slot_T: Tensor | None = None
+    order: Tensor | None = None
+
+
+def slot_rank(rank: int) -> int:
+    """Columns of a slot for adapters of this rank: slots fill a block of DEEP, or blocks a slot."""
+    return -(-rank // DEEP) * DEEP if rank > DEEP else 1 << max(rank - 1, 1).bit_length()
+
+
+def products(
+    x_TI: Tensor, weight: Tensor, bias: Tensor | None, slots: Slots | None = None, *, projected: bool = False,
+    into: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """W x + bias + s B A x [T, outputs] by tiles, each token with the adapter of its slot, and on wish A x [T, C], zeros where
+    another slot's. `weight` [outputs, inputs] is dense, inputs a multiple of DEEP."""
+    y_TO = x_TI.new_empty(len(x_TI), len(weight)) if into is None else into
+    p_TC = None if slots is None or not projected else x_TI.new_zeros(len(x_TI), len(slots.a))
+    _products(x_TI, weight, bias, slots, p_TC, y_TO, 0)
+    return y_TO, p_TC
+
+
+def turned_products(x_TI: Tensor, weight: Tensor, y_ON: Tensor) -> None:
+    """W x into y [outputs, N], N the tokens filled up to whole tiles with zeros; the same sums as those of `products`."""
+    assert y_ON.is_contiguous()
+    assert y_ON.shape == (len(weight), -(-len(x_TI) // LANES) * LANES)
+    _products(x_TI, weight, None, None, None, y_ON, y_ON.shape[1])
+
+
+def _products(
+    x: Tensor, weight: Tensor, bias: Tensor | None, slots: Slots | None, p: Tensor | None, y: Tensor, across: int
+) -> None:
+    x = _dense(x)
+    assert tiles()
+    assert weight.is_contiguous()
+    outputs, inputs = weight.shape
+    assert inputs == x.shape[1]
+    assert inputs % DEEP == 0, f"{inputs} inputs"
+    a, b, columns, rank, slot, order = None, None, 0, 1, None, None
+    if slots is not None:
+        a, b, rank, slot, order = slots
+        columns = len(a)
+        assert a.is_contiguous()
+        assert b.is_contiguous()
+        assert columns % DEEP == 0, f"{columns} columns"
+    count = -(-len(x) // LANES) if order is None else len(order) // LANES
+    sizes = (_n * 8)(len(x), inputs, outputs, x.stride(0), columns, rank, across, count)
+    arrays = (x, weight, bias, a, b, order, slot, p, y)
+    _look(_call().products(ctypes.addressof(sizes), *[None if array is None else array.data_ptr() for array in arrays]))
 
 
 class Groups:

@@ -31,7 +31,7 @@ from posttrain.models.logprobs import target_logprobs
 from posttrain.models.lora import AdapterSet, LoraAdapter, LoraShape
 from posttrain.models.narrow import NarrowWeights
 from posttrain.models.norms import replace_norms
-from posttrain.models.packed import PackedProducts
+from posttrain.models.products import EngineProducts, linear
 from posttrain.models.rows import HeadRows, RowGradient, TokenRows, head_logits, head_rows
 from posttrain.models.segments import Segments
 from posttrain.models.source import BaseModelFolder, locate_base
@@ -153,14 +153,15 @@ class BaseModel:
         found: Tensor = RowGradient.apply(logprobs_N, hidden_ND, head_VD, tokens.rows, rows.ids_K, target_N, self.softcap)  # type: ignore[no-untyped-call]
         return found
 
-    def row_logits(self, hidden_RD: Tensor, adapters: Sequence[LoraAdapter | None], product: PackedProducts) -> Tensor:
-        """Logits [R, V] of rows with adapters of their own, soft-capped where the model is, without gradient."""
-        logits_RV = product(hidden_RD, self.model.get_output_embeddings().weight)
+    def row_logits(self, hidden_RD: Tensor, adapters: Sequence[LoraAdapter | None], product: EngineProducts) -> Tensor:
+        """Logits [R, V] of rows with adapters of their own, soft-capped where the model is, without gradient, valid
+        until the next ones."""
+        logits_RV = product.logits(hidden_RD, self.model.get_output_embeddings().weight)
         for adapter in dict.fromkeys(adapters):
             if adapter is not None and adapter.tokens is not None and self.tied:
                 own = torch.tensor([r for r, a in enumerate(adapters) if a is adapter], device=logits_RV.device)
                 rows = head_rows(adapter.tokens, self.head_VD)
-                logits_RV[own[:, None], rows.ids_K] = hidden_RD[own] @ rows.rows_KD.T
+                logits_RV[own[:, None], rows.ids_K] = linear(hidden_RD[own], rows.rows_KD)
         return logits_RV if self.softcap is None else torch.tanh(logits_RV.float() / self.softcap) * self.softcap
 
     def scores(self, hidden_ND: Tensor, adapter: str) -> Tensor:

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from posttrain.models import compiled
 from posttrain.models.fused import log_sum_exp, logit_gradient, probabilities
+from posttrain.models.products import linear, tiled
 from posttrain.models.rows import HeadRows, head_logits
 
 # Logits held at once: 32 Mi float32 numbers, 128 MiB; a chunk then still fills the cores at a vocabulary of 262k. On a GPU
@@ -112,6 +113,7 @@ def _in_c(
 
     Logits are made as W h^T, so that the product reads the head as it lies; h W^T would bring it into another order first.
     """
+    tiles = tiled(hidden_ND, head_VD)
     logprobs_N = hidden_ND.new_empty(len(target_N), dtype=torch.float32)
     total_N, least = torch.empty_like(logprobs_N), math.log(SMALLEST_PROBABILITY)
     room = head_VD.new_empty(0)  # of all chunks: fresh memory each time would cost a quarter of the product
@@ -120,9 +122,13 @@ def _in_c(
         turned_Dn = functional.pad(hidden_ND[chunk], (0, 0, 0, -len(target_n) % compiled.LANES)).T.contiguous()
         size = len(head_VD) * turned_Dn.shape[1]
         room = room if len(room) >= size else head_VD.new_empty(size)
-        logits_Vn = torch.mm(head_VD, turned_Dn, out=room[:size].view(len(head_VD), -1))
+        logits_Vn = room[:size].view(len(head_VD), -1)
+        if tiles:
+            compiled.turned_products(hidden_ND[chunk], head_VD, logits_Vn)
+        else:
+            torch.mm(head_VD, turned_Dn, out=logits_Vn)
         if rows is not None:
-            logits_Vn[rows.ids_K] = rows.rows_KD @ turned_Dn
+            logits_Vn[rows.ids_K] = linear(turned_Dn.T.contiguous(), rows.rows_KD).T if tiles else rows.rows_KD @ turned_Dn
         if slope_ND is None:
             total_n = compiled.log_sum_exp(logits_Vn)[: len(target_n)]
         else:

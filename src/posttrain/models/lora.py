@@ -23,6 +23,7 @@ from torch.nn import functional
 from posttrain.errors import AdapterError, RecipeError
 from posttrain.models.heads import SCORE_NAME, ScoreHead
 from posttrain.models.mixed import SlotAdapters, TokenAdapters
+from posttrain.models.products import adapted, linear
 from posttrain.models.rows import TokenRows, replace_rows
 
 ATTENTION_PARENTS = ("self_attn", "attn", "attention")
@@ -154,10 +155,10 @@ class LoraLinear(nn.Module):
         adapter = self.routing.whole
         pair = adapter.weights.get(self.name) if adapter else None
         if adapter is None or pair is None:
-            return functional.linear(x, self.base.weight, self.base.bias)
+            return linear(x, self.base.weight, self.base.bias)
         scale = adapter.settings.scale
         if adapter.drops:
-            plain = functional.linear(x, self.base.weight, self.base.bias)
+            plain = linear(x, self.base.weight, self.base.bias)
             return plain + _low_rank(functional.dropout(x, adapter.settings.dropout), pair, scale)
         y: Tensor = _LoraProduct.apply(x, self.base.weight, self.base.bias, pair[0], pair[1], scale)  # type: ignore[no-untyped-call]
         return y
@@ -174,9 +175,7 @@ class _LoraProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        projected_TR = flat @ a.to(x.dtype).T
-        y = functional.linear(flat, weight, bias)
-        y.addmm_(projected_TR, b.to(x.dtype).T, alpha=scale)
+        y, projected_TR = adapted(flat, weight, bias, a, b, scale)
         ctx.save_for_backward(flat, projected_TR, weight, a, b)
         ctx.scale, ctx.shape = scale, x.shape
         return y.view(*x.shape[:-1], -1)

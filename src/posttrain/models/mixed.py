@@ -7,6 +7,9 @@ as in training. The other tokens of each of n adapters are gathered into a table
 adapters are two batched ones; layers that read the same input share the first. Copies in the type of the products are kept by
 the engine.
 
+Where the processor has matrix tiles (`models/products.py`), the adapters of all slots lie side by side, and the product of
+the base adds to each token what its slot's adapter adds, just as in training and to the same bit.
+
 Where shapes must not depend on who is there (`models/graphs.py`), all tokens are multiplied with the matrices of all adapters
 side by side, and of the projections each token keeps its own:
 
@@ -15,16 +18,17 @@ side by side, and of the projections each token keeps its own:
 T: tokens, M: most tokens of one adapter in the table, R: rank (of the widest adapter, others are filled with zeros), C = n R.
 """
 
-import math
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from posttrain.models import compiled
 from posttrain.models.decoding import new_address
-from posttrain.models.packed import PackedProducts
+from posttrain.models.products import EngineProducts, tileable
 
 if TYPE_CHECKING:
     from posttrain.models.lora import LoraAdapter
@@ -40,6 +44,8 @@ class Stack(NamedTuple):
 
     a: Tensor
     b: Tensor
+    # The memory of both, where it is one matrix for all slots [C, inputs] and [outputs, C].
+    wide: tuple[Tensor, Tensor] | None = None
 
 
 class NarrowAdapters:
@@ -49,7 +55,8 @@ class NarrowAdapters:
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device, *, quick: bool = False) -> None:
-        self.dtype, self.product = dtype, PackedProducts(dtype, device, quick=quick)
+        self.dtype, self.product = dtype, EngineProducts(dtype, device, quick=quick)
+        self.tiles = tileable(compiled.DEEP, dtype, device)
         self._open(0, 0)
 
     def hold(self, adapters: "Sequence[LoraAdapter]") -> None:
@@ -58,6 +65,8 @@ class NarrowAdapters:
         missing = [a for a in needed if a not in self.slots]
         room = len(self.slots)
         rank = max((len(a) for adapter in missing for a, _ in adapter.weights.values()), default=0)
+        if self.tiles and rank:
+            rank = compiled.slot_rank(rank)
         if len(needed) > room:  # where adapters come one by one, not every one makes all others be written again
             room = max(len(needed), room + room // 4)
         elif needed and room > SPARE_SLOTS * len(needed):
@@ -82,6 +91,8 @@ class NarrowAdapters:
         self._stacks: dict[str, Stack] = {}
         # Whether a slot's matrices are finite; None where nobody has looked.
         self._finite: list[bool | None] = [True] * slots
+        # Adapters that are not, and whose slots are zeros instead where slots lie side by side.
+        self.apart: set[LoraAdapter] = set()
         # Another one where the tensors are others.
         self.address = new_address()
         # By the first layer that reads an input: all that read it, and their A side by side [n, layers x R, inputs].
@@ -109,8 +120,8 @@ class NarrowAdapters:
         what is not finite is forgotten."""
         for slot, finite in enumerate(self._finite):
             if finite is None:
-                parts = [matrix[slot] for stack in self._stacks.values() for matrix in stack]
-                self._finite[slot] = bool(torch.nn.utils.get_total_norm(parts, math.inf).isfinite())
+                parts = [matrix[slot] for stack in self._stacks.values() for matrix in (stack.a, stack.b)]
+                self._finite[slot] = _all_finite(parts)
             if not self._finite[slot] and self.slots[slot] not in needed:
                 for stack in self._stacks.values():
                     stack.a[slot], stack.b[slot] = 0, 0
@@ -118,24 +129,45 @@ class NarrowAdapters:
         return all(self._finite)
 
     def _write(self, slot: int, adapter: "LoraAdapter") -> None:
+        self.apart.discard(adapter)
         self.slots[slot], self._versions[slot], self._finite[slot] = adapter, _version(adapter), None
+        self.apart &= set(self.slots)
+        if self.tiles and not _all_finite([matrix.detach() for pair in adapter.weights.values() for matrix in pair]):
+            self.apart.add(adapter)
         for layer, (a, b) in adapter.weights.items():
             if layer not in self._stacks:
-                # In memory B lies as [n, R, outputs] on a GPU, so that all slots side by side are one matrix, and where
-                # `expand` adds it up.
-                turned = b.new_zeros((len(self.slots), self.rank, b.shape[0]), dtype=self.dtype).transpose(1, 2)
-                self._stacks[layer] = Stack(
-                    a.new_zeros(len(self.slots), self.rank, a.shape[1], dtype=self.dtype),
-                    turned if b.is_cuda or compiled.able(turned) else turned.contiguous(),
-                )
+                self._stacks[layer] = self._new_stack(a.detach(), b.detach())
                 self.address = new_address()
         for layer, stack in self._stacks.items():
             pair = adapter.weights.get(layer)
+            if adapter in self.apart and stack.wide is not None:
+                pair = None
             rank = 0 if pair is None else len(pair[0])
             if pair is not None:
-                stack.a[slot, :rank], stack.b[slot, :, :rank] = pair[0].detach(), pair[1].detach() * adapter.settings.scale
-            # What the adapter before it had beyond, which need not be finite.
-            stack.a[slot, rank:], stack.b[slot, :, rank:] = 0, 0
+                stack.a[slot, :rank] = pair[0].detach()
+                torch.mul(pair[1].detach(), adapter.settings.scale, out=stack.b[slot, :, :rank])
+            if rank < self.rank:  # what the adapter before it had beyond, which need not be finite
+                stack.a[slot, rank:], stack.b[slot, :, rank:] = 0, 0
+
+    def _new_stack(self, a: Tensor, b: Tensor) -> Stack:
+        """Zeros for all slots."""
+        slots, inputs, outputs = len(self.slots), a.shape[1], len(b)
+        if self.tiles and tileable(inputs, self.dtype, a.device):
+            used = slots * self.rank
+            columns = -(-used // compiled.DEEP) * compiled.DEEP
+            wide = a.new_zeros(columns, inputs, dtype=self.dtype), b.new_zeros(outputs, columns, dtype=self.dtype)
+            by_slot = wide[1][:, :used].view(outputs, slots, self.rank).transpose(0, 1)
+            return Stack(wide[0][:used].view(slots, self.rank, inputs), by_slot, wide)
+        # In memory B lies as [n, R, outputs] on a GPU, so that all slots side by side are one matrix, and where `expand` adds
+        # it up.
+        turned = b.new_zeros((slots, self.rank, outputs), dtype=self.dtype).transpose(1, 2)
+        added_up = b.is_cuda or compiled.able(turned)
+        return Stack(a.new_zeros(slots, self.rank, inputs, dtype=self.dtype), turned if added_up else turned.contiguous())
+
+
+def _all_finite(matrices: Sequence[Tensor]) -> bool:
+    """Whether all numbers are; a sum beyond all numbers says no of some that are."""
+    return bool(torch.stack([matrix.sum(dtype=torch.float32) for matrix in matrices]).sum().isfinite())
 
 
 def _version(adapter: "LoraAdapter") -> int:
@@ -146,18 +178,67 @@ class TokenAdapters:
     """Which adapter each token of one batch has: runs of (tokens, adapter or None for the base), in order."""
 
     def __init__(self, runs: "Sequence[tuple[int, LoraAdapter | None]]", kept: NarrowAdapters, device: torch.device) -> None:
-        self.runs, self._kept = runs, kept
+        self.runs, self._kept, self._device = runs, kept, device
         kept.hold([adapter for _, adapter in runs if adapter is not None])
-        slot_of = {adapter: slot for slot, adapter in enumerate(kept.slots) if adapter is not None}
+        self._slot_of = {adapter: slot for slot, adapter in enumerate(kept.slots) if adapter is not None}
+        if kept.tiles:
+            self._tile()
+
+    def _tile(self) -> None:
+        """The slot of each token, and the tokens in the order of their slots: few adapters then meet in a tile."""
+        slots = [-1 if adapter is None or adapter in self._kept.apart else self._slot_of[adapter] for _, adapter in self.runs]
+        counts = torch.tensor([count for count, _ in self.runs])
+        self._slot_T = torch.tensor(slots, dtype=torch.int32).repeat_interleave(counts)
+        self._order = None
+        if len(set(slots)) > 1:
+            order = self._slot_T.argsort(stable=True).int()
+            self._order = functional.pad(order, (0, -len(order) % compiled.LANES), value=-1)
+
+    def apply(self, layer: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x [1, T, inputs] -> [1, T, outputs]."""
+        stack = self._kept.stack(layer)
+        if stack is None:
+            return self._kept.product(x, weight, bias)
+        if stack.wide is None:
+            return self._grouped.apply(layer, x, weight, bias, stack)
+        slots = compiled.Slots(*stack.wide, self._kept.rank, self._slot_T, self._order)
+        y = compiled.products(x[0], weight.to(x.dtype).contiguous(), bias, slots)[0]
+        if self._kept.apart:
+            self._add_apart(layer, x[0], y)
+        return y[None]
+
+    def _add_apart(self, layer: str, x_TI: Tensor, y_TO: Tensor) -> None:
+        """What adapters that are not finite add, to their own tokens alone."""
+        start = 0
+        for count, adapter in self.runs:
+            rows, start = slice(start, start + count), start + count
+            pair = adapter.weights.get(layer) if adapter in self._kept.apart and adapter is not None else None
+            if pair is not None and adapter is not None:
+                a, b = (matrix.detach().to(x_TI.dtype) for matrix in pair)
+                y_TO[rows].addmm_(x_TI[rows] @ a.T, b.T, alpha=adapter.settings.scale)
+
+    @functools.cached_property
+    def _grouped(self) -> "GroupedTokens":
+        return GroupedTokens(self.runs, self._kept, self._slot_of, self._device)
+
+
+class GroupedTokens:
+    """The same where slots do not lie side by side: tokens of few gathered by slot, and long runs one by one."""
+
+    def __init__(
+        self, runs: "Sequence[tuple[int, LoraAdapter | None]]", kept: NarrowAdapters, slot_of: "dict[LoraAdapter, int]",
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self._kept = kept
         tokens: list[list[int]] = [[] for _ in kept.slots]
-        self.total = sum(count for count, _ in runs)
+        total = sum(count for count, _ in runs)
         self._long: list[tuple[slice, int]] = []
         self._compiled = device.type == "cpu" and kept.dtype == torch.bfloat16 and compiled.library() is not None
         quick = self._compiled and kept.product.quick
         start = 0
         for count, adapter in runs:
             rows = slice(start, start + count)
-            if adapter is not None and (count >= LONG or (count == self.total and not quick)):
+            if adapter is not None and (count >= LONG or (count == total and not quick)):
                 self._long.append((rows, slot_of[adapter]))
             elif adapter is not None:
                 tokens[slot_of[adapter]] += range(rows.start, rows.stop)
@@ -182,12 +263,9 @@ class TokenAdapters:
         )
         self._added: dict[int, Tensor] = {}
 
-    def apply(self, layer: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def apply(self, layer: str, x: Tensor, weight: Tensor, bias: Tensor | None, stack: Stack) -> Tensor:
         """x [1, T, inputs] -> [1, T, outputs]."""
         y = self._kept.product(x, weight, bias)
-        stack = self._kept.stack(layer)
-        if stack is None:
-            return y
         for rows, slot in self._long:
             y[0, rows].addmm_(x[0, rows] @ stack.a[slot].T, stack.b[slot].T)
         if self._most:

@@ -5,7 +5,8 @@ numbers.
     adapters     of policy, reference, init, reward models, gold and value function, with their heads
     optimiser    gradients and AdamW's two moments of what is trained
     cache        room for keys and values of the completions that are sampled at once
-    packed       while completions are sampled on a CPU in bfloat16, the weights once more, as its products read them
+    packed       while completions are sampled on a CPU in bfloat16 that has no matrix tiles, the weights once more, as its
+                 products read them
     activations  what the step's largest forward keeps for its backward; with `recompute` the inputs of the layers and what lies
                  outside of them, beside which the backward holds the inside of one layer after the other
 
@@ -24,7 +25,7 @@ from posttrain.generate.batch import room_for
 from posttrain.generate.engine import ROWS
 from posttrain.models.decoding import bytes_per_token
 from posttrain.models.load import BaseModel
-from posttrain.models.packed import packs
+from posttrain.models.products import packs
 from posttrain.settings import PpoStage
 from posttrain.train.roles import Roles
 
@@ -53,10 +54,9 @@ def cache(base: BaseModel, prompts: Sequence[Sequence[int]], stage: PpoStage) ->
 
 
 def packed(base: BaseModel) -> float:
-    """The weights that the engine holds a second time while it samples (`models/packed.py`)."""
-    if not packs(base.dtype, base.device):
-        return 0.0
-    return _mib([base.head_VD, *(layer.weight for layer in base.model.modules() if isinstance(layer, nn.Linear))])
+    """The weights that the engine holds a second time while it samples (`models/products.py`)."""
+    weights = (base.head_VD, *(layer.weight for layer in base.model.modules() if isinstance(layer, nn.Linear)))
+    return _mib(weight for weight in weights if packs(weight.shape[1], base.dtype, base.device))
 
 
 class Kept:
