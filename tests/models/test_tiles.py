@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.models import compiled
+from posttrain.models import compiled, mixed, products
 from posttrain.models.load import BaseModel, load_base
 from posttrain.models.lora import LoraAdapter, LoraSettings
 from posttrain.models.mixed import NarrowAdapters, TokenAdapters
@@ -118,6 +118,31 @@ def ready(base: BaseModel, name: str, seed: int, targets: str | tuple[str, ...],
         for _, b in adapter.weights.values():
             b.normal_(std=0.3, generator=torch.Generator().manual_seed(seed))
     return adapter
+
+
+@torch.no_grad()
+def test_layers_that_fill_no_tiles_are_computed_beside_those_that_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if 128 inputs were no multiple of 32: those layers are the library's, grouped by slot, in the same engine."""
+    able = products.tileable
+    for module in (products, mixed):
+        monkeypatch.setattr(module, "tileable", lambda inputs, *kind: inputs != 128 and able(inputs, *kind))
+    base = load_base("random:tiny", template="plain", dtype="bfloat16")
+    there = [ready(base, "a", 1, "all", 16), ready(base, "b", 2, "all", 3), None]
+    kept = NarrowAdapters(torch.bfloat16, base.device)
+    tokens = TokenAdapters([(1, there[k % 3]) for k in range(40)], kept, base.device)
+    kinds = set()
+    for name, layer in base.model.named_modules():
+        if type(layer).__name__ != "LoraLinear":
+            continue
+        x = numbers(1, 40, layer.in_features)
+        found, stack = tokens.apply(layer.name, x, layer.weight, None), kept.stack(layer.name)
+        assert stack is not None
+        kinds.add(stack.wide is None)
+        for k in range(40):
+            adapter = there[k % 3]
+            with base.adapters.use("base" if adapter is None else adapter.name):
+                torch.testing.assert_close(found[:, k], layer(x[:, k]), rtol=2**-6, atol=2e-2, msg=name)
+    assert kinds == {False, True}
 
 
 @torch.no_grad()

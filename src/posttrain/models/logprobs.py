@@ -119,16 +119,18 @@ def _in_c(
     room = head_VD.new_empty(0)  # of all chunks: fresh memory each time would cost a quarter of the product
     for chunk in _chunks(target_N, head_VD):
         target_n = target_N[chunk]
-        turned_Dn = functional.pad(hidden_ND[chunk], (0, 0, 0, -len(target_n) % compiled.LANES)).T.contiguous()
-        size = len(head_VD) * turned_Dn.shape[1]
+        size = len(head_VD) * (len(target_n) + -len(target_n) % compiled.LANES)
         room = room if len(room) >= size else head_VD.new_empty(size)
         logits_Vn = room[:size].view(len(head_VD), -1)
         if tiles:
             compiled.turned_products(hidden_ND[chunk], head_VD, logits_Vn)
+            if rows is not None:
+                logits_Vn[rows.ids_K, : len(target_n)] = linear(hidden_ND[chunk], rows.rows_KD).T
         else:
+            turned_Dn = functional.pad(hidden_ND[chunk], (0, 0, 0, -len(target_n) % compiled.LANES)).T.contiguous()
             torch.mm(head_VD, turned_Dn, out=logits_Vn)
-        if rows is not None:
-            logits_Vn[rows.ids_K] = linear(turned_Dn.T.contiguous(), rows.rows_KD).T if tiles else rows.rows_KD @ turned_Dn
+            if rows is not None:
+                logits_Vn[rows.ids_K] = rows.rows_KD @ turned_Dn
         if slope_ND is None:
             total_n = compiled.log_sum_exp(logits_Vn)[: len(target_n)]
         else:

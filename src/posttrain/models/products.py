@@ -83,7 +83,7 @@ class EngineProducts:
     def __init__(self, dtype: torch.dtype, device: torch.device, *, quick: bool = False) -> None:
         """`quick` lets few rows be computed as they are quickest, with last bits that differ from those of many."""
         self.quick = quick
-        self._packs = device.type == "cpu" and dtype == torch.bfloat16 and _packing_works()
+        self._packs = _packing(dtype, device)
         # The weight itself is kept too: no other can then have its identity.
         self._packed: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._room: Tensor | None = None
@@ -117,8 +117,11 @@ class EngineProducts:
 
 def packs(inputs: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether engines that compute in this type keep a packed copy of a weight."""
-    able = device.type == "cpu" and dtype == torch.bfloat16 and _packing_works()
-    return able and not tileable(inputs, dtype, device)
+    return _packing(dtype, device) and not tileable(inputs, dtype, device)
+
+
+def _packing(dtype: torch.dtype, device: torch.device) -> bool:
+    return device.type == "cpu" and dtype == torch.bfloat16 and _packing_works()
 
 
 @functools.cache

@@ -191,11 +191,6 @@ static void put(const struct work *k, int64_t tile, int64_t out, float *sums) {
     for (int r = 0; r < SIDE; r++)
         store_words(pairs + r * SIDE, paired(load(sums + 2 * r * SIDE), load(sums + (2 * r + 1) * SIDE)));
     turn(pairs, SIDE, rows, SIDE);
-    if (count == OUT && !k->order && (tile + 1) * SIDE <= k->tokens) {
-        bf16 *y = k->y + tile * SIDE * k->outputs + out;
-        for (int n = 0; n < SIDE; n++) memcpy(y + n * k->outputs, rows + n * SIDE, OUT * sizeof(bf16));
-        return;
-    }
     for (int n = 0; n < SIDE; n++) {
         int64_t token = token_of(k, tile * SIDE + n);
         if (token < 0) continue;
