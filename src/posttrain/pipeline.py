@@ -100,8 +100,8 @@ def _work(plan: Plan, stop: StopSignal) -> None:
     say(f"loading {plan.recipe.base.model}")
     from safetensors import SafetensorError
 
-    from posttrain.models.compiled import advice
     from posttrain.models.files import Policies
+    from posttrain.models.library import advice
     from posttrain.models.load import load_base
     from posttrain.models.tokens import token_ids, untrained_tokens
 

@@ -37,8 +37,8 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def make_base(name: str, folder: Path) -> BaseModel:
-    """A tiny float32 base of an architecture, with the tokenizer of random:tiny."""
+def make_base(name: str, folder: Path, dtype: str = "float32") -> BaseModel:
+    """A tiny base of an architecture, with the tokenizer of random:tiny."""
     kind, changes = CONFIGS[name]
     settings = {"tie_word_embeddings": True} | SHAPE | changes
     with torch.random.fork_rng():
@@ -52,7 +52,7 @@ def make_base(name: str, folder: Path) -> BaseModel:
     model.save_pretrained(folder)
     for path in locate_base("random:tiny").folder.glob("tokenizer*"):
         (folder / path.name).write_bytes(path.read_bytes())
-    return load_base(str(folder), template="gemma", dtype="float32", device="cpu")
+    return load_base(str(folder), template="gemma", dtype=dtype, device="cpu")
 
 
 def eager(base: BaseModel) -> Any:

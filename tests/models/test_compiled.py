@@ -15,11 +15,12 @@ from torch.nn import functional
 from posttrain.generate.engine import SamplingSettings, generate
 from posttrain.models import compiled
 from posttrain.models.attention_cpu import CpuSegmentAttention, gather
+from posttrain.models.library import library
 from posttrain.models.load import load_base
 from posttrain.models.lora import LoraSettings
 from posttrain.models.segments import Segments, Span
 
-if compiled.library() is None:
+if library() is None:
     pytest.skip("no C compiler here, or POSTTRAIN_COMPILE=0: plain operations decode", allow_module_level=True)
 
 # Half of the last place of a bfloat16, and what float32 sums add to it.
@@ -277,6 +278,7 @@ import json, torch
 from posttrain.generate.engine import Engine, Request, SamplingSettings
 from posttrain.models import compiled
 from posttrain.models.attention_cpu import CpuSegmentAttention, gather
+from posttrain.models.library import library
 from posttrain.models.load import load_base
 from posttrain.models.lora import LoraSettings
 from posttrain.models.lora import LoraSettings
@@ -303,7 +305,7 @@ for serving in (False, True):
             hidden = base.hidden(ids, torch.arange(len(ids)), segments, names[number])
             trainer = base.logprobs(hidden[start - 1 : -1], ids[start:], names[number]).tolist()
         found.append((rollout.completion_ids, rollout.model_logprobs, trainer))
-print(json.dumps([compiled.library() is not None, *map(list, zip(*found))]))
+print(json.dumps([library() is not None, *map(list, zip(*found))]))
 """
 
 
@@ -340,7 +342,7 @@ def test_a_compiler_that_fails_leaves_nothing_half_made(tmp_path: Path) -> None:
 
 def load_kernels(cache: Path) -> list[str]:
     """Load them with a cache folder of its own; returns what lies there afterwards."""
-    code = "from posttrain.models import compiled; assert compiled.library() is not None"
+    code = "from posttrain.models import library; assert library.library() is not None"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "POSTTRAIN_CACHE": str(cache)})
     return sorted(path.name for path in cache.glob("kernels/*"))
 

@@ -291,7 +291,7 @@ class Engine:
         """Hidden states [T, D] of a step's forward."""
         tokens = TokenAdapters(work.runs, self._narrow, self.base.device)
         with self.base.adapters.use_tokens(tokens):
-            return self.base.forward(work.ids_T, work.positions_T, work.segments)
+            return self.base.programs.forward(work.ids_T, work.positions_T, work.segments, tokens)
 
     def _next_logits(self, hidden_TD: Tensor, work: Work) -> Tensor:
         """Logits [R, V] of the next token of each row."""

@@ -16,32 +16,16 @@ T: tokens, H: query heads, K: key/value heads, D: width, R: rank, n: slots, C: c
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import stat
-import subprocess
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from posttrain.models.source import cache_folder
+from posttrain.models.library import library
 
-NATIVE = Path(__file__).with_name("native")
-FLAGS = (
-    "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
-    *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []),
-)  # fmt: skip
-# Sums may be taken in any order, or no loop would be turned into vector instructions. What is not finite keeps its meaning.
-ANY_ORDER = "-fassociative-math"
-# Those of attention are written as vectors, and their order is promised.
-SOURCES = {"segments": (), "cache": (), "head": (), "tiles": (), "chains": (ANY_ORDER,), "lowrank": (ANY_ORDER,)}
-SECONDS = 60
 # Rows whose products read each weight once.
 FEW_ROWS = 2
 # Numbers of one vector (native/vectors.h), and tokens of one tile (native/tiles.c).
@@ -53,78 +37,6 @@ DEEP = 32
 def able(x: Tensor) -> bool:
     """Whether the compiled functions compute this: bfloat16 on a CPU, where they could be made."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and library() is not None
-
-
-def advice(dtype: torch.dtype, device: torch.device) -> str | None:
-    """What would make everything faster here; None where nothing is missing."""
-    off = os.environ.get("POSTTRAIN_COMPILE") == "0"
-    if off or device.type != "cpu" or dtype != torch.bfloat16 or platform.system() != "Linux" or library() is not None:
-        return None
-    found = "training takes a third longer, one answer two to three times as long"
-    return f"no working C compiler: {found} (install gcc, or set CC)"
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled functions; None where they cannot be made. The first call on a machine takes about a second."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None or os.environ.get("POSTTRAIN_COMPILE") == "0" or platform.system() != "Linux":
-        return None
-    try:
-        found = _made(compiler, f"native-{_key(compiler)}.so")
-        return found if _works(found) else None
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _made(compiler: str, name: str) -> ctypes.CDLL:
-    """What was compiled before, or is now: kept where there is a folder for it, else for this process only."""
-    folder = _own_folder()
-    if folder is not None and (folder / name).exists():
-        return ctypes.CDLL(str(folder / name))
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-        made = Path(work) / name
-        objects = [str(Path(work) / f"{source}.o") for source in SOURCES]
-        for (source, flags), into in zip(SOURCES.items(), objects, strict=True):
-            _run([compiler, *FLAGS, *flags, "-c", str(NATIVE / f"{source}.c"), "-o", into])
-        _run([compiler, *FLAGS, "-shared", *objects, "-o", str(made), "-lm"])
-        found = ctypes.CDLL(str(made))
-        if folder is not None:
-            os.replace(made, folder / name)
-    return found
-
-
-def _own_folder() -> Path | None:
-    """Where only this user writes: what lies there is run. None where there is no such place, in a cache of several for one."""
-    folder = cache_folder() / "kernels"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        about = folder.lstat()
-    except OSError:
-        return None
-    mine = about.st_uid == os.geteuid() and stat.S_ISDIR(about.st_mode) and not about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return folder if mine and os.access(folder, os.W_OK) else None
-
-
-def _key(compiler: str) -> str:
-    """What the machine code depends on."""
-    # `native` is what the compiler makes of this processor.
-    target = _run([compiler, *FLAGS, "-###", "-E", "-x", "c", os.devnull])
-    sources = b"".join(path.read_bytes() for path in sorted(NATIVE.glob("*.[ch]")))
-    return hashlib.sha256(sources + repr(SOURCES).encode() + target).hexdigest()[:24]
-
-
-def _run(command: Sequence[str]) -> bytes:
-    done = subprocess.run(command, capture_output=True, timeout=SECONDS, check=True, stdin=subprocess.DEVNULL)
-    return done.stdout + done.stderr
-
-
-def _works(found: ctypes.CDLL) -> bool:
-    """Whether a small product comes out right."""
-    x, weight = torch.arange(6, dtype=torch.bfloat16).view(2, 3), torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.bfloat16)
-    y = torch.empty(2, 2, dtype=torch.bfloat16)
-    found.multiply(_at(x), _at(weight), None, _n(2), _n(3), _n(2), _at(y))
-    return torch.equal(y, x @ weight.T)
 
 
 def _at(x: Tensor) -> ctypes.c_void_p:
@@ -150,7 +62,8 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x w / sqrt(mean x^2 + eps) of the last dimension; the weight is float32."""
-    x = x.contiguous()
+    if not (x.dim() == 4 and x.transpose(1, 2).is_contiguous()):  # heads lie token by token; so does what is made of them
+        x = x.contiguous()
     y, width = torch.empty_like(x), x.shape[-1]
     _call().rms_norm(_at(x), _at(weight_D), _n(x.numel() // width), _n(width), ctypes.c_float(eps), _at(y))
     return y
@@ -352,7 +265,7 @@ def _products(
     count = -(-len(x) // LANES) if order is None else len(order) // LANES
     sizes = (_n * 8)(len(x), inputs, outputs, x.stride(0), columns, rank, across, count)
     arrays = (x, weight, bias, a, b, order, slot, p, y)
-    _look(_call().products(ctypes.addressof(sizes), *[None if array is None else array.data_ptr() for array in arrays]))
+    _look(_call().products(sizes, *[None if array is None else array.data_ptr() for array in arrays]))
 
 
 class Groups:
@@ -388,7 +301,40 @@ def _look(failed: int) -> None:
         raise MemoryError("no memory for attention or a decoding step")
 
 
+def run(calls: Any, count: int, room: int) -> None:
+    """The calls of a program (`models/recording.py`); `room`: bytes that a thread needs for a tile's rows, 0 without tiles."""
+    _look(_call().run(calls, _n(count), _n(room)))
+
+
+# What hears of the calls of this thread, where something does.
+_listening = threading.local()
+
+
+@contextmanager
+def noting(note: Callable[[str, tuple[Any, ...]], None]) -> Iterator[None]:
+    """Each call of a compiled function in this thread is told, by name and arguments, before it is made."""
+    _listening.note = note
+    try:
+        yield
+    finally:
+        _listening.note = None
+
+
+class _Told:
+    """The functions, each of which tells."""
+
+    def __init__(self, found: Any, note: Callable[[str, tuple[Any, ...]], None]) -> None:
+        self._found, self._note = found, note
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            self._note(name, args)
+            return getattr(self._found, name)(*args)
+
+        return call
+
+
 def _call() -> Any:
-    found = library()
+    found, note = library(), getattr(_listening, "note", None)
     assert found is not None
-    return found
+    return found if note is None else _Told(found, note)

@@ -65,6 +65,10 @@ class Shelf:
             self._layers[index] = (_zeros(shape, like), _zeros(shape, like))
         return self._layers[index]
 
+    def layers(self) -> list[tuple[int, tuple[Tensor, Tensor]]]:
+        """The tensors of all layers that there are."""
+        return list(self._layers.items())
+
     def write(self, layer: int, k: Tensor, v: Tensor, place_N: Tensor, position_N: Tensor, token_N: Tensor | slice) -> None:
         """Packed token `token_N` of k and v [K, T, D] becomes token `position_N` of the row at `place_N`."""
         block_N: Tensor | int = 0

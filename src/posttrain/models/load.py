@@ -32,6 +32,7 @@ from posttrain.models.lora import AdapterSet, LoraAdapter, LoraShape
 from posttrain.models.narrow import NarrowWeights
 from posttrain.models.norms import replace_norms
 from posttrain.models.products import EngineProducts, linear
+from posttrain.models.programs import Programs
 from posttrain.models.rows import HeadRows, RowGradient, TokenRows, head_logits, head_rows
 from posttrain.models.segments import Segments
 from posttrain.models.source import BaseModelFolder, locate_base
@@ -126,6 +127,7 @@ class BaseModel:
         config = model.config.get_text_config()
         self.softcap: float | None = config.to_dict().get("final_logit_softcapping")
         self.context: int = int(config.max_position_embeddings)
+        self.programs = Programs(model, self.forward)
 
     @property
     def head_VD(self) -> Tensor:
@@ -178,12 +180,8 @@ class BaseModel:
     def forward(self, ids_T: Tensor, positions_T: Tensor, segments: Segments) -> Tensor:
         """Last hidden states [T, D] with whatever adapter routing is in force."""
         run = self.model.base_model if self.narrow is None else self.narrow
-        out = run(
-            input_ids=ids_T[None].to(self.device),
-            position_ids=positions_T[None].to(self.device),
-            use_cache=False,
-            segments=segments,
-        )
+        ids, positions = ids_T[None].to(self.device), positions_T[None].to(self.device)
+        out = run(input_ids=ids, position_ids=positions, use_cache=False, segments=segments)
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
 

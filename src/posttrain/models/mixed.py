@@ -19,7 +19,7 @@ T: tokens, M: most tokens of one adapter in the table, R: rank (of the widest ad
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ from torch.nn import functional
 
 from posttrain.models import compiled
 from posttrain.models.decoding import new_address
+from posttrain.models.library import library
 from posttrain.models.products import EngineProducts, tileable
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 SPARE_SLOTS = 2
 # A run of so many tokens needs no table.
 LONG = 32
+
+
+_NO_FORM: Hashable | None = None
 
 
 class Stack(NamedTuple):
@@ -95,12 +99,27 @@ class NarrowAdapters:
         self.apart: set[LoraAdapter] = set()
         # Another one where the tensors are others.
         self.address = new_address()
+        self._formed, self._form = -1, _NO_FORM
         # By the first layer that reads an input: all that read it, and their A side by side [n, layers x R, inputs].
         self._readers: dict[str, tuple[list[str], Tensor]] = {}
 
     def stack(self, layer: str) -> Stack | None:
         """A layer's matrices; None where no adapter has any."""
         return self._stacks.get(layer)
+
+    def wide(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The matrices of the layers whose slots lie side by side."""
+        return {layer: stack.wide for layer, stack in self._stacks.items() if stack.wide is not None}
+
+    @property
+    def form(self) -> Hashable | None:
+        """What adapters of tiles are but for their numbers: those of one form differ by where their tensors lie. None where one
+        is computed apart, or in a layer by tables."""
+        if self._formed != self.address:
+            whole = all(stack.wide is not None for stack in self._stacks.values())
+            self._form = (self.rank, len(self.slots), frozenset(self._stacks)) if whole else _NO_FORM
+            self._formed = self.address
+        return None if self.apart else self._form
 
     def readers(self, first: str) -> tuple[list[str], Tensor]:
         """Layers that read what this one is the first to read, itself among them, and their A [n, layers x R, inputs]."""
@@ -178,7 +197,7 @@ class TokenAdapters:
     """Which adapter each token of one batch has: runs of (tokens, adapter or None for the base), in order."""
 
     def __init__(self, runs: "Sequence[tuple[int, LoraAdapter | None]]", kept: NarrowAdapters, device: torch.device) -> None:
-        self.runs, self._kept, self._device = runs, kept, device
+        self.runs, self.kept, self._device = runs, kept, device
         kept.hold([adapter for _, adapter in runs if adapter is not None])
         self._slot_of = {adapter: slot for slot, adapter in enumerate(kept.slots) if adapter is not None}
         if kept.tiles:
@@ -186,7 +205,7 @@ class TokenAdapters:
 
     def _tile(self) -> None:
         """The slot of each token, and the tokens in the order of their slots: few adapters then meet in a tile."""
-        slots = [-1 if adapter is None or adapter in self._kept.apart else self._slot_of[adapter] for _, adapter in self.runs]
+        slots = [-1 if adapter is None or adapter in self.kept.apart else self._slot_of[adapter] for _, adapter in self.runs]
         counts = torch.tensor([count for count, _ in self.runs])
         self._slot_T = torch.tensor(slots, dtype=torch.int32).repeat_interleave(counts)
         self._order = None
@@ -194,16 +213,30 @@ class TokenAdapters:
             order = self._slot_T.argsort(stable=True).int()
             self._order = functional.pad(order, (0, -len(order) % compiled.LANES), value=-1)
 
+    @property
+    def form(self) -> Hashable | None:
+        """What a recorded step depends on beside `numbers` (`models/programs.py`); None for one that cannot be recorded."""
+        if self.kept.tiles:
+            return None if self.kept.form is None else (self.kept.form, self._order is None)
+        return self._grouped.form
+
+    @property
+    def numbers(self) -> list[Tensor]:
+        """What says which adapter each token has."""
+        if self.kept.tiles:
+            return [self._slot_T] if self._order is None else [self._slot_T, self._order]
+        return self._grouped.numbers
+
     def apply(self, layer: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x [1, T, inputs] -> [1, T, outputs]."""
-        stack = self._kept.stack(layer)
+        stack = self.kept.stack(layer)
         if stack is None:
-            return self._kept.product(x, weight, bias)
+            return self.kept.product(x, weight, bias)
         if stack.wide is None:
             return self._grouped.apply(layer, x, weight, bias, stack)
-        slots = compiled.Slots(*stack.wide, self._kept.rank, self._slot_T, self._order)
+        slots = compiled.Slots(*stack.wide, self.kept.rank, self._slot_T, self._order)
         y = compiled.products(x[0], weight.to(x.dtype).contiguous(), bias, slots)[0]
-        if self._kept.apart:
+        if self.kept.apart:
             self._add_apart(layer, x[0], y)
         return y[None]
 
@@ -212,14 +245,14 @@ class TokenAdapters:
         start = 0
         for count, adapter in self.runs:
             rows, start = slice(start, start + count), start + count
-            pair = adapter.weights.get(layer) if adapter in self._kept.apart and adapter is not None else None
+            pair = adapter.weights.get(layer) if adapter in self.kept.apart and adapter is not None else None
             if pair is not None and adapter is not None:
                 a, b = (matrix.detach().to(x_TI.dtype) for matrix in pair)
                 y_TO[rows].addmm_(x_TI[rows] @ a.T, b.T, alpha=adapter.settings.scale)
 
     @functools.cached_property
     def _grouped(self) -> "GroupedTokens":
-        return GroupedTokens(self.runs, self._kept, self._slot_of, self._device)
+        return GroupedTokens(self.runs, self.kept, self._slot_of, self._device)
 
 
 class GroupedTokens:
@@ -231,9 +264,9 @@ class GroupedTokens:
     ) -> None:  # fmt: skip
         self._kept = kept
         tokens: list[list[int]] = [[] for _ in kept.slots]
-        total = sum(count for count, _ in runs)
+        self._total = total = sum(count for count, _ in runs)
         self._long: list[tuple[slice, int]] = []
-        self._compiled = device.type == "cpu" and kept.dtype == torch.bfloat16 and compiled.library() is not None
+        self._compiled = device.type == "cpu" and kept.dtype == torch.bfloat16 and library() is not None
         quick = self._compiled and kept.product.quick
         start = 0
         for count, adapter in runs:
@@ -250,6 +283,18 @@ class GroupedTokens:
             self._groups = compiled.Groups(tokens)
         elif self._most:
             self._tabulate(tokens, device)
+
+    @property
+    def form(self) -> Hashable | None:
+        """As of TokenAdapters. The tensors of slots that do not lie side by side are part of it."""
+        if self._long or self._total > compiled.FEW_ROWS or not (self._compiled and self._kept.product.quick):
+            return None
+        return ("grouped", self._kept.address, len(self._groups.order)) if self._most else "grouped"
+
+    @property
+    def numbers(self) -> list[Tensor]:
+        """As of TokenAdapters."""
+        return [self._groups.order, self._groups.start] if self._most else []
 
     def _tabulate(self, tokens: list[list[int]], device: torch.device) -> None:
         """The table of the tokens of each slot, and the way back: for each token its place in the table."""

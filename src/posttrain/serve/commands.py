@@ -69,7 +69,7 @@ def serve(options: argparse.Namespace) -> int:
     if missing:
         raise RecipeError("posttrain serve", f"{', '.join(missing)} not installed", do='pip install "posttrain[serve]"')
     from posttrain.generate.apart import apart
-    from posttrain.models.compiled import advice
+    from posttrain.models.library import advice
     from posttrain.serve.keys import Keys
     from posttrain.serve.limits import Limits
     from posttrain.serve.run import check_host, open_service

@@ -1,5 +1,6 @@
 /* Attention of rows that decode, over a cache of keys and values: what `segments` gives for a row's last token, to the bit. */
 #include "rows.h"
+#include "team.h"
 
 /* In the order that compiled.attend gives them. Strides are in numbers. */
 struct cache {
@@ -55,35 +56,37 @@ static void attend_one(
 }
 
 /* Returns 0, or 1 where there is no memory. */
+int attend_part(
+    const struct cache *s, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *keys, bf16 *values, const int64_t *place_N,
+    const int64_t *length_N, const int64_t *token_N, float scale, bf16 *out
+) {
+    int64_t most = 0, D = s->width, G = s->groups, K = s->kv_heads;
+    for (int64_t n = 0; n < s->rows; n++) most = length_N[n] > most ? length_N[n] : most;
+    int64_t stride = UP(most + 1) + LANES;
+    uint32_t *work = malloc(((TOGETHER + 2 * G) * UP(D) + 2 * G * stride) * sizeof(uint32_t));
+#pragma omp for schedule(dynamic, 2) nowait
+    for (int64_t i = 0; i < s->rows * K; i++) {
+        int64_t n = i / K, head = i % K, place = place_N[n], length = length_N[n], token = token_N[n];
+        int64_t at = lies(s, place, head, length);
+        memcpy(keys + at, k + head * s->k_head + token * s->k_token, D * sizeof(bf16));
+        memcpy(values + at, v + head * s->v_head + token * s->v_token, D * sizeof(bf16));
+        if (work)
+            attend_one(s, q + head * G * s->q_head + token * s->q_token, keys, values, place, head, length, scale, work,
+                       out + (token * K + head) * G * D);
+    }
+    int failed = !work;
+    free(work);
+    return failed;
+}
+
 int attend(
     const struct cache *s, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *keys, bf16 *values, const int64_t *place_N,
     const int64_t *length_N, const int64_t *token_N, float scale, bf16 *out
 ) {
-    int64_t most = 0, total = 0, D = s->width, G = s->groups, K = s->kv_heads;
-    for (int64_t n = 0; n < s->rows; n++) {
-        total += length_N[n];
-        if (length_N[n] > most) most = length_N[n];
-    }
+    int64_t total = 0;
     int failed = 0;
-#pragma omp parallel if (total * K * D > WORTH_THREADS)
-    {
-        int64_t stride = UP(most + 1) + LANES;
-        uint32_t *work = malloc(((TOGETHER + 2 * G) * UP(D) + 2 * G * stride) * sizeof(uint32_t));
-        if (!work) {
-#pragma omp atomic write
-            failed = 1;
-        }
-#pragma omp for schedule(dynamic, 2)
-        for (int64_t i = 0; i < s->rows * K; i++) {
-            int64_t n = i / K, head = i % K, place = place_N[n], length = length_N[n], token = token_N[n];
-            int64_t at = lies(s, place, head, length);
-            memcpy(keys + at, k + head * s->k_head + token * s->k_token, D * sizeof(bf16));
-            memcpy(values + at, v + head * s->v_head + token * s->v_token, D * sizeof(bf16));
-            if (work)
-                attend_one(s, q + head * G * s->q_head + token * s->q_token, keys, values, place, head, length, scale, work,
-                           out + (token * K + head) * G * D);
-        }
-        free(work);
-    }
+    for (int64_t n = 0; n < s->rows; n++) total += length_N[n];
+#pragma omp parallel reduction(| : failed) if (total * s->kv_heads * s->width > WORTH_THREADS)
+    failed |= attend_part(s, q, k, v, keys, values, place_N, length_N, token_N, scale, out);
     return failed;
 }

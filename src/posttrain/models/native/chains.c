@@ -1,9 +1,10 @@
 /* Chains of small operations in one pass each way: norms, rotations, gates. */
+#include "team.h"
 #include "vectors.h"
 
 /* y = x w / sqrt(mean x^2 + eps). */
-void rms_norm(const bf16 *x, const float *weight, int64_t rows, int64_t width, float eps, bf16 *y) {
-#pragma omp parallel for schedule(static) if (rows * width > WORTH_THREADS)
+void rms_norm_part(const bf16 *x, const float *weight, int64_t rows, int64_t width, float eps, bf16 *y) {
+#pragma omp for schedule(static) nowait
     for (int64_t t = 0; t < rows; t++) {
         const bf16 *in = x + t * width;
         bf16 *out = y + t * width;
@@ -12,6 +13,11 @@ void rms_norm(const bf16 *x, const float *weight, int64_t rows, int64_t width, f
         float root = 1.0f / sqrtf(sum / (float)width + eps);
         for (int64_t d = 0; d < width; d++) out[d] = narrow(wide(in[d]) * root * weight[d]);
     }
+}
+
+void rms_norm(const bf16 *x, const float *weight, int64_t rows, int64_t width, float eps, bf16 *y) {
+#pragma omp parallel if (rows * width > WORTH_THREADS)
+    rms_norm_part(x, weight, rows, width, eps, y);
 }
 
 /* dx = r (g w - x r^2 mean(g w x)),  r = 1 / sqrt(mean x^2 + eps). */
@@ -40,12 +46,12 @@ ALWAYS vec rounded_all(vec x) { return (vec)(narrowed(x) << 16); }
 
 /* Heads [H, T, D], with strides, turned by cos and sin [T, D] into out [T, H, D]: x cos + (-x_2, x_1) sin. With `rounds` each
  * product is rounded, as the library's operations do. */
-void rotate(
+void rotate_part(
     const bf16 *x, int64_t x_head, int64_t x_token, const bf16 *cosine, const bf16 *sine, int64_t heads, int64_t tokens,
     int64_t width, int64_t rounds, bf16 *out
 ) {
     int64_t half = width / 2;
-#pragma omp parallel for schedule(static) if (heads * tokens * width > WORTH_THREADS)
+#pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < heads * tokens; i++) {
         int64_t token = i / heads, head = i % heads, d = 0;
         const bf16 *restrict in = x + head * x_head + token * x_token, *c = cosine + token * width, *s = sine + token * width;
@@ -64,6 +70,23 @@ void rotate(
             to[d + half] = narrow(rounds ? rounded(e) + rounded(f) : e + f);
         }
     }
+}
+
+void rotate(
+    const bf16 *x, int64_t x_head, int64_t x_token, const bf16 *cosine, const bf16 *sine, int64_t heads, int64_t tokens,
+    int64_t width, int64_t rounds, bf16 *out
+) {
+#pragma omp parallel if (heads * tokens * width > WORTH_THREADS)
+    rotate_part(x, x_head, x_token, cosine, sine, heads, tokens, width, rounds, out);
+}
+
+/* y = a + b. */
+void add_part(const bf16 *a, const bf16 *b, int64_t count, bf16 *y) {
+    int64_t whole = DOWN(count);
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < whole; i += LANES) store_halves(y + i, narrowed(widened(a + i) + widened(b + i)));
+#pragma omp single nowait
+    for (int64_t i = whole; i < count; i++) y[i] = narrow(wide(a[i]) + wide(b[i]));
 }
 
 /* 1 / (1 + e^-z); a gelu by its tanh form is x sigmoid(2 z). */
@@ -87,15 +110,23 @@ ALWAYS void gate_sixteen_back(const bf16 *gate, const bf16 *up, const bf16 *grad
 }
 
 /* y = gate's activation times up: silu (gelu = 0), or gelu. */
-void gated(const bf16 *gate, const bf16 *up, int64_t count, int64_t gelu, bf16 *y) {
+void gated_part(const bf16 *gate, const bf16 *up, int64_t count, int64_t gelu, bf16 *y) {
     int64_t whole = DOWN(count), rest = count - whole;
-#pragma omp parallel for schedule(static) if (count > WORTH_THREADS)
+#pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < whole; i += LANES) gate_sixteen(gate + i, up + i, gelu, y + i);
-    bf16 last[3][LANES] = {{0}};
-    memcpy(last[0], gate + whole, rest * sizeof(bf16));
-    memcpy(last[1], up + whole, rest * sizeof(bf16));
-    gate_sixteen(last[0], last[1], gelu, last[2]);
-    memcpy(y + whole, last[2], rest * sizeof(bf16));
+#pragma omp single nowait
+    if (rest) {
+        bf16 last[3][LANES] = {{0}};
+        memcpy(last[0], gate + whole, rest * sizeof(bf16));
+        memcpy(last[1], up + whole, rest * sizeof(bf16));
+        gate_sixteen(last[0], last[1], gelu, last[2]);
+        memcpy(y + whole, last[2], rest * sizeof(bf16));
+    }
+}
+
+void gated(const bf16 *gate, const bf16 *up, int64_t count, int64_t gelu, bf16 *y) {
+#pragma omp parallel if (count > WORTH_THREADS)
+    gated_part(gate, up, count, gelu, y);
 }
 
 /* Gradients of both factors of `gated`. */

@@ -1,285 +1,31 @@
-/* Products with weights as they lie, by a processor's matrix tiles, with the low-rank products of adapters added to them:
- *
- *     y_t = W x_t + bias + B_s p_t,     p_t = A_s x_t rounded,     s: the slot of token t
- *
- * A register holds 16 rows of 32 bfloat16, or 16 x 16 sums. Weights are the rows of the left side, so nothing is brought into
- * another order but x: 16 tokens side by side, a word of two numbers each. A sum runs over the inputs in their order and then
- * over the rank, whatever stands beside: what many tokens get in training is what one gets in decoding, to the bit.
- *
- * Matrices of all slots lie side by side, `columns` in all. A block of 32 columns may be of several slots: where p is of
- * another token's slot it is zero, so all matrices must be finite.
- */
+/* The products of `tiles.h` for one layer, by threads of their own. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
-#include "vectors.h"
+#include "tiles.h"
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
-#include <omp.h>
+#ifdef HAS_TILES
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* Tokens of a register, numbers of one of its rows, outputs of one piece of work. */
-#define SIDE 16
-#define DEEP 32
-#define OUT 32
-/* Words of a register. */
-#define TILE (SIDE * SIDE)
-/* Tiles of tokens, and outputs, that one thread takes at a time: their x stays in its cache. */
+/* Tiles of tokens that one thread takes at a time: their x stays in its cache. */
 #define TILES 16
-#define OUTPUTS 256
 /* So few tiles are prepared by every thread. */
 #define FEW 2
 
 #define ASK_FOR_STATE 0x1023
 #define TILE_DATA 18
 
-/* As the processor reads it. */
-struct shape {
-    uint8_t palette, start, unused[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-} __attribute__((aligned(64)));
-
 int tiles(void) { return syscall(SYS_arch_prctl, ASK_FOR_STATE, TILE_DATA) == 0; }
 
-/* Eight whole registers; `before` is what another library has set up in this thread. */
-static void open_tiles(struct shape *before) {
-    struct shape own = {.palette = 1};
-    for (int i = 0; i < 8; i++) own.bytes[i] = 64, own.rows[i] = SIDE;
-    _tile_storeconfig(before);
-    _tile_loadconfig(&own);
-}
-
-static void close_tiles(const struct shape *before) {
-    if (before->palette) _tile_loadconfig(before);
-    else _tile_release();
-}
-
-/* The sizes, matrices and places of one call. */
-struct work {
-    const int64_t tokens, inputs, outputs, along, columns, rank, across;
-    const bf16 *x, *w, *bias, *a, *b;
-    /* Tokens tile by tile, -1 for none, and their slots, -1 for the base; none: in their own order, all of slot 0. */
-    const int32_t *order, *slot;
-    int64_t tiles, most;
-    bf16 *p, *y;
-};
-
-/* Of some tiles x and p as words and the blocks of each tile, and room for copies of rows. */
-struct rooms {
-    uint32_t *x, *p;
-    int32_t *blocks;
-    int64_t *counts;
-    bf16 *copies;
-};
-
-ALWAYS int64_t token_of(const struct work *k, int64_t at) {
-    if (k->order) return k->order[at];
-    return at < k->tokens ? at : -1;
-}
-
-ALWAYS int64_t slot_of(const struct work *k, int64_t token) {
-    if (token < 0) return -1;
-    return k->slot ? k->slot[token] : 0;
-}
-
-/* The blocks of columns that the tokens of a tile need. */
-static int64_t blocks_of(const struct work *k, int64_t tile, int32_t *blocks) {
-    int64_t count = 0, each = k->rank > DEEP ? k->rank / DEEP : 1;
-    if (!k->columns) return 0;
-    for (int n = 0; n < SIDE; n++) {
-        int64_t slot = slot_of(k, token_of(k, tile * SIDE + n)), first = slot * k->rank / DEEP, seen = slot < 0;
-        for (int64_t i = 0; i < count && !seen; i++) seen = blocks[i] == first;
-        for (int64_t i = 0; i < each && !seen; i++) blocks[count++] = (int32_t)(first + i);
-    }
-    return count;
-}
-
-/* x of sixteen tokens [inputs / 2][16], zeros where there is none. */
-static void gather(const struct work *k, int64_t tile, bf16 *room, uint32_t *to) {
-    const bf16 *from = k->x + tile * SIDE * k->along;
-    if (k->order || k->along != k->inputs || (tile + 1) * SIDE > k->tokens) {
-        for (int n = 0; n < SIDE; n++) {
-            int64_t token = token_of(k, tile * SIDE + n);
-            if (token < 0) memset(room + n * k->inputs, 0, k->inputs * sizeof(bf16));
-            else memcpy(room + n * k->inputs, k->x + token * k->along, k->inputs * sizeof(bf16));
-        }
-        from = room;
-    }
-    turn((const uint32_t *)from, k->inputs / 2, to, SIDE);
-}
-
-/* Two rows of sums as words, the lower half from the first. */
-ALWAYS words paired(vec lower, vec upper) {
-    words low = __builtin_convertvector((halves)_mm512_cvtneps_pbh((__m512)lower), words);
-    words high = __builtin_convertvector((halves)_mm512_cvtneps_pbh((__m512)upper), words);
-    return low | high << 16;
-}
-
-/* p of a tile for one block of columns, of the sums of both its halves: [DEEP / 2][16] words; kept in k->p too where it is
- * wanted. */
-static void keep(const struct work *k, int64_t tile, int64_t block, ints slot, const float *sums, uint32_t *to) {
-    for (int r = 0; r < SIDE; r++) {
-        words two = paired(load(sums + 2 * r * SIDE), load(sums + (2 * r + 1) * SIDE));
-        int32_t own = (int32_t)((block * DEEP + 2 * r) / k->rank);
-        store_words(to + r * SIDE, two & (words)(slot == own));
-    }
-    if (!k->p) return;
-    uint32_t rows[TILE];
-    turn(to, SIDE, rows, SIDE);
-    for (int n = 0; n < SIDE; n++) {
-        int64_t token = token_of(k, tile * SIDE + n);
-        if (token >= 0) memcpy(k->p + token * k->columns + block * DEEP, rows + n * SIDE, DEEP * sizeof(bf16));
-    }
-}
-
-/* For one block, or for two at once, which do not wait for each other. */
-ALWAYS void project(
-    const struct work *k, int64_t tile, const int32_t *blocks, const int two, ints slot, const uint32_t *x, uint32_t *to
-) {
-    float sums[4 * TILE] __attribute__((aligned(64)));
-    const bf16 *a = k->a + blocks[0] * DEEP * k->inputs, *next = two ? k->a + blocks[1] * DEEP * k->inputs : a;
-    int64_t bytes = k->inputs * sizeof(bf16);
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t i = 0; i < k->inputs; i += DEEP) {
-        _tile_loadd(6, x + i / 2 * SIDE, 64);
-        _tile_loadd(4, a + i, bytes);
-        _tile_loadd(5, a + SIDE * k->inputs + i, bytes);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 5, 6);
-        if (two) {
-            _tile_loadd(4, next + i, bytes);
-            _tile_loadd(5, next + SIDE * k->inputs + i, bytes);
-            _tile_dpbf16ps(2, 4, 6);
-            _tile_dpbf16ps(3, 5, 6);
-        }
-    }
-    _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + TILE, 64);
-    keep(k, tile, blocks[0], slot, sums, to);
-    if (!two) return;
-    _tile_stored(2, sums + 2 * TILE, 64);
-    _tile_stored(3, sums + 3 * TILE, 64);
-    keep(k, tile, blocks[1], slot, sums + 2 * TILE, to + TILE);
-}
-
-/* `rows` rows of a matrix for the left side: where they lie, or a copy with zeros behind the last. */
-ALWAYS const bf16 *left(const bf16 *from, int64_t rows, int64_t width, bf16 *room) {
-    if (rows >= OUT) return from;
-    memcpy(room, from, rows * width * sizeof(bf16));
-    memset(room + rows * width, 0, (OUT - rows) * width * sizeof(bf16));
-    return room;
-}
-
-/* sums [OUT][16 tokens] of a tile to y. */
-static void put(const struct work *k, int64_t tile, int64_t out, float *sums) {
-    int64_t count = k->outputs - out < OUT ? k->outputs - out : OUT;
-    if (k->bias)
-        for (int r = 0; r < count; r++) store(sums + r * SIDE, load(sums + r * SIDE) + wide(k->bias[out + r]));
-    if (k->across) {
-        for (int r = 0; r < count; r++) {
-            __m256i row = (__m256i)_mm512_cvtneps_pbh((__m512)load(sums + r * SIDE));
-            memcpy(k->y + (out + r) * k->across + tile * SIDE, &row, sizeof row);
-        }
-        return;
-    }
-    uint32_t pairs[TILE], rows[TILE];
-    for (int r = 0; r < SIDE; r++)
-        store_words(pairs + r * SIDE, paired(load(sums + 2 * r * SIDE), load(sums + (2 * r + 1) * SIDE)));
-    turn(pairs, SIDE, rows, SIDE);
-    for (int n = 0; n < SIDE; n++) {
-        int64_t token = token_of(k, tile * SIDE + n);
-        if (token < 0) continue;
-        if (count == OUT) memcpy(k->y + token * k->outputs + out, rows + n * SIDE, OUT * sizeof(bf16));
-        else memcpy(k->y + token * k->outputs + out, rows + n * SIDE, count * sizeof(bf16));
-    }
-}
-
-/* Sums of 32 outputs over the inputs, for one tile or two that stand side by side. */
-ALWAYS void add_inputs(const bf16 *w, int64_t inputs, const uint32_t *x, const int two) {
-    int64_t bytes = inputs * sizeof(bf16);
-    const uint32_t *next = x + inputs / 2 * SIDE;
-    for (int64_t i = 0; i < inputs; i += DEEP) {
-        _tile_loadd(4, w + i, bytes);
-        _tile_loadd(6, x + i / 2 * SIDE, 64);
-        _tile_loadd(5, w + SIDE * inputs + i, bytes);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 5, 6);
-        if (two) {
-            _tile_loadd(7, next + i / 2 * SIDE, 64);
-            _tile_dpbf16ps(2, 4, 7);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-    }
-}
-
-/* What the adapters of a tile add. */
-ALWAYS void add_rank(const struct work *k, const struct rooms *s, int64_t at, const bf16 *b, const int second) {
-    int64_t bytes = k->columns * sizeof(bf16);
-    for (int64_t i = at * k->most; i < at * k->most + s->counts[at]; i++) {
-        _tile_loadd(4, b + s->blocks[i] * DEEP, bytes);
-        _tile_loadd(5, b + SIDE * k->columns + s->blocks[i] * DEEP, bytes);
-        _tile_loadd(6, s->p + i * TILE, 64);
-        if (second) {
-            _tile_dpbf16ps(2, 4, 6);
-            _tile_dpbf16ps(3, 5, 6);
-        } else {
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 5, 6);
-        }
-    }
-}
-
 static void prepare(const struct work *k, const struct rooms *s, int64_t first, int64_t at, bf16 *room) {
-    uint32_t *x = s->x + at * k->inputs / 2 * SIDE;
     int64_t tile = first + at, count = blocks_of(k, tile, s->blocks + at * k->most);
-    gather(k, tile, room, x);
+    gather(k, tile, room, s->x + at * k->inputs / 2 * SIDE);
     s->counts[at] = count;
-    ints slot = {0};
-    for (int n = 0; n < SIDE && count; n++) slot[n] = (int32_t)slot_of(k, token_of(k, tile * SIDE + n));
-    for (int64_t i = 0; i < count; i += 2) {
-        const int32_t *blocks = s->blocks + at * k->most + i;
-        uint32_t *p = s->p + (at * k->most + i) * TILE;
-        if (i + 1 < count) project(k, tile, blocks, 1, slot, x, p);
-        else project(k, tile, blocks, 0, slot, x, p);
-    }
+    ints slot = slots_of(k, tile);
+    for (int64_t i = 0; i < count; i += 2) project_two(k, s, tile, at, i, slot);
 }
 
-static void multiply_piece(
-    const struct work *k, const struct rooms *s, int64_t first, int64_t at, int64_t end, int64_t out, int64_t last, bf16 *room
-) {
-    float sums[4 * TILE] __attribute__((aligned(64)));
-    for (; out < last; out += OUT) {
-        const bf16 *w = left(k->w + out * k->inputs, k->outputs - out, k->inputs, room);
-        const bf16 *b = k->columns ? left(k->b + out * k->columns, k->outputs - out, k->columns, room + OUT * k->inputs) : 0;
-        for (int64_t t = at; t < end; t += 2) {
-            int two = t + 1 < end;
-            const uint32_t *x = s->x + t * k->inputs / 2 * SIDE;
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-            if (two) add_inputs(w, k->inputs, x, 1);
-            else add_inputs(w, k->inputs, x, 0);
-            add_rank(k, s, t, b, 0);
-            if (two) add_rank(k, s, t + 1, b, 1);
-            _tile_stored(0, sums, 64);
-            _tile_stored(1, sums + TILE, 64);
-            put(k, first + t, out, sums);
-            if (!two) continue;
-            _tile_stored(2, sums + 2 * TILE, 64);
-            _tile_stored(3, sums + 3 * TILE, 64);
-            put(k, first + t + 1, out, sums + 2 * TILE);
-        }
-    }
-}
-
-static int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t parts_of(int64_t all, int64_t each) { return (all + each - 1) / each; }
 static void *room_of(int64_t bytes) { return aligned_alloc(64, (bytes + 127) / 64 * 64); }
 
 static int open_rooms(const struct work *k, int64_t tiles, struct rooms *s) {
@@ -333,15 +79,11 @@ int products(
     const int64_t *sizes, const bf16 *x, const bf16 *w, const bf16 *bias, const bf16 *a, const bf16 *b, const int32_t *order,
     const int32_t *slot, bf16 *p, bf16 *y
 ) {
-    struct work k = {
-        sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], x, w, bias, a, b, order, slot, sizes[7], 0, p, y,
-    };
+    struct work k = work_of(sizes, x, w, bias, a, b, order, slot, p, y);
     if (!k.tokens) return 0;
     int64_t threads = k.tokens * k.inputs * k.outputs > WORTH_THREADS * 64 ? omp_get_max_threads() : 1;
-    k.most = k.columns ? least_of(k.columns / DEEP, SIDE * (k.rank > DEEP ? k.rank / DEEP : 1)) : 0;
     int many = k.tiles >= TILES / 2 * threads, few = k.tiles <= FEW && !k.p, failed = 0;
-    int64_t tiles = parts_of(k.tiles, threads * parts_of(k.tiles, TILES * threads));
-    int64_t outputs = least_of(OUTPUTS, parts_of(parts_of(k.outputs, 2 * threads), OUT) * OUT);
+    int64_t tiles = parts_of(k.tiles, threads * parts_of(k.tiles, TILES * threads)), outputs = outputs_of(&k, threads);
     struct rooms *rooms = calloc(threads, sizeof *rooms);
     if (!rooms) return 1;
     for (int64_t i = 0; i < threads; i++) failed |= !open_rooms(&k, many ? tiles : few || !i ? k.tiles : 0, &rooms[i]);
