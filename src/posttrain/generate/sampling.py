@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from posttrain.errors import ModelError
+from posttrain.models import compiled
 
 # Tokens of the vocabulary that are looked through at once when one of them is chosen.
 BLOCK = 512
@@ -78,6 +79,11 @@ class Draw(NamedTuple):
     uniform: float = 0.0
     seen: Sequence[int] = ()
     forbidden: Sequence[int] = ()
+
+    @property
+    def moves(self) -> bool:
+        """Whether logits are changed in this choice."""
+        return self.settings.repetition_penalty != 1 or bool(self.settings.logit_bias or self.forbidden)
 
 
 class Chosen(NamedTuple):
@@ -134,20 +140,44 @@ def draw_numbers(draws: Sequence[Draw], device: torch.device) -> Tensor:
     """What `choose_tokens` reads of each row, in one piece [4, R], float64: the number that it draws, its temperature, whether
     it is greedy, whether its distribution is the model's own. Made before a forward, it need not wait for that."""
     settings = [draw.settings for draw in draws]
-    temperatures = [max(s.temperature, LEAST_TEMPERATURE) if s.temperature else 1.0 for s in settings]
+    temperatures = [_temperature(s) or 1.0 for s in settings]
     rows = [[draw.uniform for draw in draws], temperatures, [not s.temperature for s in settings], [s.plain for s in settings]]
     return torch.tensor(rows, dtype=torch.float64).to(device)
 
 
 def choose_tokens(logits_RV: Tensor, draws: Sequence[Draw], numbers_4R: Tensor | None = None) -> Chosen:
     """The next token of each row; what a row gets does not depend on the others. Waits for the device once."""
+    if not compiled.able(logits_RV):
+        return _chosen(_choose_all(logits_RV, draws, numbers_4R))
+    # Rows whose distribution is neither moved nor cut are the compiled function's, whatever stands beside them.
+    others = [r for r, draw in enumerate(draws) if draw.moves or draw.settings.cuts]
+    rows = [(draw.uniform, _temperature(draw.settings), draw.settings.logprobs) for draw in draws]
+    found = compiled.choose_tokens(logits_RV, rows)
+    if others:
+        own = zip(*_choose_all(logits_RV[others], [draws[r] for r in others], None), strict=True)
+        for r, row in zip(others, own, strict=True):
+            found[r] = row
+    return _chosen(list(zip(*found, strict=True)))
+
+
+def _temperature(settings: SamplingSettings) -> float:
+    return max(settings.temperature, LEAST_TEMPERATURE) if settings.temperature else 0.0
+
+
+def _chosen(columns: Sequence[Sequence[float]]) -> Chosen:
+    token_R, logprob_R, model_R, finite_R = columns
+    return Chosen([int(token) for token in token_R], list(logprob_R), list(model_R), [bool(finite) for finite in finite_R])
+
+
+def _choose_all(logits_RV: Tensor, draws: Sequence[Draw], numbers_4R: Tensor | None) -> list[list[float]]:
+    """By torch's operations: tokens, both log-probabilities and whether they are of finite logits, [4, R]."""
     numbers_4R = draw_numbers(draws, logits_RV.device) if numbers_4R is None else numbers_4R
     size = BLOCK_ROWS if logits_RV.device.type == "cpu" else len(draws)
     parts = [
         _choose(logits_RV[i : i + size], draws[i : i + size], numbers_4R[:, i : i + size]) for i in range(0, len(draws), size)
     ]
-    token_R, logprob_R, model_R, finite_R = torch.cat(parts, 1).tolist()
-    return Chosen([int(token) for token in token_R], logprob_R, model_R, [bool(finite) for finite in finite_R])
+    found: list[list[float]] = torch.cat(parts, 1).tolist()
+    return found
 
 
 def token_logprobs(logits_NV: Tensor, tokens: Sequence[int]) -> list[float]:
@@ -176,7 +206,7 @@ def _choose(logits_bV: Tensor, draws: Sequence[Draw], numbers_4b: Tensor) -> Ten
     told = any(s.logprobs for s in settings)
     z_bV = logits_bV.float()
     model_total_b = torch.logsumexp(z_bV, 1) if told and not all(s.plain for s in settings) else None
-    if any(s.moves for s in settings):
+    if any(draw.moves for draw in draws):
         z_bV = move_logits(z_bV, draws)
     if not told and not any(s.temperature for s in settings):
         likeliest_b = _argmax(z_bV)

@@ -200,6 +200,18 @@ def _head(logits_VN: Tensor, head_VD: Tensor | None, least: float, mean_ND: Tens
     return total_N
 
 
+def choose_tokens(logits_RV: Tensor, rows: Sequence[tuple[float, float, bool]]) -> list[tuple[float, float, float, float]]:
+    """The next token of each row, which brings a number in [0, 1), a temperature (0: the likeliest) and whether its
+    log-probabilities are wanted: the token, its log-probability under softmax(z / temperature) and softmax(z), and whether the
+    logits are numbers."""
+    logits_RV = _dense(logits_RV)
+    given_R3, found_R4 = torch.tensor(rows, dtype=torch.float64), torch.empty(len(rows), 4, dtype=torch.float64)
+    count, vocabulary = logits_RV.shape
+    sizes = map(_n, (count, vocabulary, logits_RV.stride(0)))
+    _look(_call().choose_tokens(_at(logits_RV), *sizes, _at(given_R3), _at(found_R4)))
+    return [tuple(row) for row in found_R4.tolist()]
+
+
 @functools.cache
 def tiles() -> bool:
     """Whether this processor multiplies by matrix tiles, in our own products."""

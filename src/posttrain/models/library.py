@@ -28,7 +28,10 @@ FLAGS = (
 # Sums may be taken in any order, or no loop would be turned into vector instructions. What is not finite keeps its meaning.
 ANY_ORDER = "-fassociative-math"
 # Those of attention are written as vectors, and their order is promised.
-SOURCES = {"segments": (), "cache": (), "head": (), "tiles": (), "program": (), "chains": (ANY_ORDER,), "lowrank": (ANY_ORDER,)}
+SOURCES = {
+    "segments": (), "cache": (), "head": (), "tiles": (), "program": (), "sample": (), "chains": (ANY_ORDER,),
+    "lowrank": (ANY_ORDER,),
+}  # fmt: skip
 SECONDS = 60
 
 
@@ -97,7 +100,8 @@ def _run(command: Sequence[str]) -> bytes:
 
 
 def _works(found: ctypes.CDLL) -> bool:
-    """Whether a small product comes out right."""
+    """Whether a small product comes out right. Asks for the processor's matrix tiles first: what uses them must know."""
+    found.tiles()
     x, weight = torch.arange(6, dtype=torch.bfloat16).view(2, 3), torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.bfloat16)
     y = torch.empty(2, 2, dtype=torch.bfloat16)
     sizes = map(ctypes.c_int64, (2, 3, 2))

@@ -16,43 +16,168 @@ ALWAYS int64_t lies(const struct cache *s, int64_t place, int64_t head, int64_t 
 /* Keys of a row that are brought into order at once. */
 #define TOGETHER 64
 
-/* Rows [at, UP(end)) of a head of the cache; zeros from `end` on. */
-ALWAYS void gather_cached(
-    const struct cache *s, const bf16 *from, int64_t place, int64_t head, int64_t at, int64_t end, bf16 *rows
-) {
-    int64_t padded = UP(s->width), count = UP(end) - at;
-    for (int64_t i = 0; i < end - at; i++) copy_row(from + lies(s, place, head, at + i), s->width, rows + i * padded);
-    memset(rows + (end - at) * padded, 0, (count - (end - at)) * padded * sizeof(bf16));
+/* What one head of one row is computed in. */
+struct place {
+    const struct cache *s;
+    int64_t place, head, base, last, stride;
+    /* Queries as rows and, by registers, turned; keys or values in order; weights, as they are and rounded; sums. */
+    bf16 *rows, *queries, *rounded;
+    uint32_t *turned, *ordered;
+    float *weights, *sums;
+};
+
+/* Words of its rooms, where a row has at most so many keys. */
+static int64_t room(const struct cache *s, int64_t keys) {
+    int64_t padded = UP_WHOLE(s->width), rows = UP(s->groups), stride = UP_WHOLE(keys) + WHOLE;
+    return (TOGETHER / 2 + TOGETHER / 2 + rows / 2 + rows / 2 + rows) * padded + rows * (stride + stride / 2);
 }
+
+static void divide(struct place *p, uint32_t *work) {
+    int64_t padded = UP_WHOLE(p->s->width), rows = UP(p->s->groups);
+    p->ordered = work;
+    p->turned = p->ordered + TOGETHER * padded / 2;
+    p->sums = (float *)(p->turned + rows * padded / 2);
+    p->weights = p->sums + rows * padded;
+    p->rounded = (bf16 *)(p->weights + rows * p->stride);
+    p->rows = p->rounded + rows * p->stride;
+    p->queries = p->rows + TOGETHER * padded;
+}
+
+/* Rows [at, end) of its keys or values, up to a whole number of rows, zeros from `end` on. */
+static int64_t gather_cached(const struct place *p, const bf16 *from, int64_t at, int64_t end) {
+    int64_t padded = UP_WHOLE(p->s->width), count = UP_WHOLE(end) - at;
+    for (int64_t i = 0; i < end - at; i++)
+        copy_row(from + lies(p->s, p->place, p->head, at + i), p->s->width, p->rows + i * padded);
+    memset(p->rows + (end - at) * padded, 0, (count - (end - at)) * padded * sizeof(bf16));
+    return count;
+}
+
+static void score(const struct place *p, const bf16 *keys) {
+    int64_t padded = UP_WHOLE(p->s->width), half = padded / 2, G = p->s->groups, stride = p->stride;
+    memset(p->weights, 0, G * stride * sizeof(float));
+    for (int64_t at = p->base; at < p->last; at += TOGETHER) {
+        int64_t count = gather_cached(p, keys, at, at + TOGETHER < p->last ? at + TOGETHER : p->last);
+        turn_rows(p->rows, count, padded, p->ordered);
+        add_products((uint32_t *)p->queries, half, 1, G, half, p->ordered, count, count, p->weights + at - p->base, stride);
+    }
+}
+
+static void sum_up(const struct place *p, const bf16 *values) {
+    int64_t padded = UP_WHOLE(p->s->width), G = p->s->groups;
+    memset(p->sums, 0, G * padded * sizeof(float));
+    for (int64_t at = p->base; at < p->last; at += TOGETHER) {
+        int64_t count = gather_cached(p, values, at, at + TOGETHER < p->last ? at + TOGETHER : p->last);
+        uint32_t *weights = (uint32_t *)(p->rounded + at - p->base);
+        pair_all(p->rows, count, padded, padded, p->ordered);
+        add_products(weights, p->stride / 2, 1, G, count / 2, p->ordered, padded, padded, p->sums, padded);
+    }
+}
+
+#ifdef HAS_TILES
+/* The same where keys and values fill registers as they lie: the keys are then the left side, and nothing is copied. */
+static void score_in_place(const struct place *p, const bf16 *keys) {
+    int64_t half = p->s->width / 2, G = p->s->groups;
+    uint32_t sums[TILE], rows[TILE];
+    for (int64_t g = 0; g < G; g += SIDE) {
+        int64_t count = G - g < SIDE ? G - g : SIDE;
+        turn((uint32_t *)(p->queries + g * p->s->width), half, p->turned, SIDE);
+        WRITTEN;
+        for (int64_t at = p->base; at < p->last; at += SIDE) {
+            const bf16 *own = keys + lies(p->s, p->place, p->head, at);
+            _tile_zero(0);
+            for (int64_t k = 0; k < half; k += SIDE) {
+                _tile_loadd(4, own + 2 * k, p->s->width * sizeof(bf16));
+                _tile_loadd(5, p->turned + k * SIDE, 64);
+                _tile_dpbf16ps(0, 4, 5);
+            }
+            _tile_stored(0, sums, 64);
+            turn(sums, SIDE, rows, SIDE);
+            for (int64_t i = 0; i < count; i++)
+                memcpy(p->weights + (g + i) * p->stride + at - p->base, rows + i * SIDE, SIDE * sizeof(float));
+        }
+    }
+}
+
+static const bf16 no_value[2 * WHOLE];
+
+/* Sums of 32 columns of values, or of 64, for sixteen queries. */
+ALWAYS void sum_columns(const struct place *p, const bf16 *values, const bf16 *weights, const int wide, float *sums) {
+    int64_t D = p->s->width, columns = wide ? 2 * WHOLE : WHOLE, bytes = columns * sizeof(uint32_t);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t at = p->base; at < p->last; at += WHOLE) {
+        const bf16 *own = values + lies(p->s, p->place, p->head, at);
+        int64_t count = p->last - at < WHOLE ? p->last - at : WHOLE;
+        for (int64_t i = 0; i < WHOLE; i += 2) {
+            uint32_t *to = p->ordered + i / 2 * columns;
+            if (i + 1 < count) pair_rows(own + i * D, own + (i + 1) * D, columns, to);
+            else if (i < count) pair_rows(own + i * D, no_value, columns, to);
+            else memset(to, 0, bytes);
+        }
+        WRITTEN;
+        _tile_loadd(4, weights + at - p->base, p->stride * sizeof(bf16));
+        _tile_loadd(5, p->ordered, bytes);
+        _tile_loadd(6, p->ordered + SIDE, bytes);
+        _tile_dpbf16ps(0, 4, 5);
+        _tile_dpbf16ps(1, 4, 6);
+        if (wide) {
+            _tile_loadd(5, p->ordered + 2 * SIDE, bytes);
+            _tile_loadd(6, p->ordered + 3 * SIDE, bytes);
+            _tile_dpbf16ps(2, 4, 5);
+            _tile_dpbf16ps(3, 4, 6);
+        }
+    }
+    _tile_stored(0, sums, D * sizeof(float));
+    _tile_stored(1, sums + SIDE, D * sizeof(float));
+    if (!wide) return;
+    _tile_stored(2, sums + 2 * SIDE, D * sizeof(float));
+    _tile_stored(3, sums + 3 * SIDE, D * sizeof(float));
+}
+
+static void sum_up_in_place(const struct place *p, const bf16 *values) {
+    int64_t D = p->s->width;
+    for (int64_t g = 0; g < p->s->groups; g += SIDE)
+        for (int64_t d = 0; d < D; d += 2 * WHOLE) {
+            const bf16 *weights = p->rounded + g * p->stride;
+            if (D - d > WHOLE) sum_columns(p, values + d, weights, 1, p->sums + g * D + d);
+            else sum_columns(p, values + d, weights, 0, p->sums + g * D + d);
+        }
+}
+#endif
 
 /* One head of keys and values for one row: its G queries over tokens [first, length]. */
 static void attend_one(
     const struct cache *s, const bf16 *q, const bf16 *keys, const bf16 *values, int64_t place, int64_t head, int64_t length,
     float scale, uint32_t *work, bf16 *out
 ) {
-    int64_t G = s->groups, D = s->width, padded = UP(D), half = padded / 2, last = length + 1;
-    int64_t first = s->window && last > s->window ? last - s->window : 0, base = DOWN(first), stride = UP(last) - base;
-    bf16 *rows = (bf16 *)work, *queries = rows + TOGETHER * padded, *rounded = queries + G * padded;
-    uint32_t *ordered = work + TOGETHER * half + G * half + G * stride / 2;
-    float *sums = (float *)(ordered + TOGETHER * half), *weights = sums + G * padded;
-    for (int64_t g = 0; g < G; g++) copy_row(q + g * s->q_head, D, queries + g * padded);
-    memset(sums, 0, G * (padded + stride) * sizeof(float));
-    for (int64_t at = base; at < last; at += TOGETHER) {
-        int64_t end = at + TOGETHER < last ? at + TOGETHER : last, count = UP(end) - at;
-        gather_cached(s, keys, place, head, at, end, rows);
-        turn_rows(rows, count, padded, ordered);
-        add_products((uint32_t *)queries, half, 1, G, half, ordered, count, count, weights + at - base, stride);
+    int64_t G = s->groups, D = s->width, padded = UP_WHOLE(D), last = length + 1;
+    int64_t first = s->window && last > s->window ? last - s->window : 0, base = DOWN_WHOLE(first);
+    struct place own = {.s = s, .place = place, .head = head, .base = base, .last = last, .stride = UP_WHOLE(last) - base}, *p = &own;
+    int in_place = 0;
+    divide(p, work);
+#ifdef HAS_TILES
+    in_place = tiles_open && D % WHOLE == 0 && s->block % WHOLE == 0;
+#endif
+    for (int64_t g = 0; g < G; g++) copy_row(q + g * s->q_head, D, p->queries + g * padded);
+#ifdef HAS_TILES
+    if (in_place) score_in_place(p, keys);
+#endif
+    if (!in_place) score(p, keys);
+    for (int64_t g = 0; g < G; g++) {
+        float *row = p->weights + g * p->stride;
+        memset(row, 0, DOWN(first - base) * sizeof(float));
+        softmax(row, first - base, last - base, scale);
+        memset(row + UP(last - base), 0, (p->stride - UP(last - base)) * sizeof(float));
+        round_row(row, p->stride, p->rounded + g * p->stride);
     }
-    for (int64_t g = 0; g < G; g++) softmax(weights + g * stride, first - base, last - base, scale);
-    for (int64_t g = 0; g < G; g++) round_row(weights + g * stride, stride, rounded + g * stride);
-    for (int64_t at = base; at < last; at += TOGETHER) {
-        int64_t end = at + TOGETHER < last ? at + TOGETHER : last, count = UP(end) - at;
-        gather_cached(s, values, place, head, at, end, rows);
-        pair_all(rows, count, padded, padded, ordered);
-        add_products((uint32_t *)(rounded + at - base), stride / 2, 1, G, count / 2, ordered, padded, padded, sums, padded);
-    }
+#ifdef HAS_TILES
+    if (in_place) sum_up_in_place(p, values);
+#endif
+    if (!in_place) sum_up(p, values);
     for (int64_t g = 0; g < G; g++)
-        for (int64_t d = 0; d < D; d++) out[g * D + d] = narrow(sums[g * padded + d]);
+        for (int64_t d = 0; d < D; d++) out[g * D + d] = narrow(p->sums[g * padded + d]);
 }
 
 /* Returns 0, or 1 where there is no memory. */
@@ -62,8 +187,10 @@ int attend_part(
 ) {
     int64_t most = 0, D = s->width, G = s->groups, K = s->kv_heads;
     for (int64_t n = 0; n < s->rows; n++) most = length_N[n] > most ? length_N[n] : most;
-    int64_t stride = UP(most + 1) + LANES;
-    uint32_t *work = malloc(((TOGETHER + 2 * G) * UP(D) + 2 * G * stride) * sizeof(uint32_t));
+    uint32_t *work = NULL;
+    struct shape before = {0};
+    if (posix_memalign((void **)&work, 64, room(s, most + 1) * sizeof(uint32_t))) work = NULL;
+    open_pairs(&before);
 #pragma omp for schedule(dynamic, 2) nowait
     for (int64_t i = 0; i < s->rows * K; i++) {
         int64_t n = i / K, head = i % K, place = place_N[n], length = length_N[n], token = token_N[n];
@@ -75,6 +202,7 @@ int attend_part(
                        out + (token * K + head) * G * D);
     }
     int failed = !work;
+    close_pairs(&before);
     free(work);
     return failed;
 }

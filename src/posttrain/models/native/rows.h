@@ -2,7 +2,7 @@
 #ifndef POSTTRAIN_ROWS
 #define POSTTRAIN_ROWS
 
-#include "vectors.h"
+#include "pairs.h"
 
 /* Scores w / scale of keys [first, last) become weights; those beside them, up to whole vectors, zeros. */
 static void softmax(float *w, int64_t first, int64_t last, float scale) {

@@ -58,13 +58,14 @@ static int cut(struct table *t) {
             int64_t to = from + CHUNK < span->length ? from + CHUNK : span->length;
             struct chunk found = {n, from, to, seen_from(t->s, before + from + 1), before + to};
             t->chunks[t->count++] = found;
-            if (UP(found.last) - DOWN(found.first) > t->most) t->most = UP(found.last) - DOWN(found.first);
+            if (UP_WHOLE(found.last) - DOWN_WHOLE(found.first) > t->most)
+                t->most = UP_WHOLE(found.last) - DOWN_WHOLE(found.first);
         }
     }
     return t->chunks != NULL;
 }
 
-/* What a thread works with. Keys are counted from DOWN(first); P and dS are in `rounded` and, by pairs of rows, in `paired`. */
+/* What a thread works with. Keys are counted from DOWN_WHOLE(first); P and dS are in `rounded` and, by pairs of rows, in `paired`. */
 struct work {
     bf16 *rows, *rounded, *queries, *grads;
     uint32_t *turned_keys, *turned_values, *paired_keys, *paired_values, *paired, *paired_queries, *paired_grads;
@@ -73,7 +74,7 @@ struct work {
 };
 
 static struct work room(const struct table *t) {
-    int64_t padded = UP(t->s->width), rows = UP(ROWS_OF(t->s)), keys = t->most * padded / 2, seen = rows * t->most;
+    int64_t padded = UP_WHOLE(t->s->width), rows = UP_WHOLE(ROWS_OF(t->s)), keys = t->most * padded / 2, seen = rows * t->most;
     struct work w = {0};
     void **parts[] = {
         (void **)&w.rows, (void **)&w.turned_keys, (void **)&w.turned_values, (void **)&w.paired_keys, (void **)&w.paired_values,
@@ -95,14 +96,14 @@ static struct work room(const struct table *t) {
     return w;
 }
 
-/* For each key of a chunk its token of the batch: calls of `body` with `row` (from DOWN(first)) and `token`. */
+/* For each key of a chunk its token of the batch: calls of `body` with `row` (from DOWN_WHOLE(first)) and `token`. */
 #define FOR_KEYS(t, c, body)                                                                          \
     do {                                                                                              \
         int64_t at_ = 0;                                                                              \
         for (int64_t i_ = (t)->spans[(c)->span].piece; i_ < (t)->spans[(c)->span].next; i_++) {       \
             int64_t begin_ = (c)->first > at_ ? (c)->first : at_, end_ = at_ + (t)->pieces[i_][1];    \
             for (int64_t key_ = begin_; key_ < end_ && key_ < (c)->last; key_++) {                    \
-                int64_t row = key_ - DOWN((c)->first), token = (t)->pieces[i_][0] + key_ - at_;       \
+                int64_t row = key_ - DOWN_WHOLE((c)->first), token = (t)->pieces[i_][0] + key_ - at_;       \
                 body;                                                                                 \
             }                                                                                         \
             at_ = end_;                                                                               \
@@ -111,7 +112,8 @@ static struct work room(const struct table *t) {
 
 /* One head's keys or values of a chunk, as rows, and zeros where there are none. */
 static void gather(const struct table *t, const struct chunk *c, const bf16 *from, int64_t stride, bf16 *rows) {
-    int64_t width = t->s->width, padded = UP(width), base = DOWN(c->first), past = c->last - base, end = UP(c->last) - base;
+    int64_t width = t->s->width, padded = UP_WHOLE(width), base = DOWN_WHOLE(c->first);
+    int64_t past = c->last - base, end = UP_WHOLE(c->last) - base;
     memset(rows, 0, (c->first - base) * padded * sizeof(bf16));
     memset(rows + past * padded, 0, (end - past) * padded * sizeof(bf16));
     FOR_KEYS(t, c, copy_row(from + token * stride, width, rows + row * padded));
@@ -121,7 +123,7 @@ static void gather(const struct table *t, const struct chunk *c, const bf16 *fro
 static void take(
     const struct table *t, const struct chunk *c, int64_t from, int64_t to, const bf16 *x, int64_t head, int64_t token, bf16 *rows
 ) {
-    int64_t G = t->s->groups, D = t->s->width, padded = UP(D), count = (to - from) * G, first = t->spans[c->span].start + from;
+    int64_t G = t->s->groups, D = t->s->width, padded = UP_WHOLE(D), count = (to - from) * G, first = t->spans[c->span].start + from;
     for (int64_t r = 0; r < count; r++) copy_row(x + r % G * head + (first + r / G) * token, D, rows + r * padded);
     if (count % 2) memset(rows + count * padded, 0, padded * sizeof(bf16));
 }
@@ -131,7 +133,7 @@ static void weigh(
     const struct table *t, const struct chunk *c, int64_t from, int64_t to, int64_t last, int64_t stride, float scale,
     struct work *w
 ) {
-    int64_t G = t->s->groups, half = UP(t->s->width) / 2, base = DOWN(c->first), rows = (to - from) * G;
+    int64_t G = t->s->groups, half = UP_WHOLE(t->s->width) / 2, base = DOWN_WHOLE(c->first), rows = (to - from) * G;
     for (int64_t r = 0; r < rows; r++) memset(w->weights + r * stride, 0, last * sizeof(float));
     add_products((uint32_t *)w->queries, half, 1, rows, half, w->turned_keys, stride, last, w->weights, stride);
     for (int64_t r = 0; r < rows; r++) {
@@ -154,7 +156,7 @@ static void give(const struct table *t, const struct chunk *c, int64_t head, int
     int64_t G = t->s->groups, D = t->s->width, H = t->s->kv_heads * G, first = t->spans[c->span].start + from;
     for (int64_t r = 0; r < (to - from) * G; r++) {
         bf16 *row = out + ((first + r / G) * H + head * G + r % G) * D;
-        for (int64_t d = 0; d < D; d++) row[d] = narrow(sums[r * UP(D) + d]);
+        for (int64_t d = 0; d < D; d++) row[d] = narrow(sums[r * UP_WHOLE(D) + d]);
     }
 }
 
@@ -164,13 +166,14 @@ static void forward(
     struct work *w, bf16 *out
 ) {
     const struct sizes *s = t->s;
-    int64_t G = s->groups, padded = UP(s->width), base = DOWN(c->first), stride = UP(c->last) - base, step = ROWS_OF(s) / G;
+    int64_t G = s->groups, padded = UP_WHOLE(s->width), base = DOWN_WHOLE(c->first);
+    int64_t stride = UP_WHOLE(c->last) - base, step = ROWS_OF(s) / G;
     gather(t, c, k + head * s->k_head, s->k_token, w->rows);
     turn_rows(w->rows, stride, padded, w->turned_keys);
     gather(t, c, v + head * s->v_head, s->v_token, w->rows);
     pair_all(w->rows, stride, padded, padded, w->paired_values);
     for (int64_t from = c->from; from < c->to; from += step) {
-        int64_t to = from + step < c->to ? from + step : c->to, rows = (to - from) * G, last = UP(c->last - (c->to - to)) - base;
+        int64_t to = from + step < c->to ? from + step : c->to, rows = (to - from) * G, last = UP_WHOLE(c->last - (c->to - to)) - base;
         take(t, c, from, to, q + head * G * s->q_head, s->q_head, s->q_token, w->queries);
         weigh(t, c, from, to, last, stride, scale, w);
         round_rows(w->weights, rows, last, stride, w->rounded);
@@ -191,6 +194,8 @@ int segments(
 #pragma omp parallel if (!failed && s->tokens * K * s->groups * s->width > WORTH_THREADS)
     {
         struct work w = room(t);
+        struct shape before = {0};
+        open_pairs(&before);
         if (!w.memory) {
 #pragma omp atomic write
             failed = 1;
@@ -198,10 +203,18 @@ int segments(
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < t->count * K; i++)
             if (w.memory) forward(t, t->chunks + i / K, i % K, q, k, v, scale, &w, out);
+        close_pairs(&before);
         free(w.memory);
     }
     free(t->chunks);
     return failed;
+}
+
+/* Rows by pairs, and pairs of zeros behind them that fill a register. */
+static void pair_up(const bf16 *rows, int64_t count, int64_t padded, uint32_t *to) {
+    int64_t pairs = (count + 1) / 2;
+    pair_all(rows, count, padded, padded, to);
+    memset(to + pairs * padded, 0, (UP(pairs) - pairs) * padded * sizeof(uint32_t));
 }
 
 /* One head of one chunk: gradients of its queries, and in w those of its keys and values. */
@@ -210,7 +223,8 @@ static void backward(
     float scale, struct work *w, bf16 *dq
 ) {
     const struct sizes *s = t->s;
-    int64_t G = s->groups, padded = UP(s->width), base = DOWN(c->first), stride = UP(c->last) - base, step = ROWS_OF(s) / G;
+    int64_t G = s->groups, padded = UP_WHOLE(s->width), base = DOWN_WHOLE(c->first);
+    int64_t stride = UP_WHOLE(c->last) - base, step = ROWS_OF(s) / G;
     gather(t, c, k + head * s->k_head, s->k_token, w->rows);
     turn_rows(w->rows, stride, padded, w->turned_keys);
     pair_all(w->rows, stride, padded, padded, w->paired_keys);
@@ -220,11 +234,11 @@ static void backward(
     memset(w->d_values, 0, stride * padded * sizeof(float));
     for (int64_t from = c->from; from < c->to; from += step) {
         int64_t to = from + step < c->to ? from + step : c->to, rows = (to - from) * G, pairs = (rows + 1) / 2;
-        int64_t last = UP(c->last - (c->to - to)) - base;
+        int64_t last = UP_WHOLE(c->last - (c->to - to)) - base;
         take(t, c, from, to, q + head * G * s->q_head, s->q_head, s->q_token, w->queries);
         take(t, c, from, to, grad + head * G * s->grad_head, s->grad_head, s->grad_token, w->grads);
-        pair_all(w->queries, rows, padded, padded, w->paired_queries);
-        pair_all(w->grads, rows, padded, padded, w->paired_grads);
+        pair_up(w->queries, rows, padded, w->paired_queries);
+        pair_up(w->grads, rows, padded, w->paired_grads);
         weigh(t, c, from, to, last, stride, scale, w);
         round_rows(w->weights, rows, last, stride, w->rounded);
         pair_all(w->rounded, rows, last, stride, w->paired);
@@ -262,7 +276,7 @@ int segments_backward(
 #ifdef _OPENMP
     threads = omp_get_max_threads();
 #endif
-    int64_t K = s->kv_heads, D = s->width, padded = UP(D);
+    int64_t K = s->kv_heads, D = s->width, padded = UP_WHOLE(D);
     int64_t lanes = (3 * threads + K - 1) / K, size = s->key_tokens * padded;
     if (lanes > t->count) lanes = t->count ? t->count : 1;
     float *sums = calloc(2 * K * lanes * size, sizeof(float));
@@ -270,6 +284,8 @@ int segments_backward(
 #pragma omp parallel if (!failed && s->tokens * K * s->groups * D > WORTH_THREADS)
     {
         struct work w = room(t);
+        struct shape before = {0};
+        open_pairs(&before);
         if (!w.memory) {
 #pragma omp atomic write
             failed = 1;
@@ -287,6 +303,7 @@ int segments_backward(
                 });
             }
         }
+        close_pairs(&before);
         free(w.memory);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < s->key_tokens * K; i++) {

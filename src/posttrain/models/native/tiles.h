@@ -12,40 +12,15 @@
 #ifndef POSTTRAIN_TILES
 #define POSTTRAIN_TILES
 
-#include "vectors.h"
+#include "registers.h"
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
-#define HAS_TILES 1
+#ifdef HAS_TILES
 #include <omp.h>
 
-/* Tokens of a register, numbers of one of its rows, outputs of one piece of work. */
-#define SIDE 16
-#define DEEP 32
+/* Outputs of one piece of work. */
 #define OUT 32
-/* Words of a register. */
-#define TILE (SIDE * SIDE)
 /* Outputs that one thread takes at a time. */
 #define OUTPUTS 256
-
-/* As the processor reads it. */
-struct shape {
-    uint8_t palette, start, unused[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-} __attribute__((aligned(64)));
-
-/* Eight whole registers; `before` is what another library has set up in this thread. */
-static void open_tiles(struct shape *before) {
-    struct shape own = {.palette = 1};
-    for (int i = 0; i < 8; i++) own.bytes[i] = 64, own.rows[i] = SIDE;
-    _tile_storeconfig(before);
-    _tile_loadconfig(&own);
-}
-
-static void close_tiles(const struct shape *before) {
-    if (before->palette) _tile_loadconfig(before);
-    else _tile_release();
-}
 
 /* The sizes, matrices and places of one call. */
 struct work {
@@ -153,6 +128,7 @@ ALWAYS void project(
     float sums[4 * TILE] __attribute__((aligned(64)));
     const bf16 *a = k->a + blocks[0] * DEEP * k->inputs, *next = two ? k->a + blocks[1] * DEEP * k->inputs : a;
     int64_t bytes = k->inputs * sizeof(bf16);
+    WRITTEN;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -268,6 +244,7 @@ static void multiply_piece(
     for (; out < last; out += OUT) {
         const bf16 *w = left(k->w + out * k->inputs, k->outputs - out, k->inputs, room);
         const bf16 *b = k->columns ? left(k->b + out * k->columns, k->outputs - out, k->columns, room + OUT * k->inputs) : 0;
+        WRITTEN;
         for (int64_t t = at; t < end; t += 2) {
             int two = t + 1 < end;
             const uint32_t *x = s->x + t * k->inputs / 2 * SIDE;

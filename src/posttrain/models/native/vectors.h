@@ -98,12 +98,6 @@ ALWAYS float sum_of(vec x) {
     return lane[0];
 }
 
-/* to[0 .. UP(count)): a row of numbers, and zeros. */
-ALWAYS void copy_row(const bf16 *from, int64_t count, bf16 *to) {
-    memcpy(to, from, count * sizeof(bf16));
-    memset(to + count, 0, (UP(count) - count) * sizeof(bf16));
-}
-
 /* Sixteen rows of `width` words that lie one after the other become columns: to[w] has word w of each, and lies `across` behind
  * to[w - 1]. */
 ALWAYS void turn(const uint32_t *rows, int64_t width, uint32_t *to, int64_t across) {
@@ -137,67 +131,6 @@ ALWAYS void turn(const uint32_t *rows, int64_t width, uint32_t *to, int64_t acro
 /* Words of which the lower half is from one row and the upper one from another. */
 ALWAYS void pair_rows(const bf16 *lower, const bf16 *upper, int64_t width, uint32_t *to) {
     for (int64_t i = 0; i < width; i += LANES) store_words(to + i, load_halves(lower + i) | load_halves(upper + i) << 16);
-}
-
-/* sum + products of the lower and of the upper halves. */
-ALWAYS vec add_pairs(vec sum, words a, words b) {
-#ifdef __AVX512BF16__
-    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-#else
-    sum += (vec)(a << 16) * (vec)(b << 16);
-    return sum + (vec)(a & 0xffff0000u) * (vec)(b & 0xffff0000u);
-#endif
-}
-
-/* Rows c[m] += sum over k < pairs of the word a[m along + k across] times row k of b, of `vecs` vectors each; rows of b lie `bw`
- * apart and those of c `cw`. With constant counts the sums stay in registers. */
-ALWAYS void add_piece(
-    const uint32_t *a, int64_t along, int64_t across, const int rows, int64_t pairs, const uint32_t *b, int64_t bw,
-    const int vecs, float *c, int64_t cw
-) {
-    vec s[4][4];
-#pragma GCC unroll 4
-    for (int m = 0; m < rows; m++)
-#pragma GCC unroll 4
-        for (int j = 0; j < vecs; j++) s[m][j] = load(c + m * cw + j * LANES);
-    for (int64_t k = 0; k < pairs; k++) {
-        words own[4];
-#pragma GCC unroll 4
-        for (int j = 0; j < vecs; j++) own[j] = load_words(b + k * bw + j * LANES);
-#pragma GCC unroll 4
-        for (int m = 0; m < rows; m++) {
-            words one = (words){0} + a[m * along + k * across];
-#pragma GCC unroll 4
-            for (int j = 0; j < vecs; j++) s[m][j] = add_pairs(s[m][j], one, own[j]);
-        }
-    }
-#pragma GCC unroll 4
-    for (int m = 0; m < rows; m++)
-#pragma GCC unroll 4
-        for (int j = 0; j < vecs; j++) store(c + m * cw + j * LANES, s[m][j]);
-}
-
-ALWAYS void add_rows(
-    const uint32_t *a, int64_t along, int64_t across, int64_t rows, int64_t pairs, const uint32_t *b, int64_t bw,
-    const int vecs, float *c, int64_t cw
-) {
-    int64_t m = 0;
-    for (; m + 4 <= rows; m += 4) add_piece(a + m * along, along, across, 4, pairs, b, bw, vecs, c + m * cw, cw);
-    if (rows - m == 3) add_piece(a + m * along, along, across, 3, pairs, b, bw, vecs, c + m * cw, cw);
-    if (rows - m == 2) add_piece(a + m * along, along, across, 2, pairs, b, bw, vecs, c + m * cw, cw);
-    if (rows - m == 1) add_piece(a + m * along, along, across, 1, pairs, b, bw, vecs, c + m * cw, cw);
-}
-
-/* The same for columns [0, columns). */
-static inline void add_products(
-    const uint32_t *a, int64_t along, int64_t across, int64_t rows, int64_t pairs, const uint32_t *b, int64_t bw,
-    int64_t columns, float *c, int64_t cw
-) {
-    int64_t at = 0;
-    for (; at + 4 * LANES <= columns; at += 4 * LANES) add_rows(a, along, across, rows, pairs, b + at, bw, 4, c + at, cw);
-    if (columns - at == 3 * LANES) add_rows(a, along, across, rows, pairs, b + at, bw, 3, c + at, cw);
-    if (columns - at == 2 * LANES) add_rows(a, along, across, rows, pairs, b + at, bw, 2, c + at, cw);
-    if (columns - at == LANES) add_rows(a, along, across, rows, pairs, b + at, bw, 1, c + at, cw);
 }
 
 #endif
