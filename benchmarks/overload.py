@@ -2,18 +2,20 @@
 
     python benchmarks/overload.py --seconds 300     on random:tiny, or --model
 
-The server is the command itself in a process of its own. First as many clients as it computes rows at once ask one after the
-other: that is its capacity. Then as many as it takes at all, rows and queue: it is saturated. Then requests come by the clock
-at `--load` times its capacity, whatever has been answered. Prints one JSON object (answers by status, times to answer, the
-time to the first token by the server's own histogram, goodput against the best rate before, memory at 40 times, what /metrics
-says at the end) and exits with 1 where something broke: another status, a reset connection, a 429 without its body or
-`Retry-After`, an answer that is cut, memory that grew by more than a twentieth after the first fifth, a row left in flight, or
-another exit code.
+The server is the command itself in a process of its own, on the first half of the cores; the clients have the others, as if
+they had a machine of their own (`--no-apart`: both have all). First as many clients as it computes rows at once ask one after
+the other: that is its capacity. Then as many as it takes at all, rows and queue: it is saturated. Then requests come by the
+clock at `--load` times its capacity, whatever has been answered. Prints one JSON object: answers by status, times to answer,
+the time to the first token by the server's own histogram (straight between the edges of a bucket), tokens a second after the
+rows have filled up and their share of the best rate before, memory at 40 times, what /metrics says at the end. Exits with 1
+where something broke: another status, a reset connection, a 429 without its body or `Retry-After`, an answer that is cut,
+memory that grew by more than a twentieth after the first fifth, a row left in flight, or another exit code.
 """
 
 import argparse
 import asyncio
 import json
+import os
 import re
 import signal
 import statistics
@@ -65,16 +67,15 @@ class Load:
         self.seconds.setdefault(status, []).append(time.monotonic() - began)
 
     async def capacity(self, http: httpx.AsyncClient, seconds: float, clients: int) -> float:
-        """Answers a second with so many clients, each of which asks again when it is answered."""
+        """Tokens a second with so many clients, each of which asks again when it is answered."""
         end = time.monotonic() + seconds
 
         async def client() -> None:
             while time.monotonic() < end:
                 await self.ask(http)
 
-        began = time.monotonic()
-        await asyncio.gather(*(client() for _ in range(clients)))
-        return len(self.seconds[200]) / (time.monotonic() - began)
+        found, *_ = await asyncio.gather(tokens_a_second(http, seconds), *(client() for _ in range(clients)))
+        return found
 
     async def offer(self, http: httpx.AsyncClient, rate: float, seconds: float) -> int:
         """Requests by the clock; returns how many there were, when all are answered."""
@@ -86,19 +87,40 @@ class Load:
         return count
 
 
+async def tokens_a_second(http: httpx.AsyncClient, seconds: float) -> float:
+    """What the server makes in the last two thirds of so many seconds: until then its rows fill up."""
+    await asyncio.sleep(seconds / 3)
+    times, counts = [], []
+    for wait in (2 * seconds / 3, 0.0):
+        page = (await http.get("/metrics")).text
+        times.append(time.monotonic())
+        counts.append(sum(float(n) for n in re.findall(r"^posttrain_completion_tokens_total\S* (\S+)$", page, re.MULTILINE)))
+        await asyncio.sleep(wait)
+    return (counts[1] - counts[0]) / (times[1] - times[0])
+
+
 def percentiles(seconds: list[float]) -> list[float]:
     """The median, the 99th of a hundred and the longest."""
     found = sorted(seconds)
     return [round(found[len(found) * part // 100], 4) for part in (50, 99)] + [round(found[-1], 4)] if found else []
 
 
-def slowest(before: str, after: str, share: float = 0.99) -> list[float]:
-    """The edges in seconds of the histogram's bucket in which this share of the first tokens between two pages is reached."""
+def first_tokens(before: str, after: str, share: float) -> float:
+    """Within how many seconds this share of the answers that began between two pages had their first token."""
     line = r'^posttrain_time_to_first_token_seconds_bucket\{le="([^"]+)".* (\S+)$'
     old, new = (re.findall(line, page, re.MULTILINE) for page in (before, after))
     counts = [float(now) - float(then) for (_, now), (_, then) in zip(new, old or [("", "0")] * len(new), strict=True)]
     place = next(n for n, count in enumerate(counts) if count >= share * counts[-1])
-    return [float(new[place - 1][0]) if place else 0.0, float(new[place][0])]
+    low, fewer = (float(new[place - 1][0]), counts[place - 1]) if place else (0.0, 0.0)
+    inside = (share * counts[-1] - fewer) / max(counts[place] - fewer, 1.0)
+    return round(low + inside * (float(new[place][0]) - low), 3)
+
+
+def halves(apart: bool) -> tuple[set[int], set[int]]:
+    """The cores of the server and those of the clients."""
+    cores = sorted(os.sched_getaffinity(0))
+    half = len(cores) // 2
+    return (set(cores[:half]), set(cores[half:])) if apart and half else (set(cores), set(cores))
 
 
 async def hold(process: "subprocess.Popen[str]", url: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -106,14 +128,17 @@ async def hold(process: "subprocess.Popen[str]", url: str, options: argparse.Nam
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=200)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
         first, full, load = (Load(options.tokens) for _ in range(3))
-        capacity = await first.capacity(http, options.seconds / 15, ROWS["cpu"])
+        capacity = await first.capacity(http, options.seconds / 3, ROWS["cpu"])
         pages = [(await http.get("/metrics")).text]
-        saturated = await full.capacity(http, options.seconds / 15, ROWS["cpu"] + options.queue)
+        saturated = await full.capacity(http, options.seconds / 3, ROWS["cpu"] + options.queue)
         pages.append((await http.get("/metrics")).text)
-        rate, began = options.load * capacity, time.monotonic()
-        watched, count = await asyncio.gather(watch(process, url, options.seconds), load.offer(http, rate, options.seconds))
+        rate = options.load * capacity / options.tokens
+        watched, count, goodput = await asyncio.gather(
+            watch(process, url, options.seconds),
+            load.offer(http, rate, options.seconds),
+            tokens_a_second(http, options.seconds),
+        )
         memory = [round(whole - kept, 1) for whole, kept in watched]  # the cache of prompts fills up to its limit
-        goodput = len(load.seconds[200]) / (time.monotonic() - began)
         pages.append(metrics := (await http.get("/metrics")).text)
     told = dict(re.findall(r"^(posttrain_(?:requests_total|completions)\S*) (\S+)$", metrics, re.MULTILINE))
     broken = first.broken + full.broken + load.broken
@@ -126,13 +151,14 @@ async def hold(process: "subprocess.Popen[str]", url: str, options: argparse.Nam
     if end > GROWTH * begin:
         broken[f"memory grew from {begin} to {end} MiB"] += 1
     return {
-        "capacity_per_second": round(capacity, 2), "offered_per_second": round(rate, 1), "requests": count,
+        "tokens_per_second": {"at capacity": round(capacity), "saturated": round(saturated), "overloaded": round(goodput)},
+        "goodput": round(goodput / max(capacity, saturated), 3), "offered_per_second": round(rate, 1), "requests": count,
         "statuses": dict(load.statuses), "broken": dict(broken),
         "seconds_p50_p99_max": {str(status): percentiles(found) for status, found in load.seconds.items()},
-        "first_token_p99_between": {
-            "at capacity": slowest("", pages[0]), "saturated": slowest(*pages[:2]), "overloaded": slowest(*pages[1:]),
+        "first_token_p50_p99": {
+            name: [first_tokens(*pair, share) for share in (0.5, 0.99)]
+            for name, pair in {"at capacity": ("", pages[0]), "saturated": pages[:2], "overloaded": pages[1:]}.items()
         },
-        "goodput": {"per_second": round(goodput, 2), "of_the_best": round(goodput / max(capacity, saturated), 3)},
         "memory_mib": {"first_fifth": begin, "end": end, "all": memory}, "metrics": told,
     }  # fmt: skip
 
@@ -146,13 +172,17 @@ def main() -> None:
     parser.add_argument("--queue", type=int, default=32)
     parser.add_argument("--model", default="random:tiny")
     parser.add_argument("--template", default="plain")
+    parser.add_argument("--apart", action=argparse.BooleanOptionalAction, default=True, help="clients on cores of their own")
     options = parser.parse_args()
     command = [
         sys.executable, "-m", "posttrain.cli", "serve", options.model, "--template", options.template, "--name", NAME,
         "--port", "0", "--queue", str(options.queue),
     ]  # fmt: skip
+    its, ours = halves(options.apart)
     with tempfile.TemporaryFile("w+") as log:
+        os.sched_setaffinity(0, its)  # which the process inherits
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=ENVIRONMENT)
+        os.sched_setaffinity(0, ours)
         try:
             assert process.stdout is not None
             url = next(found[0] for line in process.stdout if (found := re.findall(r"http://127\.0\.0\.1:\d+", line)))

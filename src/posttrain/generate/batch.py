@@ -2,8 +2,8 @@
 
 A row stands on a shelf (`models/decoding.py`) by what it needs, a power of two of tokens. Rows that leave are replaced by rows
 that join; where none does, the last rows of the shelf move into the gaps, so that the rows computed are always the first ones.
-On a CPU, whose memory is taken where it is written, most rows share one shelf, the longest first. Where steps are steady
-(`generate/steady.py`), gaps stay until closing them halves the rows computed.
+On a CPU, whose memory is taken where it is written, most rows share one shelf, the longest first where attention computes by
+blocks of all rows. Where steps are steady (`generate/steady.py`), gaps stay until closing them halves the rows computed.
 
 T: tokens of the forward.
 """
@@ -95,8 +95,9 @@ def room_for(need: int, kind: str) -> int:
 class Places:
     """Who stands where: for each capacity its shelf and the rows on it, None for a gap."""
 
-    def __init__(self, device: torch.device, *, steady: bool) -> None:
-        self.device, self.steady = device, steady
+    def __init__(self, device: torch.device, *, steady: bool, by_blocks: bool) -> None:
+        """`by_blocks`: attention computes the blocks of all rows up to the last one that reaches them."""
+        self.device, self.steady, self.by_blocks = device, steady, by_blocks
         self.shelves: dict[int, tuple[Shelf, list[Row | None]]] = {}
 
     def rows(self) -> list[Row]:
@@ -148,7 +149,7 @@ class Places:
                     places.pop()
                 if steady_rows(len(rows), shelf) == steady_rows(len(places), shelf):
                     continue
-            if not self.steady and shelf.block < shelf.capacity and _spare(rows, shelf.block):
+            if self.by_blocks and shelf.block < shelf.capacity and _spare(rows, shelf.block):
                 order = sorted(rows, key=lambda row: -row.length)
             else:
                 last = iter(reversed([row for row in places[len(rows) :] if row is not None]))

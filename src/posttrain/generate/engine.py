@@ -25,7 +25,7 @@ from posttrain.generate.sampling import Draw, check_settings, choose_tokens, dra
 from posttrain.generate.sampling import SamplingSettings as SamplingSettings  # callers need no other module
 from posttrain.generate.steady import SteadyDecoder
 from posttrain.generate.waiting import FairQueue
-from posttrain.models.decoding import bytes_per_token
+from posttrain.models.decoding import attends_alone, bytes_per_token
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter
 from posttrain.models.mixed import NarrowAdapters, TokenAdapters
@@ -66,7 +66,9 @@ class Engine:
         """Forget all that waits, is in flight or is kept: at the start, and after a step that failed half way."""
         base = self.base
         steady = STEADY[base.device.type]
-        self._places = Places(base.device, steady=steady)
+        config = base.model.config.get_text_config().to_dict()
+        alone = attends_alone(config, base.dtype, base.device)
+        self._places = Places(base.device, steady=steady, by_blocks=not steady and not alone)
         self._narrow = NarrowAdapters(base.dtype, base.device, quick=self._serving)
         self._steady = SteadyDecoder(base, self._narrow) if steady else None
         self.prefixes = PrefixCache(self._prefix_bytes)

@@ -6,7 +6,7 @@ rows, one token each, and behind them the packed prompts of rows that join: the 
     o_r = softmax(scale K_r q_r) V_r     over the tokens of row r, on a CPU by `models/compiled.py`, or else as two batched
                                          products with K_r and V_r as they lie
 
-On a CPU a block holds 64 tokens and the longest rows stand first, so of a block only the places of rows that reach it are
+On a CPU a block holds 64 tokens. By batched products, where the longest rows stand first, only the places of rows that reach it are
 computed. The G query heads of a key/value head stand side by side in one product, so no key is repeated. Keys seen and rows
 computed are rounded up to few sizes, since a new shape costs more than spare numbers.
 
@@ -46,6 +46,11 @@ def bytes_per_token(config: dict[str, Any], dtype: torch.dtype) -> int:
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
     return int(2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * width * dtype.itemsize)
+
+
+def attends_alone(config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether attention reads each row's keys by itself and no further than its length, by a model's configuration."""
+    return not config.get("attn_logit_softcapping") and compiled.able(torch.empty(0, dtype=dtype, device=device))
 
 
 class Shelf:

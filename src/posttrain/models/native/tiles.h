@@ -187,11 +187,21 @@ static void put(const struct work *k, int64_t tile, int64_t out, float *sums) {
     }
 }
 
-/* Sums of 32 outputs over the inputs, for one tile or two that stand side by side. */
-ALWAYS void add_inputs(const bf16 *w, int64_t inputs, const uint32_t *x, const int two) {
-    int64_t bytes = inputs * sizeof(bf16);
+/* Lines of memory that are on their way to the second cache. */
+ALWAYS void ask(const bf16 *from, int64_t lines) {
+    for (int64_t i = 0; i < lines; i++) _mm_prefetch(from + i * DEEP, _MM_HINT_T1);
+}
+
+/* Sums of 32 outputs over the inputs, for one tile or two that stand side by side. Meanwhile the weights and the B of the next
+ * 32 are asked for, where there are some: what a register is loaded from comes too late otherwise. */
+ALWAYS void add_inputs(
+    const bf16 *w, int64_t inputs, const uint32_t *x, const int two, const bf16 *ahead, const bf16 *ahead_b, int64_t columns
+) {
+    int64_t bytes = inputs * sizeof(bf16), each = parts_of(columns * DEEP, inputs);
     const uint32_t *next = x + inputs / 2 * SIDE;
     for (int64_t i = 0; i < inputs; i += DEEP) {
+        if (ahead) ask(ahead + i * OUT, OUT);
+        if (ahead_b) ask(ahead_b + i * each, each);
         _tile_loadd(4, w + i, bytes);
         _tile_loadd(6, x + i / 2 * SIDE, 64);
         _tile_loadd(5, w + SIDE * inputs + i, bytes);
@@ -252,8 +262,10 @@ static void multiply_piece(
             _tile_zero(1);
             _tile_zero(2);
             _tile_zero(3);
-            if (two) add_inputs(w, k->inputs, x, 1);
-            else add_inputs(w, k->inputs, x, 0);
+            int more = t == at && out + 2 * OUT <= k->outputs;
+            const bf16 *ahead = more ? w + OUT * k->inputs : 0, *ahead_b = more && k->columns ? b + OUT * k->columns : 0;
+            if (two) add_inputs(w, k->inputs, x, 1, ahead, ahead_b, k->columns);
+            else add_inputs(w, k->inputs, x, 0, ahead, ahead_b, k->columns);
             add_rank(k, s, t, b, 0);
             if (two) add_rank(k, s, t + 1, b, 1);
             _tile_stored(0, sums, 64);
