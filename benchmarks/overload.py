@@ -36,34 +36,60 @@ CHAT = "/v1/chat/completions"
 NAME = "the-base"
 
 
+class Wire:
+    """Posts one body over kept connections, with as little of Python as can be: clients must not be slower than the server."""
+
+    def __init__(self, url: str, body: dict[str, Any]) -> None:
+        self._host, port = url.removeprefix("http://").split(":")
+        self._port, self._idle = int(port), list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]()
+        content = json.dumps(body).encode()
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: {self._host}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+        self._bytes = head.encode() + b"\r\n\r\n" + content
+
+    async def post(self) -> tuple[int, bytes, bytes]:
+        """Status, headers and body. Raises OSError or IncompleteReadError where the connection breaks."""
+        pair = self._idle.pop() if self._idle else await asyncio.open_connection(self._host, self._port)
+        reader, writer = pair
+        writer.write(self._bytes)
+        head = (await reader.readuntil(b"\r\n\r\n")).lower()
+        length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
+        body = await reader.readexactly(length)
+        self._idle.append(pair)
+        return int(head[9:12]), head, body
+
+    def close(self) -> None:
+        """All connections."""
+        for _, writer in self._idle:
+            writer.close()
+
+
 class Load:
     """The requests and what came of them."""
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, url: str, tokens: int) -> None:
         ask = {"role": "user", "content": "Hi"}
         self.body = {"model": NAME, "messages": [ask], "temperature": 0, "max_tokens": tokens, "min_tokens": tokens}
-        self.tokens = tokens
+        self.tokens, self.wire = tokens, Wire(url, self.body)
         self.statuses: Counter[str] = Counter()
         self.broken: Counter[str] = Counter()
         self.seconds: dict[int, list[float]] = {200: [], 429: []}
 
-    async def ask(self, http: httpx.AsyncClient) -> None:
+    async def ask(self) -> None:
         """One request."""
         began = time.monotonic()
         try:
-            response = await http.post(CHAT, json=self.body)
-        except httpx.HTTPError as error:
+            status, head, body = await self.wire.post()
+        except (OSError, asyncio.IncompleteReadError) as error:
             self.broken[f"{type(error).__name__} {error}"] += 1
             return
-        status = response.status_code
         self.statuses[str(status)] += 1
         if status == 200:
-            good = response.json()["usage"]["completion_tokens"] == self.tokens
+            good = json.loads(body)["usage"]["completion_tokens"] == self.tokens
         else:
-            good = status == 429 and response.headers.get("retry-after") == "1"
-            good = good and response.json()["error"]["code"] == "queue_full"
+            good = status == 429 and b"\r\nretry-after: 1\r\n" in head
+            good = good and json.loads(body)["error"]["code"] == "queue_full"
         if not good:
-            self.broken[f"{status}: {response.text[:200]}"] += 1
+            self.broken[f"{status}: {body[:200]!r}"] += 1
         self.seconds.setdefault(status, []).append(time.monotonic() - began)
 
     async def capacity(self, http: httpx.AsyncClient, seconds: float, clients: int) -> float:
@@ -72,18 +98,18 @@ class Load:
 
         async def client() -> None:
             while time.monotonic() < end:
-                await self.ask(http)
+                await self.ask()
 
         found, *_ = await asyncio.gather(tokens_a_second(http, seconds), *(client() for _ in range(clients)))
         return found
 
-    async def offer(self, http: httpx.AsyncClient, rate: float, seconds: float) -> int:
+    async def offer(self, rate: float, seconds: float) -> int:
         """Requests by the clock; returns how many there were, when all are answered."""
         began, count = time.monotonic(), int(rate * seconds)
         async with asyncio.TaskGroup() as group:
             for number in range(count):
                 await asyncio.sleep(max(0.0, began + number / rate - time.monotonic()))
-                group.create_task(self.ask(http))
+                group.create_task(self.ask())
         return count
 
 
@@ -125,9 +151,8 @@ def halves(apart: bool) -> tuple[set[int], set[int]]:
 
 async def hold(process: "subprocess.Popen[str]", url: str, options: argparse.Namespace) -> dict[str, Any]:
     """Capacity, overload, and what /metrics says when all is answered."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=200)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
-        first, full, load = (Load(options.tokens) for _ in range(3))
+    async with httpx.AsyncClient(base_url=url, timeout=600) as http:
+        first, full, load = (Load(url, options.tokens) for _ in range(3))
         capacity = await first.capacity(http, options.seconds / 3, ROWS["cpu"])
         pages = [(await http.get("/metrics")).text]
         saturated = await full.capacity(http, options.seconds / 3, ROWS["cpu"] + options.queue)
@@ -135,11 +160,13 @@ async def hold(process: "subprocess.Popen[str]", url: str, options: argparse.Nam
         rate = options.load * capacity / options.tokens
         watched, count, goodput = await asyncio.gather(
             watch(process, url, options.seconds),
-            load.offer(http, rate, options.seconds),
+            load.offer(rate, options.seconds),
             tokens_a_second(http, options.seconds),
         )
         memory = [round(whole - kept, 1) for whole, kept in watched]  # the cache of prompts fills up to its limit
         pages.append(metrics := (await http.get("/metrics")).text)
+    for each in (first, full, load):
+        each.wire.close()
     told = dict(re.findall(r"^(posttrain_(?:requests_total|completions)\S*) (\S+)$", metrics, re.MULTILINE))
     broken = first.broken + full.broken + load.broken
     if any(float(told[name]) for name in ("posttrain_completions_open", "posttrain_completions_waiting")):

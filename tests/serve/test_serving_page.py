@@ -105,7 +105,8 @@ def test_a_curl_command_is_answered_as_it_is_written(base: BaseModel, tmp_path: 
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     answer = json.loads(done.stdout)
     assert answer["model"] == "dpo"
-    assert answer["choices"][0]["message"]["content"]
+    assert answer["choices"][0]["finish_reason"] in ("stop", "length")
+    assert answer["usage"]["completion_tokens"]  # one that ends the turn at once leaves no text
 
 
 def test_the_openai_example_runs(tiny: BaseModel, server: Listening):

@@ -24,7 +24,7 @@ SMALLEST_SHELF = {"cpu": 1024, "cuda": BLOCK}
 # Rows are sorted by length where blocks computed are more than those needed by this factor.
 WORTH_SORTING = 1.15
 # Rows computed are rounded up to these; beyond, to multiples of the last.
-SIZES = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
+SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 112, 128)
 # Rows that reach a block are rounded up to multiples of so many.
 ROWS_STEP = 8
 # Of a steady step's rows there are powers of two, and no fewer than these where the shelf has them.
@@ -176,13 +176,13 @@ def _reached(blocks: Sequence[int]) -> list[int]:
     return reached
 
 
-def lay_out(places: Places, chunks: Sequence[Chunk]) -> Work:
-    """The forward of a step: a token of every row whose prompt is filled, and these pieces of prompts.
+def lay_out(places: Places, chunks: Sequence[Chunk], *, decoding: bool = True) -> Work:
+    """The forward of a step: a token of every row whose prompt is filled (unless not `decoding`), and these pieces of prompts.
 
     What all whole prompts of an adapter begin with is computed once.
     """
     work = _Layout(places)
-    for shelf, rows in places.shelves.values():
+    for shelf, rows in places.shelves.values() if decoding else ():
         work.decode(shelf, [(place, row) for place, row in enumerate(rows) if row is not None and row.ids])
     work.decoded = len(work.ids)
     for group in _by_adapter(chunks):

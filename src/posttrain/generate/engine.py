@@ -71,6 +71,8 @@ class Engine:
         self._places = Places(base.device, steady=steady, by_blocks=not steady and not alone)
         self._narrow = NarrowAdapters(base.dtype, base.device, quick=self._serving)
         self._steady = SteadyDecoder(base, self._narrow) if steady else None
+        # Where rows that decode run as a program (`models/programs.py`), which prompts beside them would prevent.
+        self._apart = alone and self._narrow.tiles
         self.prefixes = PrefixCache(self._prefix_bytes)
         # Rows that share a prompt join together.
         self._waiting = FairQueue()
@@ -161,7 +163,11 @@ class Engine:
         self._begin(joining)
         chunks = self._next_chunks()
         decoding = None if chunks or self._steady is None else self._decode(self._steady)
-        return events + (self._compute(chunks) if decoding is None else decoding)
+        if decoding is not None:
+            return events + decoding
+        if chunks and self._apart and any(row.ids for row in self._places.rows()):
+            return [*events, *self._compute([]), *self._compute(chunks, decoding=False)]
+        return events + self._compute(chunks)
 
     def _decode(self, decoder: SteadyDecoder) -> list[Event] | None:
         """A step without prompts, in a fixed form; None where it has none."""
@@ -176,9 +182,9 @@ class Engine:
         self._end([row for row in rows if row.finish])
         return events
 
-    def _compute(self, chunks: Sequence[Chunk]) -> list[Event]:
-        """A step with these pieces of prompts."""
-        work = lay_out(self._places, chunks)
+    def _compute(self, chunks: Sequence[Chunk], *, decoding: bool = True) -> list[Event]:
+        """A step with these pieces of prompts, and a token of each row that decodes."""
+        work = lay_out(self._places, chunks, decoding=decoding)
         hidden_TD = self._forward(work)
         for chunk in chunks:
             for row in chunk.rows:

@@ -62,14 +62,14 @@ class SamplingSettings(NamedTuple):
         return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
 
     @property
-    def moves(self) -> bool:
-        """Whether logits are changed before the temperature."""
-        return self.repetition_penalty != 1 or bool(self.logit_bias) or self.min_new_tokens > 0
+    def shifts(self) -> bool:
+        """Whether logits of tokens that may come are changed."""
+        return self.repetition_penalty != 1 or bool(self.logit_bias)
 
     @property
     def plain(self) -> bool:
         """Whether what is sampled from is the model's own distribution."""
-        return self.temperature in (0, 1) and not self.cuts and not self.moves
+        return self.temperature in (0, 1) and not self.cuts and not self.shifts and not self.min_new_tokens
 
 
 class Draw(NamedTuple):
@@ -83,7 +83,7 @@ class Draw(NamedTuple):
     @property
     def moves(self) -> bool:
         """Whether logits are changed in this choice."""
-        return self.settings.repetition_penalty != 1 or bool(self.settings.logit_bias or self.forbidden)
+        return self.settings.shifts or bool(self.forbidden)
 
 
 class Chosen(NamedTuple):
@@ -149,10 +149,11 @@ def choose_tokens(logits_RV: Tensor, draws: Sequence[Draw], numbers_4R: Tensor |
     """The next token of each row; what a row gets does not depend on the others. Waits for the device once."""
     if not compiled.able(logits_RV):
         return _chosen(_choose_all(logits_RV, draws, numbers_4R))
-    # Rows whose distribution is neither moved nor cut are the compiled function's, whatever stands beside them.
-    others = [r for r, draw in enumerate(draws) if draw.moves or draw.settings.cuts]
+    # Rows whose distribution is neither moved nor cut are the compiled function's, whatever stands beside them. It knows of
+    # tokens that are forbidden.
+    others = [r for r, draw in enumerate(draws) if draw.settings.shifts or draw.settings.cuts]
     rows = [(draw.uniform, _temperature(draw.settings), draw.settings.logprobs) for draw in draws]
-    found = compiled.choose_tokens(logits_RV, rows)
+    found = compiled.choose_tokens(logits_RV, rows, [draw.forbidden for draw in draws])
     if others:
         own = zip(*_choose_all(logits_RV[others], [draws[r] for r in others], None), strict=True)
         for r, row in zip(others, own, strict=True):

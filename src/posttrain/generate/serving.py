@@ -12,7 +12,8 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import AsyncIterator
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import NamedTuple
 
 from posttrain.errors import BusyError
@@ -32,13 +33,22 @@ FAILURES = 3
 class Answer:
     """What comes of one request: an async iterator of the events of all its completions, to the end of the last."""
 
-    def __init__(self, server: "Server", request: Request) -> None:
-        self.request, self._server = request, server
-        self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
+    def __init__(self, server: "Server", request: Request, together: int) -> None:
+        self.request, self._server, self._together = request, server, together
+        self.loop = asyncio.get_running_loop()
+        self._events: deque[Event | BaseException] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        # Events that the engine's thread has not handed over yet.
+        self._held: list[Event | BaseException] = []
+        self._begun: set[int] = set()
         # The engine's number of each completion; known once the thread has taken the request.
         self.numbers: list[int] = []
         self._left = request.completions
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next event is there."""
+        return bool(self._events)
 
     def __aiter__(self) -> "Answer":
         return self
@@ -47,11 +57,14 @@ class Answer:
         """The next event; `event.row` counts the request's completions from 0. Raises what the engine died of."""
         if not self._left:
             raise StopAsyncIteration
-        try:
-            event = await self._events.get()
-        except asyncio.CancelledError:
-            self.cancel()
-            raise
+        if not self._events:
+            self._waiter = self.loop.create_future()
+            try:
+                await self._waiter
+            except asyncio.CancelledError:
+                self.cancel()
+                raise
+        event = self._events.popleft()
         if isinstance(event, BaseException):
             self._left = 0
             raise event
@@ -63,10 +76,22 @@ class Answer:
         """End what is left of it; its completions still send their last events. For a client that has gone."""
         self._server.tell(_Cancel(self))
 
-    def deliver(self, event: Event | BaseException) -> None:
-        """Called by the engine's thread."""
-        with contextlib.suppress(RuntimeError):  # a loop that was closed in the meantime hears nothing any more
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+    def hold(self, event: Event | BaseException) -> list[Event | BaseException]:
+        """Called by the engine's thread: what is to be handed over now. First tokens and ends never wait for others."""
+        self._held.append(event)
+        if not isinstance(event, BaseException):
+            first = event.row not in self._begun
+            self._begun.add(event.row)
+            if not first and event.rollout is None and len(self._held) < self._together:
+                return []
+        held, self._held = self._held, []
+        return held
+
+    def put(self, events: Sequence[Event | BaseException]) -> None:
+        """Called in the loop of whoever asked."""
+        self._events.extend(events)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class _Submit(NamedTuple):
@@ -93,10 +118,11 @@ class Server:
         self._thread = threading.Thread(target=self._run, name="posttrain engine", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request) -> Answer:
-        """Take a request. Raises ModelError or AdapterError where it cannot be answered, BusyError where too many wait.
+    def submit(self, request: Request, *, together: int = 1) -> Answer:
+        """Take a request, whose events may be handed over up to so many `together`.
 
-        What it is answered with is settled here: an adapter may lose its name to another before the thread comes to it.
+        Raises ModelError or AdapterError where it cannot be answered, BusyError where too many wait. What it is answered with
+        is settled here: an adapter may lose its name to another before the thread comes to it.
         """
         adapter = self._engine.check(request)
         with self._changed:
@@ -108,7 +134,7 @@ class Server:
                     allowed=f"at most {self._limit}", do="ask again later",
                 )  # fmt: skip
             self._waiting += request.completions
-            answer = Answer(self, request)
+            answer = Answer(self, request, together)
             self._told.append(_Submit(answer, adapter))
             self._changed.notify()
         return answer
@@ -157,11 +183,8 @@ class Server:
             with self._changed:
                 self._failed = error
                 told, self._told = self._told, []
-            for answer in {id(a): a for a, _ in self._answers.values()}.values():
-                answer.deliver(error)
-            for note in told:
-                if isinstance(note, _Submit):
-                    note.answer.deliver(error)
+            asked = [note.answer for note in told if isinstance(note, _Submit)]
+            _deliver((answer, error) for answer in [*{id(a): a for a, _ in self._answers.values()}.values(), *asked])
 
     def _take_notes(self) -> bool:
         """Wait for something to do, and let the engine know what came. False when it is time to go."""
@@ -185,11 +208,13 @@ class Server:
             self._waiting = self._engine.waiting + sum(
                 n.answer.request.completions for n in self._told if isinstance(n, _Submit)
             )
+        found: list[tuple[Answer, Event]] = []
         for event in events:
             answer, completion = self._answers[event.row]
             if event.rollout is not None:
                 del self._answers[event.row]
-            answer.deliver(event._replace(row=completion))
+            found.append((answer, event._replace(row=completion)))
+        _deliver(found)
 
     def _events(self) -> list[Event]:
         """What a step brings. One that fails ends all in flight, and the engine begins anew; several in a row end it."""
@@ -206,9 +231,24 @@ class Server:
             logging.getLogger(__name__).exception("a step of the engine failed")
             self._engine.reset()
             answers, self._answers = {id(a): a for a, _ in self._answers.values()}, {}
-            for answer in answers.values():
-                answer.deliver(error)
+            _deliver((answer, error) for answer in answers.values())
             return []
+
+
+def _deliver(found: Iterable[tuple[Answer, Event | BaseException]]) -> None:
+    """Hand events over, from the engine's thread: a loop is woken once for all of them."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Answer, list[Event | BaseException]]]] = {}
+    for answer, event in found:
+        if events := answer.hold(event):
+            by_loop.setdefault(answer.loop, []).append((answer, events))
+    for loop, answers in by_loop.items():
+        with contextlib.suppress(RuntimeError):  # a loop that was closed in the meantime hears nothing any more
+            loop.call_soon_threadsafe(_put_all, answers)
+
+
+def _put_all(answers: Sequence[tuple[Answer, Sequence[Event | BaseException]]]) -> None:
+    for answer, events in answers:
+        answer.put(events)
 
 
 @contextlib.asynccontextmanager

@@ -16,6 +16,7 @@ T: tokens, H: query heads, K: key/value heads, D: width, R: rank, n: slots, C: c
 
 import ctypes
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -200,15 +201,19 @@ def _head(logits_VN: Tensor, head_VD: Tensor | None, least: float, mean_ND: Tens
     return total_N
 
 
-def choose_tokens(logits_RV: Tensor, rows: Sequence[tuple[float, float, bool]]) -> list[tuple[float, float, float, float]]:
-    """The next token of each row, which brings a number in [0, 1), a temperature (0: the likeliest) and whether its
-    log-probabilities are wanted: the token, its log-probability under softmax(z / temperature) and softmax(z), and whether the
-    logits are numbers."""
+def choose_tokens(
+    logits_RV: Tensor, rows: Sequence[tuple[float, float, bool]], without: Sequence[Sequence[int]]
+) -> list[tuple[float, float, float, float]]:
+    """The next token of each row, which brings a number in [0, 1), a temperature (0: the likeliest), whether its
+    log-probabilities are wanted, and tokens that it goes `without`: the token, its log-probability under
+    softmax(z / temperature) of the others and under softmax(z), and whether the logits are numbers."""
     logits_RV = _dense(logits_RV)
     given_R3, found_R4 = torch.tensor(rows, dtype=torch.float64), torch.empty(len(rows), 4, dtype=torch.float64)
+    start = torch.tensor([0, *itertools.accumulate(map(len, without))])
+    ids = torch.tensor([*itertools.chain.from_iterable(without), 0])
     count, vocabulary = logits_RV.shape
-    sizes = map(_n, (count, vocabulary, logits_RV.stride(0)))
-    _look(_call().choose_tokens(_at(logits_RV), *sizes, _at(given_R3), _at(found_R4)))
+    sizes, most = map(_n, (count, vocabulary, logits_RV.stride(0))), _n(max(map(len, without), default=0))
+    _look(_call().choose_tokens(_at(logits_RV), *sizes, *map(_at, (given_R3, start, ids)), most, _at(found_R4)))
     return [tuple(row) for row in found_R4.tolist()]
 
 

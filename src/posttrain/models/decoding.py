@@ -6,9 +6,9 @@ rows, one token each, and behind them the packed prompts of rows that join: the 
     o_r = softmax(scale K_r q_r) V_r     over the tokens of row r, on a CPU by `models/compiled.py`, or else as two batched
                                          products with K_r and V_r as they lie
 
-On a CPU a block holds 64 tokens. By batched products, where the longest rows stand first, only the places of rows that reach it are
-computed. The G query heads of a key/value head stand side by side in one product, so no key is repeated. Keys seen and rows
-computed are rounded up to few sizes, since a new shape costs more than spare numbers.
+On a CPU a block holds 64 tokens. By batched products, where the longest rows stand first, only the places of rows that reach
+it are computed. The G query heads of a key/value head stand side by side in one product, so no key is repeated. Keys seen and
+rows computed are rounded up to few sizes, since a new shape costs more than spare numbers.
 
 R: rows computed, B: blocks with keys seen, K: key/value heads, G: query heads of each, D: head width, S: keys seen,
 N: tokens written.

@@ -50,6 +50,8 @@ class HuggingFaceTokenizer:
         self.inner = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         self._ids = {token.content: index for index, token in self.inner.added_tokens_decoder.items()}
         self._plain = self._without_control_tokens()
+        # For byte-pair encodings transformers does nothing beside the tokenizer's own function, and takes longer.
+        self._byte_pairs = type(self.inner.backend_tokenizer.model).__name__ == "BPE"
 
     def _without_control_tokens(self) -> Any:
         """A tokenizer that takes '<eos>' as letters: the same vocabulary with its added tokens not parsed."""
@@ -67,7 +69,8 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Sequence[int], *, special: bool) -> str:
         """Text of ids."""
-        return str(self.inner.decode(list(ids), skip_special_tokens=not special))
+        decode = self.inner.backend_tokenizer.decode if self._byte_pairs else self.inner.decode
+        return str(decode(list(ids), skip_special_tokens=not special))
 
     def token_id(self, token: str) -> int | None:
         """Id of a whole token."""

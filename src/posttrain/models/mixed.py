@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 SPARE_SLOTS = 2
 # A run of so many tokens needs no table.
 LONG = 32
+# Tokens of the largest decoding step.
+DECODED = 256
 
 
 _NO_FORM: Hashable | None = None
@@ -117,7 +119,7 @@ class NarrowAdapters:
         is computed apart, or in a layer by tables."""
         if self._formed != self.address:
             whole = all(stack.wide is not None for stack in self._stacks.values())
-            self._form = (self.rank, len(self.slots), frozenset(self._stacks)) if whole else _NO_FORM
+            self._form = (self.rank, frozenset(self._stacks)) if whole else _NO_FORM
             self._formed = self.address
         return None if self.apart else self._form
 
@@ -209,7 +211,7 @@ class TokenAdapters:
         counts = torch.tensor([count for count, _ in self.runs])
         self._slot_T = torch.tensor(slots, dtype=torch.int32).repeat_interleave(counts)
         self._order = None
-        if len(set(slots)) > 1:
+        if len(set(slots)) > 1 or len(self._slot_T) <= DECODED:  # few tokens have an order anyway, so that steps have one form
             order = self._slot_T.argsort(stable=True).int()
             self._order = functional.pad(order, (0, -len(order) % compiled.LANES), value=-1)
 
@@ -217,14 +219,14 @@ class TokenAdapters:
     def form(self) -> Hashable | None:
         """What a recorded step depends on beside `numbers` (`models/programs.py`); None for one that cannot be recorded."""
         if self.kept.tiles:
-            return None if self.kept.form is None else (self.kept.form, self._order is None)
+            return None if self._order is None else self.kept.form
         return self._grouped.form
 
     @property
     def numbers(self) -> list[Tensor]:
         """What says which adapter each token has."""
         if self.kept.tiles:
-            return [self._slot_T] if self._order is None else [self._slot_T, self._order]
+            return [self._slot_T, *([] if self._order is None else [self._order])]
         return self._grouped.numbers
 
     def apply(self, layer: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

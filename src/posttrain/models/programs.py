@@ -73,6 +73,7 @@ class _Kept:
             for index, (like, places) in shelved.layers.items():
                 self._put(places, reading.shelf.layer(index, like))
         wide = adapters.wide()
+        self.program.widen(max((len(a) for a, _ in wide.values()), default=0))
         for layer, places in self.adapters.items():
             self._put(places, wide[layer])
 

@@ -25,6 +25,8 @@ from posttrain.models.compiled import DEEP, LANES
 
 # Bytes of a line of memory: places begin at one.
 LINE = 64
+# Where the numbers of a product (native/tiles.h) tell the columns of adapters.
+COLUMNS = 4
 # Arguments of a call in native/program.c.
 ARGUMENTS = 14
 # What a call does with each argument: it reads what lies at the address, writes it or both ("u"), or does not look; or the
@@ -85,8 +87,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.brought: list[Brought] = []
         # Arrays of numbers that calls read.
         self.sizes: list[Any] = []
-        # Most bytes of rows that a thread copies for a tile.
-        self.room = 0
+        # Those of products that add adapters, and the most inputs of a product by tiles.
+        self.wide_sizes: list[Any] = []
+        self.most_inputs = 0
         self._made: list[Tensor] = []
         self._others: list[Tensor] = []
         self._prepared: dict[tuple[str, tuple[int, ...]], dict[int, Tensor]] = {}
@@ -166,10 +169,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if across or args[8]:
             self._refused = "a product as training has it"
             return
-        self.room = max(self.room, 2 * DEEP * (inputs + columns))
+        self.most_inputs = max(self.most_inputs, inputs)
         x, order, slot = args[1], *args[6:8]
-        most = min(columns // DEEP, LANES * max(rank // DEEP, 1))
+        # Of any number of slots: another step may have more (`Program.widen`).
+        most = LANES * max(rank // DEEP, 1) if columns else 0
         own = [*args, 0, 0, 0, 0]
+        if columns:
+            self.wide_sizes.append(sizes)
         self._prepare("tile blocks", (order, slot, columns, rank, tokens), own, {12: 4 * tiles * most, 13: 8 * tiles})
         self._prepare("tile turn", (x, along, inputs, tokens, order), own, {10: 2 * tiles * inputs * LANES})
         if columns:
@@ -216,7 +222,9 @@ class Program:
 
     def __init__(self, recorder: Recorder, made: _Ranges, others: _Ranges, output: Tensor) -> None:
         calls = recorder.calls
-        self._made, self._room, self._sizes = made, recorder.room, recorder.sizes
+        self._made, self._sizes, self._wide_sizes = made, recorder.sizes, recorder.wide_sizes
+        self._most_inputs = recorder.most_inputs
+        self.widen(max((sizes[COLUMNS] for sizes in recorder.wide_sizes), default=0))
         if any(others.find(at) is not None and made.find(at) is None for call in calls for at in call.addresses("r", "w", "u")):
             raise NotRecordedError("an operation that no program has")
         waits, stages = self._stages(calls)
@@ -293,6 +301,13 @@ class Program:
     def _view(self, tensor: Tensor) -> Tensor:
         start = self._moved(tensor.data_ptr()) - self._memory.data_ptr()
         return self._memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+
+    def widen(self, columns: int) -> None:
+        """Let adapters have so many columns in all (`compiled.Slots`)."""
+        for sizes in self._wide_sizes:
+            sizes[COLUMNS] = columns
+        # Bytes of rows that a thread copies for a tile.
+        self._room = 2 * DEEP * (self._most_inputs + columns)
 
     def stands(self, address: int) -> list[int]:
         """Where this address, of what the forward did not make, stands among the calls."""

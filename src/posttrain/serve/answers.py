@@ -25,6 +25,10 @@ from posttrain.serve.store import Served
 FINISH: dict[str, FinishReason] = {"end": "stop", "stop id": "stop", "stop string": "stop", "length": "length"}
 
 
+# Tokens that the loop is woken for, where nobody reads them one by one.
+TOGETHER = 16
+
+
 class Shown(NamedTuple):
     """A token with its log-probability (None for the first of a prompt), the likeliest ones, and where its text begins."""
 
@@ -104,7 +108,7 @@ class Flow:
                     prompt, ask.settings, served.engine_name, completions=ask.n, owner=owner,
                     prompt_logprobs=ask.scored and ask.echoed is not None,
                 )  # fmt: skip
-                self._answers.append(server.submit(request))
+                self._answers.append(server.submit(request, together=1 if ask.stream else TOGETHER))
         except BaseException:
             self.cancel()
             raise
@@ -132,6 +136,8 @@ class Flow:
             self._over += 1
 
     async def _next(self, answer: Answer) -> Event | None:
+        if answer.ready:
+            return await anext(answer, None)
         by, what = min((self._first_by, "no token within the queue's limit"), (self._end_by, "longer than a request may take"))
         try:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + by - time.monotonic()):

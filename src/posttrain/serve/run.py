@@ -9,6 +9,7 @@ import gc
 import json
 import signal
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from ipaddress import ip_address
 from pathlib import Path
@@ -30,6 +31,8 @@ from posttrain.serve.store import AdapterStore
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
 # A connection that is not used is kept this long, which is longer than common clients keep theirs.
 KEEP_ALIVE_SECONDS = 75
+# How long a thread may keep others of Python waiting.
+SWITCH_SECONDS = 0.0005
 # What clients have to read the last events.
 LAST_SECONDS = 5
 
@@ -118,6 +121,8 @@ def serve(service: Service, *, host: str, port: int, keys: Keys | None, told: Ca
     # What was loaded stays: without this every large request would have the collector look through all of it.
     gc.collect()
     gc.freeze()
+    # The engine's thread gives way to the loop this soon; each answer that is written waits for it several times.
+    sys.setswitchinterval(SWITCH_SECONDS)
     gate = build_app(service, keys=keys, hosts=LOOPBACK | {host, f"[{host}]"})
     asyncio.run(_until_signals(gate, service, bind(host, port), told))
 

@@ -154,7 +154,8 @@ static void attend_one(
 ) {
     int64_t G = s->groups, D = s->width, padded = UP_WHOLE(D), last = length + 1;
     int64_t first = s->window && last > s->window ? last - s->window : 0, base = DOWN_WHOLE(first);
-    struct place own = {.s = s, .place = place, .head = head, .base = base, .last = last, .stride = UP_WHOLE(last) - base}, *p = &own;
+    struct place own = {.s = s, .place = place, .head = head, .base = base, .last = last, .stride = UP_WHOLE(last) - base};
+    struct place *p = &own;
     int in_place = 0;
     divide(p, work);
 #ifdef HAS_TILES

@@ -1,6 +1,5 @@
-/* The next token of each row: the likeliest, or where a number falls in the cumulative distribution of softmax(z / temperature).
- *
- * Weights are summed in pieces of the vocabulary; a draw finds its piece, and then its token inside of it. */
+/* The next token of each row: the likeliest, or where a number falls in the cumulative distribution of
+ * softmax(z / temperature). Weights are summed in pieces of the vocabulary; a draw finds its piece, and then its token inside. */
 #include "vectors.h"
 
 /* Tokens of one piece. */
@@ -70,36 +69,57 @@ static int64_t drawn(const bf16 *z, int64_t count, float top, float scale, const
     return found;
 }
 
-/* rows [R, 3]: a number in [0, 1), the temperature (0: the likeliest), whether log-probabilities are wanted. out [R, 4]: token,
- * its log-probability under what was sampled from and under the model's own distribution, whether the logits are numbers. */
-int choose_tokens(const bf16 *logits, int64_t count_R, int64_t count, int64_t along, const double *rows, double *out) {
+/* One row: see choose_tokens. The tokens that may not come are taken out of z, and put back. */
+static void choose_one(
+    bf16 *z, int64_t count, const double *row, const int64_t *without, int64_t withouts, bf16 *kept, double *before, double *out
+) {
+    double uniform = row[0], temperature = row[1], own = 0, total = 0;
+    int told = row[2] != 0;
+    float first = largest(z, count), top = first, scale = temperature ? (float)(1 / temperature) : 1.0f;
+    int64_t token = 0;
+    memset(out, 0, 4 * sizeof(double));
+    if (first != first) return;
+    if (told && (withouts || scale != 1.0f)) own = log(sums(z, count, first, 1.0f, 0));
+    for (int64_t i = 0; i < withouts; i++) kept[i] = z[without[i]];
+    for (int64_t i = 0; i < withouts; i++) z[without[i]] = 0xff80;
+    if (withouts) top = largest(z, count);
+    if (top == top) {
+        out[3] = 1;
+        if (temperature || told) total = sums(z, count, top, scale, before);
+        if (temperature) {
+            double most = nextafter(total, 0), wanted = uniform * total;
+            token = drawn(z, count, top, scale, before, wanted < most ? wanted : most);
+        } else token = first_of(z, count, top);
+        out[0] = (double)token;
+        if (told) {
+            out[1] = (double)((wide(z[token]) - top) * scale) - log(total);
+            out[2] = withouts || scale != 1.0f ? (double)(wide(z[token]) - first) - own : out[1];
+        }
+    }
+    for (int64_t i = withouts - 1; i >= 0; i--) z[without[i]] = kept[i];
+}
+
+/* rows [R, 3]: a number in [0, 1), the temperature (0: the likeliest), whether log-probabilities are wanted. Tokens
+ * without[start[r] .. start[r + 1]) may not come in row r; there are at most `most` of them. out [R, 4]: token, its
+ * log-probability under what was sampled from and under the model's own distribution, whether the logits are numbers. */
+int choose_tokens(
+    bf16 *logits, int64_t count_R, int64_t count, int64_t along, const double *rows, const int64_t *start,
+    const int64_t *without, int64_t most, double *out
+) {
     int failed = 0;
 #pragma omp parallel reduction(| : failed) if (count_R * count > WORTH_THREADS)
     {
         double *before = malloc((count / PIECE + 1) * sizeof(double));
-        failed |= !before;
+        bf16 *kept = malloc((most + 1) * sizeof(bf16));
+        failed |= !before || !kept;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t r = 0; r < count_R; r++) {
-            const bf16 *z = logits + r * along;
-            double uniform = rows[3 * r], temperature = rows[3 * r + 1], *own = out + 4 * r;
-            float top = largest(z, count), scale = temperature ? (float)(1 / temperature) : 1.0f;
-            memset(own, 0, 4 * sizeof(double));
-            if (!before || top != top) continue;
-            own[3] = 1;
-            int64_t token = 0;
-            double total = 0;
-            if (temperature || rows[3 * r + 2]) total = sums(z, count, top, scale, before);
-            if (temperature) {
-                double most = nextafter(total, 0), wanted = uniform * total;
-                token = drawn(z, count, top, scale, before, wanted < most ? wanted : most);
-            } else token = first_of(z, count, top);
-            own[0] = (double)token;
-            if (!rows[3 * r + 2]) continue;
-            float x = wide(z[token]) - top;
-            own[1] = (double)(x * scale) - log(total);
-            own[2] = scale == 1.0f ? own[1] : (double)x - log(sums(z, count, top, 1.0f, 0));
+            const int64_t *own = without + start[r], withouts = start[r + 1] - start[r];
+            if (before && kept)
+                choose_one(logits + r * along, count, rows + 3 * r, own, withouts, kept, before, out + 4 * r);
         }
         free(before);
+        free(kept);
     }
     return failed;
 }

@@ -65,7 +65,8 @@ static int cut(struct table *t) {
     return t->chunks != NULL;
 }
 
-/* What a thread works with. Keys are counted from DOWN_WHOLE(first); P and dS are in `rounded` and, by pairs of rows, in `paired`. */
+/* What a thread works with. Keys are counted from DOWN_WHOLE(first); P and dS are in `rounded` and, by pairs of rows, in
+ * `paired`. */
 struct work {
     bf16 *rows, *rounded, *queries, *grads;
     uint32_t *turned_keys, *turned_values, *paired_keys, *paired_values, *paired, *paired_queries, *paired_grads;
@@ -123,7 +124,8 @@ static void gather(const struct table *t, const struct chunk *c, const bf16 *fro
 static void take(
     const struct table *t, const struct chunk *c, int64_t from, int64_t to, const bf16 *x, int64_t head, int64_t token, bf16 *rows
 ) {
-    int64_t G = t->s->groups, D = t->s->width, padded = UP_WHOLE(D), count = (to - from) * G, first = t->spans[c->span].start + from;
+    int64_t G = t->s->groups, D = t->s->width, padded = UP_WHOLE(D), count = (to - from) * G;
+    int64_t first = t->spans[c->span].start + from;
     for (int64_t r = 0; r < count; r++) copy_row(x + r % G * head + (first + r / G) * token, D, rows + r * padded);
     if (count % 2) memset(rows + count * padded, 0, padded * sizeof(bf16));
 }
@@ -173,7 +175,8 @@ static void forward(
     gather(t, c, v + head * s->v_head, s->v_token, w->rows);
     pair_all(w->rows, stride, padded, padded, w->paired_values);
     for (int64_t from = c->from; from < c->to; from += step) {
-        int64_t to = from + step < c->to ? from + step : c->to, rows = (to - from) * G, last = UP_WHOLE(c->last - (c->to - to)) - base;
+        int64_t to = from + step < c->to ? from + step : c->to, rows = (to - from) * G;
+        int64_t last = UP_WHOLE(c->last - (c->to - to)) - base;
         take(t, c, from, to, q + head * G * s->q_head, s->q_head, s->q_token, w->queries);
         weigh(t, c, from, to, last, stride, scale, w);
         round_rows(w->weights, rows, last, stride, w->rounded);
