@@ -16,10 +16,10 @@ N: tokens written.
 
 import itertools
 import math
+import mmap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -28,8 +28,6 @@ from posttrain.models import compiled
 
 # Tokens of one block of keys or values on a CPU; keys seen are rounded up to it everywhere.
 BLOCK = 64
-# Bytes of a line of the cache.
-LINE = 64
 
 # Keys and values [K, tokens, D] of some tokens, by layer.
 Layers = dict[int, tuple[Tensor, Tensor]]
@@ -130,11 +128,9 @@ def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Zeros of the type of another tensor, at its device. On a CPU the system gives memory only where they are written."""
     if like.device.type != "cpu":
         return like.new_zeros(shape)
-    # torch would write them. A product reads whole lines of the cache.
-    size = math.prod(shape) * like.itemsize
-    memory = numpy.zeros(size + LINE, numpy.uint8)
-    start = -memory.ctypes.data % LINE
-    return torch.from_numpy(memory[start : start + size]).view(like.dtype).view(shape)
+    # torch would write them, and so would an allocator that gives memory again which it had before.
+    memory = mmap.mmap(-1, max(1, math.prod(shape) * like.itemsize))
+    return torch.frombuffer(memory, dtype=like.dtype, count=math.prod(shape)).view(shape)
 
 
 class Reading(NamedTuple):
