@@ -51,6 +51,48 @@ def test_requests_at_once_get_what_each_gets_alone(tiny: BaseModel):
     run(work())
 
 
+def test_events_may_be_handed_over_together_but_first_tokens_and_ends_do_not_wait(
+    tiny: BaseModel, monkeypatch: pytest.MonkeyPatch
+):
+    """Of three completions, whose tokens come in their order whatever comes together."""
+    handed: list[list[Event | BaseException]] = []
+    own = Answer.put
+    monkeypatch.setattr(Answer, "put", lambda answer, events: handed.append(list(events)) or own(answer, events))
+    settings = SamplingSettings(20, 1.0, seed=4, min_new_tokens=20)
+
+    async def work() -> None:
+        async with serving(tiny) as server:
+            found = await last(server.submit(Request(PROMPTS[0], settings, completions=3), together=8))
+        alone = generate(tiny, [PROMPTS[0]], settings, "base", completions=3)
+        assert [rollout.completion_ids for rollout in found] == [rollout.completion_ids for rollout in alone]
+
+    run(work())
+    assert [len(events) for events in handed[:3]] == [1, 1, 1]
+    assert max(map(len, handed)) == 8
+    assert sum(map(len, handed)) == 60
+    assert len(handed) < 20
+
+
+def test_what_is_held_back_comes_with_the_error_that_the_engine_died_of(tiny: BaseModel, monkeypatch: pytest.MonkeyPatch):
+    own, steps = Engine.step, iter(range(100))
+
+    def step(engine: Engine) -> list[Event]:
+        if next(steps) > 4:
+            raise ArithmeticError("broken")
+        return own(engine)
+
+    monkeypatch.setattr(Engine, "step", step)
+
+    async def work() -> None:
+        async with serving(tiny) as server:
+            answer = server.submit(Request([1, 2], SamplingSettings(20, min_new_tokens=20)), together=16)
+            assert [(await anext(answer)).row for _ in range(5)] == [0] * 5
+            with pytest.raises(ArithmeticError):
+                await anext(answer)
+
+    run(work())
+
+
 def test_a_client_that_leaves_makes_room(tiny: BaseModel, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(engine_module.ROWS, "cpu", 1)
 
