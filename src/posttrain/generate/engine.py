@@ -2,7 +2,8 @@
 
 A step computes one token of every row in flight and, in the same forward, the prompts of rows that join (in one behind it
 where rows that decode run as a program); a prompt of several completions is computed once. Rows leave in the step in which
-they end, and any adapters and sampling settings stand side by side. What a row says does not depend on its company: its randomness is its own (`generate/sampling.py`).
+they end, and any adapters and sampling settings stand side by side. What a row says does not depend on its company: its
+randomness is its own (`generate/sampling.py`).
 
 A prompt longer than a step takes is computed in pieces, so that it does not hold up the rows that decode. For a server, what
 was computed is kept (`generate/prefix.py`), owners take turns (`generate/waiting.py`), and none has more than a share of the
