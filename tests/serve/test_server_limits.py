@@ -1,9 +1,11 @@
 """What one server gives away at most: each limit is held at its edge, and nothing a client sends is a defect."""
 
+import asyncio
 import http.client
 import json
 import re
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,10 +14,13 @@ import httpx
 import pytest
 from listening import BASE, Listening, chat, listening
 
-from posttrain.generate.engine import ROWS
+from posttrain.generate.engine import ROWS, Engine
+from posttrain.generate.rows import Event
 from posttrain.models.load import BaseModel
 from posttrain.serve.limits import Limits
-from posttrain.serve.protocol import BIASES, MESSAGES, STOP_CHARS, STOPS
+from posttrain.serve.protocol import BIASES, MESSAGES, STOP_CHARS, STOPS, CompletionRequest
+from posttrain.serve.service import Service
+from posttrain.serve.store import AdapterStore
 
 LIMITS = Limits(body_bytes=40_000, prompt_chars=300, max_tokens=20, default_tokens=6, completions=3, queue=4, body_seconds=1.0)
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -211,3 +216,25 @@ def test_an_answer_that_does_not_begin_in_time(tiny: BaseModel, monkeypatch: pyt
             told(response, 503, None)
             assert "no token within the queue's limit" in response.text
         connection.close()
+
+
+def test_the_queues_limit_is_over_with_a_first_token_that_nobody_waited_for(tiny: BaseModel, monkeypatch: pytest.MonkeyPatch):
+    """It came before it was asked for, and the others come later than the queue may last."""
+    own = Engine.step
+
+    def step(engine: Engine) -> list[Event]:
+        time.sleep(0.8 if engine._places.rows() else 0)
+        return own(engine)
+
+    monkeypatch.setattr(Engine, "step", step)
+
+    async def work() -> None:
+        service = Service(tiny, AdapterStore(tiny, base_name=BASE, folder=None, budget_bytes=2**30), Limits(queue_seconds=0.5))
+        async with service.running():
+            body = CompletionRequest(**text_body(max_tokens=3, min_tokens=3, stream=True))
+            flow = await service.open(body, "")
+            await asyncio.sleep(0.3)
+            assert len([piece async for piece in flow.events()]) == 3
+            flow.cancel()
+
+    asyncio.run(work())

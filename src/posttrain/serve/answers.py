@@ -23,8 +23,6 @@ from posttrain.serve.shapes import FinishReason, Usage
 from posttrain.serve.store import Served
 
 FINISH: dict[str, FinishReason] = {"end": "stop", "stop id": "stop", "stop string": "stop", "length": "length"}
-
-
 # Tokens that the loop is woken for, where nobody reads them one by one.
 TOGETHER = 16
 
@@ -136,12 +134,13 @@ class Flow:
             self._over += 1
 
     async def _next(self, answer: Answer) -> Event | None:
-        if answer.ready:
-            return await anext(answer, None)
         by, what = min((self._first_by, "no token within the queue's limit"), (self._end_by, "longer than a request may take"))
         try:
-            async with asyncio.timeout_at(asyncio.get_running_loop().time() + by - time.monotonic()):
+            if answer.ready:
                 event = await anext(answer, None)
+            else:
+                async with asyncio.timeout_at(asyncio.get_running_loop().time() + by - time.monotonic()):
+                    event = await anext(answer, None)
         except TimeoutError:
             raise Refusal(503, "server", what, do="ask again later, or for less", code="timeout") from None
         self._first_by = self._end_by
