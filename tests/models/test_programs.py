@@ -159,6 +159,21 @@ def test_what_cannot_be_recorded_runs_as_it_stands(monkeypatch: pytest.MonkeyPat
     assert 1 <= len(tried) <= programs.FAILURES
 
 
+@TILED
+@pytest.mark.parametrize("records", [True, False])
+def test_prompts_have_a_forward_of_their_own_only_beside_programs(records: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of rows that decode and a prompt that joins: two forwards, but one where no step can be recorded."""
+    base = load_base("random:tiny", template="plain", dtype="bfloat16")
+    if not records:
+        base.programs._failed |= set(range(programs.FAILURES))
+    made, forwards, own = Engine(base), [], base.programs.forward
+    monkeypatch.setattr(base.programs, "forward", lambda *args: forwards.append(args) or own(*args))
+    for prompt in prompts(2):
+        made.submit(Request(prompt, SamplingSettings(9, min_new_tokens=9)))
+        made.step()
+    assert len(forwards) == (3 if records else 2)
+
+
 def test_programs_that_were_recorded_still_run_when_no_other_is_tried_any_more() -> None:
     base = load_base("random:tiny", template="plain", dtype="bfloat16")
     assert both_ways(base, 1, ["base"], serving=True) > 10

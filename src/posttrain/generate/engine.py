@@ -166,7 +166,7 @@ class Engine:
         decoding = None if chunks or self._steady is None else self._decode(self._steady)
         if decoding is not None:
             return events + decoding
-        if chunks and self._apart and any(row.ids for row in self._places.rows()):
+        if chunks and self._apart and self.base.programs.hopeful and any(row.ids for row in self._places.rows()):
             return [*events, *self._compute([]), *self._compute(chunks, decoding=False)]
         return events + self._compute(chunks)
 

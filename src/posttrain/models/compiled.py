@@ -1,10 +1,9 @@
-"""Attention, and the chains of small operations beside the large products, in C (`native/`), compiled at their first use by
-the C compiler of the machine.
+"""Attention, products by tiles, the choice of tokens, and the chains of small operations beside the large products, in C
+(`native/`; `models/library.py` compiles it).
 
 A layer has some thirty small operations beside its large products. By the library's functions each costs microseconds before
-it begins, and reads and writes its whole tensor; compiled, attention is one call each way, a norm is one, a gate is one. The
-result lies in the cache folder, where only its owner writes, under a hash of the sources, the compiler and the processor.
-Without a compiler, on another system, in another dtype, or with POSTTRAIN_COMPILE=0, the plain operations do all of it, slower.
+it begins, and reads and writes its whole tensor; compiled, attention is one call each way, a norm is one, a gate is one. In
+another dtype than bfloat16, or where nothing could be compiled, plain operations do all of it, slower.
 
 A policy that is trained on its samples should sample from what is trained, to the last bit where that can be had: one last bit
 changes all that comes after it by as much as bfloat16 does. So training and decoding use the same functions, and what each of

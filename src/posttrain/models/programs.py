@@ -101,6 +101,11 @@ class Programs:
         # Steps that ran as programs.
         self.replayed = 0
 
+    @property
+    def hopeful(self) -> bool:
+        """Whether steps of new forms are still recorded."""
+        return self.recording and len(self._failed) < FAILURES
+
     def forward(self, ids_T: Tensor, positions_T: Tensor, segments: Segments, tokens: TokenAdapters) -> Tensor:
         """Last hidden states [T, D], valid until the next ones."""
         step = segments.step
@@ -126,7 +131,7 @@ class Programs:
         if kept is not None:
             self.replayed += 1
             return kept.run(inputs, step, tokens.kept)
-        if new or form in self._failed or len(self._failed) >= FAILURES:
+        if new or form in self._failed or not self.hopeful:
             return self._forward(inputs[0], inputs[1], Segments((), step=step))
         rooms = [[torch.cat([x, x.new_zeros(r.rows - len(x))]) for x in _where(r)] for r in step.readings]
         readings = []

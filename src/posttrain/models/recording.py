@@ -70,7 +70,7 @@ class _Call(NamedTuple):
     kind: str
     args: list[int]
 
-    def addresses(self, *roles: str) -> Iterator[int]:
+    def addresses(self, roles: str) -> Iterator[int]:
         return (arg for role, arg in zip(KINDS[self.kind], self.args, strict=True) if role in roles and arg)
 
 
@@ -225,7 +225,7 @@ class Program:
         self._made, self._sizes, self._wide_sizes = made, recorder.sizes, recorder.wide_sizes
         self._most_inputs = recorder.most_inputs
         self.widen(max((sizes[COLUMNS] for sizes in recorder.wide_sizes), default=0))
-        if any(others.find(at) is not None and made.find(at) is None for call in calls for at in call.addresses("r", "w", "u")):
+        if any(others.find(at) is not None and made.find(at) is None for call in calls for at in call.addresses("rwu")):
             raise NotRecordedError("an operation that no program has")
         waits, stages = self._stages(calls)
         first, last = {}, {}
@@ -260,24 +260,25 @@ class Program:
 
     def _tensors(self, call: _Call, roles: str) -> set[int]:
         """Numbers of the tensors that a call reads or writes."""
-        return {number for at in call.addresses(*roles) if (number := self._made.find(at)) is not None}
+        return {number for at in call.addresses(roles) if (number := self._made.find(at)) is not None}
 
     def _stages(self, calls: Sequence[_Call]) -> tuple[list[bool], list[int]]:
         """Which calls wait for those before them, and after how many waits each comes."""
-        waits, stages, read, written = [], [], set[int](), set[int]()
+        waits, stages, stage, read, written = [], [], 0, set[int](), set[int]()
         for call in calls:
             reads, writes = self._tensors(call, "ru"), self._tensors(call, "wu")
             waits.append(bool(reads & written or writes & (read | written)))
             if waits[-1]:
-                read, written = set(), set()
+                stage, read, written = stage + 1, set(), set()
             read |= reads
             written |= writes
-            stages.append(sum(waits))
+            stages.append(stage)
         return waits, stages
 
     def _lay_out(self, first: dict[int, int], last: dict[int, int]) -> None:
         """A place for each tensor from its first stage to its last."""
         self._at: dict[int, int] = {}
+        self.bytes = 0
         held: list[tuple[int, int, int]] = []
         for number in sorted(first, key=first.__getitem__):
             size, place = -(-self._made.sizes[number] // LINE) * LINE, 0
@@ -288,7 +289,7 @@ class Program:
                 place = max(place, end)
             held.append((place, place + size, last.get(number, 0)))
             self._at[number] = place
-            self.bytes = max(getattr(self, "bytes", 0), place + size)
+            self.bytes = max(self.bytes, place + size)
         self._memory = torch.empty(self.bytes + LINE, dtype=torch.uint8)
         self._start = -self._memory.data_ptr() % LINE
 
