@@ -276,11 +276,8 @@ def test_adapters_by_slot(inputs: int, outputs: int) -> None:
 ANSWERS = """
 import json, torch
 from posttrain.generate.engine import Engine, Request, SamplingSettings
-from posttrain.models import compiled
-from posttrain.models.attention_cpu import CpuSegmentAttention, gather
 from posttrain.models.library import library
 from posttrain.models.load import load_base
-from posttrain.models.lora import LoraSettings
 from posttrain.models.lora import LoraSettings
 from posttrain.models.segments import Segments, Span
 base = load_base("random:tiny", template="plain", dtype="bfloat16")

@@ -40,7 +40,7 @@ def advice(dtype: torch.dtype, device: torch.device) -> str | None:
     off = os.environ.get("POSTTRAIN_COMPILE") == "0"
     if off or device.type != "cpu" or dtype != torch.bfloat16 or platform.system() != "Linux" or library() is not None:
         return None
-    found = "training takes a third longer, one answer two to three times as long"
+    found = "training takes a third longer, one answer two to seven times as long"
     return f"no working C compiler: {found} (install gcc, or set CC)"
 
 
