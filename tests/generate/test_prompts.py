@@ -1,4 +1,4 @@
-"""Prompts of the engine: computed in pieces, found again, scored; and whose turn it is."""
+"""Prompts of the engine: computed in pieces, found again, scored."""
 
 from collections.abc import Iterator
 
@@ -10,8 +10,7 @@ from posttrain.errors import ModelError
 from posttrain.generate import engine as engine_module
 from posttrain.generate.engine import Engine, SamplingSettings, generate
 from posttrain.generate.prefix import PrefixCache
-from posttrain.generate.rows import Event, Request, Row
-from posttrain.generate.waiting import FairQueue
+from posttrain.generate.rows import Event, Request
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter, LoraSettings
 from posttrain.records import Rollout
@@ -193,53 +192,6 @@ def test_the_likeliest_tokens_come_with_each_token(base: BaseModel):
         ids.append(event.token)
     with pytest.raises(ModelError, match="top_logprobs = -1"):
         generate(base, [prompt], SamplingSettings(5, top_logprobs=-1), "base")
-
-
-def waiting_row(base: BaseModel, number: int, owner: str) -> Row:
-    return Row(number, Request([1], SamplingSettings(1), owner=owner), 0, None, base.chat)
-
-
-def test_owners_take_turns_by_what_they_had(base: BaseModel):
-    """a had 10 tokens; b comes anew and starts there, not at 0; c, who comes when both wait, starts at the least of them."""
-    queue = FairQueue()
-    for number in range(3):
-        queue.add([waiting_row(base, number, "a")])
-    order = []
-
-    def serve(tokens: int) -> None:
-        group = queue.next(lambda _: True)
-        assert group is not None
-        queue.take(group)
-        queue.charge(group[0].request.owner, tokens)
-        order.append(group[0].number)
-
-    serve(10)
-    queue.add([waiting_row(base, 3, "b")])
-    queue.add([waiting_row(base, 4, "b")])
-    serve(5)  # both had 10: whoever waits longer
-    queue.add([waiting_row(base, 5, "c")])
-    serve(1)
-    serve(1)
-    serve(20)
-    serve(1)
-    assert order == [0, 1, 3, 5, 4, 2]
-    assert len(queue) == 0
-    assert queue.next(lambda _: True) is None
-
-
-def test_nobody_has_more_than_half_of_the_places_while_others_want_some(base: BaseModel, monkeypatch: pytest.MonkeyPatch):
-    """Eight places, twenty requests of one owner and then two of another, which do not wait for the twenty."""
-    monkeypatch.setitem(engine_module.ROWS, "cpu", 8)
-    engine = Engine(base, serving=True)
-    settings = SamplingSettings(6, 1.0, seed=1, min_new_tokens=6)
-    flood = [engine.submit(Request([1, 9, i], settings, owner="flood"))[0] for i in range(7, 27)]
-    engine.step()
-    assert engine.running == 8  # nobody else wants any
-    calm = [engine.submit(Request([1, 8, i], settings, owner="calm"))[0] for i in range(7, 9)]
-    ended = [event.row for event in run(engine) if event.rollout is not None]
-    assert ended[:8] == flood[:8]
-    assert set(ended[8:14]) == {*flood[8:12], *calm}
-    assert len(ended) == 22
 
 
 @pytest.fixture

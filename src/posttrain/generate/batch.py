@@ -104,9 +104,12 @@ class Places:
         """Everybody in flight."""
         return [row for _, rows in self.shelves.values() for row in rows if row is not None]
 
-    def put(self, joining: Sequence[Row], expected: Mapping[int, int], limit: int) -> None:
-        """Give places to new rows, gaps first. Where a shelf must grow, it does so for the rows of its capacity that are
-        `expected` as well, up to `limit`."""
+    def put(self, joining: Sequence[Row], expected: Mapping[int, int], limit: int, tokens: int) -> None:
+        """Give places to new rows, gaps first.
+
+        Where a shelf must grow, it does so for the rows of its capacity that are `expected` as well, up to `limit`; on a CPU,
+        whose memory is taken only where it is written, for as many as `tokens` of them give room to, so that it need not again.
+        """
         for row in joining:
             capacity = capacity_for(row.need, self.device.type)
             shelf, rows = self.shelves.setdefault(capacity, (Shelf(0, capacity, self.device), []))
@@ -115,7 +118,10 @@ class Places:
             else:
                 rows.append(row)
             if len(rows) > shelf.places:
-                shelf.grow(rounded(max(len(rows), min(limit, len(joining) + expected.get(capacity, 0)))))
+                wanted = tokens // capacity if self.device.type == "cpu" else len(joining) + expected.get(capacity, 0)
+                longest = max(row.cached for row in rows if row is not None)
+                shelf.grow(rounded(max(len(rows), min(limit, wanted))), longest)
+            shelf.used = max(shelf.used, len(rows))
 
     def of(self, rows: Iterable[Row]) -> list[tuple[Row, Shelf, int]]:
         """Shelf and place of each of these rows, in the order of the shelves."""
@@ -128,9 +134,9 @@ class Places:
         ]
 
     def wipe(self, row: Row, shelf: Shelf, place: int) -> None:
-        """Zeros where a row stands whose keys may not be finite, and in all free places: copies lie where it was moved from."""
+        """Zeros where a row stands whose keys may not be finite, and in free places: copies lie where it was moved from."""
         there = next(rows for other, rows in self.shelves.values() if other is shelf)
-        free = [other for other in range(shelf.places) if other >= len(there) or there[other] is None]
+        free = [other for other in range(shelf.used) if other >= len(there) or there[other] is None]
         shelf.clear([place, *free], row.cached)
 
     def leave(self, leaving: Sequence[Row]) -> None:
@@ -141,25 +147,34 @@ class Places:
         self.shelves = {capacity: pair for capacity, pair in self.shelves.items() if any(pair[1])}
 
     def arrange(self) -> None:
-        """Close the gaps of each shelf, by its last rows or, where it saves products, by sorting all of them."""
+        """Close the gaps of each shelf, by its last rows or, where it saves products, by sorting all of them. Rows that rest
+        stand behind the others."""
         for shelf, places in self.shelves.values():
-            rows = [row for row in places if row is not None]
+            rows = [row for row in places if row is not None and not row.resting]
+            resting = [row for row in places if row is not None and row.resting]
             if self.steady:
                 while places[-1] is None:
                     places.pop()
                 if steady_rows(len(rows), shelf) == steady_rows(len(places), shelf):
                     continue
-            if self.by_blocks and shelf.block < shelf.capacity and _spare(rows, shelf.block):
+            if self.by_blocks and rows and shelf.block < shelf.capacity and _spare(rows, shelf.block):
                 order = sorted(rows, key=lambda row: -row.length)
             else:
-                last = iter(reversed([row for row in places[len(rows) :] if row is not None]))
-                order = [row if row is not None else next(last) for row in places[: len(rows)]]
+                order = _closed(places, rows)
+            order += _closed(places[len(order) :], resting)
             place_of = {id(row): place for place, row in enumerate(places)}
             moves = [(place_of[id(row)], place) for place, row in enumerate(order) if row.cached and place_of[id(row)] != place]
             if moves:
                 sources, targets = zip(*moves, strict=True)
                 shelf.move(sources, targets, max(row.cached for row in order))
             places[:] = order
+
+
+def _closed(places: Sequence[Row | None], rows: Sequence[Row]) -> list[Row]:
+    """These rows without gaps: who stands far enough in front stays, the last ones stand where others do not."""
+    kept = {id(row) for row in places[: len(rows)]}.intersection(map(id, rows))
+    last = iter(reversed([row for row in rows if id(row) not in kept]))
+    return [row if row is not None and id(row) in kept else next(last) for row in places[: len(rows)]]
 
 
 def _spare(rows: Sequence[Row], block: int) -> bool:
@@ -183,7 +198,7 @@ def lay_out(places: Places, chunks: Sequence[Chunk], *, decoding: bool = True) -
     """
     work = _Layout(places)
     for shelf, rows in places.shelves.values() if decoding else ():
-        work.decode(shelf, [(place, row) for place, row in enumerate(rows) if row is not None and row.ids])
+        work.decode(shelf, [(place, row) for place, row in enumerate(rows) if row is not None and row.ids and not row.resting])
     work.decoded = len(work.ids)
     for group in _by_adapter(chunks):
         work.fill(group)

@@ -7,13 +7,13 @@ randomness is its own (`generate/sampling.py`).
 
 A prompt longer than a step takes is computed in pieces, so that it does not hold up the rows that decode. For a server, what
 was computed is kept (`generate/prefix.py`), owners take turns (`generate/waiting.py`), and none has more than a share of the
-places while others want some.
+places and of a step's rows while others want some.
 
 Left out: paging of the cache. A row's room is set by its longest possible length.
 """
 
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from posttrain.generate.rows import Event, Request, Row, TokenScore
 from posttrain.generate.sampling import Draw, check_settings, choose_tokens, draw_numbers, token_logprobs, top_tokens
 from posttrain.generate.sampling import SamplingSettings as SamplingSettings  # callers need no other module
 from posttrain.generate.steady import SteadyDecoder
-from posttrain.generate.waiting import FairQueue
+from posttrain.generate.waiting import FairQueue, share_of_places
 from posttrain.models.decoding import attends_alone, bytes_per_token
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter
@@ -44,8 +44,6 @@ PREFIX_BYTES = {"cpu": 512 * 2**20, "cuda": 8 * 2**30}
 CACHE_BYTES = {"cpu": 4 * 2**30, "cuda": 16 * 2**30}
 # Whether steps without prompts have few fixed forms, which a GPU replays.
 STEADY = {"cpu": False, "cuda": True}
-# Of the places, the share that one owner may have while another wants some.
-OWNER_SHARE = 0.5
 # Tokens of a prompt whose own next tokens are looked up at once: their logits are there at once.
 SCORED_TOKENS = 128
 
@@ -158,6 +156,8 @@ class Engine:
         events = [Event(row.number, None, 0.0, 0.0, row.rollout()) for row in self._done]
         self._done = []
         joining = self._admit()
+        if self._steady is None:  # whose steps have few forms, and take no longer for some rows more
+            self._rest()
         self._places.arrange()
         if not self._places.shelves:
             return events
@@ -260,14 +260,26 @@ class Engine:
             count, tokens, prefill = count + len(group), tokens + needed, prefill + now
         if joining:
             expected = Counter(capacity_for(row.need, kind) for group in self._waiting for row in group)
-            self._places.put([row for group in joining for row in group], expected, self._rows_limit)
+            self._places.put([row for group in joining for row in group], expected, self._rows_limit, self._cache_tokens)
         return joining
 
     def _next_group(self, held: Counter[str], passed: set[str]) -> list[Row] | None:
         """The group whose turn it is, among the owners that have not been passed and do not `hold` too many places."""
-        wanting = len(held.keys() | self._waiting.owners)
-        share = self._rows_limit if wanting < 2 else max(1, int(self._rows_limit * OWNER_SHARE))
+        share = self._share(held.keys())
         return self._waiting.next(lambda owner: owner not in passed and held[owner] < share)
+
+    def _share(self, holding: Iterable[str]) -> int:
+        """How many places one owner may have, if these hold some."""
+        owners = len({*holding, *self._waiting.owners})
+        return share_of_places(self._rows_limit, owners) if self._serving and owners else self._rows_limit
+
+    def _rest(self) -> None:
+        """Of an owner that has more rows than its share, because nobody else wanted places before, the newest ones rest."""
+        rows = sorted(self._places.rows(), key=lambda row: row.number)
+        share, counted = self._share(row.request.owner for row in rows), Counter[str]()
+        for row in rows:
+            counted[row.request.owner] += 1
+            row.resting = counted[row.request.owner] > share
 
     def _begin(self, joining: list[list[Row]]) -> None:
         """Copy what is known of their prompts to the places of rows that have joined."""

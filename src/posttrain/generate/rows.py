@@ -65,6 +65,8 @@ class Row:
         self.fingerprint = fingerprint
         # Tokens of the prompt that are in the cache.
         self.filled = 0
+        # Whether it keeps its place without getting tokens, because others of its owner do.
+        self.resting = False
         self.scores: list[TokenScore] = []
         self.prompt, self.settings = tuple(request.prompt), request.settings
         self._index, self._chat = request.first + completion, chat

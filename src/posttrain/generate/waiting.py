@@ -9,6 +9,15 @@ from collections.abc import Callable, Iterator
 
 from posttrain.generate.rows import Row
 
+# Of the places of a server, what is kept for owners that come anew. It is also the least that one of many owners may have: a
+# step with more rows takes longer for all, but few owners may want many.
+LEAST_SHARE = 1 / 8
+
+
+def share_of_places(places: int, owners: int) -> int:
+    """How many places, and rows of a step, one of so many owners may have that want some."""
+    return max(1, int(places * (1 - LEAST_SHARE) * max(LEAST_SHARE, 1 / owners)))
+
 
 class FairQueue:
     """Groups of rows that share a prompt and join together."""

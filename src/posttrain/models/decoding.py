@@ -56,6 +56,8 @@ class Shelf:
 
     def __init__(self, places: int, capacity: int, device: torch.device) -> None:
         self.places, self.capacity = places, capacity
+        # The first places, in which a row has ever stood.
+        self.used = 0
         self.block = capacity if device.type == "cuda" else min(capacity, BLOCK)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         # Another one where the tensors are others.
@@ -107,11 +109,13 @@ class Shelf:
         keys, values = (x[:blocks, place].transpose(0, 1).flatten(1, 2)[:, :length] for x in self._layers[layer])
         return keys, values
 
-    def grow(self, places: int) -> None:
-        """Make room for more rows; those that are there are copied once."""
+    def grow(self, places: int, length: int) -> None:
+        """Make room for more rows; those that are there, of at most `length` tokens, are copied once."""
+        blocks = -(-length // self.block)
         for index, pair in self._layers.items():
             keys, values = (_zeros((x.shape[0], places, *x.shape[2:]), x) for x in pair)
-            keys[:, : self.places], values[:, : self.places] = pair
+            for new, old in zip((keys, values), pair, strict=True):
+                new[:blocks, : self.used] = old[:blocks, : self.used]
             self._layers[index] = (keys, values)
         self.places, self.address = places, new_address()
 
