@@ -9,8 +9,9 @@ import transformers
 
 from posttrain.data.chat import ChatFormat
 from posttrain.data.sources import STARTER
-from posttrain.models.load import HuggingFaceTokenizer
+from posttrain.models.load import load_tokenizer
 from posttrain.models.source import locate_base
+from posttrain.models.tokenizer import HuggingFaceTokenizer
 
 SPECIALS = (
     "<pad>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>",
@@ -21,7 +22,7 @@ SPECIALS = (
 @pytest.fixture(scope="session")
 def tiny_tokenizer(own_cache: None) -> HuggingFaceTokenizer:
     """One token a byte, no template of its own."""
-    return HuggingFaceTokenizer(locate_base("random:tiny").folder)
+    return load_tokenizer(locate_base("random:tiny").folder)
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +52,7 @@ def make_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Hu
         made.chat_template = template
         folder = tmp_path_factory.mktemp("tokenizer")
         made.save_pretrained(folder)
-        return HuggingFaceTokenizer(folder)
+        return load_tokenizer(folder)
 
     return make
 

@@ -11,8 +11,9 @@ import transformers
 
 from posttrain.data.chat import END_TOKENS, TEMPLATES, ChatFormat
 from posttrain.errors import DataError, ModelError
-from posttrain.models.load import HuggingFaceTokenizer
+from posttrain.models.load import load_tokenizer
 from posttrain.models.source import PACKAGES
+from posttrain.models.tokenizer import HuggingFaceTokenizer
 from posttrain.records import Message, Role
 
 SYSTEM, ASK, SAY = Message("system", "Be kind."), Message("user", "Hello there"), Message("assistant", "Good day")
@@ -226,7 +227,7 @@ def test_smollm2s_own_template_agrees_with_transformers(tmp_path: Path):
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
     inner = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
     inner.save_pretrained(tmp_path)
-    chat = ChatFormat(HuggingFaceTokenizer(tmp_path))
+    chat = ChatFormat(load_tokenizer(tmp_path))
     differ = 0
     for messages in conversations(300, seed=9):
         ids, (completion,) = chat.encode_completions(messages[:-1], messages[-1:])

@@ -15,7 +15,7 @@ from posttrain.data.prepare import (
     prepare_pairs,
 )
 from posttrain.errors import DataError
-from posttrain.models.load import HuggingFaceTokenizer
+from posttrain.models.tokenizer import HuggingFaceTokenizer
 from posttrain.records import Conversation, Message, PreferencePair
 
 # The gemma template on one token a byte: <bos><start_of_turn>user\n … <end_of_turn>\n<start_of_turn>model\n … <end_of_turn>

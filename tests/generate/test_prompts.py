@@ -1,6 +1,8 @@
 """Prompts of the engine: computed in pieces, found again, scored."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from posttrain.errors import ModelError
 from posttrain.generate import engine as engine_module
 from posttrain.generate.engine import Engine, SamplingSettings, generate
 from posttrain.generate.prefix import PrefixCache
-from posttrain.generate.rows import Event, Request
+from posttrain.generate.rows import Event, Request, Row
+from posttrain.models.decoding import Shelf
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter, LoraSettings
 from posttrain.records import Rollout
@@ -151,6 +154,30 @@ def test_the_least_recently_used_blocks_leave(base: BaseModel):
     assert engine.prefixes.hits == 128
     answers(engine, [Request(prompts[0], SamplingSettings(1))])
     assert engine.prefixes.hits == 128  # its first block has left, and without it the second is not reached
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs the memory of a process as Linux tells it")
+def test_what_is_kept_takes_the_memory_that_it_counts(base: BaseModel):
+    """2,400 blocks of a small model, 16 KiB each, of which a tensor for each layer took another eighth."""
+    shelf, kept = Shelf(1, 256, base.device), PrefixCache(2**30)
+    for layer in range(2):
+        shelf.layer(layer, torch.zeros(1, 64, 32, dtype=torch.bfloat16))
+    row = Row(0, Request([1]), 0, None, base.chat, "weights")
+
+    def keep(first: int, last: int) -> None:
+        for number in range(first, last):
+            row.prompt = (number, *range(191))
+            row.filled = 192
+            kept.keep(row, shelf, 0)
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    keep(0, 200)
+    before, counted = resident(), kept.bytes
+    keep(200, 1000)
+    assert kept.bytes - counted == 2400 * (16 * 2**10 + 1024)
+    assert resident() - before <= 1.06 * (kept.bytes - counted)
 
 
 @pytest.mark.parametrize("new_tokens", [0, 3])

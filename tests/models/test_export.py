@@ -20,8 +20,9 @@ from posttrain.errors import ArtifactError, ModelError
 from posttrain.generate.engine import SamplingSettings, generate
 from posttrain.models.export import FORMATS, GO_TEMPLATES, export_target, go_template
 from posttrain.models.files import full_state
-from posttrain.models.load import BaseModel, HuggingFaceTokenizer, load_base
+from posttrain.models.load import BaseModel, load_base, load_tokenizer
 from posttrain.models.target import Target, open_target
+from posttrain.models.tokenizer import HuggingFaceTokenizer
 from posttrain.records import Message, Role
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -145,7 +146,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     if request.param:
         found.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<bos> $A", None, [("<bos>", 1)])
     found.save_pretrained(folder)
-    return HuggingFaceTokenizer(folder)
+    return load_tokenizer(folder)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -62,14 +62,17 @@ def test_every_adapter_that_is_needed_has_its_slot(tiny: BaseModel):
 
 
 def test_slots_follow_what_is_needed(tiny: BaseModel):
-    """They open for more than come one by one, and close where few are left."""
+    """They open for more than come one by one, and close where few are left in flight, but not in a forward of few."""
     there = adapters(tiny)
     kept = NarrowAdapters(torch.float32, tiny.device)
     counts = []
     for needed in (1, 2, 8, 9, 10, 4, 3, 0, 1):
-        kept.hold(there[:needed])
+        kept.settle(there[:needed])
         counts.append(len(kept.slots))
-    assert counts == [1, 2, 8, 10, 10, 4, 4, 4, 1]
+        kept.hold(there[:1])
+        assert len(kept.slots) == counts[-1]
+        assert wrong_slots(kept, there[:needed]) == 0
+    assert counts == [1, 2, 8, 12, 12, 12, 12, 12, 1]
 
 
 @torch.no_grad()

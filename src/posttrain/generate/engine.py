@@ -161,6 +161,7 @@ class Engine:
         self._places.arrange()
         if not self._places.shelves:
             return events
+        self._narrow.settle([row.adapter for row in self._places.rows() if row.adapter is not None])
         self._begin(joining)
         chunks = self._next_chunks()
         decoding = None if chunks or self._steady is None else self._decode(self._steady)

@@ -12,17 +12,12 @@ hash, as in training, are not kept.
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 from posttrain.generate.rows import Row
-from posttrain.models.decoding import BLOCK, Layers, Shelf
+from posttrain.models.decoding import BLOCK, Kept, Shapes, Shelf
 
-
-class Block(NamedTuple):
-    """Keys and values [K, block, D] of one block, by layer."""
-
-    layers: Layers
-    bytes: int
+# Bytes that a block takes beside its numbers: its name and objects.
+BESIDE = 1024
 
 
 class PrefixCache:
@@ -30,7 +25,9 @@ class PrefixCache:
 
     def __init__(self, budget: int) -> None:
         self._budget, self._bytes = budget, 0
-        self._blocks: OrderedDict[bytes, Block] = OrderedDict()
+        self._blocks: OrderedDict[bytes, Kept] = OrderedDict()
+        # The shapes of all blocks, which are mostly the same, once.
+        self._shapes: dict[Shapes, Shapes] = {}
         self.hits, self.asked = 0, 0
 
     @property
@@ -48,7 +45,7 @@ class PrefixCache:
             if block is None:
                 break
             self._blocks.move_to_end(name)
-            shelf.put(place, found, block.layers)
+            shelf.put(place, found, block)
             found += BLOCK
         self.asked += len(row.prompt)
         self.hits += found
@@ -63,14 +60,18 @@ class PrefixCache:
             if name in self._blocks:
                 self._blocks.move_to_end(name)
                 continue
-            layers = shelf.take(place, index * BLOCK, BLOCK)
-            size = sum(x.numel() * x.element_size() for pair in layers.values() for x in pair)
+            block = shelf.take(place, index * BLOCK, BLOCK)
+            size = _size(block)
             while self._blocks and self._bytes + size > self._budget:
-                self._bytes -= self._blocks.popitem(last=False)[1].bytes
+                self._bytes -= _size(self._blocks.popitem(last=False)[1])
             if size > self._budget:
                 return
-            self._blocks[name] = Block(layers, size)
+            self._blocks[name] = block._replace(layers=self._shapes.setdefault(block.layers, block.layers))
             self._bytes += size
+
+
+def _size(block: Kept) -> int:
+    return block.numbers_X.nbytes + BESIDE
 
 
 def _names(fingerprint: str, tokens: Sequence[int]) -> Iterator[bytes]:

@@ -29,8 +29,6 @@ from posttrain.models import compiled
 # Tokens of one block of keys or values on a CPU; keys seen are rounded up to it everywhere.
 BLOCK = 64
 
-# Keys and values [K, tokens, D] of some tokens, by layer.
-Layers = dict[int, tuple[Tensor, Tensor]]
 _addresses = itertools.count()
 
 
@@ -49,6 +47,18 @@ def bytes_per_token(config: dict[str, Any], dtype: torch.dtype) -> int:
 def attends_alone(config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> bool:
     """Whether attention reads each row's keys by itself and no further than its length, by a model's configuration."""
     return not config.get("attn_logit_softcapping") and compiled.able(torch.empty(0, dtype=dtype, device=device))
+
+
+# Of each layer its index and the shapes of its keys and values.
+Shapes = tuple[tuple[int, tuple[torch.Size, ...]], ...]
+
+
+class Kept(NamedTuple):
+    """Keys and values [K, tokens, D] of some tokens of a row: the numbers of all layers one after the other, since many small
+    tensors take more memory than their numbers."""
+
+    numbers_X: Tensor
+    layers: Shapes
 
 
 class Shelf:
@@ -83,18 +93,27 @@ class Shelf:
         for kept, new in zip(self.layer(layer, k), (k, v), strict=True):
             kept[block_N, place_N, :, position_N] = new[:, token_N].transpose(0, 1)
 
-    def put(self, place: int, position: int, layers: Layers) -> None:
+    def put(self, place: int, position: int, kept: Kept) -> None:
         """Write tokens of one row, from `position` on and all in one block."""
         block, inside = divmod(position, self.block)
-        for index, pair in layers.items():
-            for kept, new in zip(self.layer(index, pair[0]), pair, strict=True):
-                kept[block, place, :, inside : inside + new.shape[1]] = new
+        start = 0
+        for layer, shapes in kept.layers:
+            parts = []
+            for shape in shapes:
+                parts.append(kept.numbers_X[start : start + math.prod(shape)].view(shape))
+                start += math.prod(shape)
+            for tensor, part in zip(self.layer(layer, parts[0]), parts, strict=True):
+                tensor[block, place, :, inside : inside + part.shape[1]] = part
 
-    def take(self, place: int, position: int, length: int) -> Layers:
+    def take(self, place: int, position: int, length: int) -> Kept:
         """A copy of tokens of one row, all in one block."""
         block, inside = divmod(position, self.block)
-        rows = slice(inside, inside + length)
-        return {i: (k[block, place, :, rows].clone(), v[block, place, :, rows].clone()) for i, (k, v) in self._layers.items()}
+        found = [
+            (layer, [tensor[block, place, :, inside : inside + length] for tensor in pair])
+            for layer, pair in self._layers.items()
+        ]
+        numbers_X = torch.cat([part.reshape(-1) for _, parts in found for part in parts])
+        return Kept(numbers_X, tuple((layer, tuple(part.shape for part in parts)) for layer, parts in found))
 
     def clear(self, places: Sequence[int], length: int) -> None:
         """Zeros for the first tokens of rows whose keys or values may not be finite: a masked key must be."""

@@ -36,77 +36,17 @@ from posttrain.models.programs import Programs
 from posttrain.models.rows import HeadRows, RowGradient, TokenRows, head_logits, head_rows
 from posttrain.models.segments import Segments
 from posttrain.models.source import BaseModelFolder, locate_base
+from posttrain.models.tokenizer import HuggingFaceTokenizer, byte_tokenizer
 
-# Texts are tokenised one by one; threads would find nothing to do, and would warn where a process is forked.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
-class HuggingFaceTokenizer:
-    """The tokenizer behind `data/chat.py`'s protocol."""
-
-    def __init__(self, folder: Path) -> None:
-        self.inner = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        self._ids = {token.content: index for index, token in self.inner.added_tokens_decoder.items()}
-        self._plain = self._without_control_tokens()
-        # For byte-pair encodings transformers does nothing beside the tokenizer's own function, and takes longer.
-        self._byte_pairs = type(self.inner.backend_tokenizer.model).__name__ == "BPE"
-
-    def _without_control_tokens(self) -> Any:
-        """A tokenizer that takes '<eos>' as letters: the same vocabulary with its added tokens not parsed."""
-        import tokenizers
-
-        state = json.loads(self.inner.backend_tokenizer.to_str())
-        state["added_tokens"] = []
-        return tokenizers.Tokenizer.from_str(json.dumps(state))
-
-    def encode(self, text: str, *, plain: bool) -> list[int]:
-        """Ids of a text without added tokens."""
-        backend = self._plain if plain else self.inner.backend_tokenizer
-        # As a batch of one, other threads go on meanwhile: `encode` by itself holds them up.
-        return list(backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
-
-    def decode(self, ids: Sequence[int], *, special: bool) -> str:
-        """Text of ids."""
-        decode = self.inner.backend_tokenizer.decode if self._byte_pairs else self.inner.decode
-        return str(decode(list(ids), skip_special_tokens=not special))
-
-    def token_id(self, token: str) -> int | None:
-        """Id of a whole token."""
-        found: int | None = self._ids.get(token)
-        if found is None:
-            found = self.inner.get_vocab().get(token)
-        return found
-
-    @property
-    def bos(self) -> str | None:
-        """Text of BOS."""
-        token: str | None = self.inner.bos_token
-        return token
-
-    @property
-    def eos(self) -> str | None:
-        """Text of EOS."""
-        token: str | None = self.inner.eos_token
-        return token
-
-    @property
-    def control_tokens(self) -> tuple[str, ...]:
-        """Texts of the special tokens; of the other added ones ("<h1>", tabs) text is made as in pretraining."""
-        return tuple(token.content for token in self.inner.added_tokens_decoder.values() if token.special)
-
-    @property
-    def chat_template(self) -> str | None:
-        """The model's own template."""
-        template = self.inner.chat_template
-        return template if isinstance(template, str) else None
-
-    @property
-    def adds_bos(self) -> bool:
-        """Whether the tokenizer itself puts a BOS in front."""
-        ids = self.inner("a").input_ids
-        return self.inner.bos_token_id is not None and ids[:1] == [self.inner.bos_token_id]
+def load_tokenizer(folder: Path) -> HuggingFaceTokenizer:
+    """A model's own."""
+    return HuggingFaceTokenizer(
+        transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    )
 
 
 class BaseModel:
@@ -237,7 +177,7 @@ def load_base(
             source.folder, dtype=weights_dtype, attn_implementation=ATTENTION_NAME, trust_remote_code=False,
             use_safetensors=True, local_files_only=True, output_loading_info=True,
         )  # fmt: skip
-        tokenizer = HuggingFaceTokenizer(source.folder)
+        tokenizer = load_tokenizer(source.folder)
     except Exception as error:  # noqa: BLE001 - damaged files break their readers anywhere
         raise ModelError(where, f"cannot be loaded: {_first_line(error)}", do="check that the files are whole") from None
     if info["missing_keys"]:  # transformers would fill them with random numbers
@@ -260,7 +200,7 @@ def load_chat(source: BaseModelFolder, template: str) -> ChatFormat:
     where = f'[base] model = "{source.model}"'
     _refuse_remote_code(source.folder, where)
     try:
-        tokenizer = HuggingFaceTokenizer(source.folder)
+        tokenizer = load_tokenizer(source.folder)
     except Exception as error:  # noqa: BLE001 - damaged files break their readers anywhere
         raise ModelError(where, f"the tokenizer cannot be loaded: {_first_line(error)}", do="fetch the model again") from None
     return load_chat_format(tokenizer, template)
@@ -371,19 +311,12 @@ def fetch_from_hub(model: str) -> Path:
 
 def make_random_tiny(target: Path) -> None:
     """A tiny Llama with random weights and a byte-level vocabulary, for tests and dry runs; always the same weights."""
-    import tokenizers
-
-    specials = ["<pad>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>"]
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE({t: i for i, t in enumerate([*specials, *alphabet])}, []))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    inner.add_special_tokens(specials)
+    inner = byte_tokenizer(["<pad>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>"])
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
     )
     config = transformers.LlamaConfig(
-        vocab_size=len(specials) + len(alphabet), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        vocab_size=inner.get_vocab_size(), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
         bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip

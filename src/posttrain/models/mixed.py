@@ -34,8 +34,8 @@ from posttrain.models.products import EngineProducts, tileable
 if TYPE_CHECKING:
     from posttrain.models.lora import LoraAdapter
 
-# Slots kept for each adapter that is needed.
-SPARE_SLOTS = 2
+# Slots kept at most for each adapter in flight.
+SPARE_SLOTS = 4
 # A run of so many tokens needs no table.
 LONG = 32
 # Tokens of the largest decoding step.
@@ -63,23 +63,29 @@ class NarrowAdapters:
     def __init__(self, dtype: torch.dtype, device: torch.device, *, quick: bool = False) -> None:
         self.dtype, self.product = dtype, EngineProducts(dtype, device, quick=quick)
         self.tiles = tileable(compiled.DEEP, dtype, device)
+        # Adapters that are not finite, and whose slots are zeros instead where slots lie side by side.
+        self.apart: set[LoraAdapter] = set()
         self._open(0, 0)
+
+    def settle(self, adapters: "Sequence[LoraAdapter]") -> None:
+        """These are all that are in flight: they are held, and far more slots than they need are given up."""
+        needed = list(dict.fromkeys(adapters))
+        if needed and len(self.slots) > SPARE_SLOTS * len(needed):
+            self._open(len(needed), self.rank)
+        self.hold(needed)
 
     def hold(self, adapters: "Sequence[LoraAdapter]") -> None:
         """These are needed now. Others stay until their slots are, so that rows that come and go make no copies each time."""
         needed = list(dict.fromkeys(adapters))
         missing = [a for a in needed if a not in self.slots]
-        room = len(self.slots)
         rank = max((len(a) for adapter in missing for a, _ in adapter.weights.values()), default=0)
         if self.tiles and rank:
             rank = compiled.slot_rank(rank)
-        if len(needed) > room:  # where adapters come one by one, not every one makes all others be written again
-            room = max(len(needed), room + room // 4)
-        elif needed and room > SPARE_SLOTS * len(needed):
-            room = len(needed)
-        if room != len(self.slots) or rank > self.rank:
-            self._open(room, max(rank, self.rank))
+        if rank > self.rank:
+            self._open(max(len(needed), len(self.slots)), rank)
             missing = needed
+        elif len(needed) > len(self.slots):  # where adapters come one by one, not every one makes all others be moved
+            self._widen(max(len(needed), 3 * len(self.slots) // 2))
         free = [slot for slot, adapter in enumerate(self.slots) if adapter not in needed]
         for slot, adapter in zip(free, missing, strict=False):
             self._write(slot, adapter)
@@ -90,6 +96,17 @@ class NarrowAdapters:
             if (held.training or held.fingerprint is None) and _version(held) != self._versions[slot]:
                 self._write(slot, held)
 
+    def _widen(self, slots: int) -> None:
+        """More slots; what is in the ones that there are is copied."""
+        there, versions, finite, stacks = self.slots, self._versions, self._finite, self._stacks
+        apart = self.apart
+        self._open(slots, self.rank)
+        self.slots[: len(there)], self._versions[: len(there)], self._finite[: len(there)] = there, versions, finite
+        self.apart = apart
+        for layer, old in stacks.items():
+            new = self._stacks[layer] = self._new_stack(old.a[0], old.b[0])
+            new.a[: len(there)], new.b[: len(there)] = old.a, old.b
+
     def _open(self, slots: int, rank: int) -> None:
         """Empty slots for adapters of at most this rank."""
         self.slots: list[LoraAdapter | None] = [None] * slots
@@ -97,8 +114,7 @@ class NarrowAdapters:
         self._stacks: dict[str, Stack] = {}
         # Whether a slot's matrices are finite; None where nobody has looked.
         self._finite: list[bool | None] = [True] * slots
-        # Adapters that are not, and whose slots are zeros instead where slots lie side by side.
-        self.apart: set[LoraAdapter] = set()
+        self.apart = set()
         # Another one where the tensors are others.
         self.address = new_address()
         self._formed, self._form = -1, _NO_FORM
