@@ -60,6 +60,7 @@ class StandIn(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.models: list[str] | tuple[int, dict[str, str], bytes] = ["base", "sft"]
+        self.parents: dict[str, str] = {}
         self.reply: Callable[[dict[str, Any]], Reply] = lambda body: whole("Hello")
         self.policy: str | None = POLICY
         self.asked: list[tuple[str, dict[str, str], Any]] = []
@@ -88,7 +89,7 @@ class _Handler(BaseHTTPRequestHandler):
             if isinstance(models, tuple):
                 self.send(*models)
             else:
-                rows = [{"id": name, "object": "model"} for name in models]
+                rows = [{"id": name, "object": "model", "parent": self.server.parents.get(name)} for name in models]
                 self.send(200, {"Content-Type": "application/json"}, json.dumps({"object": "list", "data": rows}).encode())
         else:
             self.send(204 if self.path == "/favicon.ico" else 404, {}, b"")

@@ -155,6 +155,13 @@ def test_the_page_is_one_file_without_handlers_styles_or_addresses():
     assert re.findall(unsafe, PAGE) == []
 
 
+def test_the_last_stage_of_a_run_is_chosen_at_first(server: StandIn, visit: Callable[..., Visit]):
+    """Not the base, whose answers do not end."""
+    server.models, server.parents = ["base", "dpo", "sft"], {"sft": "base", "dpo": "sft"}
+    seen = visit()
+    assert [seen.page.locator(f"#model-{place}").input_value() for place in "ab"] == ["dpo", ""]
+
+
 # --- a conversation ---------------------------------------------------------------------------------------------------
 
 
