@@ -16,8 +16,9 @@ from posttrain.errors import RecipeError
 from posttrain.models.files import load_adapter, save_adapter
 from posttrain.models.load import BaseModel, load_base
 from posttrain.models.lora import LoraSettings, LoraShape, count_parameters
-from posttrain.models.mixed import NarrowAdapters, TokenAdapters
+from posttrain.models.mixed import TokenAdapters
 from posttrain.models.segments import Segments, Span
+from posttrain.models.slots import NarrowAdapters
 
 # PEFT 0.21 asks transformers 5.23 in a way that the latter will drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

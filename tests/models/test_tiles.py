@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.models import compiled, mixed, products
+from posttrain.models import compiled, products, slots
 from posttrain.models.load import BaseModel, load_base
 from posttrain.models.lora import LoraAdapter, LoraSettings
-from posttrain.models.mixed import NarrowAdapters, TokenAdapters
+from posttrain.models.mixed import TokenAdapters
 from posttrain.models.products import linear
+from posttrain.models.slots import NarrowAdapters
 
 pytestmark = pytest.mark.skipif(not compiled.tiles(), reason="this processor has no matrix tiles (AMX)")
 SHAPES = [(32, 33), (64, 64), (96, 1), (576, 50), (640, 320)]  # inputs, outputs
@@ -124,7 +125,7 @@ def ready(base: BaseModel, name: str, seed: int, targets: str | tuple[str, ...],
 def test_layers_that_fill_no_tiles_are_computed_beside_those_that_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if 128 inputs were no multiple of 32: those layers are the library's, grouped by slot, in the same engine."""
     able = products.tileable
-    for module in (products, mixed):
+    for module in (products, slots):
         monkeypatch.setattr(module, "tileable", lambda inputs, *kind: inputs != 128 and able(inputs, *kind))
     base = load_base("random:tiny", template="plain", dtype="bfloat16")
     there = [ready(base, "a", 1, "all", 16), ready(base, "b", 2, "all", 3), None]

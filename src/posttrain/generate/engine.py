@@ -29,7 +29,8 @@ from posttrain.generate.waiting import FairQueue, share_of_places
 from posttrain.models.decoding import attends_alone, bytes_per_token
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter
-from posttrain.models.mixed import NarrowAdapters, TokenAdapters
+from posttrain.models.mixed import TokenAdapters
+from posttrain.models.slots import NarrowAdapters
 from posttrain.records import Rollout
 
 # Rows in flight, by device; their logits (rows x vocabulary) are there at once.

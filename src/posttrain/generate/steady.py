@@ -19,8 +19,9 @@ from posttrain.models.decoding import CacheStep, Reading, Shelf
 from posttrain.models.graphs import Graphs, Step, replayable
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter
-from posttrain.models.mixed import NarrowAdapters, SlotAdapters
+from posttrain.models.mixed import SlotAdapters
 from posttrain.models.segments import Segments
+from posttrain.models.slots import NarrowAdapters
 
 # The fewest keys that a row is computed over, where its shelf has so many.
 LEAST_SEEN = 256

@@ -243,6 +243,20 @@ def slot_rank(rank: int) -> int:
     return -(-rank // DEEP) * DEEP if rank > DEEP else 1 << max(rank - 1, 1).bit_length()
 
 
+def fill_slot(
+    pairs: Sequence[tuple[Tensor, Tensor]], places: Sequence[tuple[Tensor, Tensor]], scale: float
+) -> bool:  # fmt: skip
+    """Copy A [r, inputs] and scale B [outputs, r] of some layers, float32, to the first of the R rows and columns of these
+    places [R, inputs] and [outputs, R], with zeros behind. Whether the sum of all is a number."""
+    at, sizes = [], []
+    for (a, b), (own_a, own_b) in zip(pairs, places, strict=True):
+        assert a.is_contiguous(), "A has gaps"
+        assert b.is_contiguous(), "B has gaps"
+        at += [a.data_ptr(), own_a.data_ptr(), b.data_ptr(), own_b.data_ptr()]
+        sizes += [len(a), len(own_a), a.shape[1], len(b), own_b.stride(0)]
+    return bool(_call().fill_slot(_n(len(pairs)), (_n * len(at))(*at), (_n * len(sizes))(*sizes), ctypes.c_float(scale)))
+
+
 def products(
     x_TI: Tensor, weight: Tensor, bias: Tensor | None, slots: Slots | None = None, *, projected: bool = False,
     into: Tensor | None = None,

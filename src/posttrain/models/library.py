@@ -30,7 +30,7 @@ ANY_ORDER = "-fassociative-math"
 # Those of attention are written as vectors, and their order is promised.
 SOURCES = {
     "segments": (), "cache": (), "head": (), "tiles": (), "program": (), "sample": (), "chains": (ANY_ORDER,),
-    "lowrank": (ANY_ORDER,),
+    "lowrank": (ANY_ORDER,), "slots": (ANY_ORDER,),
 }  # fmt: skip
 SECONDS = 60
 

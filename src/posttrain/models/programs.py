@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from posttrain.models import compiled
 from posttrain.models.decoding import CacheStep, Reading, Shelf
-from posttrain.models.mixed import NarrowAdapters, TokenAdapters
+from posttrain.models.mixed import TokenAdapters
 from posttrain.models.recording import NotRecordedError, Program, Recorder
 from posttrain.models.segments import Segments
+from posttrain.models.slots import NarrowAdapters
 
 # Programs that are kept; the longest unused leave.
 MOST = 64
