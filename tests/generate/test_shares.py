@@ -8,7 +8,7 @@ from test_prompts import run
 from posttrain.generate import engine as engine_module
 from posttrain.generate.engine import Engine, SamplingSettings, generate
 from posttrain.generate.rows import Request, Row
-from posttrain.generate.waiting import FairQueue
+from posttrain.generate.waiting import FairQueue, PromptTime
 from posttrain.models.load import BaseModel
 
 SIX = SamplingSettings(6, 1.0, seed=1, min_new_tokens=6)
@@ -135,3 +135,82 @@ def test_a_cache_is_not_copied_when_others_join(tiny: BaseModel, monkeypatch: py
         found = {event.row: event.rollout for event in events + run(engine) if event.rollout is not None}
         for number, request in zip(numbers, asked, strict=True):
             assert found[number].completion_ids == generate(tiny, [request.prompt], SIX, "base")[0].completion_ids
+
+
+def test_the_time_of_prompts_is_a_debt_that_other_steps_pay():
+    """A step takes 1 s, and one with prompts of a 4 s: three more steps pay the 3 s by which others waited longer."""
+    prompts, calm = PromptTime(), {"calm": 1}
+    prompts.pay(1.0, {}, calm)
+    prompts.pay(4.0, {"a": 512}, calm)
+    assert [prompts.may("a", calm), prompts.may("b", calm), prompts.may("calm", calm)] == [False, True, True]
+    assert [prompts.may("a", {}), prompts.may("a", {"a": 3})] == [True, True]  # who would wait?
+    may = []
+    for _ in range(3):
+        prompts.pay(1.0, {}, calm)
+        may.append(prompts.may("a", calm))
+    assert may == [False, False, True]
+    prompts.pay(5.0, {"a": 300, "b": 100}, {"calm": 1, "b": 2})  # 3 s and 1 s
+    prompts.pay(1.0, {}, calm)
+    assert [prompts.may("a", calm), prompts.may("b", calm)] == [False, True]
+    prompts = PromptTime()
+    prompts.pay(1.0, {}, {"a": 1})
+    prompts.pay(9.0, {"a": 512}, {"a": 1})  # nobody else waited
+    assert prompts.may("a", calm)
+
+
+def test_a_flood_of_prompts_takes_half_of_the_time_of_others(tiny: BaseModel, monkeypatch: pytest.MonkeyPatch):
+    """By a clock that takes 1 s a step and 1 s for 16 tokens of prompts: 37 tokens of an answer beside prompts of 48 tokens
+    without end take at most 74 s and a step more, not 148; and when they have come, the prompts go on in every step."""
+    monkeypatch.setitem(engine_module.SERVED_PREFILL_TOKENS, "cpu", 48)
+    engine, clock, computed = Engine(tiny, serving=True), [0.0], []
+    inner = engine._step
+
+    def step():
+        events, chunks = inner()
+        computed.append(sum(chunk.length for chunk in chunks))
+        clock[0] += 1 + computed[-1] / 16
+        return events, chunks
+
+    monkeypatch.setattr(engine, "_step", step)
+    monkeypatch.setattr(engine_module.time, "perf_counter", lambda: clock[0])
+    (calm,) = engine.submit(Request([1, 8, 7], SamplingSettings(40, min_new_tokens=40), owner="calm"))
+    for _ in range(3):
+        engine.step()
+    numbers = [engine.submit(Request([1, *range(i, i + 47)], SamplingSettings(1), owner="flood"))[0] for i in range(40)]
+    began, ended = clock[0], list[int]()
+    while calm not in ended:
+        ended += [event.row for event in engine.step() if event.rollout is not None]
+    assert 60 <= clock[0] - began <= 78
+    assert 8 <= len(ended) - 1 <= 12
+    computed.clear()
+    ended += [event.row for event in run(engine) if event.rollout is not None]
+    assert sorted(ended) == sorted([calm, *numbers])
+    assert all(computed)
+
+
+@pytest.mark.parametrize("steady", [False, True])
+def test_a_prompt_that_waits_half_way_stays_where_it_is(tiny: BaseModel, monkeypatch: pytest.MonkeyPatch, *, steady: bool):
+    """In pieces of 48 tokens of 241, each of which others' steps pay for, also where steps of those have a fixed form."""
+    monkeypatch.setitem(engine_module.SERVED_PREFILL_TOKENS, "cpu", 48)
+    monkeypatch.setitem(engine_module.STEADY, "cpu", steady)
+    engine, clock, asked = Engine(tiny, serving=True), [0.0], []
+    inner, paused = engine._step, 0
+
+    def step():
+        nonlocal paused
+        events, chunks = inner()
+        clock[0] += 1 + 4 * len(chunks)
+        paused += bool(engine._filling and not chunks)
+        return events, chunks
+
+    monkeypatch.setattr(engine, "_step", step)
+    monkeypatch.setattr(engine_module.time, "perf_counter", lambda: clock[0])
+    for length, owner in ((3, "calm"), (240, "flood")):
+        asked.append(Request([1, *range(7, 7 + length)], SamplingSettings(40, 1.0, min_new_tokens=40), owner=owner))
+    numbers = engine.submit(asked[0])
+    events = engine.step() + engine.step()
+    numbers += engine.submit(asked[1])
+    found = {event.row: event.rollout for event in events + run(engine) if event.rollout is not None}
+    assert paused
+    for number, request in zip(numbers, asked, strict=True):
+        assert found[number].completion_ids == generate(tiny, [request.prompt], request.settings, "base")[0].completion_ids

@@ -72,6 +72,24 @@ class Chunk(NamedTuple):
         return self.last and not self.start
 
 
+def next_chunks(filling: Sequence[list[Row]], limit: int) -> list[Chunk]:
+    """What is computed of these prompts in a step of at most so many tokens of them: whole ones, in order; of one that is too
+    long a piece, which is half of the step where others wait."""
+    chunks: list[Chunk] = []
+    left = limit
+    for group in filling:
+        rest = len(group[0].prompt) - group[0].filled
+        if rest <= left:
+            count = rest
+        elif chunks:
+            continue
+        else:
+            count = left if len(filling) == 1 else left // 2
+        chunks.append(Chunk(group, group[0].filled, count))
+        left -= count
+    return chunks
+
+
 def rounded(rows: int) -> int:
     """How many rows are computed for so many."""
     return next((size for size in SIZES if size >= rows), -(-rows // SIZES[-1]) * SIZES[-1])

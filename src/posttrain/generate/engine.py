@@ -12,6 +12,7 @@ places and of a step's rows while others want some.
 Left out: paging of the cache. A row's room is set by its longest possible length.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 
@@ -19,13 +20,13 @@ import torch
 from torch import Tensor
 
 from posttrain.errors import ModelError
-from posttrain.generate.batch import Chunk, Places, Work, capacity_for, lay_out, room_for, rounded
+from posttrain.generate.batch import Chunk, Places, Work, capacity_for, lay_out, next_chunks, room_for, rounded
 from posttrain.generate.prefix import PrefixCache
 from posttrain.generate.rows import Event, Request, Row, TokenScore
 from posttrain.generate.sampling import Draw, check_settings, choose_tokens, draw_numbers, token_logprobs, top_tokens
 from posttrain.generate.sampling import SamplingSettings as SamplingSettings  # callers need no other module
 from posttrain.generate.steady import SteadyDecoder
-from posttrain.generate.waiting import FairQueue, share_of_places
+from posttrain.generate.waiting import FairQueue, PromptTime, share_of_places
 from posttrain.models.decoding import attends_alone, bytes_per_token
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter
@@ -76,6 +77,7 @@ class Engine:
         self.prefixes = PrefixCache(self._prefix_bytes)
         # Rows that share a prompt join together.
         self._waiting = FairQueue()
+        self._prompts, self._decoding = PromptTime(), Counter[str]()
         # In flight, with a part of their prompt still to be computed.
         self._filling: list[list[Row]] = []
         self._done: list[Row] = []
@@ -154,23 +156,35 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """One token of every row, and the ends of those that are done."""
+        began = time.perf_counter()
+        self._decoding = self._owners()
+        events, chunks = self._step()
+        tokens = Counter[str]()
+        for chunk in chunks:
+            tokens[chunk.rows[0].request.owner] += chunk.length
+        self._prompts.pay(time.perf_counter() - began, tokens, self._decoding)
+        return events
+
+    def _step(self) -> tuple[list[Event], list[Chunk]]:
+        """The same, and the prompts that were computed."""
         events = [Event(row.number, None, 0.0, 0.0, row.rollout()) for row in self._done]
         self._done = []
         joining = self._admit()
-        if self._steady is None:  # whose steps have few forms, and take no longer for some rows more
-            self._rest()
+        self._rest()
         self._places.arrange()
         if not self._places.shelves:
-            return events
+            return events, []
         self._narrow.settle([row.adapter for row in self._places.rows() if row.adapter is not None])
         self._begin(joining)
-        chunks = self._next_chunks()
-        decoding = None if chunks or self._steady is None else self._decode(self._steady)
+        chunks = next_chunks([group for group in self._filling if self._hurry(group)], self._prefill_limit)
+        done = {id(chunk.rows) for chunk in chunks if chunk.last}
+        self._filling = [group for group in self._filling if id(group) not in done]
+        decoding = None if chunks or self._filling or self._steady is None else self._decode(self._steady)
         if decoding is not None:
-            return events + decoding
-        if chunks and self._apart and self.base.programs.hopeful and any(row.ids for row in self._places.rows()):
-            return [*events, *self._compute([]), *self._compute(chunks, decoding=False)]
-        return events + self._compute(chunks)
+            return events + decoding, chunks
+        if chunks and self._apart and self.base.programs.hopeful and self._decoding:
+            return [*events, *self._compute([]), *self._compute(chunks, decoding=False)], chunks
+        return events + self._compute(chunks), chunks
 
     def _decode(self, decoder: SteadyDecoder) -> list[Event] | None:
         """A step without prompts, in a fixed form; None where it has none."""
@@ -239,7 +253,7 @@ class Engine:
             return []
         rows, kind, limit = self._places.rows(), self.base.device.type, self._prefill_limit
         count, tokens = len(rows), sum(room_for(row.need, kind) for row in rows)
-        rests = [len(group[0].prompt) - group[0].filled for group in self._filling]
+        rests = [len(group[0].prompt) - group[0].filled for group in self._filling if self._hurry(group)]
         in_pieces = any(rest > limit for rest in rests)
         prefill = sum(rest for rest in rests if rest <= limit) + (limit // 2 if in_pieces else 0)
         held = Counter(row.request.owner for row in rows)
@@ -247,7 +261,8 @@ class Engine:
         joining: list[list[Row]] = []
         while group := self._next_group(held, passed):
             owner, length = group[0].request.owner, len(group[0].prompt)
-            if length > limit and in_pieces:  # one prompt at a time is computed in pieces; other owners pass it
+            # One prompt at a time is computed in pieces; other owners pass it, and those whose prompts held up others.
+            if (length > limit and in_pieces) or not self._hurry(group):
                 passed.add(owner)
                 continue
             needed, now = sum(room_for(row.need, kind) for row in group), length if length <= limit else limit // 2
@@ -275,40 +290,28 @@ class Engine:
         owners = len({*holding, *self._waiting.owners})
         return share_of_places(self._rows_limit, owners) if self._serving and owners else self._rows_limit
 
+    def _hurry(self, group: list[Row]) -> bool:
+        """Whether a prompt is computed in this step, if there is room."""
+        return not self._serving or self._prompts.may(group[0].request.owner, self._decoding)
+
     def _rest(self) -> None:
-        """Of an owner that has more rows than its share, because nobody else wanted places before, the newest ones rest."""
+        """Of an owner with more rows than its share, as nobody else wanted places before, the newest rest where rows cost."""
         rows = sorted(self._places.rows(), key=lambda row: row.number)
         share, counted = self._share(row.request.owner for row in rows), Counter[str]()
         for row in rows:
             counted[row.request.owner] += 1
-            row.resting = counted[row.request.owner] > share
+            row.resting = self._steady is None and counted[row.request.owner] > share
+        self._decoding = self._owners()
+
+    def _owners(self) -> Counter[str]:
+        """Whose rows get tokens, and how many."""
+        return Counter(row.request.owner for row in self._places.rows() if row.ids and not row.resting)
 
     def _begin(self, joining: list[list[Row]]) -> None:
         """Copy what is known of their prompts to the places of rows that have joined."""
         for row, shelf, place in self._places.of(row for group in joining for row in group):
             row.filled = self.prefixes.fill(row, shelf, place)
         self._filling += joining
-
-    def _next_chunks(self) -> list[Chunk]:
-        """What is computed of the prompts in this step: whole ones, in order; of one that is too long a piece.
-
-        Where others wait, a prompt that is too long has half of the step.
-        """
-        chunks: list[Chunk] = []
-        left = self._prefill_limit
-        for group in self._filling:
-            rest = len(group[0].prompt) - group[0].filled
-            if rest <= left:
-                count = rest
-            elif chunks:
-                continue
-            else:
-                count = left if len(self._filling) == 1 else left // 2
-            chunks.append(Chunk(group, group[0].filled, count))
-            left -= count
-        done = {id(chunk.rows) for chunk in chunks if chunk.last}
-        self._filling = [group for group in self._filling if id(group) not in done]
-        return chunks
 
     def _forward(self, work: Work) -> Tensor:
         """Hidden states [T, D] of a step's forward."""

@@ -10,12 +10,16 @@ hash, as in training, are not kept.
 """
 
 import hashlib
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
 
-from posttrain.generate.rows import Row
-from posttrain.models.decoding import BLOCK, Kept, Shapes, Shelf
+from torch import Tensor
 
+from posttrain.generate.rows import Row
+from posttrain.models.decoding import BLOCK, Kept, Shapes, Shelf, zeros
+
+# Bytes that are taken at once, for as many blocks.
+TAKEN = 4 * 2**20
 # Bytes that a block takes beside its numbers: its name and objects.
 BESIDE = 1024
 
@@ -26,6 +30,8 @@ class PrefixCache:
     def __init__(self, budget: int) -> None:
         self._budget, self._bytes = budget, 0
         self._blocks: OrderedDict[bytes, Kept] = OrderedDict()
+        # Places of blocks that have left, by their numbers.
+        self._free: defaultdict[int, list[Tensor]] = defaultdict(list)
         # The shapes of all blocks, which are mostly the same, once.
         self._shapes: dict[Shapes, Shapes] = {}
         self.hits, self.asked = 0, 0
@@ -63,11 +69,21 @@ class PrefixCache:
             block = shelf.take(place, index * BLOCK, BLOCK)
             size = _size(block)
             while self._blocks and self._bytes + size > self._budget:
-                self._bytes -= _size(self._blocks.popitem(last=False)[1])
+                gone = self._blocks.popitem(last=False)[1]
+                self._free[len(gone.numbers_X)].append(gone.numbers_X)
+                self._bytes -= _size(gone)
             if size > self._budget:
                 return
-            self._blocks[name] = block._replace(layers=self._shapes.setdefault(block.layers, block.layers))
+            shapes = self._shapes.setdefault(block.layers, block.layers)
+            self._blocks[name] = Kept(self._placed(block.numbers_X), shapes)
             self._bytes += size
+
+    def _placed(self, numbers_X: Tensor) -> Tensor:
+        """A copy where blocks alone lie: among other memory, what leaves and what comes would leave ever more gaps."""
+        free = self._free[len(numbers_X)]
+        if not free:
+            free += zeros((-(-TAKEN // numbers_X.nbytes), len(numbers_X)), numbers_X)
+        return free.pop().copy_(numbers_X)
 
 
 def _size(block: Kept) -> int:

@@ -5,7 +5,7 @@ wait, so that nobody saves up (the virtual token counter of Sheng et al. 2024, "
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from posttrain.generate.rows import Row
 
@@ -17,6 +17,32 @@ LEAST_SHARE = 1 / 8
 def share_of_places(places: int, owners: int) -> int:
     """How many places, and rows of a step, one of so many owners may have that want some."""
     return max(1, int(places * (1 - LEAST_SHARE) * max(LEAST_SHARE, 1 / owners)))
+
+
+class PromptTime:
+    """What the prompts of one owner take of the time of others: while answers of others are under way, at most half.
+
+    A step with prompts takes longer for all. By how much is its owner's debt, which the steps pay that it lets go by.
+    """
+
+    def __init__(self) -> None:
+        # Seconds of a step without prompts, the last one's weighing a quarter.
+        self._usual: float | None = None
+        self._debts: dict[str, float] = {}
+
+    def may(self, owner: str, decoding: Mapping[str, int]) -> bool:
+        """Whether prompts of this owner are computed in a step in which rows of these owners get tokens."""
+        return owner not in self._debts or not decoding.keys() - {owner}
+
+    def pay(self, seconds: float, prompts: Mapping[str, int], decoding: Mapping[str, int]) -> None:
+        """A step took so many seconds, with these tokens of prompts by owner."""
+        if not prompts:
+            self._usual = seconds if self._usual is None else 0.75 * self._usual + 0.25 * seconds
+        usual = seconds if self._usual is None else min(seconds, self._usual)
+        self._debts = {owner: debt - usual for owner, debt in self._debts.items() if debt > usual}
+        for owner, tokens in prompts.items():
+            if decoding.keys() - {owner} and seconds > usual:
+                self._debts[owner] = self._debts.get(owner, 0.0) + (seconds - usual) * tokens / sum(prompts.values())
 
 
 class FairQueue:

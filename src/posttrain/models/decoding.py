@@ -77,7 +77,7 @@ class Shelf:
         """The tensors of one layer; made at the first use, when the shapes are known. Zeros: a masked key must be finite."""
         if index not in self._layers:
             shape = (self.capacity // self.block, self.places, like.shape[0], self.block, like.shape[-1])
-            self._layers[index] = (_zeros(shape, like), _zeros(shape, like))
+            self._layers[index] = (zeros(shape, like), zeros(shape, like))
         return self._layers[index]
 
     def layers(self) -> list[tuple[int, tuple[Tensor, Tensor]]]:
@@ -132,7 +132,7 @@ class Shelf:
         """Make room for more rows; those that are there, of at most `length` tokens, are copied once."""
         blocks = -(-length // self.block)
         for index, pair in self._layers.items():
-            keys, values = (_zeros((x.shape[0], places, *x.shape[2:]), x) for x in pair)
+            keys, values = (zeros((x.shape[0], places, *x.shape[2:]), x) for x in pair)
             for new, old in zip((keys, values), pair, strict=True):
                 new[:blocks, : self.used] = old[:blocks, : self.used]
             self._layers[index] = (keys, values)
@@ -147,7 +147,7 @@ class Shelf:
                 tensor[:, target] = tensor[:, source]
 
 
-def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+def zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Zeros of the type of another tensor, at its device. On a CPU the system gives memory only where they are written."""
     if like.device.type != "cpu":
         return like.new_zeros(shape)
