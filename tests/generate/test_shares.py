@@ -190,7 +190,7 @@ def test_a_flood_of_prompts_takes_half_of_the_time_of_others(tiny: BaseModel, mo
 
 @pytest.mark.parametrize("steady", [False, True])
 def test_a_prompt_that_waits_half_way_stays_where_it_is(tiny: BaseModel, monkeypatch: pytest.MonkeyPatch, *, steady: bool):
-    """In pieces of 48 tokens of 241, each of which others' steps pay for, also where steps of those have a fixed form."""
+    """In pieces of 48 tokens of 241, each of which others' steps pay for, but where steps of those have a fixed form."""
     monkeypatch.setitem(engine_module.SERVED_PREFILL_TOKENS, "cpu", 48)
     monkeypatch.setitem(engine_module.STEADY, "cpu", steady)
     engine, clock, asked = Engine(tiny, serving=True), [0.0], []
@@ -211,6 +211,6 @@ def test_a_prompt_that_waits_half_way_stays_where_it_is(tiny: BaseModel, monkeyp
     events = engine.step() + engine.step()
     numbers += engine.submit(asked[1])
     found = {event.row: event.rollout for event in events + run(engine) if event.rollout is not None}
-    assert paused
+    assert bool(paused) is not steady
     for number, request in zip(numbers, asked, strict=True):
         assert found[number].completion_ids == generate(tiny, [request.prompt], request.settings, "base")[0].completion_ids

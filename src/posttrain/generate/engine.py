@@ -179,7 +179,7 @@ class Engine:
         chunks = next_chunks([group for group in self._filling if self._hurry(group)], self._prefill_limit)
         done = {id(chunk.rows) for chunk in chunks if chunk.last}
         self._filling = [group for group in self._filling if id(group) not in done]
-        decoding = None if chunks or self._filling or self._steady is None else self._decode(self._steady)
+        decoding = None if chunks or self._steady is None else self._decode(self._steady)
         if decoding is not None:
             return events + decoding, chunks
         if chunks and self._apart and self.base.programs.hopeful and self._decoding:
@@ -291,8 +291,8 @@ class Engine:
         return share_of_places(self._rows_limit, owners) if self._serving and owners else self._rows_limit
 
     def _hurry(self, group: list[Row]) -> bool:
-        """Whether a prompt is computed in this step, if there is room."""
-        return not self._serving or self._prompts.may(group[0].request.owner, self._decoding)
+        """Whether a prompt is computed in this step, if there is room. Steps of a fixed form have none that wait half way."""
+        return not self._serving or self._steady is not None or self._prompts.may(group[0].request.owner, self._decoding)
 
     def _rest(self) -> None:
         """Of an owner with more rows than its share, as nobody else wanted places before, the newest rest where rows cost."""

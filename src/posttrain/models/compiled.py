@@ -243,9 +243,7 @@ def slot_rank(rank: int) -> int:
     return -(-rank // DEEP) * DEEP if rank > DEEP else 1 << max(rank - 1, 1).bit_length()
 
 
-def fill_slot(
-    pairs: Sequence[tuple[Tensor, Tensor]], places: Sequence[tuple[Tensor, Tensor]], scale: float
-) -> bool:  # fmt: skip
+def fill_slot(pairs: Sequence[tuple[Tensor, Tensor]], places: Sequence[tuple[Tensor, Tensor]], scale: float) -> bool:
     """Copy A [r, inputs] and scale B [outputs, r] of some layers, float32, to the first of the R rows and columns of these
     places [R, inputs] and [outputs, R], with zeros behind. Whether the sum of all is a number."""
     at, sizes = [], []
