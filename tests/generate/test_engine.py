@@ -245,6 +245,20 @@ def test_what_all_prompts_begin_with_is_computed_once_and_changes_nothing(base: 
             assert ends[g].logprobs == pytest.approx(together[2 * index + g].logprobs, abs=1e-5)
 
 
+def test_prompts_that_begin_alike_are_computed_policy_by_policy(base: BaseModel, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(engine_module.PREFILL_TOKENS, "cpu", 6 * 44)
+    prompts, names = [[*range(30, 70), *[100 + i] * 4] for i in range(12)], ["base", ADAPTER] * 6
+    computed = []
+    hook = base.model.base_model.register_forward_pre_hook(
+        lambda _, __, given: computed.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    together = generate(base, prompts, SamplingSettings(1), names)
+    hook.remove()
+    assert computed == [40 + 6 * 4] * 2
+    for prompt, name, rollout in zip(prompts, names, together, strict=True):
+        assert generate(base, [prompt], SamplingSettings(1), name)[0].completion_ids == rollout.completion_ids
+
+
 def test_more_completions_than_rows(base: BaseModel, crowded: None):
     settings = SamplingSettings(5, 1.0, seed=2)
     many = generate(base, [[1, 40, 41]], settings, "base", completions=17)

@@ -8,7 +8,7 @@ blocks of all rows. Where steps are steady (`generate/steady.py`), gaps stay unt
 T: tokens of the forward.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -122,21 +122,24 @@ class Places:
         """Everybody in flight."""
         return [row for _, rows in self.shelves.values() for row in rows if row is not None]
 
-    def put(self, joining: Sequence[Row], expected: Mapping[int, int], limit: int, tokens: int) -> None:
+    def put(self, joining: Sequence[Row], waiting: Iterable[list[Row]], limit: int, tokens: int) -> None:
         """Give places to new rows, gaps first.
 
-        Where a shelf must grow, it does so for the rows of its capacity that are `expected` as well, up to `limit`; on a CPU,
+        Where a shelf must grow, it does so for the rows `waiting` for one of its capacity as well, up to `limit`; on a CPU,
         whose memory is taken only where it is written, for as many as `tokens` of them give room to, so that it need not again.
         """
+        kind = self.device.type
         for row in joining:
-            capacity = capacity_for(row.need, self.device.type)
+            capacity = capacity_for(row.need, kind)
             shelf, rows = self.shelves.setdefault(capacity, (Shelf(0, capacity, self.device), []))
             if None in rows:
                 rows[rows.index(None)] = row
             else:
                 rows.append(row)
             if len(rows) > shelf.places:
-                wanted = tokens // capacity if self.device.type == "cpu" else len(joining) + expected.get(capacity, 0)
+                wanted = tokens // capacity
+                if kind != "cpu":
+                    wanted = len(joining) + sum(capacity_for(row.need, kind) == capacity for group in waiting for row in group)
                 longest = max(row.cached for row in rows if row is not None)
                 shelf.grow(rounded(max(len(rows), min(limit, wanted))), longest)
             shelf.used = max(shelf.used, len(rows))

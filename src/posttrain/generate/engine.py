@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from posttrain.errors import ModelError
-from posttrain.generate.batch import Chunk, Places, Work, capacity_for, lay_out, next_chunks, room_for, rounded
+from posttrain.generate.batch import Chunk, Places, Work, lay_out, next_chunks, room_for, rounded
 from posttrain.generate.prefix import PrefixCache
 from posttrain.generate.rows import Event, Request, Row, TokenScore
 from posttrain.generate.sampling import Draw, check_settings, choose_tokens, draw_numbers, token_logprobs, top_tokens
@@ -276,8 +276,8 @@ class Engine:
             held[owner] += len(group)
             count, tokens, prefill = count + len(group), tokens + needed, prefill + now
         if joining:
-            expected = Counter(capacity_for(row.need, kind) for group in self._waiting for row in group)
-            self._places.put([row for group in joining for row in group], expected, self._rows_limit, self._cache_tokens)
+            found = [row for group in joining for row in group]
+            self._places.put(found, self._waiting, self._rows_limit, self._cache_tokens)
         return joining
 
     def _next_group(self, held: Counter[str], passed: set[str]) -> list[Row] | None:
@@ -360,12 +360,12 @@ def generate(
     engine = Engine(base)
     every_setting = [settings] * len(prompts) if isinstance(settings, SamplingSettings) else settings
     every_adapter = [adapter] * len(prompts) if isinstance(adapter, str) else adapter
-    asked = zip(prompts, every_setting, every_adapter, strict=True)
-    numbers = [
-        number
-        for index, (prompt, own, name) in enumerate(asked)
-        for number in engine.submit(Request(prompt, own, name, index * completions, completions))
+    asked = [
+        Request(prompt, own, name, index * completions, completions)
+        for index, (prompt, own, name) in enumerate(zip(prompts, every_setting, every_adapter, strict=True))
     ]
+    # Policy by policy: what prompts of one begin with alike is computed once where they stand in one step.
+    numbers = {request.first: engine.submit(request) for request in sorted(asked, key=lambda request: request.adapter)}
     rollouts: dict[int, Rollout] = {}
     while engine.live:
         events = engine.step()
@@ -378,7 +378,7 @@ def generate(
             )
         if advance is not None:
             advance(len(finished), sum(event.token is not None for event in events))
-    return [rollouts[number] for number in numbers]
+    return [rollouts[number] for request in asked for number in numbers[request.first]]
 
 
 def stream(engine: Engine, prompt: Sequence[int], settings: SamplingSettings, adapter: str) -> Generator[int, None, None]:

@@ -75,7 +75,7 @@ static void sum_up(const struct place *p, const bf16 *values) {
 
 #ifdef HAS_TILES
 /* The same where keys and values fill registers as they lie: the keys are then the left side, and nothing is copied. */
-static void score_in_place(const struct place *p, const bf16 *keys) {
+static void score_in_place(const struct place *p, const bf16 *keys, const bf16 *values) {
     int64_t half = p->s->width / 2, G = p->s->groups;
     uint32_t sums[TILE], rows[TILE];
     for (int64_t g = 0; g < G; g += SIDE) {
@@ -84,6 +84,7 @@ static void score_in_place(const struct place *p, const bf16 *keys) {
         WRITTEN;
         for (int64_t at = p->base; at < p->last; at += SIDE) {
             const bf16 *own = keys + lies(p->s, p->place, p->head, at);
+            ask(values + lies(p->s, p->place, p->head, at), SIDE * p->s->width / DEEP);
             _tile_zero(0);
             for (int64_t k = 0; k < half; k += SIDE) {
                 _tile_loadd(4, own + 2 * k, p->s->width * sizeof(bf16));
@@ -119,14 +120,14 @@ ALWAYS void sum_columns(const struct place *p, const bf16 *values, const bf16 *w
         WRITTEN;
         _tile_loadd(4, weights + at - p->base, p->stride * sizeof(bf16));
         _tile_loadd(5, p->ordered, bytes);
-        _tile_loadd(6, p->ordered + SIDE, bytes);
         _tile_dpbf16ps(0, 4, 5);
-        _tile_dpbf16ps(1, 4, 6);
+        _tile_loadd(5, p->ordered + SIDE, bytes);
+        _tile_dpbf16ps(1, 4, 5);
         if (wide) {
             _tile_loadd(5, p->ordered + 2 * SIDE, bytes);
-            _tile_loadd(6, p->ordered + 3 * SIDE, bytes);
             _tile_dpbf16ps(2, 4, 5);
-            _tile_dpbf16ps(3, 4, 6);
+            _tile_loadd(5, p->ordered + 3 * SIDE, bytes);
+            _tile_dpbf16ps(3, 4, 5);
         }
     }
     _tile_stored(0, sums, D * sizeof(float));
@@ -163,7 +164,7 @@ static void attend_one(
 #endif
     for (int64_t g = 0; g < G; g++) copy_row(q + g * s->q_head, D, p->queries + g * padded);
 #ifdef HAS_TILES
-    if (in_place) score_in_place(p, keys);
+    if (in_place) score_in_place(p, keys, values);
 #endif
     if (!in_place) score(p, keys);
     for (int64_t g = 0; g < G; g++) {

@@ -115,12 +115,12 @@ static void add_tiles(
                 _tile_loadd(5, right, far);
                 _tile_dpbf16ps(0, 4, 5);
                 if (vecs > 1) {
-                    _tile_loadd(6, right + SIDE, far);
-                    _tile_dpbf16ps(1, 4, 6);
+                    _tile_loadd(5, right + SIDE, far);
+                    _tile_dpbf16ps(1, 4, 5);
                 }
                 if (vecs > 2) {
-                    _tile_loadd(7, right + 2 * SIDE, far);
-                    _tile_dpbf16ps(2, 4, 7);
+                    _tile_loadd(5, right + 2 * SIDE, far);
+                    _tile_dpbf16ps(2, 4, 5);
                 }
                 if (vecs > 3) {
                     _tile_loadd(5, right + 3 * SIDE, far);

@@ -48,7 +48,7 @@ static void tile_part(const struct call *c, bf16 *room) {
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t i = 0; i < k.tiles * pairs; i++) {
             int64_t t = i / pairs, from = i % pairs * 2;
-            if (from < s.counts[t]) project_two(&k, &s, t, t, from, slots_of(&k, t));
+            if (from < s.counts[t]) project(&k, &s, 0, t, t + 1, from, from + 2);
         }
         break;
     default:

@@ -20,12 +20,26 @@ int tiles_open;
 
 int tiles(void) { return tiles_open = syscall(SYS_arch_prctl, ASK_FOR_STATE, TILE_DATA) == 0; }
 
-static void prepare(const struct work *k, const struct rooms *s, int64_t first, int64_t at, bf16 *room) {
-    int64_t tile = first + at, count = blocks_of(k, tile, s->blocks + at * k->most);
-    gather(k, tile, room, s->x + at * k->inputs / 2 * SIDE);
-    s->counts[at] = count;
-    ints slot = slots_of(k, tile);
-    for (int64_t i = 0; i < count; i += 2) project_two(k, s, tile, at, i, slot);
+/* p of a tile where it is wanted, token by token. */
+static void give_p(const struct work *k, const struct rooms *s, int64_t first, int64_t at) {
+    uint32_t rows[TILE];
+    for (int64_t i = at * k->most; i < at * k->most + s->counts[at]; i++) {
+        turn(s->p + i * TILE, SIDE, rows, SIDE);
+        for (int n = 0; n < SIDE; n++) {
+            int64_t token = token_of(k, (first + at) * SIDE + n);
+            if (token >= 0) memcpy(k->p + token * k->columns + s->blocks[i] * DEEP, rows + n * SIDE, DEEP * sizeof(bf16));
+        }
+    }
+}
+
+/* x, blocks and p of tiles [at, end). */
+static void prepare(const struct work *k, const struct rooms *s, int64_t first, int64_t at, int64_t end, bf16 *room) {
+    for (int64_t t = at; t < end; t++) {
+        s->counts[t] = blocks_of(k, first + t, s->blocks + t * k->most);
+        gather(k, first + t, room, s->x + t * k->inputs / 2 * SIDE);
+    }
+    if (k->columns) project(k, s, first, at, end, 0, k->most);
+    for (int64_t t = at; k->p && t < end; t++) give_p(k, s, first, t);
 }
 
 static void *room_of(int64_t bytes) { return aligned_alloc(64, (bytes + 127) / 64 * 64); }
@@ -53,7 +67,7 @@ static void by_tokens(const struct work *k, int64_t each, const struct rooms *ow
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < pieces; i++) {
         int64_t first = i * each, count = least_of(each, k->tiles - first);
-        for (int64_t at = 0; at < count; at++) prepare(k, own, first, at, own->copies);
+        prepare(k, own, first, 0, count, own->copies);
         for (int64_t out = 0; out < k->outputs; out += OUTPUTS)
             multiply_piece(k, own, first, 0, count, out, least_of(out + OUTPUTS, k->outputs), own->copies);
     }
@@ -62,11 +76,10 @@ static void by_tokens(const struct work *k, int64_t each, const struct rooms *ow
 /* Few tokens: each thread takes some of the outputs. Of very few each prepares all, which costs less than to wait. */
 static void by_outputs(const struct work *k, int64_t each, int alone, const struct rooms *shared, const struct rooms *own) {
     int64_t pieces = parts_of(k->outputs, each);
-    if (alone)
-        for (int64_t at = 0; at < k->tiles; at++) prepare(k, own, 0, at, own->copies);
+    if (alone) prepare(k, own, 0, 0, k->tiles, own->copies);
     else {
 #pragma omp for schedule(static)
-        for (int64_t at = 0; at < k->tiles; at++) prepare(k, shared, 0, at, own->copies);
+        for (int64_t at = 0; at < k->tiles; at++) prepare(k, shared, 0, at, at + 1, own->copies);
     }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < pieces; i++)

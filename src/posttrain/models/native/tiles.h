@@ -83,17 +83,24 @@ static int64_t blocks_of(const struct work *k, int64_t tile, int32_t *blocks) {
     return count;
 }
 
+/* Whether the tokens of a tile are sixteen that lie one behind the other. */
+static int in_place(const struct work *k, int64_t tile) {
+    if (k->along != k->inputs || (tile + 1) * SIDE > k->tokens) return 0;
+    for (int n = 1; k->order && n < SIDE; n++)
+        if (k->order[tile * SIDE + n] != k->order[tile * SIDE] + n) return 0;
+    return 1;
+}
+
 /* x of sixteen tokens [inputs / 2][16], zeros where there is none. */
 static void gather(const struct work *k, int64_t tile, bf16 *room, uint32_t *to) {
-    const bf16 *from = k->x + tile * SIDE * k->along;
-    if (k->order || k->along != k->inputs || (tile + 1) * SIDE > k->tokens) {
+    const bf16 *from = room;
+    if (in_place(k, tile)) from = k->x + token_of(k, tile * SIDE) * k->along;
+    else
         for (int n = 0; n < SIDE; n++) {
             int64_t token = token_of(k, tile * SIDE + n);
             if (token < 0) memset(room + n * k->inputs, 0, k->inputs * sizeof(bf16));
             else memcpy(room + n * k->inputs, k->x + token * k->along, k->inputs * sizeof(bf16));
         }
-        from = room;
-    }
     turn((const uint32_t *)from, k->inputs / 2, to, SIDE);
 }
 
@@ -104,55 +111,70 @@ ALWAYS words paired(vec lower, vec upper) {
     return low | high << 16;
 }
 
-/* p of a tile for one block of columns, of the sums of both its halves: [DEEP / 2][16] words; kept in k->p too where it is
- * wanted. */
-static void keep(const struct work *k, int64_t tile, int64_t block, ints slot, const float *sums, uint32_t *to) {
-    for (int r = 0; r < SIDE; r++) {
+/* Sixteen columns, half a block, for the tokens of a tile: their x, their slots, and where p goes [8][16] words. */
+struct part {
+    int64_t column;
+    const uint32_t *x;
+    ints slot;
+    uint32_t *to;
+};
+
+/* p of sums: zeros where a column is of another slot than the token. */
+static void keep(const struct work *k, const struct part *part, const float *sums) {
+    for (int r = 0; r < SIDE / 2; r++) {
         words two = paired(load(sums + 2 * r * SIDE), load(sums + (2 * r + 1) * SIDE));
-        int32_t own = (int32_t)((block * DEEP + 2 * r) / k->rank);
-        store_words(to + r * SIDE, two & (words)(slot == own));
-    }
-    if (!k->p) return;
-    uint32_t rows[TILE];
-    turn(to, SIDE, rows, SIDE);
-    for (int n = 0; n < SIDE; n++) {
-        int64_t token = token_of(k, tile * SIDE + n);
-        if (token >= 0) memcpy(k->p + token * k->columns + block * DEEP, rows + n * SIDE, DEEP * sizeof(bf16));
+        int32_t own = (int32_t)((part->column + 2 * r) / k->rank);
+        store_words(part->to + r * SIDE, two & (words)(part->slot == own));
     }
 }
 
-/* For one block, or for two at once, which do not wait for each other. */
-ALWAYS void project(
-    const struct work *k, int64_t tile, const int32_t *blocks, const int two, ints slot, const uint32_t *x, uint32_t *to
-) {
+/* Of up to four parts at once, which do not wait for each other. */
+ALWAYS void project_parts(const struct work *k, const struct part *parts, const int count) {
     float sums[4 * TILE] __attribute__((aligned(64)));
-    const bf16 *a = k->a + blocks[0] * DEEP * k->inputs, *next = two ? k->a + blocks[1] * DEEP * k->inputs : a;
     int64_t bytes = k->inputs * sizeof(bf16);
+    const bf16 *a[4];
+    const uint32_t *x[4];
+    for (int n = 0; n < count; n++) a[n] = k->a + parts[n].column * k->inputs, x[n] = parts[n].x;
     WRITTEN;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t i = 0; i < k->inputs; i += DEEP) {
-        _tile_loadd(6, x + i / 2 * SIDE, 64);
-        _tile_loadd(4, a + i, bytes);
-        _tile_loadd(5, a + SIDE * k->inputs + i, bytes);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 5, 6);
-        if (two) {
-            _tile_loadd(4, next + i, bytes);
-            _tile_loadd(5, next + SIDE * k->inputs + i, bytes);
-            _tile_dpbf16ps(2, 4, 6);
-            _tile_dpbf16ps(3, 5, 6);
+        _tile_loadd(4, a[0] + i, bytes);
+        _tile_loadd(5, x[0] + i / 2 * SIDE, 64);
+        _tile_dpbf16ps(0, 4, 5);
+        if (count > 1) {
+            _tile_loadd(4, a[1] + i, bytes);
+            _tile_loadd(5, x[1] + i / 2 * SIDE, 64);
+            _tile_dpbf16ps(1, 4, 5);
+        }
+        if (count > 2) {
+            _tile_loadd(4, a[2] + i, bytes);
+            _tile_loadd(5, x[2] + i / 2 * SIDE, 64);
+            _tile_dpbf16ps(2, 4, 5);
+        }
+        if (count > 3) {
+            _tile_loadd(4, a[3] + i, bytes);
+            _tile_loadd(5, x[3] + i / 2 * SIDE, 64);
+            _tile_dpbf16ps(3, 4, 5);
         }
     }
     _tile_stored(0, sums, 64);
     _tile_stored(1, sums + TILE, 64);
-    keep(k, tile, blocks[0], slot, sums, to);
-    if (!two) return;
     _tile_stored(2, sums + 2 * TILE, 64);
     _tile_stored(3, sums + 3 * TILE, 64);
-    keep(k, tile, blocks[1], slot, sums + 2 * TILE, to + TILE);
+    for (int n = 0; n < count; n++) keep(k, parts + n, sums + n * TILE);
+}
+
+static void project_all(const struct work *k, const struct part *parts, int64_t count) {
+    switch (count) {
+    case 0: break;
+    case 1: project_parts(k, parts, 1); break;
+    case 2: project_parts(k, parts, 2); break;
+    case 3: project_parts(k, parts, 3); break;
+    default: project_parts(k, parts, 4);
+    }
 }
 
 /* `rows` rows of a matrix for the left side: where they lie, or a copy with zeros behind the last. */
@@ -187,30 +209,35 @@ static void put(const struct work *k, int64_t tile, int64_t out, float *sums) {
     }
 }
 
-/* Lines of memory that are on their way to the second cache. */
-ALWAYS void ask(const bf16 *from, int64_t lines) {
-    for (int64_t i = 0; i < lines; i++) _mm_prefetch(from + i * DEEP, _MM_HINT_T1);
-}
+/* The weights of outputs that come next, and of their B the blocks that are needed, which lie side by side. */
+struct ahead {
+    const bf16 *w, *b;
+    int64_t columns, blocks;
+};
 
-/* Sums of 32 outputs over the inputs, for one tile or two that stand side by side. Meanwhile the weights and the B of the next
- * 32 are asked for, where there are some: what a register is loaded from comes too late otherwise. */
-ALWAYS void add_inputs(
-    const bf16 *w, int64_t inputs, const uint32_t *x, const int two, const bf16 *ahead, const bf16 *ahead_b, int64_t columns
-) {
-    int64_t bytes = inputs * sizeof(bf16), each = parts_of(columns * DEEP, inputs);
+/* Sums of 32 outputs over the inputs, for one tile or two that stand side by side. Meanwhile what comes next is asked for: what
+ * a register is loaded from comes too late otherwise. Six registers are used of eight: at times, it seems while a core's other
+ * thread multiplies too, loads between products take twice as long with all of them (docs/log.md). */
+ALWAYS void add_inputs(const bf16 *w, int64_t inputs, const uint32_t *x, const int two, const struct ahead *ahead) {
+    int64_t bytes = inputs * sizeof(bf16), each = parts_of(OUT * DEEP, inputs);
     const uint32_t *next = x + inputs / 2 * SIDE;
     for (int64_t i = 0; i < inputs; i += DEEP) {
-        if (ahead) ask(ahead + i * OUT, OUT);
-        if (ahead_b) ask(ahead_b + i * each, each);
+        if (ahead->w) ask(ahead->w + i * OUT, OUT);
+        for (int64_t r = i / DEEP * each; ahead->b && r < least_of(OUT, (i / DEEP + 1) * each); r++)
+            ask(ahead->b + r * ahead->columns, ahead->blocks);
         _tile_loadd(4, w + i, bytes);
-        _tile_loadd(6, x + i / 2 * SIDE, 64);
-        _tile_loadd(5, w + SIDE * inputs + i, bytes);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 5, 6);
+        _tile_loadd(5, x + i / 2 * SIDE, 64);
+        _tile_dpbf16ps(0, 4, 5);
         if (two) {
-            _tile_loadd(7, next + i / 2 * SIDE, 64);
-            _tile_dpbf16ps(2, 4, 7);
-            _tile_dpbf16ps(3, 5, 7);
+            _tile_loadd(5, next + i / 2 * SIDE, 64);
+            _tile_dpbf16ps(2, 4, 5);
+            _tile_loadd(4, w + SIDE * inputs + i, bytes);
+            _tile_dpbf16ps(3, 4, 5);
+            _tile_loadd(5, x + i / 2 * SIDE, 64);
+            _tile_dpbf16ps(1, 4, 5);
+        } else {
+            _tile_loadd(4, w + SIDE * inputs + i, bytes);
+            _tile_dpbf16ps(1, 4, 5);
         }
     }
 }
@@ -220,15 +247,12 @@ ALWAYS void add_rank(const struct work *k, const struct rooms *s, int64_t at, co
     int64_t bytes = k->columns * sizeof(bf16);
     for (int64_t i = at * k->most; i < at * k->most + s->counts[at]; i++) {
         _tile_loadd(4, b + s->blocks[i] * DEEP, bytes);
-        _tile_loadd(5, b + SIDE * k->columns + s->blocks[i] * DEEP, bytes);
-        _tile_loadd(6, s->p + i * TILE, 64);
-        if (second) {
-            _tile_dpbf16ps(2, 4, 6);
-            _tile_dpbf16ps(3, 5, 6);
-        } else {
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 5, 6);
-        }
+        _tile_loadd(5, s->p + i * TILE, 64);
+        if (second) _tile_dpbf16ps(2, 4, 5);
+        else _tile_dpbf16ps(0, 4, 5);
+        _tile_loadd(4, b + SIDE * k->columns + s->blocks[i] * DEEP, bytes);
+        if (second) _tile_dpbf16ps(3, 4, 5);
+        else _tile_dpbf16ps(1, 4, 5);
     }
 }
 
@@ -238,19 +262,44 @@ ALWAYS ints slots_of(const struct work *k, int64_t tile) {
     return slot;
 }
 
-/* Projections of a tile from its block `i` on, of two at most. */
-static void project_two(const struct work *k, const struct rooms *s, int64_t tile, int64_t at, int64_t i, ints slot) {
-    const int32_t *blocks = s->blocks + at * k->most + i;
-    const uint32_t *x = s->x + at * k->inputs / 2 * SIDE;
-    uint32_t *p = s->p + (at * k->most + i) * TILE;
-    if (i + 1 < s->counts[at]) project(k, tile, blocks, 1, slot, x, p);
-    else project(k, tile, blocks, 0, slot, x, p);
+/* Projections of tiles [at, end) for blocks [from, to) of those that each needs. */
+static void project(const struct work *k, const struct rooms *s, int64_t first, int64_t at, int64_t end, int64_t from, int64_t to) {
+    struct part parts[4];
+    int64_t count = 0;
+    for (int64_t t = at; t < end; t++) {
+        ints slot = slots_of(k, first + t);
+        for (int64_t i = 2 * from; i < 2 * least_of(to, s->counts[t]); i++) {
+            int64_t n = t * k->most + i / 2, column = s->blocks[n] * DEEP + i % 2 * SIDE;
+            uint32_t *p = s->p + n * TILE + i % 2 * TILE / 2;
+            ints own = (slot >= (int32_t)(column / k->rank)) & (slot <= (int32_t)((column + SIDE - 1) / k->rank));
+            if (!lanes_of(own)) {
+                memset(p, 0, TILE / 2 * sizeof *p);
+                continue;
+            }
+            parts[count++] = (struct part){column, s->x + t * k->inputs / 2 * SIDE, slot, p};
+            if (count == 4) project_all(k, parts, count), count = 0;
+        }
+    }
+    project_all(k, parts, count);
+}
+
+/* From the least to the largest block that these tiles need. */
+static int64_t needed_blocks(const struct work *k, const struct rooms *s, int64_t at, int64_t end, int64_t *least) {
+    int64_t largest = -1;
+    *least = k->columns / DEEP;
+    for (int64_t t = at; t < end; t++)
+        for (int64_t i = t * k->most; i < t * k->most + s->counts[t]; i++) {
+            if (s->blocks[i] < *least) *least = s->blocks[i];
+            if (s->blocks[i] > largest) largest = s->blocks[i];
+        }
+    return largest < *least ? 0 : largest - *least + 1;
 }
 
 static void multiply_piece(
     const struct work *k, const struct rooms *s, int64_t first, int64_t at, int64_t end, int64_t out, int64_t last, bf16 *room
 ) {
     float sums[4 * TILE] __attribute__((aligned(64)));
+    int64_t least, blocks = needed_blocks(k, s, at, end, &least);
     for (; out < last; out += OUT) {
         const bf16 *w = left(k->w + out * k->inputs, k->outputs - out, k->inputs, room);
         const bf16 *b = k->columns ? left(k->b + out * k->columns, k->outputs - out, k->columns, room + OUT * k->inputs) : 0;
@@ -262,10 +311,13 @@ static void multiply_piece(
             _tile_zero(1);
             _tile_zero(2);
             _tile_zero(3);
-            int more = t == at && out + 2 * OUT <= k->outputs;
-            const bf16 *ahead = more ? w + OUT * k->inputs : 0, *ahead_b = more && k->columns ? b + OUT * k->columns : 0;
-            if (two) add_inputs(w, k->inputs, x, 1, ahead, ahead_b, k->columns);
-            else add_inputs(w, k->inputs, x, 0, ahead, ahead_b, k->columns);
+            struct ahead ahead = {0, 0, k->columns, blocks};
+            if (t == at && out + 2 * OUT <= k->outputs) {
+                ahead.w = w + OUT * k->inputs;
+                if (blocks) ahead.b = b + OUT * k->columns + least * DEEP;
+            }
+            if (two) add_inputs(w, k->inputs, x, 1, &ahead);
+            else add_inputs(w, k->inputs, x, 0, &ahead);
             add_rank(k, s, t, b, 0);
             if (two) add_rank(k, s, t + 1, b, 1);
             _tile_stored(0, sums, 64);
