@@ -25,8 +25,9 @@ $(VENV)/.dev: $(VENV)/.setup
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
+# Tests compute in one thread each; a file's tests, which share what they prepared, stay in one process.
 test: dev
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-all: dev
 	$(BIN)/pytest -m "not gpu and not network"

@@ -2,6 +2,7 @@
 
     adapters.py prepare FOLDER DATA      the prompts of the race `rollouts`, and the adapters in PEFT's format
     adapters.py posttrain FOLDER COUNT   in posttrain's environment, over COUNT of the adapters; 0 is the base alone
+    adapters.py cost FOLDER COUNT        both in turn in one process, ten times: what COUNT adapters cost
     adapters.py vllm FOLDER COUNT        vLLM's CPU build with LoRA on
     adapters.py peft FOLDER COUNT        transformers' generate, one batch an adapter, PEFT switching between them
 
@@ -10,7 +11,9 @@ A side warms up with one whole run and then makes three with other seeds; tokens
 
 import json
 import os
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,23 +46,43 @@ def prepare(folder: Path, data: Path, adapters: int = ADAPTERS, prompts: int = r
     return found
 
 
-def posttrain(work: dict[str, Any], folder: Path, count: int) -> Run:
-    """Our engine."""
+def engine(work: dict[str, Any], folder: Path, count: int) -> tuple[Callable[[int, int], int], str]:
+    """A run with a seed over some of these adapters, 0 for none, which returns the tokens; and the type of the base."""
     from posttrain.generate.engine import SamplingSettings, generate
     from posttrain.models.files import load_adapter
     from posttrain.models.load import load_base
 
     base = load_base(rollouts.MODEL)
-    names = [f"a{number}" for number in range(count)] or ["base"]
-    for name in names[:count]:
-        load_adapter(folder / name, name, base)
-    chosen = [names[i % len(names)] for i in range(len(work["prompts"]))]
+    for number in range(count):
+        load_adapter(folder / f"a{number}", f"a{number}", base)
 
-    def run(seed: int) -> int:
+    def run(seed: int, over: int) -> int:
+        chosen = [f"a{i % over}" if over else "base" for i in range(len(work["prompts"]))]
         settings = SamplingSettings(work["new_tokens"], 1.0, 1.0, seed)
         return sum(len(r.completion_ids) for r in generate(base, work["prompts"], settings, chosen))
 
-    return run, f"{base.dtype}, {count} adapters", ("posttrain", "torch", "transformers")
+    return run, str(base.dtype)
+
+
+def posttrain(work: dict[str, Any], folder: Path, count: int) -> Run:
+    """Our engine."""
+    run, kind = engine(work, folder, count)
+    return lambda seed: run(seed, count), f"{kind}, {count} adapters", ("posttrain", "torch", "transformers")
+
+
+def cost(work: dict[str, Any], folder: Path, count: int, pairs: int = 10) -> dict[str, Any]:
+    """Tokens a second without adapters and with them, in turn."""
+    run, kind = engine(work, folder, count)
+    rates: dict[int, list[float]] = {0: [], count: []}
+    for seed in range(pairs + 1):
+        for over in (0, count) if seed % 2 else (count, 0):
+            started = time.perf_counter()
+            tokens = run(seed, over)
+            if seed:  # the first warms up
+                rates[over].append(tokens / (time.perf_counter() - started))
+    costs = [1 - mixed / alone for alone, mixed in zip(rates[0], rates[count], strict=True)]
+    quartiles = statistics.quantiles(costs, n=4)
+    return {"setting": f"{kind}, {count} adapters", "none": rates[0], "mixed": rates[count], "slower by": quartiles}
 
 
 def vllm(work: dict[str, Any], folder: Path, count: int) -> Run:
@@ -116,6 +139,9 @@ def main() -> None:
         print(json.dumps(prepare(folder, Path(sys.argv[3]))))
         return
     work = json.loads((folder / "rollouts.json").read_text())
+    if side == "cost":
+        print(json.dumps(cost(work, folder, int(sys.argv[3]))))
+        return
     run, setting, packages = {"posttrain": posttrain, "vllm": vllm, "peft": peft}[side](work, folder, int(sys.argv[3]))
     print(json.dumps(rollouts.measure(run, setting, packages)))
 

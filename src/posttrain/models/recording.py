@@ -221,8 +221,8 @@ class Program:
     """Calls whose intermediate tensors have places in `memory`. Those that live at the same time have different ones."""
 
     def __init__(self, recorder: Recorder, made: _Ranges, others: _Ranges, output: Tensor) -> None:
-        calls = recorder.calls
         self._made, self._sizes, self._wide_sizes = made, recorder.sizes, recorder.wide_sizes
+        calls = self._early(recorder.calls)
         self._most_inputs = recorder.most_inputs
         self.widen(max((sizes[COLUMNS] for sizes in recorder.wide_sizes), default=0))
         if any(others.find(at) is not None and made.find(at) is None for call in calls for at in call.addresses("rwu")):
@@ -261,6 +261,18 @@ class Program:
     def _tensors(self, call: _Call, roles: str) -> set[int]:
         """Numbers of the tensors that a call reads or writes."""
         return {number for at in call.addresses(roles) if (number := self._made.find(at)) is not None}
+
+    def _early(self, calls: Sequence[_Call]) -> list[_Call]:
+        """Projections of all layers that read an input before the first product with it, so that threads wait once for them."""
+        found: list[_Call] = []
+        for call in calls:
+            at = len(found)
+            if call.kind == "tile project":
+                reads = self._tensors(call, "r")
+                while at and not reads & self._tensors(found[at - 1], "wu"):
+                    at -= 1
+            found.insert(at, call)
+        return found
 
     def _stages(self, calls: Sequence[_Call]) -> tuple[list[bool], list[int]]:
         """Which calls wait for those before them, and after how many waits each comes."""

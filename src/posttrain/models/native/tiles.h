@@ -106,9 +106,10 @@ static void gather(const struct work *k, int64_t tile, bf16 *room, uint32_t *to)
 
 /* Two rows of sums as words, the lower half from the first. */
 ALWAYS words paired(vec lower, vec upper) {
-    words low = __builtin_convertvector((halves)_mm512_cvtneps_pbh((__m512)lower), words);
-    words high = __builtin_convertvector((halves)_mm512_cvtneps_pbh((__m512)upper), words);
-    return low | high << 16;
+    const __m512i side_by_side = _mm512_set_epi16(
+        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0
+    );
+    return (words)_mm512_permutexvar_epi16(side_by_side, (__m512i)_mm512_cvtne2ps_pbh((__m512)upper, (__m512)lower));
 }
 
 /* Sixteen columns, half a block, for the tokens of a tile: their x, their slots, and where p goes [8][16] words. */
