@@ -15,11 +15,14 @@ ALWAYS int64_t lies(const struct cache *s, int64_t place, int64_t head, int64_t 
 
 /* Keys of a row that are brought into order at once. */
 #define TOGETHER 64
+/* Keys of a head that are asked for before their turn: so many while another head is computed, others so many before. */
+#define AHEAD 64
 
-/* What one head of one row is computed in. */
+/* What one head of one row is computed in; `next` is what keys the thread reads next, if it knows. */
 struct place {
     const struct cache *s;
     int64_t place, head, base, last, stride;
+    const bf16 *next;
     /* Queries as rows and, by registers, turned; keys or values in order; weights, as they are and rounded; sums. */
     bf16 *rows, *queries, *rounded;
     uint32_t *turned, *ordered;
@@ -85,6 +88,7 @@ static void score_in_place(const struct place *p, const bf16 *keys, const bf16 *
         for (int64_t at = p->base; at < p->last; at += SIDE) {
             const bf16 *own = keys + lies(p->s, p->place, p->head, at);
             ask(values + lies(p->s, p->place, p->head, at), SIDE * p->s->width / DEEP);
+            if (at + AHEAD < p->last) ask(keys + lies(p->s, p->place, p->head, at + AHEAD), SIDE * p->s->width / DEEP);
             _tile_zero(0);
             for (int64_t k = 0; k < half; k += SIDE) {
                 _tile_loadd(4, own + 2 * k, p->s->width * sizeof(bf16));
@@ -111,6 +115,7 @@ ALWAYS void sum_columns(const struct place *p, const bf16 *values, const bf16 *w
     for (int64_t at = p->base; at < p->last; at += WHOLE) {
         const bf16 *own = values + lies(p->s, p->place, p->head, at);
         int64_t count = p->last - at < WHOLE ? p->last - at : WHOLE;
+        if (p->next && at - p->base < AHEAD) ask(p->next + (at - p->base) * D, WHOLE * D / DEEP);
         for (int64_t i = 0; i < WHOLE; i += 2) {
             uint32_t *to = p->ordered + i / 2 * columns;
             if (i + 1 < count) pair_rows(own + i * D, own + (i + 1) * D, columns, to);
@@ -151,11 +156,13 @@ static void sum_up_in_place(const struct place *p, const bf16 *values) {
 /* One head of keys and values for one row: its G queries over tokens [first, length]. */
 static void attend_one(
     const struct cache *s, const bf16 *q, const bf16 *keys, const bf16 *values, int64_t place, int64_t head, int64_t length,
-    float scale, uint32_t *work, bf16 *out
+    float scale, const bf16 *next, uint32_t *work, bf16 *out
 ) {
     int64_t G = s->groups, D = s->width, padded = UP_WHOLE(D), last = length + 1;
     int64_t first = s->window && last > s->window ? last - s->window : 0, base = DOWN_WHOLE(first);
-    struct place own = {.s = s, .place = place, .head = head, .base = base, .last = last, .stride = UP_WHOLE(last) - base};
+    struct place own = {
+        .s = s, .place = place, .head = head, .base = base, .last = last, .stride = UP_WHOLE(last) - base, .next = next,
+    };
     struct place *p = &own;
     int in_place = 0;
     divide(p, work);
@@ -182,6 +189,12 @@ static void attend_one(
         for (int64_t d = 0; d < D; d++) out[g * D + d] = narrow(p->sums[g * padded + d]);
 }
 
+/* Where the keys begin that one of the heads of all rows sees. */
+ALWAYS int64_t first_key(const struct cache *s, const int64_t *place_N, const int64_t *length_N, int64_t i) {
+    int64_t n = i / s->kv_heads, last = length_N[n] + 1;
+    return lies(s, place_N[n], i % s->kv_heads, DOWN_WHOLE(s->window && last > s->window ? last - s->window : 0));
+}
+
 /* Returns 0, or 1 where there is no memory. */
 int attend_part(
     const struct cache *s, const bf16 *q, const bf16 *k, const bf16 *v, bf16 *keys, bf16 *values, const int64_t *place_N,
@@ -193,14 +206,18 @@ int attend_part(
     struct shape before = {0};
     if (posix_memalign((void **)&work, 64, room(s, most + 1) * sizeof(uint32_t))) work = NULL;
     open_pairs(&before);
-#pragma omp for schedule(dynamic, 2) nowait
-    for (int64_t i = 0; i < s->rows * K; i++) {
+    /* Heads that a thread takes at a time: the more, the more of them are asked for before their turn. */
+    int64_t all = s->rows * K, each = all / (4 * TEAM) < 2 * K ? all / (4 * TEAM) : 2 * K;
+    if (!each) each = 1;
+#pragma omp for schedule(dynamic, each) nowait
+    for (int64_t i = 0; i < all; i++) {
         int64_t n = i / K, head = i % K, place = place_N[n], length = length_N[n], token = token_N[n];
         int64_t at = lies(s, place, head, length);
         memcpy(keys + at, k + head * s->k_head + token * s->k_token, D * sizeof(bf16));
         memcpy(values + at, v + head * s->v_head + token * s->v_token, D * sizeof(bf16));
+        const bf16 *next = (i + 1) % each && i + 1 < all ? keys + first_key(s, place_N, length_N, i + 1) : NULL;
         if (work)
-            attend_one(s, q + head * G * s->q_head + token * s->q_token, keys, values, place, head, length, scale, work,
+            attend_one(s, q + head * G * s->q_head + token * s->q_token, keys, values, place, head, length, scale, next, work,
                        out + (token * K + head) * G * D);
     }
     int failed = !work;

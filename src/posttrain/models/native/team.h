@@ -5,6 +5,13 @@
 
 #include "common.h"
 
+#ifdef _OPENMP
+#include <omp.h>
+#define TEAM omp_get_num_threads()
+#else
+#define TEAM 1
+#endif
+
 struct cache;
 
 void rms_norm_part(const bf16 *x, const float *weight, int64_t rows, int64_t width, float eps, bf16 *y);

@@ -264,7 +264,9 @@ ALWAYS ints slots_of(const struct work *k, int64_t tile) {
 }
 
 /* Projections of tiles [at, end) for blocks [from, to) of those that each needs. */
-static void project(const struct work *k, const struct rooms *s, int64_t first, int64_t at, int64_t end, int64_t from, int64_t to) {
+static void project(
+    const struct work *k, const struct rooms *s, int64_t first, int64_t at, int64_t end, int64_t from, int64_t to
+) {
     struct part parts[4];
     int64_t count = 0;
     for (int64_t t = at; t < end; t++) {
