@@ -169,7 +169,7 @@ async def hold(process: "subprocess.Popen[str]", url: str, options: argparse.Nam
         each.wire.close()
     told = dict(re.findall(r"^(posttrain_(?:requests_total|completions)\S*) (\S+)$", metrics, re.MULTILINE))
     broken = first.broken + full.broken + load.broken
-    if any(float(told[name]) for name in ("posttrain_completions_open", "posttrain_completions_waiting")):
+    if any(float(value) for name, value in told.items() if name.startswith("posttrain_completions_open")):
         broken["completions were still open at the end"] += 1
     turned_away = float(told.get('posttrain_requests_total{model="unknown",status="429"}', "0"))
     if turned_away != sum(each.statuses["429"] for each in (first, full, load)):

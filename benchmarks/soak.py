@@ -202,7 +202,7 @@ async def hold(process: subprocess.Popen[str], soak: Soak, seconds: float) -> tu
     async with httpx.AsyncClient(base_url=soak.url, timeout=60) as http:
         for _ in range(100):
             text = (await http.get("/metrics")).text
-            still = float(re.findall(r"^posttrain_completions_open ([\d.e+]+)$", text, re.M)[0])
+            still = sum(map(float, re.findall(r"^posttrain_completions_open\S* (\S+)$", text, re.M)))
             if not still:
                 break
             await asyncio.sleep(0.1)

@@ -2,6 +2,7 @@
 # ruff: noqa: E501 - a payload is one line
 
 import gc
+import subprocess
 import sys
 import threading
 import time
@@ -206,6 +207,35 @@ def test_a_render_leaves_the_callers_tracing_as_it_was():
     outcome(STALLING["nested loops"], [])
     render("{{ messages[0].role }}")
     assert sys.gettrace() is before
+
+
+def test_threads_render_at_once_while_somebody_listens_to_audit_events():
+    """Python then gives way to another thread in the middle of installing a trace function, and refuses that one its own."""
+    code = """
+import sys, threading
+from posttrain.data.template import ChatTemplate
+from posttrain.records import Message
+
+sys.setswitchinterval(1e-6)
+sys.addaudithook(lambda name, given: None)
+template, found = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}"), []
+
+def work():
+    try:
+        for _ in range(400):
+            found.append(template.render((Message("user", "Hi"),), generation_prompt=False, bos="", eos=""))
+    except Exception as error:
+        found.append(repr(error))
+
+threads = [threading.Thread(target=work) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(len(found), sorted(set(found)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "3200 ['Hi']\n"
 
 
 def test_messages_stay_as_they_were():

@@ -44,6 +44,8 @@ def test_an_answer_is_the_engines(tiny: BaseModel, client: openai.OpenAI):
     prompt = len(tiny.chat.encode_prompt([Message("user", "Hi")]))
     assert found.usage is not None
     assert (found.usage.prompt_tokens, found.usage.completion_tokens, found.usage.total_tokens) == (prompt, 9, prompt + 9)
+    assert found.usage.prompt_tokens_details is not None
+    assert found.usage.prompt_tokens_details.cached_tokens == 0
     assert found.system_fingerprint == f"fp_{tiny.source.weights_hash[:16]}"
 
 

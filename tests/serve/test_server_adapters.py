@@ -99,6 +99,21 @@ def test_adapters_come_and_go_while_it_runs(tiny: BaseModel, folders: dict[str, 
         assert 'model="own"' not in server.get("/metrics").text
 
 
+def test_what_an_adapter_still_answers_when_it_is_unloaded_is_counted_to_its_end(tiny: BaseModel, folders: dict[str, Path]):
+    """Its series leave with its last answer, and none comes back."""
+    endless = {"tokens": 400, "min_tokens": 400, "stream": True}
+    with listening(tiny, adapters={"own": folders["style-1"]}) as server, httpx.Client(base_url=server.url) as client:
+        with client.stream("POST", CHAT, json=chat("Hi", model="own", **endless)) as response:
+            pieces = response.iter_raw()
+            next(pieces)
+            assert server.post("/v1/unload_lora_adapter", {"lora_name": "own"}).status_code == 200
+            text = server.get("/metrics").text
+            assert 'posttrain_completions_open{model="own"} 1.0\n' in text
+            assert b"[DONE]" in b"".join(pieces)
+        server.settle()
+        assert 'model="own"' not in server.get("/metrics").text
+
+
 @pytest.mark.parametrize("path", ["../style-1", "/etc", "style-1/../../x", "nothing", "style-1\x00", "%2e%2e/style-1", "."])
 def test_nothing_outside_of_the_folder_is_loaded(tiny: BaseModel, folders: dict[str, Path], path: str, tmp_path: Path):
     (tmp_path / "inside").mkdir()
@@ -118,13 +133,17 @@ def test_without_a_folder_nothing_is_loaded(tiny: BaseModel, folders: dict[str, 
 
 def test_what_the_cache_of_prompts_spares_can_be_watched(tiny: BaseModel):
     """The second time all full blocks of 64 tokens are found but the one that holds the last token."""
+    told = []
     with listening(tiny) as server:
         for _ in range(2):
-            answer = server.post("/v1/completions", {"model": BASE, "prompt": list(range(7, 207)), "max_tokens": 1})
+            answer = server.post("/v1/completions", {"model": BASE, "prompt": list(range(7, 207)), "max_tokens": 1, "n": 2})
             assert answer.status_code == 200
+            told.append(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
         text = server.get("/metrics").text
-    assert "posttrain_prefix_tokens_asked 400.0" in text
-    assert "posttrain_prefix_tokens_found 192.0" in text
+    assert told == [0, 192]  # a prompt of two completions counts once
+    assert f'posttrain_cached_prompt_tokens_total{{model="{BASE}"}} 192.0\n' in text
+    assert "posttrain_prefix_tokens_asked 800.0" in text  # by completion
+    assert "posttrain_prefix_tokens_found 384.0" in text
     assert float(text.partition("\nposttrain_prefix_bytes ")[2].split()[0]) > 0
 
 

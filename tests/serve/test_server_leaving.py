@@ -88,8 +88,9 @@ def test_clients_that_leave_leave_nothing_in_flight(tiny: BaseModel, count: int,
         asyncio.run(work(urlsplit(server.url).port or 0))
         server.settle()
         text = server.get("/metrics").text
-        assert "posttrain_completions_open 0.0\n" in text
-        assert "posttrain_completions_waiting 0.0\n" in text
+        assert f'posttrain_completions_open{{model="{BASE}"}} 0.0\n' in text
+        assert f'posttrain_completions_waiting{{model="{BASE}"}} 0.0\n' in text
+        assert "posttrain_queue_length 0.0\n" in text
         assert f'posttrain_requests_total{{model="{BASE}",status="499"}}' in text
         assert server.post(CHAT, chat("Hi")).status_code == 200
     assert len(ends.tokens) > count / 4, "most leave while they are computed"

@@ -16,6 +16,7 @@ Left out: tools, images, and `strftime_now` (a prompt must not depend on the day
 import functools
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from types import BuiltinMethodType, FrameType, MethodType
@@ -53,6 +54,10 @@ _FILTERS = (
 )  # fmt: skip
 
 
+# Python refuses to install a trace function while another thread does, which takes longer where audit events are listened to.
+_INSTALLING = threading.Lock()
+
+
 class ChatTemplate:
     """A compiled template. Raises ModelError for a source that is no template or too long."""
 
@@ -87,12 +92,14 @@ class ChatTemplate:
 
     def _in_time(self, values: dict[str, Any]) -> str:
         before = sys.gettrace()
-        sys.settrace(_Deadline(RENDER_SECONDS))
+        with _INSTALLING:
+            sys.settrace(_Deadline(RENDER_SECONDS))
         try:
             # The compiled function itself, since `Template.generate` rewrites tracebacks by running made-up code.
             return _ENVIRONMENT.concat(self._compiled.root_render_func(self._compiled.new_context(values)))
         finally:
-            sys.settrace(before)
+            with _INSTALLING:
+                sys.settrace(before)
 
 
 class _OutOfTime(BaseException):

@@ -235,7 +235,7 @@ class Engine:
             self._waiting.charge(row.request.owner, 1)
             rollout = row.rollout() if row.finish else None
             prompt = tuple(row.scores) if row.request.prompt_logprobs and len(row.ids) == 1 else None
-            events.append(Event(row.number, token, logprob, model_logprob, rollout, top, prompt))
+            events.append(Event(row.number, token, logprob, model_logprob, rollout, top, prompt, row.found))
         return events
 
     def _end(self, rows: list[Row]) -> None:
@@ -310,7 +310,7 @@ class Engine:
     def _begin(self, joining: list[list[Row]]) -> None:
         """Copy what is known of their prompts to the places of rows that have joined."""
         for row, shelf, place in self._places.of(row for group in joining for row in group):
-            row.filled = self.prefixes.fill(row, shelf, place)
+            row.filled = row.found = self.prefixes.fill(row, shelf, place)
         self._filling += joining
 
     def _forward(self, work: Work) -> Tensor:

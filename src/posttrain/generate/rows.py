@@ -41,7 +41,8 @@ class Event(NamedTuple):
     """A token of a completion, or its end, or both. `token` is None where it ended without a new one.
 
     `top` are the likeliest tokens (`top_logprobs` of them) under the model's own distribution. `prompt`, where it was asked
-    for, comes with a completion's first event: a score for each token of the prompt but the first.
+    for, comes with a completion's first event: a score for each token of the prompt but the first. `found` tokens of the prompt
+    were known from before, and not computed.
     """
 
     row: int
@@ -51,6 +52,7 @@ class Event(NamedTuple):
     rollout: Rollout | None
     top: Top = ()
     prompt: tuple[TokenScore, ...] | None = None
+    found: int = 0
 
 
 class Row:
@@ -63,8 +65,8 @@ class Row:
         self.number, self.request, self.adapter = number, request, adapter
         # What the weights are known by, for the cache of prompts; None where they may change.
         self.fingerprint = fingerprint
-        # Tokens of the prompt that are in the cache.
-        self.filled = 0
+        # Tokens of the prompt that are in the cache, and that were known from before.
+        self.filled = self.found = 0
         # Whether it keeps its place without getting tokens, because others of its owner do.
         self.resting = False
         self.scores: list[TokenScore] = []

@@ -19,7 +19,7 @@ from posttrain.serve.asks import Ask
 from posttrain.serve.envelope import Refusal
 from posttrain.serve.limits import Limits
 from posttrain.serve.metrics import Metrics
-from posttrain.serve.shapes import FinishReason, Usage
+from posttrain.serve.shapes import FinishReason, PromptTokensDetails, Usage
 from posttrain.serve.store import Served
 
 FINISH: dict[str, FinishReason] = {"end": "stop", "stop id": "stop", "stop string": "stop", "length": "length"}
@@ -93,8 +93,10 @@ class Flow:
         self._metrics, self._began = metrics, time.monotonic()
         self._first_by, self._end_by = self._began + limits.queue_seconds, self._began + limits.request_seconds
         self._answers: list[Answer] = []
-        # Answers that were read to their end, and completions that were not.
-        self._over = self._open = 0
+        # Answers that were read to their end, completions that were not, and those of them that have no token yet.
+        self._over = self._open = self._silent = 0
+        # Tokens of the prompts that were known from before.
+        self._found = 0
         self.choices = [
             Choice(place * ask.n + i, prompt, ask.echoed[place] if ask.echoed else "", ask, chat)
             for place, prompt in enumerate(ask.prompts)
@@ -110,8 +112,8 @@ class Flow:
         except BaseException:
             self.cancel()
             raise
-        self._open = len(self.choices)
-        metrics.rows(self._open)
+        self._open = self._silent = len(self.choices)
+        metrics.rows(served.name, self._open, self._silent)
         metrics.prompt(served.name, sum(map(len, ask.prompts)))
 
     async def events(self) -> AsyncIterator[tuple[Choice, str]]:
@@ -147,26 +149,31 @@ class Flow:
         return event
 
     def _count(self, event: Event, *, first: bool) -> None:
+        name, ends = self.served.name, event.rollout is not None
         if event.token is not None:
-            self._metrics.token(self.served.name, time.monotonic() - self._began, first=first)
-        if event.rollout is not None:
-            self._open -= 1
-            self._metrics.rows(-1)
-            tokens = len(event.rollout.completion_ids)
-            if tokens > 1:
-                self._metrics.pace(self.served.name, (time.monotonic() - self._began) / tokens)
+            self._metrics.token(name, time.monotonic() - self._began, first=first)
+        if first and event.row == 0:  # a prompt counts once
+            self._found += event.found
+            self._metrics.found(name, event.found)
+        self._open, self._silent = self._open - ends, self._silent - first
+        self._metrics.rows(name, -int(ends), -int(first))
+        if event.rollout is not None and len(event.rollout.completion_ids) > 1:
+            self._metrics.pace(name, (time.monotonic() - self._began) / len(event.rollout.completion_ids))
 
     def cancel(self) -> None:
         """End what is left of it."""
-        self._metrics.rows(-self._open)
-        self._open = 0
+        self._metrics.rows(self.served.name, -self._open, -self._silent)
+        self._open = self._silent = 0
         for answer in self._answers[self._over :]:
             answer.cancel()
 
     def usage(self) -> Usage:
         """Tokens so far."""
         prompt, completion = sum(map(len, self.ask.prompts)), sum(choice.count for choice in self.choices)
-        return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+        return Usage(
+            prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=self._found),
+        )  # fmt: skip
 
     def token_text(self, token: int) -> str:
         """What a token says by itself."""

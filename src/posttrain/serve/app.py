@@ -82,20 +82,21 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def generate(body: ChatRequest | CompletionRequest, request: Request) -> Response:
         """An answer, or its stream. Errors before the first token have a status of their own in both."""
         model = service.name_of(body.model)
+        service.metrics.begin(model)
         flow = None
         try:
             flow = await service.open(body, request.scope["posttrain.owner"])
             if not flow.ask.stream:
                 answer = await answer_of(flow)
-                service.metrics.request(model, 200)
                 flow.cancel()
+                service.metrics.end(model, 200)
                 return Response(answer, media_type="application/json")
             chunks = chunks_of(flow)
             first = await anext(chunks)
         except BaseException as error:
             if flow is not None:
                 flow.cancel()
-            service.metrics.request(model, _status(error))
+            service.metrics.end(model, _status(error))
             raise
 
         async def stream() -> AsyncIterator[bytes]:
@@ -106,7 +107,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
                     yield event
             finally:
                 flow.cancel()
-                service.metrics.request(model, status)
+                service.metrics.end(model, status)
 
         return StreamingResponse(stream(), media_type="text/event-stream")
 

@@ -1,9 +1,10 @@
 """What an operator watches, in Prometheus's text format; the only file that imports prometheus_client.
 
 Every application has a registry of its own. A label is the name of a policy that is served, never a client's word, so
-there are as many series as policies; one that is unloaded takes its series along.
+there are as many series as policies; one that is unloaded takes its series along when its last request is over.
 """
 
+import collections
 from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -32,12 +33,28 @@ class Metrics:
             "posttrain_time_per_output_token_seconds", "Time of a completion by its tokens.", label, buckets=_EACH,
             registry=registry,
         )  # fmt: skip
-        self._rows = Gauge("posttrain_completions_open", "Completions that wait or are in flight.", registry=registry)
+        self._found = Counter("posttrain_cached_prompt_tokens", "Tokens of prompts that were known.", label, registry=registry)
+        self._open = Gauge("posttrain_completions_open", "Completions that wait or are in flight.", label, registry=registry)
+        self._silent = Gauge("posttrain_completions_waiting", "Of these, those without a token.", label, registry=registry)
         for name, (about, value) in read.items():
             Gauge(name, about, registry=registry).set_function(value)
+        # Requests that have begun, and policies that are served no longer but have some.
+        self._begun, self._gone = collections.Counter[str](), set[str]()
+
+    def begin(self, model: str) -> None:
+        """A request for a policy has begun."""
+        self._begun[model] += 1
+        self._gone.discard(model)
+
+    def end(self, model: str, status: int) -> None:
+        """One that had begun is over; `status` is what it was answered with, or what a stream ended in."""
+        self.request(model, status)
+        self._begun[model] -= 1
+        if model in self._gone:
+            self.forget(model)
 
     def request(self, model: str, status: int) -> None:
-        """A request is over; `status` is what it was answered with, or what a stream ended in."""
+        """Count a request."""
         self._requests.labels(model, str(status)).inc()
 
     def prompt(self, model: str, tokens: int) -> None:
@@ -54,13 +71,24 @@ class Metrics:
         """Seconds a token of a completion that is done."""
         self._each.labels(model).observe(seconds)
 
-    def rows(self, change: int) -> None:
-        """Completions were submitted, or are over."""
-        self._rows.inc(change)
+    def found(self, model: str, tokens: int) -> None:
+        """Tokens of a prompt were known from before."""
+        self._found.labels(model).inc(tokens)
+
+    def rows(self, model: str, there: int, silent: int) -> None:
+        """Completions were submitted or are over, and have their first token."""
+        self._open.labels(model).inc(there)
+        self._silent.labels(model).inc(silent)
 
     def forget(self, model: str) -> None:
         """A policy is served no longer."""
-        for metric in (self._requests, self._input, self._output, self._first, self._each):
+        if self._begun[model]:
+            self._gone.add(model)
+            return
+        del self._begun[model]
+        self._gone.discard(model)
+        every = self._requests, self._input, self._output, self._first, self._each, self._found, self._open, self._silent
+        for metric in every:
             metric.remove_by_labels({"model": model})
 
     def render(self) -> bytes:

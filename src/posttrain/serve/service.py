@@ -32,7 +32,7 @@ class Service:
         self.places = ROWS[base.device.type] + limits.queue
         self._server: Server | None = None
         self.metrics = Metrics({
-            "posttrain_completions_waiting": ("Completions that have not begun.", lambda: self._of(lambda s: s.waiting)),
+            "posttrain_queue_length": ("Completions that have not begun.", lambda: self._of(lambda s: s.waiting)),
             "posttrain_prefix_tokens_asked": ("Tokens of prompts looked for.", lambda: self._of(lambda s: s.prefixes.asked)),
             "posttrain_prefix_tokens_found": ("Of these, not computed again.", lambda: self._of(lambda s: s.prefixes.hits)),
             "posttrain_prefix_bytes": ("Memory of prompts that are kept.", lambda: self._of(lambda s: s.prefixes.bytes)),

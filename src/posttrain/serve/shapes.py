@@ -1,5 +1,5 @@
-"""What clients get, in the openai package's shapes. Left out: tool calls, audio, refusals and token details, which are never
-there.
+"""What clients get, in the openai package's shapes. Left out: tool calls, audio, refusals and details of tokens other than what
+was known of a prompt, which are never there.
 """
 
 from typing import Literal
@@ -9,12 +9,19 @@ from pydantic import BaseModel
 FinishReason = Literal["stop", "length"]
 
 
+class PromptTokensDetails(BaseModel):
+    """Of the tokens of prompts those that were known from before, and not computed."""
+
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     """Tokens: a prompt of several completions counts once; the token that ends an answer is one of its tokens."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class TopLogprob(BaseModel):
