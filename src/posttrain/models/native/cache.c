@@ -159,7 +159,7 @@ static void attend_one(
     float scale, const bf16 *next, uint32_t *work, bf16 *out
 ) {
     int64_t G = s->groups, D = s->width, padded = UP_WHOLE(D), last = length + 1;
-    int64_t first = s->window && last > s->window ? last - s->window : 0, base = DOWN_WHOLE(first);
+    int64_t first = seen_from(s->window, last), base = DOWN_WHOLE(first);
     struct place own = {
         .s = s, .place = place, .head = head, .base = base, .last = last, .stride = UP_WHOLE(last) - base, .next = next,
     };
@@ -191,8 +191,8 @@ static void attend_one(
 
 /* Where the keys begin that one of the heads of all rows sees. */
 ALWAYS int64_t first_key(const struct cache *s, const int64_t *place_N, const int64_t *length_N, int64_t i) {
-    int64_t n = i / s->kv_heads, last = length_N[n] + 1;
-    return lies(s, place_N[n], i % s->kv_heads, DOWN_WHOLE(s->window && last > s->window ? last - s->window : 0));
+    int64_t n = i / s->kv_heads;
+    return lies(s, place_N[n], i % s->kv_heads, DOWN_WHOLE(seen_from(s->window, length_N[n] + 1)));
 }
 
 /* Returns 0, or 1 where there is no memory. */

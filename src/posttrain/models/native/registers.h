@@ -34,14 +34,14 @@ ALWAYS void open_tiles(struct shape *before) {
     _tile_loadconfig(&own);
 }
 
-/* Lines of memory that are on their way to the second cache. */
-ALWAYS void ask(const bf16 *from, int64_t lines) {
-    for (int64_t i = 0; i < lines; i++) _mm_prefetch(from + i * DEEP, _MM_HINT_T1);
-}
-
 ALWAYS void close_tiles(const struct shape *before) {
     if (before->palette) _tile_loadconfig(before);
     else _tile_release();
+}
+
+/* Lines of memory that are on their way to the second cache. */
+ALWAYS void ask(const bf16 *from, int64_t lines) {
+    for (int64_t i = 0; i < lines; i++) _mm_prefetch(from + i * DEEP, _MM_HINT_T1);
 }
 
 #endif

@@ -4,6 +4,9 @@
 
 #include "pairs.h"
 
+/* The first key that a query sees of `last`, its own behind all others; `window` of them at most, 0: all. */
+ALWAYS int64_t seen_from(int64_t window, int64_t last) { return window && last > window ? last - window : 0; }
+
 /* Scores w / scale of keys [first, last) become weights; those beside them, up to whole vectors, zeros. */
 static void softmax(float *w, int64_t first, int64_t last, float scale) {
     int64_t begin = DOWN(first), end = UP(last);

@@ -42,8 +42,6 @@ struct table {
     int64_t count, most;
 };
 
-static int64_t seen_from(const struct sizes *s, int64_t last) { return s->window && last > s->window ? last - s->window : 0; }
-
 /* Returns 0 where there is no memory. */
 static int cut(struct table *t) {
     int64_t room = 1;
@@ -56,7 +54,7 @@ static int cut(struct table *t) {
         for (int64_t i = span->piece; i < span->next - 1; i++) before += t->pieces[i][1];
         for (int64_t from = 0; from < span->length; from += CHUNK) {
             int64_t to = from + CHUNK < span->length ? from + CHUNK : span->length;
-            struct chunk found = {n, from, to, seen_from(t->s, before + from + 1), before + to};
+            struct chunk found = {n, from, to, seen_from(t->s->window, before + from + 1), before + to};
             t->chunks[t->count++] = found;
             if (UP_WHOLE(found.last) - DOWN_WHOLE(found.first) > t->most)
                 t->most = UP_WHOLE(found.last) - DOWN_WHOLE(found.first);
@@ -139,7 +137,7 @@ static void weigh(
     for (int64_t r = 0; r < rows; r++) memset(w->weights + r * stride, 0, last * sizeof(float));
     add_products((uint32_t *)w->queries, half, 1, rows, half, w->turned_keys, stride, last, w->weights, stride);
     for (int64_t r = 0; r < rows; r++) {
-        int64_t own = c->last - (c->to - from - r / G) + 1, first = seen_from(t->s, own) - base;
+        int64_t own = c->last - (c->to - from - r / G) + 1, first = seen_from(t->s->window, own) - base;
         float *row = w->weights + r * stride;
         memset(row, 0, DOWN(first) * sizeof(float));
         softmax(row, first, own - base, scale);
