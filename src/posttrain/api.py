@@ -1,0 +1,222 @@
+"""The Python interface: run a recipe, open a run, generate text with its policies, compare them.
+
+It calls what the commands call, so numbers and files are the same. Nothing heavy is imported until it is needed: `import
+posttrain` loads no torch, and a run's scores are read without loading a model.
+
+    import posttrain
+
+    run = posttrain.run("recipes/quickstart.toml")
+    run.scores["dpo"]["harmful_refused"].value
+    run.generate(["What is the capital of Peru?"], policy="dpo")[0].text
+    run.compare("sft", "dpo").verdict
+
+Left out: serving, rating and planning, which are commands.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from posttrain.artifacts import read_manifest
+from posttrain.errors import ArtifactError, RecipeError
+from posttrain.evaluate.table import format_table
+from posttrain.pipeline import run_folder, run_recipe
+from posttrain.recipe import load_recipe, parse_recipe, to_toml
+from posttrain.records import ROLES, Message, Rollout
+from posttrain.report.compare import compare as compare_stages
+from posttrain.report.run import EVALUATIONS, read_scorecard
+from posttrain.settings import Recipe
+
+if TYPE_CHECKING:
+    from posttrain.models.target import Target
+
+Conversation = str | Sequence[Mapping[str, str]]
+
+
+class Estimate(NamedTuple):
+    """A mean over `n` items with its 95 % interval, in the unit of its measure (share, nats, tokens)."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    unit: str
+
+
+class Change(NamedTuple):
+    """The paired change of one measure from policy `a` to policy `b` over `n` shared items, with its 95 % interval.
+
+    `verdict` is "better", "worse" or "not shown", in the measure's own direction.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    unit: str
+    verdict: str
+
+
+class Comparison(NamedTuple):
+    """Two policies on the items that both answered. `verdict`: "B dominates A", "A dominates B", "trade-off" or "not shown to
+    differ"; `text` is what `posttrain compare` prints."""
+
+    verdict: str
+    changes: dict[str, Change]
+    text: str
+
+
+class Stage(NamedTuple):
+    """One stage of a run. `manifest` is None until the stage is finished."""
+
+    name: str
+    kind: str
+    init: str
+    folder: Path
+    manifest: dict[str, Any] | None
+
+
+class Run:
+    """A run folder. Its files are read when they are asked for; its base model is loaded by the first `generate`."""
+
+    def __init__(self, folder: Path, recipe: Recipe) -> None:
+        self.folder, self.recipe = folder, recipe
+        self._target: Target | None = None
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r}: {', '.join(s.name for s in self.stages if s.manifest is not None) or 'no stage'})"
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Every stage of the recipe, in its order."""
+        return tuple(
+            Stage(s.name, s.kind, s.init, self.folder / s.name, read_manifest(self.folder / s.name)) for s in self.recipe.stage
+        )
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """What can generate: the base and every finished stage that is a policy."""
+        return ("base", *(s.name for s in self.stages if s.manifest is not None and s.kind != "reward"))
+
+    @property
+    def report(self) -> Path:
+        """The report, an HTML file."""
+        return self.folder / "report.html"
+
+    @property
+    def scorecard(self) -> dict[str, Any]:
+        """The content of scorecard.json. Raises ArtifactError where nothing was evaluated to its end."""
+        return read_scorecard(self.folder)
+
+    @property
+    def scores(self) -> dict[str, dict[str, Estimate]]:
+        """Policy -> measure -> estimate. Raises ArtifactError where nothing was evaluated to its end."""
+        return {
+            stage["name"]: {
+                name: Estimate(m["value"], m["low"], m["high"], m["n"], m["unit"]) for name, m in stage["measures"].items()
+            }
+            for stage in self.scorecard["stages"]
+        }
+
+    def table(self, width: int = 120) -> str:
+        """The scorecard as text of so many columns, as `posttrain run` prints it."""
+        return format_table(self.scorecard, width=width)
+
+    def compare(self, a: str, b: str) -> Comparison:
+        """Policy `b` against policy `a` on the same items. Raises ArtifactError where one was not evaluated."""
+        there = [name for name in self.policies if read_manifest(self.folder / EVALUATIONS / name) is not None]
+        for name in (a, b):
+            if name not in there:
+                raise ArtifactError(f'compare "{name}"', "not evaluated", allowed=f"there is: {', '.join(there)}")
+        found, text = compare_stages(self.folder / a, self.folder / b)
+        changes = {
+            name: Change(
+                row["change"]["value"], row["change"]["low"], row["change"]["high"], row["n"], row["unit"],
+                row["change"]["verdict"],
+            )
+            for name, row in found["measures"].items()
+        }  # fmt: skip
+        return Comparison(found["verdict"], changes, text)
+
+    def generate(
+        self, prompts: Sequence[Conversation], *, policy: str | None = None, max_new_tokens: int = 256,
+        temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, completions: int = 1,
+    ) -> list[Rollout]:  # fmt: skip
+        """`completions` answers to each prompt, in the order of the prompts, in one batch.
+
+        A prompt is a text or a list of messages, `{"role": …, "content": …}`, that ends with the user. `policy` is one of
+        `policies`; None is the last one. Temperature 0 is greedy. Raises RecipeError for a policy that is not there or a prompt
+        that is none, ModelError for a prompt that leaves no room in the context.
+        """
+        from posttrain.generate.engine import SamplingSettings, generate
+
+        names = self.policies
+        policy = names[-1] if policy is None else policy
+        if policy not in names:
+            raise RecipeError("policy", f'"{policy}" is not a finished policy', allowed=f"there is: {', '.join(names)}")
+        if isinstance(prompts, str):
+            raise RecipeError("prompts", "one text", allowed="a list of prompts", do="write [prompt]")
+        asked = [_messages(prompt, number) for number, prompt in enumerate(prompts, 1)]
+        target = self._loaded()
+        adapter = target.policies.activate(policy)
+        ids = [target.base.chat.encode_prompt(messages) for messages in asked]
+        settings = SamplingSettings(max_new_tokens, temperature, top_p, seed)
+        return generate(target.base, ids, settings, adapter, completions=completions)
+
+    def _loaded(self) -> "Target":
+        """Base and policies in memory, loaded once."""
+        from posttrain.models.target import open_target
+
+        if self._target is None:
+            self._target = open_target(str(self.folder))
+        return self._target
+
+
+def run(
+    recipe: str | Path | Mapping[str, Any],
+    *,
+    out: str | Path | None = None,
+    settings: Sequence[str] = (),
+    until: str | None = None,
+) -> Run:
+    """Run or resume a whole recipe, as `posttrain run` does: a file, or its content as a dict.
+
+    `settings` changes single settings of a recipe file as `--set` does, for example `["dpo.beta=0.3"]`. `until` stops after a
+    stage and its evaluation. Raises PosttrainError for whatever the user can mend, Interrupted when a signal
+    asked to stop (state is saved; the same call goes on).
+    """
+    if isinstance(recipe, Mapping):
+        if settings:
+            raise RecipeError("settings", "given beside a recipe that is a dict", do="change the dict")
+        loaded = parse_recipe(dict(recipe))
+    else:
+        loaded = load_recipe(Path(recipe), tuple(settings))
+    folder = run_folder(loaded, None if out is None else Path(out))
+    run_recipe(loaded, to_toml(loaded), folder, until=until)
+    return Run(folder, loaded)
+
+
+def open_run(folder: str | Path) -> Run:
+    """A run that exists. Raises ArtifactError where the folder is no run, RecipeError where its recipe is damaged."""
+    path = Path(folder)
+    if not (path / "recipe.toml").is_file():
+        raise ArtifactError(str(path), "not a run folder", do="give a folder that posttrain.run made")
+    return Run(path, load_recipe(path / "recipe.toml"))
+
+
+def _messages(prompt: Conversation, number: int) -> list[Message]:
+    """A prompt as messages. Raises RecipeError, by number, for what is none."""
+    place = f"prompt {number}"
+    if isinstance(prompt, str):
+        return [Message("user", prompt)]
+    messages = []
+    for message in prompt:
+        role = next((name for name in ROLES if name == message.get("role")), None)
+        content = message.get("content")
+        if role is None or not isinstance(content, str):
+            found = f"a message with role {message.get('role')!r} and content of type {type(content).__name__}"
+            raise RecipeError(place, found, allowed='{"role": "system", "user" or "assistant", "content": text}')
+        messages.append(Message(role, content))
+    if not messages or messages[-1].role != "user":
+        raise RecipeError(place, "does not end with the user", do="add a message of the user")
+    return messages
