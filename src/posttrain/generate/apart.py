@@ -1,8 +1,8 @@
 """Work beside the engine in threads that end with it.
 
 Whatever thread once ran a parallel product keeps OpenMP's workers for as long as it lives. With more of them than processors
-all of them sleep between products, and waking up takes as long as the products of one row: a stream was half as fast
-(docs/log.md). A thread of a pool would live on.
+all of them sleep between products, and waking up takes as long as the products of one row: a stream was half as fast.
+A thread of a pool would live on.
 """
 
 import asyncio

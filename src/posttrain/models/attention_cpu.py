@@ -6,7 +6,7 @@ products over blocks of queries.
 A block of queries sees a range of keys that ends at its own last token, so half of each square is never computed; a
 sliding window also cuts the range at its beginning. The G query heads of a key/value head take turns in the query length, so
 that no key is repeated and a block is one piece of memory in one large product. P of short spans is kept for backward, that of
-long ones made again. Against the fused kernel of torch this takes 0.4 to 0.8 of the time at 64 to 1024 tokens (docs/log.md).
+long ones made again. Against the fused kernel of torch this takes 0.4 to 0.8 of the time at 64 to 1024 tokens.
 
 T: packed tokens, H: query heads, K: key/value heads, G = H / K, D: head width, L: segment length, S: keys seen.
 """

@@ -1,7 +1,7 @@
 """Functions that are chains of small operations: compiled into one kernel on a GPU, run as they stand on a CPU.
 
 On a GPU each operation of a chain reads and writes its whole tensor, and the chain costs what they move; a compiled one moves
-it once, backward included. On a CPU compiling brought nothing (docs/log.md), and the chains there have functions of their own.
+it once, backward included. On a CPU compiling brought nothing, and the chains there have functions of their own.
 
 N: rows, D: width, V: vocabulary.
 """

@@ -4,7 +4,7 @@ Where the processor has matrix tiles (AMX), a product of the library adds up in 
 There training and decoding use our own (`native/tiles.c`), whose sums have one order; elsewhere the library's have one too.
 
 A decoding step reads each weight for a few tokens, and wants it in the order in which the processor's products read it. Ours
-read it as it lies. The library's would turn it at each call, a third of a step's time (docs/log.md), so for them an engine
+read it as it lies. The library's would turn it at each call, a third of a step's time, so for them an engine
 keeps a packed copy, as large as the weights, as long as it lives; but where a server has one or two tokens, whose products are
 compiled ones (`models/compiled.py`).
 
@@ -90,7 +90,7 @@ class EngineProducts:
 
     def logits(self, x_RD: Tensor, head_VD: Tensor) -> Tensor:
         """Logits [R, V], valid until the next ones: where the products are ours they lie in memory that is kept, since fresh
-        memory for so many numbers takes half as long as the product (docs/log.md)."""
+        memory for so many numbers takes half as long as the product."""
         if not tiled(x_RD, head_VD):
             return self(x_RD, head_VD)
         size = len(x_RD) * len(head_VD)

@@ -3,7 +3,8 @@
 A token that pretraining never saw keeps the direction that all unused tokens share: its embedding row lies along their
 mean. In gemma-3-270m's base `<end_of_turn>` has cosine 0.99 with it and `<start_of_turn>` 0.95; `<eos>` has -0.30, and of
 a thousand ordinary tokens none has more than 0.61. Turns built on such tokens are learned, but one answer in eight goes on with
-a neighbour of the end token instead of ending (docs/log.md), so this is a warning that names `train_tokens`, and no refusal;
+a neighbour of the end token instead of ending (docs/experiments.md), so this is a warning that names `train_tokens`, and no
+refusal;
 `unused_probability` measures how much probability leaks into unused tokens while an answer is sampled at temperature 1.
 
 V: vocabulary, D: width, U: unused tokens, N: positions.

@@ -218,7 +218,7 @@ struct ahead {
 
 /* Sums of 32 outputs over the inputs, for one tile or two that stand side by side. Meanwhile what comes next is asked for: what
  * a register is loaded from comes too late otherwise. Six registers are used of eight: at times, it seems while a core's other
- * thread multiplies too, loads between products take twice as long with all of them (docs/log.md). */
+ * thread multiplies too, loads between products take twice as long with all of them. */
 ALWAYS void add_inputs(const bf16 *w, int64_t inputs, const uint32_t *x, const int two, const struct ahead *ahead) {
     int64_t bytes = inputs * sizeof(bf16), each = parts_of(OUT * DEEP, inputs);
     const uint32_t *next = x + inputs / 2 * SIDE;
