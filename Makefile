@@ -23,6 +23,7 @@ dev: $(VENV)/.dev
 
 $(VENV)/.dev: $(VENV)/.setup
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	PYTHON=$(BIN)/python scripts/install-browser
 	touch $@
 
 # Tests compute in one thread each; a file's tests, which share what they prepared, stay in one process.

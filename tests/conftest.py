@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from browsers import chromium
+from browsers import NO_BROWSER, chromium
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -48,3 +48,10 @@ def browser() -> Iterator["Browser"]:
     """Headless Chromium, for tests that bear the marks `browsers.IN_CHROMIUM`."""
     with chromium() as started:
         yield started
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The last lines say which tests were skipped for want of a browser: a green run must not hide them."""
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if NO_BROWSER in str(report.longrepr)]
+    if skipped:
+        terminalreporter.write_line(f"{len(skipped)} browser tests were skipped · {NO_BROWSER}", yellow=True)
