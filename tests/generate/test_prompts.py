@@ -10,10 +10,11 @@ from test_engine import full_logits, ragged_prompts
 
 from posttrain.errors import ModelError
 from posttrain.generate import engine as engine_module
+from posttrain.generate.batch import SMALLEST_SHELF
 from posttrain.generate.engine import Engine, SamplingSettings, generate
 from posttrain.generate.prefix import PrefixCache
 from posttrain.generate.rows import Event, Request, Row
-from posttrain.models.decoding import Shelf
+from posttrain.models.decoding import BLOCK, Shelf
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter, LoraSettings
 from posttrain.records import Rollout
@@ -202,6 +203,43 @@ def test_a_prompt_is_scored_token_by_token(base: BaseModel, pieces: None, new_to
                 assert [token for token, _ in score.top] == ids.tolist()
                 assert [logprob for _, logprob in score.top] == pytest.approx(values.tolist(), abs=1e-5)
             assert (first[number].token is None) == (new_tokens == 0)
+
+
+def scored_alike(base: BaseModel, engine: Engine, prompt: list[int], new_tokens: int) -> None:
+    """The engine scores a prompt as a full forward does, whatever it generates after it."""
+    (number,) = engine.submit(Request(prompt, SamplingSettings(new_tokens), "left", prompt_logprobs=True))
+    events = [event for event in run(engine) if event.row == number]
+    assert events[0].prompt is not None
+    logprobs_TV = torch.log_softmax(full_logits(base, prompt, "left").double(), -1)
+    wanted = logprobs_TV[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+    assert [s.logprob for s in events[0].prompt] == pytest.approx(wanted.tolist(), abs=1e-5)
+    assert events[-1].rollout is not None
+    assert (events[-1].rollout.finish, len(events[-1].rollout.completion_ids)) == ("length", new_tokens)
+
+
+@pytest.mark.parametrize("smallest", [BLOCK, SMALLEST_SHELF["cpu"]])
+def test_prompts_that_fill_a_shelf_to_its_last_token_are_scored(
+    base: BaseModel, smallest: int, monkeypatch: pytest.MonkeyPatch
+):
+    """One token more than a power of two, without generation, needs a shelf of the next size: on a GPU from 65 tokens on, on a
+    CPU from 1,025."""
+    monkeypatch.setitem(SMALLEST_SHELF, "cpu", smallest)
+    engine = Engine(base, serving=True)
+    generator = torch.Generator().manual_seed(5)
+    for length in (64, 65, 128, 129, 1024, 1025):
+        prompt = [1, *torch.randint(7, 263, (length - 1,), generator=generator).tolist()]
+        for new_tokens in (0, 1, 2):
+            scored_alike(base, engine, prompt, new_tokens)
+
+
+def test_prompts_that_fill_a_shelf_are_scored_in_pieces_and_kept(base: BaseModel, pieces: None):
+    """1,025 tokens in pieces of 48; what was scored is found by whoever asks for the same prompt and its continuation."""
+    engine, prompt = Engine(base, serving=True), [1, *(7 + 5 * i % 250 for i in range(1024))]
+    scored_alike(base, engine, prompt, 0)
+    request = Request([*prompt, 50], SamplingSettings(6, 1.0, seed=3), "left")
+    found = answers(engine, [request])
+    assert engine.prefixes.hits == 1024
+    assert found[0].completion_ids == answers(Engine(base), [request])[0].completion_ids
 
 
 def test_the_likeliest_tokens_come_with_each_token(base: BaseModel):

@@ -95,3 +95,18 @@ def test_answers_end_where_the_harness_says(tiny: BaseModel, server: Listening):
     texts = [choice["text"] for choice in sorted(answer["choices"], key=itemgetter("index"))]
     assert texts == [text.split(stop)[0].split("\n\n")[0] for text in alone]
     assert texts[0] == alone[0].split(stop)[0] != alone[0]
+
+
+def test_prompts_of_a_power_of_two_and_one_more_are_scored_without_generation(server: Listening, reference: torch.nn.Module):
+    """`max_tokens: 0` writes nothing, so the whole prompt is all that the cache must hold."""
+    ids = [1, *(7 + 11 * i % 250 for i in range(1024))]
+    prompts = [ids[:length] for length in (64, 65, 128, 129, 1024, 1025)]
+    response = server.post("/v1/completions", asked(prompts, max_tokens=0))
+    assert response.status_code == 200, response.text
+    with torch.no_grad():
+        logprobs_TV = reference(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    wanted = logprobs_TV[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+    for choice, prompt in zip(response.json()["choices"], prompts, strict=True):
+        first, *found = choice["logprobs"]["token_logprobs"]
+        assert first is None
+        assert found == pytest.approx(wanted[: len(prompt) - 1], abs=1e-4)

@@ -85,8 +85,8 @@ class Row:
 
     @property
     def need(self) -> int:
-        """Tokens that the cache must have room for; the last one is never computed."""
-        return len(self.prompt) + self.settings.max_new_tokens - 1
+        """Tokens that the cache must have room for: the prompt, and all new tokens but the last, which is never computed."""
+        return len(self.prompt) + max(0, self.settings.max_new_tokens - 1)
 
     @property
     def length(self) -> int:
