@@ -12,9 +12,12 @@ import pytest
 from listening import BASE, Listening, alone, listening
 
 from posttrain.generate.engine import generate
+from posttrain.generate.rows import Event, TokenScore
 from posttrain.generate.sampling import SamplingSettings
 from posttrain.models.load import BaseModel
 from posttrain.records import Message, Rollout
+from posttrain.serve.answers import Choice
+from posttrain.serve.asks import Ask
 from posttrain.serve.keys import Keys, add_key
 from posttrain.serve.limits import Limits
 
@@ -139,6 +142,90 @@ def test_a_prompt_is_scored_without_a_word_being_written(tiny: BaseModel, client
     for token, place in zip(scores.tokens or [], scores.text_offset or [], strict=True):
         if token != tiny.tokenizer.bos:
             assert text[place : place + len(token)] == token
+
+
+BY_HAND = "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n"
+
+
+def test_a_prompt_that_is_written_with_the_templates_tokens_is_the_conversation(
+    tiny: BaseModel, server: Listening, client: openai.OpenAI
+):
+    """Control tokens that a text spells are these tokens, as in OpenAI's and vLLM's servers."""
+    ids = tiny.chat.encode_prompt([Message("user", "Hi")])
+    found = server.post("/tokenize", {"prompt": BY_HAND}).json()
+    assert (found["tokens"], found["count"]) == (ids, len(ids))
+    answer = client.completions.create(model=BASE, prompt=BY_HAND, temperature=0, max_tokens=9)
+    assert answer.choices[0].text == alone(tiny, "Hi", 9)
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(ids)
+    chat = client.chat.completions.create(
+        model=BASE, messages=[{"role": "user", "content": BY_HAND}], temperature=0, max_tokens=1
+    )
+    assert chat.usage is not None
+    assert chat.usage.prompt_tokens > len(ids) + 30, "what a message spells stays text"
+
+
+def test_marks_of_the_renderer_are_letters_in_a_prompt(tiny: BaseModel, server: Listening):
+    """They stand for control tokens inside of it, and nobody may forge them."""
+    for prompt in ("\ue0001\ue001", "\ue000999\ue001", "a\ue0000\ue001<eos>"):
+        found = server.post("/tokenize", {"prompt": prompt}).json()
+        assert tiny.chat.decode(found["tokens"], special=True) == prompt
+        assert found["tokens"].count(tiny.chat.eos_id) == prompt.count("<eos>")
+
+
+@pytest.mark.parametrize("prompt", [BY_HAND, "plain \u00e9\U0001f642", "a<pad><eos>b"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_of_a_prompt_stand_where_their_text_does(client: openai.OpenAI, prompt: str, stream: bool):
+    asked = {"model": BASE, "prompt": prompt, "max_tokens": 5, "echo": True, "logprobs": 1, "temperature": 0}
+    if stream:
+        chunks = [chunk.choices[0] for chunk in client.completions.create(**asked, stream=True)]
+    else:
+        chunks = [client.completions.create(**asked).choices[0]]
+    text = "".join(chunk.text for chunk in chunks)
+    assert text.startswith(prompt)
+    told = [
+        pair
+        for chunk in chunks
+        if chunk.logprobs
+        for pair in zip(chunk.logprobs.tokens or [], chunk.logprobs.text_offset or [], strict=True)
+    ]
+    for token, place in told:
+        assert text[place : place + len(token)] == token or "\ufffd" in token
+    assert [place for _, place in told] == sorted(place for _, place in told)
+    assert told[-5][1] == len(prompt)
+
+
+def test_a_bos_that_is_put_in_front_of_a_prompt_takes_no_place_in_its_text(tiny: BaseModel):
+    settings, ids = SamplingSettings(0), [tiny.chat.bos_id or 0, *tiny.chat.encode_text("a<eos>b", control=True)]
+    scores = tuple(TokenScore(token, -1.0, ()) for token in ids[1:])
+    places = {}
+    for written, echoed in ((True, "a<eos>b"), (True, "<bos>a<eos>b"), (False, "ab")):
+        choice = Choice(0, ids, echoed, Ask([ids], settings, 1, False, [echoed], True, written=written), tiny.chat)
+        choice.take(Event(0, None, 0.0, 0.0, None, (), scores))
+        places[echoed] = [shown.offset for shown in choice.tell()]
+    assert places == {"a<eos>b": [0, 0, 1, 6], "<bos>a<eos>b": [0, 5, 6, 11], "ab": [0, 0, 1, 1]}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_of_tokens_with_one_text_the_likeliest_is_told(client: openai.OpenAI, stream: bool):
+    """Every byte above 127 is "\ufffd" by itself: twenty likeliest tokens have some ten texts."""
+    asked = {"model": BASE, "prompt": "hello", "max_tokens": 6, "logprobs": 20, "temperature": 0, "echo": True}
+    chunks = list(client.completions.create(**asked, stream=True)) if stream else [client.completions.create(**asked)]
+    told = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]
+    tokens, logprobs, tops = [], [], []
+    for found in told:
+        tokens += found.tokens or []
+        logprobs += found.token_logprobs or []
+        tops += found.top_logprobs or []
+    assert len(tokens) == 11
+    assert tops[0] is None
+    assert any(len(top) < 20 for top in tops[1:]), "no two tokens have one text"
+    for token, logprob, top in zip(tokens[-6:], logprobs[-6:], tops[-6:], strict=True):
+        assert max(top.values()) == pytest.approx(logprob, abs=1e-5)
+        assert top[token] == max(top.values())
+    for token, logprob, top in zip(tokens[1:5], logprobs[1:5], tops[1:5], strict=True):
+        assert top[token] >= logprob - 1e-6, "the token that stands there is among them"
+        assert list(top.values())[: len(top) - 1] == sorted(list(top.values())[: len(top) - 1], reverse=True)
 
 
 def test_async_clients_at_once(tiny: BaseModel, server: Listening):

@@ -278,5 +278,5 @@ def test_the_server_renders_as_training_does(template: str, count: int):
                 assert client.post("/tokenize", json=body).json()["tokens"] == whole.ids
                 text = {"prompt": turns[-1].content}
                 ids = client.post("/tokenize", json=text).json()["tokens"]
-                assert ids == trained.encode_text(turns[-1].content)
+                assert ids == trained.encode_text(turns[-1].content, control=True)
                 assert client.post("/detokenize", json={"tokens": ids}).json()["prompt"] == trained.decode(ids, special=True)

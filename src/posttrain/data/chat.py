@@ -159,9 +159,13 @@ class ChatFormat:
             found.append(self._split_end(self._ids(turn, first=not ids))[0])
         return ids, found
 
-    def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text with the model's BOS and no template, as the base saw it in pretraining."""
-        return self._ids(self._control.sub(self._stand_in, text), first=True)
+    def encode_text(self, text: str, *, control: bool = False) -> list[int]:
+        """Ids of plain text with the model's BOS and no template, as the base saw it in pretraining.
+
+        With `control` the text may spell control tokens, as a conversation that is written by hand does.
+        """
+        guarded = re.compile(_OPEN) if control else self._control
+        return self._ids(guarded.sub(self._stand_in, text), first=True)
 
     def encode_document(self, text: str) -> list[int]:
         """`encode_text`; a model without BOS gets the token that ends texts in front: the first token is predicted too."""

@@ -6,6 +6,7 @@ their order. The token that ends an answer is counted and not shown; without a t
 """
 
 import asyncio
+import functools
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -42,7 +43,7 @@ class Choice:
         self.index, self.text, self.count = index, echoed, 0
         self.finish: FinishReason | None = None
         self.told: list[Shown] = []
-        self._prompt, self._echo, self._ask, self._chat = prompt, ask.echoed is not None, ask, chat
+        self._prompt, self._echoed, self._ask, self._chat = prompt, echoed, ask, chat
         settings = ask.settings
         self._pieces = TextStream(chat.decode, settings.stop, after=settings.min_new_tokens)
         self._places = TextStream(chat.decode)
@@ -51,10 +52,8 @@ class Choice:
     def take(self, event: Event) -> str:
         """The text that an event adds."""
         piece, rollout = "", event.rollout
-        if event.prompt is not None and self._echo:
-            self._show(TokenScore(self._prompt[0], 0.0, ()), known=False)
-            for score in event.prompt:
-                self._show(score)
+        if event.prompt is not None and self._ask.echoed is not None:
+            self._show_prompt(event.prompt)
         if event.token is not None:
             self.count += 1
             ends = rollout is not None and rollout.ended
@@ -68,6 +67,17 @@ class Choice:
             self.finish = FINISH.get(rollout.finish)
         self.text += piece
         return piece
+
+    def _show_prompt(self, scores: Sequence[TokenScore]) -> None:
+        """Control tokens are part of a prompt that was written, but for the BOS that was put in front of it."""
+        answer, first = self._places, TokenScore(self._prompt[0], 0.0, ())
+        self._places = TextStream(functools.partial(self._chat.decode, special=self._ask.written))
+        self._show(first, known=False)
+        if first.token == self._chat.bos_id and not self._echoed.startswith(self._chat.decode([first.token], special=True)):
+            self._offset = 0
+        for score in scores:
+            self._show(score)
+        self._places, self._offset = answer, len(self._echoed)
 
     def _show(self, score: TokenScore, *, known: bool = True) -> None:
         self.told.append(Shown(score, known, self._offset))

@@ -20,7 +20,8 @@ COMPLETION_TOKENS = 16
 
 
 class Ask(NamedTuple):
-    """Prompts of one request as token ids, how each is answered and how often. `echoed` stands before each answer."""
+    """Prompts of one request as token ids, how each is answered and how often. `echoed` stands before each answer; it is what
+    the client wrote where the prompts were `written` as text."""
 
     prompts: list[list[int]]
     settings: SamplingSettings
@@ -30,6 +31,7 @@ class Ask(NamedTuple):
     scored: bool = False
     stream: bool = False
     usage: bool = False
+    written: bool = False
 
 
 async def chat_ask(body: ChatRequest, base: BaseModel, limits: Limits) -> Ask:
@@ -55,7 +57,7 @@ async def completion_ask(body: CompletionRequest, base: BaseModel, limits: Limit
     vocabulary, ids = base.vocabulary, []
     for prompt in prompts:
         if isinstance(prompt, str):
-            ids.append(await asyncio.to_thread(base.chat.encode_text, prompt))
+            ids.append(await asyncio.to_thread(base.chat.encode_text, prompt, control=True))
         elif max(prompt) >= vocabulary:
             raise Refusal(400, "prompt", f"token id {max(prompt)}", allowed=f"0 to {vocabulary - 1}", param="prompt")
         else:
@@ -70,11 +72,13 @@ async def completion_ask(body: CompletionRequest, base: BaseModel, limits: Limit
     if body.echo:
         texts = zip(prompts, ids, strict=True)
         echoed = [p if isinstance(p, str) else await asyncio.to_thread(base.chat.decode, i) for p, i in texts]
-    return Ask(ids, settings, n, False, echoed, scored, bool(body.stream), _usage(body))
+    written = isinstance(prompts[0], str)
+    return Ask(ids, settings, n, False, echoed, scored, bool(body.stream), _usage(body), written)
 
 
 async def tokenize(body: TokenizeRequest, base: BaseModel, limits: Limits) -> list[int]:
-    """Ids of a text or of a conversation; without `add_generation_prompt` those that training gives the whole of it.
+    """Ids of a text as /v1/completions reads it, or of a conversation; without `add_generation_prompt` those that training
+    gives the whole of it.
 
     Raises Refusal unless there is one of both.
     """
@@ -84,7 +88,7 @@ async def tokenize(body: TokenizeRequest, base: BaseModel, limits: Limits) -> li
         return await _render(body.messages, base, limits, prompt=body.add_generation_prompt is not False)
     assert body.prompt is not None
     limits.check_text("prompt", len(body.prompt))
-    return await asyncio.to_thread(base.chat.encode_text, body.prompt)
+    return await asyncio.to_thread(base.chat.encode_text, body.prompt, control=True)
 
 
 async def _render(turns: list[ChatMessage], base: BaseModel, limits: Limits, *, prompt: bool = True) -> list[int]:

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from pydantic import BaseModel
 
+from posttrain.generate.rows import TokenScore
 from posttrain.serve.answers import Choice, Flow, Shown
 from posttrain.serve.envelope import encode, refusal
 from posttrain.serve.shapes import (
@@ -183,13 +184,18 @@ def _chat_logprobs(flow: Flow, told: Sequence[Shown]) -> ChatLogprobs | None:
     return ChatLogprobs(content=content, refusal=None)
 
 
+def _by_text(flow: Flow, score: TokenScore) -> dict[str, float]:
+    """The likeliest tokens, and the one that stands there; of several with one text (parts of characters) the likeliest."""
+    found: dict[str, float] = {}
+    for token, logprob in (*score.top, (score.token, score.logprob)):
+        found.setdefault(flow.token_text(token), _number(logprob))
+    return found
+
+
 def _completion_logprobs(flow: Flow, told: Sequence[Shown]) -> CompletionLogprobs:
     return CompletionLogprobs(
         tokens=[flow.token_text(shown.score.token) for shown in told],
         token_logprobs=[_number(shown.score.logprob) if shown.known else None for shown in told],
-        top_logprobs=[
-            {flow.token_text(token): _number(logprob) for token, logprob in shown.score.top} if shown.known else None
-            for shown in told
-        ],
+        top_logprobs=[_by_text(flow, shown.score) if shown.known else None for shown in told],
         text_offset=[shown.offset for shown in told],
     )
