@@ -23,7 +23,7 @@ from posttrain.errors import PosttrainError
 from posttrain.serve.asks import tokenize
 from posttrain.serve.envelope import Refusal, encode, refusal
 from posttrain.serve.events import LEFT, answer_of, chunks_of, server_sent
-from posttrain.serve.gate import Gate
+from posttrain.serve.gate import OWNER, Gate
 from posttrain.serve.keys import Keys
 from posttrain.serve.metrics import CONTENT_TYPE, UNKNOWN
 from posttrain.serve.protocol import (
@@ -85,7 +85,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         service.metrics.begin(model)
         flow = None
         try:
-            flow = await service.open(body, request.scope["posttrain.owner"])
+            flow = await service.open(body, request.scope[OWNER])
             if not flow.ask.stream:
                 answer = await answer_of(flow)
                 flow.cancel()

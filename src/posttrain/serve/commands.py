@@ -47,6 +47,7 @@ def _add_limits(serve: argparse.ArgumentParser) -> None:
         ("default-tokens", 512, size, "new tokens of a chat answer where none are named"),
         ("completions", 16, size, "most completions of one request, over its prompts"),
         ("queue", 256, size, "requests that may wait; more get 429"),
+        ("header-seconds", 10.0, time, "the headers of a request must be sent within this time"),
         ("body-seconds", 30.0, time, "a request must be sent within this time"),
         ("queue-seconds", 60.0, time, "an answer must begin within this time"),
         ("request-seconds", 600.0, time, "an answer must end within this time"),
@@ -80,6 +81,7 @@ def serve(options: argparse.Namespace) -> int:
     limits = Limits(
         options.body_bytes, options.prompt_chars, options.max_tokens, options.default_tokens, options.completions,
         options.queue, options.body_seconds, options.queue_seconds, options.request_seconds, options.shutdown_timeout,
+        options.header_seconds,
     )  # fmt: skip
     service = apart(
         open_service, options.target, adapters=options.adapter, folder=options.adapters_dir, name=options.name,

@@ -35,8 +35,10 @@ ADMIN_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 COUNTED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 # Routes that answer while the server goes down.
 WATCHING_PATHS = frozenset({"/health", "/ready", "/metrics"})
-# Of a body that is too long anyway, as much is read as lets a client see the answer rather than a reset connection.
-SPARE_BODIES = 8
+# Of a body that is refused, as much is read, for so long, as lets a client see the answer rather than a reset connection.
+SPARE_BODIES, SPARE_SECONDS = 8, 5.0
+# What the gate notes of a request: whose it is, once it may come in, and that it holds a place.
+OWNER, HOLDS = "posttrain.owner", "posttrain.holds"
 # Beyond the limit of a request's time: what a client that reads nothing may still hold on to.
 LAST_SECONDS = 30.0
 HEADERS = {
@@ -75,19 +77,26 @@ class Gate:
         send = _with_headers(send)
         counted = scope["method"] == "POST"
         try:
-            scope["posttrain.owner"] = self._admit(scope["path"], headers, counted)
+            owner = self._admit(scope["path"], headers, counted)
+            if scope["path"] not in OPEN_PATHS:
+                scope[OWNER] = owner
         except Refusal as problem:
-            await self._discard(receive)
+            await self._discard(headers, receive)
             await self._turn_away(scope, send, problem)
             return
-        self.inside += counted
+        if not counted:  # no route reads a body then
+            await self._run(scope, b"", receive, send)
+            return
+        self.inside += 1
+        scope[HOLDS] = True
         try:
             body = await self._read(headers, receive)
             await self._run(scope, body, receive, send)
         except Refusal as problem:
             await self._turn_away(scope, send, problem)
         finally:
-            self.inside -= counted
+            self.inside -= 1
+            del scope[HOLDS]
 
     async def _turn_away(self, scope: Scope, send: Send, problem: Refusal) -> None:
         if scope["path"] in COUNTED_PATHS:
@@ -141,15 +150,17 @@ class Gate:
         except TimeoutError:
             raise Refusal(408, "body", f"not there after {seconds:g} seconds", do="send it faster", code="timeout") from None
         if too_long:
-            await self._discard(receive)
+            await self._discard(headers, receive)
             raise Refusal(413, "body", f"more than {most} bytes", allowed=f"at most {most}", code="body_too_large")
         return bytes(body)
 
-    async def _discard(self, receive: Receive) -> None:
-        """Read on for a while, to be heard when the answer is sent."""
+    async def _discard(self, headers: dict[bytes, bytes], receive: Receive) -> None:
+        """Read on for a while, to be heard when the answer is sent. A client that asks first has sent no body yet."""
+        if b"expect" in headers:
+            return
         left = SPARE_BODIES * self._limits.body_bytes
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._limits.body_seconds):
+            async with asyncio.timeout(min(SPARE_SECONDS, self._limits.body_seconds)):
                 while left > 0:
                     message = await receive()
                     left -= len(message.get("body", b""))

@@ -21,6 +21,7 @@ class Limits(NamedTuple):
     queue_seconds: float = 60.0
     request_seconds: float = 600.0
     shutdown_seconds: float = 30.0
+    header_seconds: float = 10.0
 
     def check_completions(self, prompts: int, n: int) -> None:
         """Raise Refusal where one request asks for too many."""

@@ -1,4 +1,4 @@
-"""From a target on disk to a listening server and, on SIGTERM, back; the only file that imports uvicorn.
+"""From a target on disk to a listening server and, on SIGTERM, back.
 
 On the first SIGTERM or Ctrl-C /ready and new requests get 503, requests in flight have `shutdown_seconds` to finish, and
 what is left then ends with an error of its own. A second signal does not wait. The exit code is 0.
@@ -22,6 +22,7 @@ from posttrain.errors import RecipeError
 from posttrain.models.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FULL_WEIGHTS
 from posttrain.models.target import Target, open_target
 from posttrain.serve.app import build_app
+from posttrain.serve.connections import ACCEPTED_AT_ONCE, Connections, connection_limit, quiet
 from posttrain.serve.gate import Gate
 from posttrain.serve.keys import Keys
 from posttrain.serve.limits import Limits
@@ -35,6 +36,8 @@ KEEP_ALIVE_SECONDS = 75
 SWITCH_SECONDS = 0.0005
 # What clients have to read the last events.
 LAST_SECONDS = 5
+# Connections that may wait to be taken.
+BACKLOG = 2048
 
 
 def open_service(
@@ -158,20 +161,25 @@ async def listen(
     gate: Gate, service: Service, listener: socket.socket, asked: asyncio.Semaphore, started: Callable[[str], None]
 ) -> None:
     """Take requests from a bound socket until `asked` is released; a second time, and nothing is waited for."""
+    connections = Connections(most=connection_limit(), header_seconds=service.limits.header_seconds)
     config = uvicorn.Config(
-        gate, log_config=None, access_log=False, server_header=False, proxy_headers=False, ws="none", http="h11",
-        lifespan="on", timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=LAST_SECONDS, backlog=2048,
+        gate, log_config=None, access_log=False, server_header=False, proxy_headers=False, ws="none",
+        http=connections.protocol, lifespan="on", timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=LAST_SECONDS, backlog=ACCEPTED_AT_ONCE,
     )  # fmt: skip
     server = uvicorn.Server(config)
     work = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started and not work.done():
         await asyncio.sleep(0.01)
     if server.started:
+        listener.listen(BACKLOG)  # asyncio takes as many in one turn of its loop as it lets wait
         address, port = listener.getsockname()[:2]
         started(f"http://{f'[{address}]' if ':' in address else address}:{port}")
-    ending = asyncio.create_task(_drain(server, gate, service, asked))
-    await work
-    ending.cancel()
+    beside = asyncio.create_task(_drain(server, gate, service, asked)), asyncio.create_task(connections.watch())
+    with quiet():
+        await work
+    for task in beside:
+        task.cancel()
 
 
 async def _drain(server: uvicorn.Server, gate: Gate, service: Service, asked: asyncio.Semaphore) -> None:
