@@ -17,6 +17,7 @@ from typing import Any
 from posttrain import __version__
 from posttrain.arguments import number, whole
 from posttrain.artifacts import disk_error, is_disk_error
+from posttrain.constitution import commands as constitution
 from posttrain.errors import Interrupted, PosttrainError, RecipeError
 from posttrain.serve import commands
 
@@ -66,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_reading(verbs)
     _add_models(verbs)
     _add_data(verbs)
+    _add_constitution(verbs)
     _add_serving(verbs)
     return parser
 
@@ -191,6 +193,13 @@ def _add_data(verbs: Any) -> None:
     check.add_argument("--model", default="random:tiny", help="tokenizer to use without a recipe")
     check.add_argument("--template", default="auto", help="chat template to use without a recipe")
     check.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_constitution(verbs: Any) -> None:
+    about = "validate a constitution and print the exact prompts it makes"
+    parser = verbs.add_parser("constitution", help="principles and their prompts", epilog=f"example: {constitution.EXAMPLE}")
+    kinds = parser.add_subparsers(required=True, metavar="VERB", help="what to do with them")
+    constitution.add_options(_verb(kinds, "check", constitution.check, about, constitution.EXAMPLE))
 
 
 def _add_serving(verbs: Any) -> None:

@@ -1,0 +1,1 @@
+"""Principles, the prompts that they make, critique and revision, contrast and labels."""

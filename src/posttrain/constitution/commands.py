@@ -1,0 +1,32 @@
+"""`posttrain constitution`: its options and what it runs. Nothing heavy is imported before a command needs it."""
+
+import argparse
+import json
+from typing import Any
+
+EXAMPLE = "posttrain constitution check starter"
+
+
+def add_options(verb: argparse.ArgumentParser) -> None:
+    """Options of `posttrain constitution check`."""
+    verb.add_argument("name", metavar="NAME_OR_FILE", help="a constitution that ships with posttrain, or a file (.toml)")
+    verb.add_argument("--prompt", help="a prompt to show in the prompts")
+    verb.add_argument("--answer", help="an answer to show in the prompts")
+    verb.add_argument("--model", help="render the prompts by this model's chat template")
+    verb.add_argument("--template", default="auto", help="chat template of a model without one")
+    verb.add_argument("--json", action="store_true", help="print JSON")
+
+
+def check(options: argparse.Namespace) -> int:
+    """Print a constitution and the exact prompts that it makes. Raises RecipeError for a file that is none."""
+    from posttrain.constitution.check import ANSWER, PROMPT, describe
+    from posttrain.constitution.principles import load_constitution
+    from posttrain.models.load import load_chat
+    from posttrain.models.source import locate_base
+
+    constitution = load_constitution(options.name)
+    chat = None if options.model is None else load_chat(locate_base(options.model), options.template)
+    found: dict[str, Any]
+    found, text = describe(constitution, prompt=options.prompt or PROMPT, answer=options.answer or ANSWER, chat=chat)
+    print(json.dumps(found, indent=2, ensure_ascii=False) if options.json else text)
+    return 0

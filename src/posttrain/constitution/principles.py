@@ -1,0 +1,210 @@
+"""Constitutions: files of principles, each with the three requests that it makes of a model.
+
+    critique     asks for a fault in an answer                    (stage `critique`)
+    revision     asks for a better answer                         (stage `critique`)
+    comparison   asks which of two answers is better              (stage `label`, judges)
+
+A principle may lack any of the three; a stage that needs one names the principles that lack it. Source of the form: Bai et al.
+2022, arXiv 2212.08073, sections 3 and 4. Left out: principles that depend on each other.
+"""
+
+import re
+import tomllib
+from collections import Counter
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from posttrain.artifacts import fingerprint
+from posttrain.errors import RecipeError
+
+BUILT_IN = {path.stem: path for path in sorted((Path(__file__).parents[1] / "constitutions").glob("*.toml"))}
+MAX_BYTES = 2**20
+_Id = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
+_Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=20_000)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Example(_Table):
+    """One worked example of a critique and, where the critique found something, of a revision."""
+
+    prompt: _Text
+    answer: _Text
+    critique: _Text
+    revision: _Text | None = None
+
+
+class Principle(_Table):
+    """One rule and its requests. `weight` is its share of the draws and of the votes, relative to the others."""
+
+    id: _Id
+    title: _Text
+    critique: _Text | None = None
+    revision: _Text | None = None
+    comparison: _Text | None = None
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    tags: tuple[_Id, ...] = ()
+    example: tuple[Example, ...] = ()
+
+
+class Constitution(_Table):
+    """A named, versioned list of principles."""
+
+    name: _Id
+    version: _Text
+    principle: tuple[Principle, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any text, weight or tag."""
+        return fingerprint(self.model_dump(mode="json"))
+
+    def having(self, request: str, where: str) -> tuple[Principle, ...]:
+        """All principles, each of which has `request`: "critique", "revision" or "comparison".
+
+        Raises RecipeError that names the principles which lack it.
+        """
+        lacking = [p.id for p in self.principle if p.model_dump()[request] is None]
+        if lacking:
+            raise RecipeError(
+                where, f'principle "{lacking[0]}" has no {request}{_more(lacking)}',
+                allowed=f"a {request} for each of {len(self.principle)} principles", do="add it, or remove the principle",
+            )  # fmt: skip
+        return self.principle
+
+
+def load_constitution(name: str) -> Constitution:
+    """A constitution that ships with the package, by its name, or a file (.toml).
+
+    Raises RecipeError for a name or file that is not there, and for a file that is no constitution.
+    """
+    path = BUILT_IN.get(name, Path(name))
+    where = f"constitution {path.name}"
+    if not path.is_file():
+        raise RecipeError(
+            f'constitution "{name}"', "there is no such file", allowed=f"there is: {', '.join(BUILT_IN)}",
+            do="or give the path of a constitution (.toml)",
+        )  # fmt: skip
+    raw = _read(path, where)
+    try:
+        made = Constitution.model_validate(_tuples(raw))
+    except ValidationError as error:
+        raise _explain(error, raw, where) from None
+    if not made.principle:
+        raise RecipeError(where, "no principle", do="add a [[principle]] table")
+    twice = [name for name, count in Counter(p.id for p in made.principle).items() if count > 1]
+    if twice:
+        raise RecipeError(where, f'a second principle with id "{twice[0]}"', do="give each an id of its own")
+    return made
+
+
+def _read(path: Path, where: str) -> dict[str, Any]:
+    try:
+        data = path.read_bytes()
+        if len(data) > MAX_BYTES:
+            raise RecipeError(where, f"{len(data)} bytes", allowed=f"at most {MAX_BYTES}")
+        return tomllib.loads(data.decode("utf-8-sig"))
+    except OSError as error:
+        raise RecipeError(where, f"cannot be read ({error.strerror or error})", do="make it readable") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(where, f"not UTF-8 text (byte {error.start})", do="save the file as UTF-8") from None
+    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
+        raise RecipeError(where, f"not TOML: {str(error)[:200]}", do="correct that line") from None
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(part) for key, part in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _explain(error: ValidationError, raw: dict[str, Any], where: str) -> RecipeError:
+    """Pydantic's first complaint: where, what was found, what is allowed, what to do."""
+    first = error.errors(include_url=False)[0]
+    loc = first["loc"]
+    table: type[_Table] = Constitution
+    place = where
+    if len(loc) > 1 and loc[0] == "principle" and isinstance(loc[1], int):
+        value = raw["principle"][loc[1]]
+        place = f"{where} · principle {value.get('id', loc[1] + 1) if isinstance(value, dict) else loc[1] + 1}"
+        table = Principle
+        if len(loc) > 3 and loc[2] == "example" and isinstance(loc[3], int):
+            place, table = f"{place} · example {loc[3] + 1}", Example
+    field = str(next((part for part in reversed(loc) if isinstance(part, str)), ""))
+    if first["type"] == "extra_forbidden":
+        return RecipeError(place, f'unknown setting "{field}"', allowed=f"there is: {', '.join(table.model_fields)}")
+    if first["type"] == "missing":
+        return RecipeError(place, f'"{field}" is missing', do="add it")
+    shown = str(first["input"])
+    return RecipeError(place, f"{field} = {shown[:80]!r}", allowed=first["msg"][:1].lower() + first["msg"][1:])
+
+
+# --- warnings ---------------------------------------------------------------------------------------------------------
+
+# Pairs of words that ask for opposite things. Two principles that share most of their other words and differ in one of these
+# pairs are shown to the user: a heuristic, which finds neither paraphrases nor conflicts that only show on some prompts.
+_OPPOSITES = tuple(
+    frozenset(pair.split("/"))
+    for pair in (
+        "always/never", "more/less", "more/fewer", "longer/shorter", "long/short", "refuse/answer", "refuses/answers",
+        "refuse/help", "formal/informal", "polite/blunt", "polite/rude", "simple/technical", "many/few",
+        "include/exclude", "add/remove",
+        "with/without", "detailed/brief", "friendlier/stricter", "cautious/bold", "certain/uncertain",
+    )
+)  # fmt: skip
+_SMALL_WORDS = frozenset(
+    """a an and any are as at be by does for from has have in into is it its of on or out that the their them they this to was
+    which who with would answer answers person people point rewrite so where""".split()  # noqa: SIM905 - readable as text
+)
+_DUPLICATE, _OPPOSED = 0.8, 0.5
+
+
+def warnings(constitution: Constitution) -> list[str]:
+    """Pairs of principles that say nearly the same, or seem to ask for opposite things."""
+    found = []
+    for a, b in combinations(constitution.principle, 2):
+        for request in ("critique", "revision", "comparison"):
+            texts = a.model_dump()[request], b.model_dump()[request]
+            if None in texts:
+                continue
+            problem = _relation(_words(texts[0]), _words(texts[1]))
+            if problem:
+                found.append(f"{a.id} and {b.id}: their {request} requests {problem}")
+                break
+    return found
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"[a-z']+", text.lower()))
+
+
+def _relation(a: frozenset[str], b: frozenset[str]) -> str:
+    opposed = sorted("/".join(sorted(pair)) for pair in _OPPOSITES if _divides(pair, a, b))
+    negated = bool({"not", "never", "no"} & a) != bool({"not", "never", "no"} & b)
+    rest = [words - _SMALL_WORDS - {"not", "never", "no"} - frozenset().union(*_OPPOSITES) for words in (a, b)]
+    shared = _overlap(*rest)
+    if opposed and shared >= _OPPOSED:
+        return f"seem to ask for opposite things ({opposed[0]})"
+    if negated and shared >= _DUPLICATE:
+        return "seem to ask for opposite things (one says not)"
+    return "are nearly the same" if _overlap(a - _SMALL_WORDS, b - _SMALL_WORDS) >= _DUPLICATE else ""
+
+
+def _divides(pair: frozenset[str], a: frozenset[str], b: frozenset[str]) -> bool:
+    """Whether one text has one word of a pair alone and the other text the other word."""
+    return len(pair & a) == len(pair & b) == 1 and pair & a != pair & b
+
+
+def _overlap(a: frozenset[str], b: frozenset[str]) -> float:
+    """Jaccard's index; two texts without a word of their own share all of them."""
+    return len(a & b) / len(a | b) if a | b else 1.0
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
