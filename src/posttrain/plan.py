@@ -91,7 +91,9 @@ def make_plan(recipe: Recipe, run: Path, *, until: str | None = None) -> Plan:
 
 def _base_identity(recipe: Recipe, source: BaseModelFolder) -> list[str]:
     base = recipe.base
-    return [source.weights_hash, source.tokenizer_hash, base.template, TEMPLATES.get(base.template, ""), base.dtype]
+    own = source.folder / "chat_template.jinja"  # beside the files that the tokenizer's hash covers
+    template = own.read_text(encoding="utf-8") if base.template == "auto" and own.exists() else TEMPLATES.get(base.template, "")
+    return [source.weights_hash, source.tokenizer_hash, base.template, template, base.dtype]
 
 
 def _training_step(recipe: Recipe, run: Path, stage: Stage, known: dict[str, str], prompts: frozenset[str]) -> Step:

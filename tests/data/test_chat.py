@@ -20,16 +20,11 @@ SYSTEM, ASK, SAY = Message("system", "Be kind."), Message("user", "Hello there")
 AGAIN, BYE = Message("user", "And now?"), Message("assistant", "Goodbye")
 # A template as models bring along: the assistant's header is part of its turn, nothing is written for generation.
 HEADER_INSIDE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-# Some templates drop the reasoning of earlier turns.
-REWRITES = (
-    "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' and not loop.last %}…{% else %}{{ m.content }}{% endif %}"
-    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-)
 OWN = {
     "header inside": HEADER_INSIDE,
     "eos ends turns": (
-        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-        "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
+        "{% elif m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}<<SYS>>{{ m.content }}<</SYS>>{% endif %}{% endfor %}"
     ),
     "generation tag": (
         "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m.role }}\n{% if m.role == 'assistant' %}"
@@ -78,7 +73,7 @@ EXPECTED = {
         "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHello there<|im_end|>\n⟦<|im_start|>assistant\n"
         "Good day<|im_end|>⟧\n<|im_start|>user\nAnd now?<|im_end|>\n⟦<|im_start|>assistant\nGoodbye<|im_end|>⟧"
     ),
-    "eos ends turns": "<bos>[INST] Hello there [/INST]⟦ Good day<eos>⟧[INST] And now? [/INST]⟦ Goodbye<eos>⟧",
+    "eos ends turns": "<bos><<SYS>>Be kind.<</SYS>>[INST] Hello there [/INST]⟦ Good day<eos>⟧[INST] And now? [/INST]⟦ Goodbye<eos>⟧",
     "generation tag": (
         "<bos><start_of_turn>system\nBe kind.<end_of_turn>\n<start_of_turn>user\nHello there<end_of_turn>\n"
         "<start_of_turn>assistant\n⟦Good day<end_of_turn>⟧\n<start_of_turn>user\nAnd now?<end_of_turn>\n"
@@ -138,8 +133,7 @@ def test_a_control_token_spelled_in_a_message_is_text(
     after = [m if m.role != role else Message(role, SPELLED) for m in (SYSTEM, ASK, SAY)]
     counted = [[i for i in chat.encode(m).ids if i in control] for m in (before, after)]
     assert counted[0] == counted[1]  # the same control tokens, in the same order
-    if role != "system" or name != "eos ends turns":  # which leaves system messages out
-        assert SPELLED in chat.decode(chat.encode(after).ids, special=True)
+    assert SPELLED in chat.decode(chat.encode(after).ids, special=True)
 
 
 def test_the_marks_that_stand_for_control_tokens_cannot_be_forged(formats: dict[str, ChatFormat]):
@@ -239,15 +233,6 @@ def test_smollm2s_own_template_agrees_with_transformers(tmp_path: Path):
 
 
 # --- what does not fit is refused -------------------------------------------------------------------------------------
-
-
-def test_a_template_that_rewrites_earlier_turns_is_refused(make_tokenizer: Callable[..., HuggingFaceTokenizer]):
-    chat = ChatFormat(make_tokenizer(REWRITES))
-    assert chat.encode([ASK, SAY]).trained[-1]
-    with pytest.raises(DataError, match="turn 4 rewrites an earlier turn · use another template"):
-        chat.encode([ASK, SAY, AGAIN, BYE])
-    with pytest.raises(DataError, match="rewrites an earlier turn"):
-        chat.encode_prompt([ASK, SAY, AGAIN])
 
 
 def test_a_template_whose_tokens_the_vocabulary_lacks_is_refused(tiny_tokenizer: HuggingFaceTokenizer):

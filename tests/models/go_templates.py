@@ -1,6 +1,7 @@
 """What Ollama makes of a Modelfile, as far as ours go: its instructions, and Go templates of a few constructs."""
 
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ class Node(NamedTuple):
 
 
 def render(template: str, messages: Sequence[Message]) -> str:
-    """The template with `.Messages`: text, range, if, else if, else, eq, variables, fields and quoted texts."""
+    """The template with `.Messages`: text, range, if, else if, else, eq, printf, variables, fields and quoted texts."""
     nodes, end = _parse(iter(_ACTION.split(template)), text=True)
     assert end == "", f"{end} without a beginning"
     variables: dict[str, str] = {}
@@ -83,6 +84,9 @@ def _value(expression: str, dot: Message | None, variables: dict[str, str]) -> s
     if expression.startswith("eq "):
         _, left, right = re.fullmatch(r"(eq) (\S+) (\S+)", expression).groups()  # type: ignore[union-attr]
         return "true" if _value(left, dot, variables) == _value(right, dot, variables) else ""
+    if expression.startswith("printf "):
+        form, *given = shlex.split(expression)[1:]
+        return form.replace("\\n", "\n") % tuple(_value(one, dot, variables) for one in given)
     if expression.startswith('"'):
         return expression[1:-1]
     if expression.startswith("$"):

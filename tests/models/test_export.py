@@ -119,13 +119,17 @@ def test_the_modelfile_renders_as_we_do_and_stops_where_we_do(tiny: BaseModel, s
 
 
 def conversations() -> list[list[Message]]:
-    """One question, several turns, and several turns under a system message; Ollama joins neighbours of one role."""
+    """One question, several turns, and several turns under system messages wherever they stand."""
     turns: list[tuple[Role, str]] = [
         ("user", "Hello <b>there</b>"), ("assistant", "Good day.\n\nHow are you?"), ("user", "{{ .Role }} \"\"\" 'x' 日本 🙂"),
         ("assistant", "Fine"), ("user", "And now?"),
     ]  # fmt: skip
     talk = [Message(role, text) for role, text in turns]
-    return [talk[:1], talk[:3], talk, [Message("system", "Be brief."), *talk], [Message("system", "Be brief."), talk[0]]]
+    brief, late = Message("system", "Be brief."), Message("system", "In French.")
+    return [
+        talk[:1], talk[:3], talk, [brief, *talk], [brief, talk[0]], [brief, late, talk[0]], [talk[0], brief], [brief],
+        [talk[0], late, *talk[1:], brief, late], [*talk[:2], brief, *talk[2:]],
+    ]  # fmt: skip
 
 
 class Prompted(NamedTuple):

@@ -1,35 +1,42 @@
 """The one renderer: a conversation becomes token ids and a mask of trained tokens. Training, rewards, rollouts,
 evaluation and serving all come through here, so they cannot disagree by a token.
 
-A template is rendered turn by turn. What an assistant turn adds to the text is what is trained, up to and including the
-end-of-turn token; no markers inside the template are needed. Each piece is tokenised by itself, so the ids of a prompt
-are always a prefix of the ids of the conversation. There is exactly one BOS where the model has one.
+A prompt is the template's rendering with the beginning of an answer behind it. What an assistant turn adds to its prompt is
+what is trained, up to and including the end-of-turn token; no markers inside the template are needed. The ids of a prompt
+are always a prefix of the ids of the conversation (`data/pieces.py`). There is exactly one BOS where the model has one.
+Turns that a template rewrites later on are context and not trained (`data/turns.py`).
 
-Text of a message that spells a control token ("<end_of_turn>") is tokenised as plain text: a user cannot end a turn.
-Templates run boxed in (`data/template.py`). Left out: templates that rewrite earlier turns (some drop old reasoning),
-since no prompt would be a prefix of its conversation; such a row is refused.
+Every text of a conversation is in its rendering, or the conversation is refused; only of an earlier answer may a template
+leave something out, its reasoning for instance. Text of a message that spells a control token ("<end_of_turn>") is
+tokenised as plain text: a user cannot end a turn. Templates run boxed in (`data/template.py`).
 """
 
+import functools
 import hashlib
-import itertools
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
+from posttrain.data.pieces import Guard, PieceEncoder, Tokenizer
 from posttrain.data.template import ChatTemplate
+from posttrain.data.turns import Rendering, Turn, render_turns, roles_left_out, text_left_out
 from posttrain.errors import DataError, ModelError
-from posttrain.records import Message
+from posttrain.records import Message, Role
 
 # Templates of this project's own writing; a model's own template is used where `template = "auto"` finds one.
 TEMPLATES = {
+    # Gemma has no system role: system messages stand before the user's next words, or are a turn where none come.
     "gemma": (
         "{{ bos_token }}{% set ns = namespace(system='') %}{% for m in messages %}"
-        "{% if m.role == 'system' %}{% set ns.system = (m.content | trim) ~ '\n\n' %}{% else %}"
-        "<start_of_turn>{{ 'model' if m.role == 'assistant' else 'user' }}\n"
-        "{{ ns.system if m.role == 'user' }}{{ m.content | trim }}<end_of_turn>\n"
-        "{% if m.role == 'user' %}{% set ns.system = '' %}{% endif %}"
-        "{% endif %}{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+        "{% set text = m.content | trim %}{% if m.role == 'system' %}"
+        "{% if text %}{% set ns.system = ns.system ~ ('\n\n' if ns.system else '') ~ text %}{% endif %}"
+        "{% elif m.role == 'user' %}<start_of_turn>user\n"
+        "{% if ns.system %}{{ ns.system }}\n\n{% set ns.system = '' %}{% endif %}{{ text }}<end_of_turn>\n"
+        "{% else %}{% if ns.system %}<start_of_turn>user\n{{ ns.system }}<end_of_turn>\n{% set ns.system = '' %}{% endif %}"
+        "<start_of_turn>model\n{{ text }}<end_of_turn>\n{% endif %}{% endfor %}"
+        "{% if ns.system %}<start_of_turn>user\n{{ ns.system }}<end_of_turn>\n{% endif %}"
+        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
     ),
     "chatml": (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -49,44 +56,9 @@ TEMPLATES = {
 }
 # The token that ends an assistant turn, by template. Of a model's own template it is read off a rendered turn.
 END_TOKENS = {"gemma": "<end_of_turn>", "chatml": "<|im_end|>", "llama3": "<|eot_id|>"}
-# Private-use characters around a number stand for a control token that a message spells, while a template handles it.
-_OPEN, _CLOSE = "\ue000", "\ue001"
-_STAND_IN = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
-# What in a template's source may be the name of a token: <...>, and [...] in capitals.
-_TOKEN_NAME = re.compile(r"<[^<>\s{}]{1,60}>|\[/?[A-Z_]+\]")
-
-
-class Tokenizer(Protocol):
-    """What the renderer needs of a tokenizer."""
-
-    def encode(self, text: str, *, plain: bool) -> list[int]:
-        """Ids of a text without added tokens; `plain` takes control-token text literally."""
-
-    def decode(self, ids: Sequence[int], *, special: bool) -> str:
-        """Text of ids; `special` keeps control tokens."""
-
-    def token_id(self, token: str) -> int | None:
-        """Id of a whole token, or None where the vocabulary does not have it."""
-
-    @property
-    def bos(self) -> str | None:
-        """Text of the token that begins a sequence."""
-
-    @property
-    def eos(self) -> str | None:
-        """Text of the token that ends a sequence."""
-
-    @property
-    def control_tokens(self) -> tuple[str, ...]:
-        """Texts of the special tokens, which are parsed wherever they stand."""
-
-    @property
-    def chat_template(self) -> str | None:
-        """The model's own template."""
-
-    @property
-    def adds_bos(self) -> bool:
-        """Whether the model expects a BOS in front of everything."""
+# Tokens of a prompt that are looked at for text, before all of them are.
+_LAST = 8
+_WITH_ARTICLE: dict[Role, str] = {"system": "a system", "user": "a user", "assistant": "an assistant"}
 
 
 class Encoded(NamedTuple):
@@ -105,10 +77,8 @@ class ChatFormat:
         self._template = ChatTemplate(self.template)
         self._bos, self._eos = tokenizer.bos or "", tokenizer.eos or ""
         self._adds_bos = tokenizer.adds_bos
-        # The opening mark itself comes first: a message that holds it must not forge a stand-in.
-        self._guarded = (_OPEN, *sorted(_control_texts(tokenizer, self.template)))
-        self._guarded_index = {text: index for index, text in enumerate(self._guarded)}
-        self._control = re.compile(_any_of(self._guarded))
+        self._guard = Guard(tokenizer, self.template)
+        self._roles_left_out = functools.lru_cache(maxsize=256)(self._probe)
         self.bos_id = tokenizer.token_id(tokenizer.bos) if tokenizer.bos else None
         self.eos_id = tokenizer.token_id(tokenizer.eos) if tokenizer.eos else None
         self.template_ids = self._check_vocabulary()
@@ -121,11 +91,18 @@ class ChatFormat:
         return hashlib.sha256(json.dumps([self.template, sorted(self.end_ids), self.bos_id]).encode()).hexdigest()[:16]
 
     def encode(self, messages: Sequence[Message]) -> Encoded:
-        """Ids of a whole conversation with every assistant turn (and its end token) marked as trained."""
-        ids: list[int] = []
-        trained: list[bool] = []
-        for text, is_turn in self._pieces(self._guard(messages)):
-            piece = self._ids(text, first=not ids)
+        """Ids of a whole conversation with its assistant turns (and their end tokens) marked as trained.
+
+        An earlier turn that the template rewrites is not: `trained_turns` counts the others. Raises DataError where the
+        template refuses the messages, leaves out a text, or does not begin the last answer with its prompt.
+        """
+        safe = self._guard.messages(messages)
+        answered = bool(safe) and safe[-1].role == "assistant"
+        rendering = self._answered(safe) if answered else render_turns(self._render, safe, generation_prompt=False)
+        self._check_texts(safe, rendering, generation_prompt=False)
+        encoder, ids, trained = self._encoder(), list[int](), list[bool]()
+        for text, is_turn in _cut(rendering):
+            piece = encoder.add(text)
             if is_turn:
                 piece, after = self._split_end(piece)
                 ids += piece + after
@@ -133,14 +110,18 @@ class ChatFormat:
             else:
                 ids += piece
                 trained += [False] * len(piece)
-        while trained and not trained[-1]:  # what a template writes after the last turn is never seen at generation
+        while answered and not trained[-1]:  # what a template writes after the last turn is never seen at generation
             ids.pop()
             trained.pop()
         return Encoded(ids, trained)
 
+    def trained_turns(self, encoded: Encoded) -> int:
+        """How many assistant turns are trained: each ends in one end token."""
+        return sum(wanted and index == self.end_id for index, wanted in zip(*encoded, strict=True))
+
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Ids up to the point where the assistant begins to speak."""
-        return self._prompt(self._guard(messages))[0]
+        """Ids up to the point where the assistant begins to speak. Raises DataError as `encode` does."""
+        return self._prompt(self._guard.messages(messages))[0]
 
     def encode_completion(self, prompt: Sequence[Message], completion: Message) -> list[int]:
         """Ids of the assistant's answer after `prompt`, its end token included."""
@@ -150,13 +131,13 @@ class ChatFormat:
         self, prompt: Sequence[Message], completions: Sequence[Message]
     ) -> tuple[list[int], list[list[int]]]:
         """Ids of a prompt, rendered once, and of each answer with its end token: what `encode` gives, cut in two."""
-        safe = self._guard(prompt)
-        ids, before = self._prompt(safe)
+        safe = self._guard.messages(prompt)
+        ids, rendering, encoder = self._prompt(safe)
         found = []
-        for completion in self._guard(completions):
-            after = self._render([*safe, completion], generation_prompt=False)
-            turn = self._added(after, before, len(prompt) + 1)
-            found.append(self._split_end(self._ids(turn, first=not ids))[0])
+        for completion in self._guard.messages(completions):
+            whole = self._answer_to(rendering, [*safe, completion])
+            self._check_texts([*safe, completion], whole, generation_prompt=False)
+            found.append(self._split_end(encoder.fork().add(whole.text[len(rendering.text) :]))[0])
         return ids, found
 
     def encode_text(self, text: str, *, control: bool = False) -> list[int]:
@@ -164,8 +145,7 @@ class ChatFormat:
 
         With `control` the text may spell control tokens, as a conversation that is written by hand does.
         """
-        guarded = re.compile(_OPEN) if control else self._control
-        return self._ids(guarded.sub(self._stand_in, text), first=True)
+        return self._encoder().add(self._guard.text(text, control=control))
 
     def encode_document(self, text: str) -> list[int]:
         """`encode_text`; a model without BOS gets the token that ends texts in front: the first token is predicted too."""
@@ -173,58 +153,57 @@ class ChatFormat:
         start = self.eos_id if self.eos_id is not None else self.end_id
         return ids if ids[:1] == [self.bos_id] else [start, *ids]
 
-    def decode(self, ids: Sequence[int], special: bool = False) -> str:
-        """Text of token ids."""
-        return self._tokenizer.decode(ids, special=special)
+    def decode(self, ids: Sequence[int], special: bool = False, *, middle: bool = True) -> str:
+        """Text of token ids. In the middle of a text a space in front is theirs; some tokenizers leave it out elsewhere."""
+        return self._tokenizer.decode(ids, special=special, middle=middle)
 
-    def _guard(self, messages: Sequence[Message]) -> list[Message]:
-        """Messages in which spelled control tokens are replaced by stand-ins."""
-        return [Message(m.role, self._control.sub(self._stand_in, m.content)) for m in messages]
+    def has_text(self, ids: Sequence[int]) -> bool:
+        """Whether there is anything but control tokens in a prompt; then its completion is the middle of a text."""
+        return bool(self.decode(ids[-_LAST:]) or self.decode(ids))
 
-    def _stand_in(self, match: re.Match[str]) -> str:
-        return f"{_OPEN}{self._guarded_index[match.group()]}{_CLOSE}"
+    def _encoder(self) -> PieceEncoder:
+        return PieceEncoder(self._tokenizer, self._guard, bos_id=self.bos_id, adds_bos=self._adds_bos)
 
-    def _prompt(self, safe: Sequence[Message]) -> tuple[list[int], str]:
-        """Ids and text of a prompt."""
-        ids: list[int] = []
-        done = ""
-        for text, is_turn in self._pieces(safe, prompt=True):
-            piece = self._ids(text, first=not ids)
+    def _prompt(self, safe: Sequence[Message]) -> tuple[list[int], Rendering, PieceEncoder]:
+        """Ids of a prompt, its rendering, and the encoder that goes on from there."""
+        rendering = render_turns(self._render, safe, generation_prompt=True)
+        self._check_texts(safe, rendering._replace(turns=()), generation_prompt=True)
+        encoder, ids = self._encoder(), list[int]()
+        for text, is_turn in _cut(rendering):
+            piece = encoder.add(text)
             ids += [i for part in self._split_end(piece) for i in part] if is_turn else piece
-            done += text
-        return ids, done
+        return ids, rendering, encoder
 
-    def _pieces(self, safe: Sequence[Message], prompt: bool = False) -> Iterator[tuple[str, bool]]:
-        """The rendered text cut where the assistant begins and ends, with whether a piece is an assistant turn."""
-        done = ""
-        for index, message in enumerate(safe):
-            if message.role != "assistant":
-                continue
-            before = self._render(safe[:index], generation_prompt=True)
-            yield self._added(before, done, index + 1), False
-            done = self._render(safe[: index + 1], generation_prompt=False)
-            yield self._added(done, before, index + 1), True
-        if prompt:
-            yield self._added(self._render(safe, generation_prompt=True), done, len(safe)), False
+    def _answered(self, safe: Sequence[Message]) -> Rendering:
+        """A conversation that ends with an answer."""
+        return self._answer_to(render_turns(self._render, safe[:-1], generation_prompt=True), safe)
 
-    def _added(self, text: str, before: str, turn: int) -> str:
-        if not text.startswith(before):
-            raise DataError("chat template", f"turn {turn} rewrites an earlier turn", do="use another template")
-        return text[len(before) :]
+    def _answer_to(self, prompt: Rendering, safe: Sequence[Message]) -> Rendering:
+        text = self._render(safe, False)
+        if not text.startswith(prompt.text):
+            raise DataError("chat template", f"turn {len(safe)} rewrites an earlier turn", do="use another template")
+        return Rendering(text, (*prompt.turns, Turn(len(safe) - 1, len(prompt.text), len(text))))
 
-    def _render(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
+    def _check_texts(self, safe: Sequence[Message], rendering: Rendering, *, generation_prompt: bool) -> None:
+        """Every message is in the rendering. Of an answer that is not trained, a template may drop the reasoning."""
+        shape = tuple((message.role, bool(message.content.strip())) for message in safe)
+        roles = sorted(self._roles_left_out(shape, generation_prompt))
+        lost = text_left_out(safe, rendering)
+        if roles or lost is not None:
+            role = roles[0] if roles or lost is None else lost.role
+            raise DataError(
+                "chat template", f"leaves out the text of {_WITH_ARTICLE[role]} message",
+                do="change the row or set [base] template",
+            )  # fmt: skip
+
+    def _probe(self, shape: tuple[tuple[Role, bool], ...], generation_prompt: bool) -> frozenset[Role]:
+        try:
+            return roles_left_out(self._render, shape, generation_prompt=generation_prompt)
+        except DataError:  # it takes these roles, but not any text
+            return frozenset()
+
+    def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
         return self._template.render(messages, generation_prompt=generation_prompt, bos=self._bos, eos=self._eos)
-
-    def _ids(self, text: str, *, first: bool) -> list[int]:
-        ids: list[int] = []
-        for position, part in enumerate(_STAND_IN.split(text)):
-            if position % 2:
-                ids += self._tokenizer.encode(self._guarded[int(part)], plain=True)
-            elif part:
-                ids += self._tokenizer.encode(part, plain=False)
-        if first and self.bos_id is not None and (self._adds_bos or ids[:1] == [self.bos_id]):
-            ids = [self.bos_id, *_without_leading(ids, self.bos_id)]
-        return ids
 
     def _split_end(self, ids: list[int]) -> tuple[list[int], list[int]]:
         """An assistant turn up to its end token, and what the template writes after it."""
@@ -256,35 +235,22 @@ class ChatFormat:
             assert end is not None
             return end
         answer = "an answer"
-        turn = self._render([Message("user", "a question"), Message("assistant", answer)], generation_prompt=False)
-        spelled = self._control.findall(turn.rpartition(answer)[2])
+        turn = self._render([Message("user", "a question"), Message("assistant", answer)], False)
+        spelled = self._guard.pattern.findall(turn.rpartition(answer)[2])
         end_of_turn = self._tokenizer.token_id(spelled[0]) if spelled else self.eos_id
         if end_of_turn is None:
             raise ModelError(f'chat template "{self.template_name}"', "no token ends a turn", do="set [base] template")
         return end_of_turn
 
 
-def _control_texts(tokenizer: Tokenizer, template: str) -> frozenset[str]:
-    """Tokens that no message may speak: the special ones, and whatever the template itself marks turns with."""
-    named = [name for name in _TOKEN_NAME.findall(template) if tokenizer.token_id(name) is not None]
-    ends = [token for token in (tokenizer.bos, tokenizer.eos) if token]
-    return frozenset((*tokenizer.control_tokens, *named, *ends))
-
-
-def _any_of(texts: Collection[str]) -> str:
-    """A pattern for the longest of many texts; shared beginnings stand once, or thousands would be tried one by one."""
-    ways = [
-        re.escape(letter) + _any_of([text[1:] for text in group])
-        for letter, group in itertools.groupby(sorted(text for text in texts if text), key=lambda text: text[0])
-    ]
-    return f"(?:{'|'.join(ways)}){'?' if '' in texts else ''}" if ways else ""
-
-
-def _without_leading(ids: list[int], bos: int) -> list[int]:
-    start = 0
-    while start < len(ids) and ids[start] == bos:
-        start += 1
-    return ids[start:]
+def _cut(rendering: Rendering) -> Iterator[tuple[str, bool]]:
+    """The text cut where the assistant begins and ends, with whether a piece is an assistant turn."""
+    done = 0
+    for turn in rendering.turns:
+        yield rendering.text[done : turn.begin], False
+        yield rendering.text[turn.begin : turn.end], True
+        done = turn.end
+    yield rendering.text[done:], False
 
 
 def _choose_template(tokenizer: Tokenizer, name: str) -> tuple[str, str]:

@@ -100,7 +100,7 @@ def prepare_demonstrations(
     sides: tuple[list[TrainRow], list[TrainRow]] = ([], [])
     problems = list(read.problems)
     contaminated: list[str] = []
-    truncated, uncut, ended = 0, 0, 0
+    truncated, uncut, ended, rewritten = 0, 0, 0, 0
     for record in read.records:
         if contamination.found(record.messages):
             contaminated.append(record.id)
@@ -110,6 +110,7 @@ def prepare_demonstrations(
         except DataError as refused:
             problems.append(Problem(record.source, record.id, f"{refused.where} {refused.found}"))
             continue
+        rewritten += sum(m.role == "assistant" for m in record.messages) - chat.trained_turns(encoded)
         if len(encoded.ids) > max_tokens:
             truncated += 1
         else:
@@ -126,7 +127,7 @@ def prepare_demonstrations(
     report |= _counts(read, problems, contaminated) | {
         "kind": "sft", "train_rows": len(sides[0]), "validation_rows": len(sides[1]), "truncated": truncated,
         "duplicates": _duplicates([tuple(r.ids) for r in rows]), "max_tokens": max_tokens,
-        "ends_trained": ended / uncut if uncut else None,
+        "ends_trained": ended / uncut if uncut else None, "turns_rewritten": rewritten,
         "examples": [{"id": r.id, "pieces": pieces(chat, r.ids, r.trained)} for r in _spread(sides[0])],
     }  # fmt: skip
     return PreparedRows(sides[0], sides[1], report)
@@ -234,7 +235,7 @@ def pieces(chat: ChatFormat, ids: Sequence[int], trained: Sequence[bool]) -> lis
     start = 0
     for index in range(1, len(ids) + 1):
         if index == len(ids) or trained[index] != trained[start]:
-            found.append({"text": chat.decode(ids[start:index], special=True), "trained": trained[start]})
+            found.append({"text": chat.decode(ids[start:index], special=True, middle=start > 0), "trained": trained[start]})
             start = index
     return found
 

@@ -46,6 +46,10 @@ def format_report(report: dict[str, Any], title: str) -> str:
         f"duplicates   {report['duplicates']:,} rows",
         f"turns end    {_share(report['ends_trained'])} of the uncut rows end in a trained end-of-turn token",
     ]
+    if report.get("turns_rewritten"):
+        lines.append(
+            f"not trained  {report['turns_rewritten']:,} earlier turns, which the chat template rewrites once another follows"
+        )
     if "mean_chosen_tokens" in report:
         lines.append(
             f"lengths      chosen {report['mean_chosen_tokens']:.0f} and rejected {report['mean_rejected_tokens']:.0f} tokens "

@@ -7,8 +7,8 @@ is somebody else's code. The box is Jinja's immutable sandbox made narrower:
     size      no value larger than MAX_VALUE, checked before it is made, and no list that holds more than MAX_ITEMS with
               everything inside it: a list of itself twice, thirty times over, is a billion items to compare or print.
               The source at most MAX_TEMPLATE_CHARS
-    time      RENDER_SECONDS of this thread's processor time, in any thread, seen by a line tracer. Processor time and
-              not the clock: a busy machine must not decide which rows are trained on
+    time      RENDER_SECONDS and MESSAGE_SECONDS a message of this thread's processor time, in any thread, seen by a line
+              tracer. Processor time and not the clock: a busy machine must not decide which rows are trained on
 
 Left out: tools, images, and `strftime_now` (a prompt must not depend on the day).
 """
@@ -39,6 +39,7 @@ MAX_VALUE = 4 * 1024 * 1024
 MAX_ITEMS = 100_000
 MAX_NUMBER_BITS = 4096
 RENDER_SECONDS = 0.1
+MESSAGE_SECONDS = 0.0005
 # Reading the processor's clock costs more than a traced line, so it is read at every such event.
 _EVENTS_PER_LOOK = 16
 _NAME = "<chat template>"
@@ -77,12 +78,13 @@ class ChatTemplate:
             "messages": [{"role": m.role, "content": m.content} for m in messages],
             "add_generation_prompt": generation_prompt, "bos_token": bos, "eos_token": eos,
         }  # fmt: skip
+        seconds = RENDER_SECONDS + MESSAGE_SECONDS * len(messages)
         try:
             try:
-                return self._in_time(values)
+                return self._in_time(values, seconds)
             except _OutOfTime:
                 # A collection of garbage falls on whatever runs, and in a large process it may take that long by itself.
-                return self._in_time(values)
+                return self._in_time(values, seconds)
         except (Exception, _OutOfTime) as error:  # noqa: BLE001 - a template can raise anything; none of it is ours
             raise DataError(
                 "chat template",
@@ -90,10 +92,10 @@ class ChatTemplate:
                 do="change the row or set [base] template",
             ) from None
 
-    def _in_time(self, values: dict[str, Any]) -> str:
+    def _in_time(self, values: dict[str, Any], seconds: float) -> str:
         before = sys.gettrace()
         with _INSTALLING:
-            sys.settrace(_Deadline(RENDER_SECONDS))
+            sys.settrace(_Deadline(seconds))
         try:
             # The compiled function itself, since `Template.generate` rewrites tracebacks by running made-up code.
             return _ENVIRONMENT.concat(self._compiled.root_render_func(self._compiled.new_context(values)))
@@ -117,7 +119,7 @@ class _Deadline:
     def __call__(self, frame: FrameType, event: str, _: Any) -> Callable[[FrameType, str, Any], Any] | None:
         self._events += 1
         if self._events % _EVENTS_PER_LOOK == 0 and time.thread_time() > self._end:
-            raise _OutOfTime(f"took longer than {self._seconds} s")
+            raise _OutOfTime(f"took longer than {self._seconds:.1f} s")
         # Loops stand in the template and in the filters; lines elsewhere need no look.
         return self if frame.f_code.co_filename in _TRACED_FILES else None
 

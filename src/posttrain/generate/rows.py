@@ -1,6 +1,7 @@
 """What is asked of the engine, what it tells, and one completion on its way."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 from posttrain.data.chat import ChatFormat
@@ -14,7 +15,8 @@ class Request(NamedTuple):
     """A prompt, and how it is to be answered. `completions` answers have the indices `first`, `first + 1`, ...
 
     Randomness is a function of (seed, index, position): the same request gives the same answers in any company. With
-    `prompt_logprobs` the prompt is scored too, and `max_new_tokens` may be 0. The engine is fair between owners.
+    `prompt_logprobs` the prompt is scored too, and `max_new_tokens` may be 0. The engine is fair between owners. An answer that
+    `continues` the prompt's text keeps a space in front, which some tokenizers leave out at the beginning of a text.
     """
 
     prompt: Sequence[int]
@@ -24,6 +26,7 @@ class Request(NamedTuple):
     completions: int = 1
     prompt_logprobs: bool = False
     owner: str = ""
+    continues: bool = False
 
 
 Top = tuple[tuple[int, float], ...]
@@ -79,9 +82,10 @@ class Row:
         self._ends = (*sorted(chat.end_ids), *self.settings.stop_ids)
         self._seen = dict.fromkeys(self.prompt) if self.settings.repetition_penalty != 1 else {}
         self._text = ""
+        self._decode = partial(chat.decode, middle=request.continues)
         self._stream: TextStream | None = None
         if self.settings.stop:
-            self._stream = TextStream(chat.decode, self.settings.stop, after=self.settings.min_new_tokens)
+            self._stream = TextStream(self._decode, self.settings.stop, after=self.settings.min_new_tokens)
 
     @property
     def need(self) -> int:
@@ -128,7 +132,7 @@ class Row:
     def rollout(self) -> Rollout:
         """The completion as it stands."""
         ended = self.finish in ("end", "stop id")
-        text = self._text if self.finish == "stop string" else self._chat.decode(self.ids[:-1] if ended else self.ids)
+        text = self._text if self.finish == "stop string" else self._decode(self.ids[:-1] if ended else self.ids)
         return Rollout(
             self.prompt, tuple(self.ids), tuple(self.logprobs), text, ended, self.request.adapter, tuple(self.model_logprobs),
             self.finish or "cancelled",

@@ -26,10 +26,13 @@ from posttrain.records import Message
 # The templates of data/chat.py in Go's syntax, without BOS; EOS is filled in.
 GO_TEMPLATES = {
     "gemma": (
-        '{{ $system := "" }}{{ range .Messages }}{{ if eq .Role "system" }}{{ $system = .Content }}'
+        '{{ $system := "" }}{{ range .Messages }}{{ if eq .Role "system" }}'
+        '{{ if $system }}{{ $system = printf "%s\\n\\n%s" $system .Content }}{{ else }}{{ $system = .Content }}{{ end }}'
         '{{ else if eq .Role "user" }}<start_of_turn>user\n'
         '{{ if $system }}{{ $system }}\n\n{{ $system = "" }}{{ end }}{{ .Content }}<end_of_turn>\n'
-        "{{ else }}<start_of_turn>model\n{{ .Content }}<end_of_turn>\n{{ end }}{{ end }}<start_of_turn>model\n"
+        '{{ else }}{{ if $system }}<start_of_turn>user\n{{ $system }}<end_of_turn>\n{{ $system = "" }}{{ end }}'
+        "<start_of_turn>model\n{{ .Content }}<end_of_turn>\n{{ end }}{{ end }}"
+        "{{ if $system }}<start_of_turn>user\n{{ $system }}<end_of_turn>\n{{ end }}<start_of_turn>model\n"
     ),
     "chatml": ("{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"),
     "llama3": (

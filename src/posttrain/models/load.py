@@ -299,7 +299,9 @@ def fetch_from_hub(model: str) -> Path:
 
     try:
         folder = huggingface_hub.snapshot_download(
-            model, allow_patterns=["*.safetensors", "*.json", "tokenizer.model"], ignore_patterns=["original/*"]
+            model,
+            allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"],
+            ignore_patterns=["original/*", "onnx/*", "consolidated*"],
         )
     except Exception as error:  # noqa: BLE001 - the hub's errors have no common ancestor
         raise ModelError(

@@ -6,10 +6,10 @@ their order. The token that ends an answer is counted and not shown; without a t
 """
 
 import asyncio
-import functools
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from posttrain.data.chat import ChatFormat
@@ -39,14 +39,16 @@ class Shown(NamedTuple):
 class Choice:
     """One completion as it grows. `told` scores are those that no chunk has held yet."""
 
-    def __init__(self, index: int, prompt: Sequence[int], echoed: str, ask: Ask, chat: ChatFormat) -> None:
+    def __init__(
+        self, index: int, prompt: Sequence[int], echoed: str, ask: Ask, chat: ChatFormat, *, continues: bool = False
+    ) -> None:  # fmt: skip
         self.index, self.text, self.count = index, echoed, 0
         self.finish: FinishReason | None = None
         self.told: list[Shown] = []
         self._prompt, self._echoed, self._ask, self._chat = prompt, echoed, ask, chat
         settings = ask.settings
-        self._pieces = TextStream(chat.decode, settings.stop, after=settings.min_new_tokens)
-        self._places = TextStream(chat.decode)
+        self._pieces = TextStream(partial(chat.decode, middle=continues), settings.stop, after=settings.min_new_tokens)
+        self._places = TextStream(partial(chat.decode, middle=continues))
         self._offset = 0
 
     def take(self, event: Event) -> str:
@@ -71,10 +73,11 @@ class Choice:
     def _show_prompt(self, scores: Sequence[TokenScore]) -> None:
         """Control tokens are part of a prompt that was written, but for the BOS that was put in front of it."""
         answer, first = self._places, TokenScore(self._prompt[0], 0.0, ())
-        self._places = TextStream(functools.partial(self._chat.decode, special=self._ask.written))
+        decode = partial(self._chat.decode, special=self._ask.written, middle=False)
+        self._places = TextStream(decode)
         self._show(first, known=False)
         if first.token == self._chat.bos_id and not self._echoed.startswith(self._chat.decode([first.token], special=True)):
-            self._offset = 0
+            self._places, self._offset = TextStream(decode), 0
         for score in scores:
             self._show(score)
         self._places, self._offset = answer, len(self._echoed)
@@ -108,15 +111,15 @@ class Flow:
         # Tokens of the prompts that were known from before.
         self._found = 0
         self.choices = [
-            Choice(place * ask.n + i, prompt, ask.echoed[place] if ask.echoed else "", ask, chat)
-            for place, prompt in enumerate(ask.prompts)
+            Choice(place * ask.n + i, prompt, ask.echoed[place] if ask.echoed else "", ask, chat, continues=continues)
+            for place, (prompt, continues) in enumerate(zip(ask.prompts, ask.continues, strict=True))
             for i in range(ask.n)
         ]
         try:
-            for prompt in ask.prompts:
+            for prompt, continues in zip(ask.prompts, ask.continues, strict=True):
                 request = Request(
                     prompt, ask.settings, served.engine_name, completions=ask.n, owner=owner,
-                    prompt_logprobs=ask.scored and ask.echoed is not None,
+                    prompt_logprobs=ask.scored and ask.echoed is not None, continues=continues,
                 )  # fmt: skip
                 self._answers.append(server.submit(request, together=1 if ask.stream else TOGETHER))
         except BaseException:

@@ -163,7 +163,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         vocabulary = base.vocabulary
         if body.tokens and max(body.tokens) >= vocabulary:
             raise Refusal(400, "tokens", f"token id {max(body.tokens)}", allowed=f"0 to {vocabulary - 1}", param="tokens")
-        return _json(Detokenized(prompt=await asyncio.to_thread(base.chat.decode, body.tokens, True)))
+        return _json(Detokenized(prompt=await asyncio.to_thread(base.chat.decode, body.tokens, True, middle=False)))
 
 
 def _add_watching(app: FastAPI, service: Service, gate: Gate) -> None:

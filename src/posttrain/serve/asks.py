@@ -6,6 +6,7 @@ thread. Conversations go through the base's one renderer, so a prompt has the id
 
 import asyncio
 import secrets
+from functools import partial
 from typing import NamedTuple
 
 from posttrain.generate.sampling import SamplingSettings
@@ -32,6 +33,8 @@ class Ask(NamedTuple):
     stream: bool = False
     usage: bool = False
     written: bool = False
+    # Of each prompt whether it has a text that its answers continue; those of a chat never do.
+    continues: tuple[bool, ...] = (False,)
 
 
 async def chat_ask(body: ChatRequest, base: BaseModel, limits: Limits) -> Ask:
@@ -71,9 +74,11 @@ async def completion_ask(body: CompletionRequest, base: BaseModel, limits: Limit
     echoed = None
     if body.echo:
         texts = zip(prompts, ids, strict=True)
-        echoed = [p if isinstance(p, str) else await asyncio.to_thread(base.chat.decode, i) for p, i in texts]
+        decode = partial(base.chat.decode, middle=False)
+        echoed = [p if isinstance(p, str) else await asyncio.to_thread(decode, i) for p, i in texts]
     written = isinstance(prompts[0], str)
-    return Ask(ids, settings, n, False, echoed, scored, bool(body.stream), _usage(body), written)
+    continues = tuple([await asyncio.to_thread(base.chat.has_text, prompt) for prompt in ids])
+    return Ask(ids, settings, n, False, echoed, scored, bool(body.stream), _usage(body), written, continues)
 
 
 async def tokenize(body: TokenizeRequest, base: BaseModel, limits: Limits) -> list[int]:

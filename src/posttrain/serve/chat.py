@@ -8,6 +8,7 @@ a terminal and never a command to it: control characters are replaced. Left out:
 import re
 import sys
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -180,7 +181,7 @@ class _Talk:
             )  # fmt: skip
         adapter = self.target.policies.activate(name)
         self.say(f"{name}> ")
-        pieces, text = [], TextStream(chat_format.decode)
+        pieces, text = [], TextStream(partial(chat_format.decode, middle=False))
         with closing(stream(self.engine, prompt, self.settings, adapter)) as tokens:
             for token in tokens:
                 pieces.append(self.show(text.add(token)))

@@ -184,7 +184,7 @@ class Iterations:
         chosen = [k * len(answers) // count for k in range(count)]
         shown = [
             {
-                "iteration": iteration + 1, "prompt": self.base.chat.decode(list(answers[k].prompt_ids)),
+                "iteration": iteration + 1, "prompt": self.base.chat.decode(list(answers[k].prompt_ids), middle=False),
                 "answer": answers[k].text, "score": round(score_B[k], 4), "ended": answers[k].ended,
                 "tokens": len(answers[k].completion_ids),
             }
