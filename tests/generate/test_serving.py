@@ -12,7 +12,7 @@ from posttrain.generate import engine as engine_module
 from posttrain.generate.engine import Engine, generate
 from posttrain.generate.rows import Event, Request
 from posttrain.generate.sampling import SamplingSettings
-from posttrain.generate.serving import Answer, Server, serving
+from posttrain.generate.serving import Answer, serving
 from posttrain.models.load import BaseModel
 from posttrain.records import Rollout
 
@@ -146,57 +146,5 @@ def test_going_down_ends_what_is_in_flight(tiny: BaseModel):
             assert [r.finish for r in await last_of(answer)] == ["cancelled"]
         with pytest.raises(BusyError, match="the engine has stopped"):
             server.submit(Request([1]))
-
-    run(work())
-
-
-def failing(monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
-    """The next steps of any engine fail, half way: after the forward."""
-    left = [failures]
-    tokens = Engine._tokens
-
-    def dies(self: Engine, *given: Any) -> list[Event]:
-        if left[0]:
-            left[0] -= 1
-            raise MemoryError("no memory")
-        return tokens(self, *given)
-
-    monkeypatch.setattr(Engine, "_tokens", dies)
-
-
-def test_a_step_that_fails_ends_what_is_in_flight_and_nothing_else(
-    tiny: BaseModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
-    settings = SamplingSettings(9, 1.0, seed=4)
-
-    async def work() -> None:
-        async with serving(tiny) as server:
-            for _ in range(5):  # as often as it likes, with one that works in between
-                failing(monkeypatch, 1)
-                lost = server.submit(Request([1, 2], SamplingSettings(5)))
-                with pytest.raises(MemoryError, match="no memory"):
-                    await anext(lost)
-                lost.cancel()  # of one that is over already: a request that comes later is not meant
-                answers = [last(server.submit(Request(p, settings))) for p in PROMPTS[:3]]
-                for prompt, rollouts in zip(PROMPTS, await asyncio.gather(*answers), strict=False):
-                    assert rollouts[0].completion_ids == generate(tiny, [prompt], settings, "base")[0].completion_ids
-            assert server.idle
-
-    run(work())
-    assert caplog.text.count("MemoryError: no memory") == 5
-
-
-def test_whoever_waits_hears_that_the_engine_died(tiny: BaseModel, monkeypatch: pytest.MonkeyPatch):
-    """After three steps in a row that fail."""
-
-    async def work() -> None:
-        server = Server(tiny)
-        failing(monkeypatch, 3)
-        for _ in range(3):
-            with pytest.raises(MemoryError, match="no memory"):
-                await anext(server.submit(Request([1, 2], SamplingSettings(5))))
-        with pytest.raises(BusyError, match="the engine has stopped"):
-            server.submit(Request([1]))
-        await asyncio.to_thread(server.close)
 
     run(work())

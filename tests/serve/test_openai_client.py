@@ -242,6 +242,42 @@ def test_async_clients_at_once(tiny: BaseModel, server: Listening):
     assert asyncio.run(work()) == [alone(tiny, f"Hi {i}", 7) for i in range(20)]
 
 
+def test_a_request_that_makes_the_engine_fail_ends_alone(tiny: BaseModel, server: Listening):
+    """With 500, before a stream and in it; whoever asks at the same time gets the same answer as ever."""
+    bad = 200
+
+    def refuse(_: Any, inputs: tuple[Any, ...]) -> None:
+        if bool((inputs[0] == bad).any()):
+            raise ArithmeticError("not this token")
+
+    async def work() -> tuple[list[str], list[openai.APIError]]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            good = [client.completions.create(model=BASE, prompt=f"Hi {i}", temperature=0, max_tokens=9) for i in range(6)]
+            asked: Any = {"model": BASE, "max_tokens": 5, "temperature": 0, "n": 2}
+            failing = [
+                client.completions.create(**asked, prompt=[1, bad]),
+                streamed(client.completions.create(**asked, prompt=[1, 9], logit_bias={str(bad): 100}, stream=True)),
+            ]
+            found = await asyncio.gather(*good, *failing, return_exceptions=True)
+            return [one.choices[0].text for one in found[:6]], found[6:]
+
+    async def streamed(stream: Any) -> None:
+        async for _ in await stream:
+            pass
+
+    handle = tiny.model.get_input_embeddings().register_forward_pre_hook(refuse)
+    try:
+        texts, errors = asyncio.run(work())
+    finally:
+        handle.remove()
+        server.settle()
+    prompts = [tiny.chat.encode_text(f"Hi {i}") for i in range(6)]
+    assert texts == [rollout.text for rollout in generate(tiny, prompts, SamplingSettings(9), "base")]
+    assert [type(error) for error in errors] == [openai.InternalServerError, openai.APIError]
+    assert all("a defect: ArithmeticError" in str(error) for error in errors)
+    assert server.get("/ready").status_code == 200
+
+
 def test_an_async_stream(tiny: BaseModel, server: Listening):
     async def work() -> str:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:

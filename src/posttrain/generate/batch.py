@@ -158,7 +158,7 @@ class Places:
         """Zeros where a row stands whose keys may not be finite, and in free places: copies lie where it was moved from."""
         there = next(rows for other, rows in self.shelves.values() if other is shelf)
         free = [other for other in range(shelf.used) if other >= len(there) or there[other] is None]
-        shelf.clear([place, *free], row.cached)
+        shelf.clear([place, *free], row.cached + 1)  # a step that failed may have written one more
 
     def leave(self, leaving: Sequence[Row]) -> None:
         """Take rows off their shelves; a shelf without rows is given up."""
@@ -212,14 +212,14 @@ def _reached(blocks: Sequence[int]) -> list[int]:
     return reached
 
 
-def lay_out(places: Places, chunks: Sequence[Chunk], *, decoding: bool = True) -> Work:
-    """The forward of a step: a token of every row whose prompt is filled (unless not `decoding`), and these pieces of prompts.
+def lay_out(places: Places, decoding: Iterable[Row], chunks: Sequence[Chunk]) -> Work:
+    """The forward of a step: a token of each row that is `decoding`, and these pieces of prompts.
 
     What all whole prompts of an adapter begin with is computed once.
     """
-    work = _Layout(places)
-    for shelf, rows in places.shelves.values() if decoding else ():
-        work.decode(shelf, [(place, row) for place, row in enumerate(rows) if row is not None and row.ids and not row.resting])
+    work, wanted = _Layout(places), {id(row) for row in decoding}
+    for shelf, rows in places.shelves.values():
+        work.decode(shelf, [(place, row) for place, row in enumerate(rows) if row is not None and id(row) in wanted])
     work.decoded = len(work.ids)
     for group in _by_adapter(chunks):
         work.fill(group)

@@ -9,6 +9,8 @@ A prompt longer than a step takes is computed in pieces, so that it does not hol
 was computed is kept (`generate/prefix.py`), owners take turns (`generate/waiting.py`), and none has more than a share of the
 places and of a step's rows while others want some.
 
+A row that makes a step fail ends with its error, and no other notices (`generate/steps.py`).
+
 Left out: paging of the cache. A row's room is set by its longest possible length.
 """
 
@@ -17,20 +19,20 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 
 import torch
-from torch import Tensor
 
 from posttrain.errors import ModelError
-from posttrain.generate.batch import Chunk, Places, Work, lay_out, next_chunks, room_for, rounded
+from posttrain.generate.batch import Chunk, Places, next_chunks, room_for
+from posttrain.generate.failures import by_halves
 from posttrain.generate.prefix import PrefixCache
-from posttrain.generate.rows import Event, Request, Row, TokenScore
-from posttrain.generate.sampling import Draw, check_settings, choose_tokens, draw_numbers, token_logprobs, top_tokens
+from posttrain.generate.rows import Event, Request, Row
 from posttrain.generate.sampling import SamplingSettings as SamplingSettings  # callers need no other module
+from posttrain.generate.sampling import check_settings
 from posttrain.generate.steady import SteadyDecoder
+from posttrain.generate.steps import Steps
 from posttrain.generate.waiting import FairQueue, PromptTime, share_of_places
 from posttrain.models.decoding import attends_alone, bytes_per_token
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter
-from posttrain.models.mixed import TokenAdapters
 from posttrain.models.slots import NarrowAdapters
 from posttrain.records import Rollout
 
@@ -46,8 +48,6 @@ PREFIX_BYTES = {"cpu": 512 * 2**20, "cuda": 8 * 2**30}
 CACHE_BYTES = {"cpu": 4 * 2**30, "cuda": 16 * 2**30}
 # Whether steps without prompts have few fixed forms, which a GPU replays.
 STEADY = {"cpu": False, "cuda": True}
-# Tokens of a prompt whose own next tokens are looked up at once: their logits are there at once.
-SCORED_TOKENS = 128
 
 
 class Engine:
@@ -72,6 +72,7 @@ class Engine:
         self._places = Places(base.device, steady=steady, by_blocks=not steady and not alone)
         self._narrow = NarrowAdapters(base.dtype, base.device, quick=self._serving)
         self._steady = SteadyDecoder(base, self._narrow) if steady else None
+        self._steps = Steps(base, self._places, self._narrow, self._steady)
         # Where rows that decode run as a program (`models/programs.py`), which prompts beside them would prevent.
         self._apart = alone and self._narrow.tiles
         self.prefixes = PrefixCache(self._prefix_bytes)
@@ -147,8 +148,7 @@ class Engine:
             for row, shelf, place in self._places.of(found):
                 if not row.ids:  # whether what is filled of it is finite is not known yet
                     self._places.wipe(row, shelf, place)
-            self._places.leave(found)
-            self._filling = [left for group in self._filling if (left := [row for row in group if row not in found])]
+            self._leave(found)
         for row in found:
             row.finish = "cancelled"
         self._done += found
@@ -167,85 +167,53 @@ class Engine:
 
     def _step(self) -> tuple[list[Event], list[Chunk]]:
         """The same, and the prompts that were computed."""
-        events = [Event(row.number, None, 0.0, 0.0, row.rollout()) for row in self._done]
-        self._done = []
+        events = self._ended()
         joining = self._admit()
         self._rest()
         self._places.arrange()
-        if not self._places.shelves:
-            return events, []
-        self._narrow.settle([row.adapter for row in self._places.rows() if row.adapter is not None])
         self._begin(joining)
         chunks = next_chunks([group for group in self._filling if self._hurry(group)], self._prefill_limit)
         done = {id(chunk.rows) for chunk in chunks if chunk.last}
         self._filling = [group for group in self._filling if id(group) not in done]
-        decoding = None if chunks or self._steady is None else self._decode(self._steady)
-        if decoding is not None:
-            return events + decoding, chunks
-        if chunks and self._apart and self.base.programs.hopeful and self._decoding:
-            return [*events, *self._compute([]), *self._compute(chunks, decoding=False)], chunks
-        return events + self._compute(chunks), chunks
+        rows = [row for row in self._places.rows() if row.ids and not row.resting]
+        forwards: list[list[Row | Chunk]] = [[*rows, *chunks]]
+        if self._apart and self.base.programs.hopeful:
+            forwards = [[*rows], [*chunks]]
+        for items in forwards:
+            events += self._steps.run(items) if items else []
+        owners = {row.number: row.request.owner for row in self._places.rows()}
+        for event in events:
+            if event.token is not None:
+                self._waiting.charge(owners[event.row], 1)
+        self._end([row for row in self._places.rows() if row.over])
+        return events + self._ended(), chunks
 
-    def _decode(self, decoder: SteadyDecoder) -> list[Event] | None:
-        """A step without prompts, in a fixed form; None where it has none."""
-        steady = decoder.lay_out(self._places)
-        if steady is None:
-            return None
-        rows, draws = steady.rows, [row.draw() for row in steady.rows]
-        numbers_4R = draw_numbers(draws, self.base.device)
-        hidden_TD = decoder.forward(steady)
-        logits_TV = self.base.row_logits(hidden_TD, [row.adapter for row in rows], self._narrow.product)
-        events = self._tokens(logits_TV[: len(rows)], rows, draws, numbers_4R)
-        self._end([row for row in rows if row.finish])
-        return events
-
-    def _compute(self, chunks: Sequence[Chunk], *, decoding: bool = True) -> list[Event]:
-        """A step with these pieces of prompts, and a token of each row that decodes."""
-        work = lay_out(self._places, chunks, decoding=decoding)
-        hidden_TD = self._forward(work)
-        for chunk in chunks:
-            for row in chunk.rows:
-                row.filled = chunk.stop
-        self._score(hidden_TD, work)
+    def _ended(self) -> list[Event]:
+        """The last events of completions that ended without a token."""
         events = []
-        if work.chosen:
-            draws = [row.draw() for row in work.chosen]
-            events = self._tokens(self._next_logits(hidden_TD, work), work.chosen, draws)
-        # A prompt that was only to be scored.
-        scored = [row for chunk in chunks if chunk.last for row in chunk.rows if not row.settings.max_new_tokens]
-        for row in scored:
-            row.finish = "length"
-            events.append(Event(row.number, None, 0.0, 0.0, row.rollout(), (), tuple(row.scores)))
-        self._end([row for row in (*work.chosen, *scored) if row.finish])
-        return events
-
-    def _tokens(
-        self, logits_RV: Tensor, rows: Sequence[Row], draws: Sequence[Draw], numbers_4R: Tensor | None = None
-    ) -> list[Event]:
-        """The next token of each row that is ready for one."""
-        tops = top_tokens(logits_RV, [row.settings.top_logprobs for row in rows])
-        events = []
-        chosen = choose_tokens(logits_RV, draws, numbers_4R)
-        for row, token, logprob, model_logprob, finite, top in zip(rows, *chosen, tops, strict=True):
-            if not finite:
-                row.finish = "not finite"
-                events.append(Event(row.number, None, 0.0, 0.0, row.rollout()))
-                continue
-            row.accept(token, logprob, model_logprob)
-            self._waiting.charge(row.request.owner, 1)
-            rollout = row.rollout() if row.finish else None
-            prompt = tuple(row.scores) if row.request.prompt_logprobs and len(row.ids) == 1 else None
-            events.append(Event(row.number, token, logprob, model_logprob, rollout, top, prompt, row.found))
+        for row in self._done:
+            try:
+                events.append(Event(row.number, None, 0.0, 0.0, None if row.error else row.rollout(), error=row.error))
+            except Exception as error:  # noqa: BLE001 - a text that cannot be decoded is nobody else's
+                events.append(Event(row.number, None, 0.0, 0.0, None, error=error))
+        self._done = []
         return events
 
     def _end(self, rows: list[Row]) -> None:
         """Rows leave; what was computed of them may come again."""
         for row, shelf, place in self._places.of(rows):
-            if row.finish == "not finite":
+            if row.error is not None or row.finish == "not finite":
                 self._places.wipe(row, shelf, place)
             else:
                 self.prefixes.keep(row, shelf, place)
+        self._leave(rows)
+        self._done += [row for row in rows if row.error is not None]
+
+    def _leave(self, rows: Sequence[Row]) -> None:
+        """Rows give up their places."""
+        gone = {id(row) for row in rows}
         self._places.leave(rows)
+        self._filling = [left for group in self._filling if (left := [row for row in group if id(row) not in gone])]
 
     def _admit(self) -> list[list[Row]]:
         """Take the prompts that join now off the queue and give their rows places."""
@@ -276,9 +244,24 @@ class Engine:
             held[owner] += len(group)
             count, tokens, prefill = count + len(group), tokens + needed, prefill + now
         if joining:
-            found = [row for group in joining for row in group]
-            self._places.put(found, self._waiting, self._rows_limit, self._cache_tokens)
-        return joining
+            by_halves(joining, self._join, self._stay)
+        return [group for group in joining if group[0].error is None]
+
+    def _join(self, groups: Sequence[list[Row]]) -> list[Event]:
+        """Give places to rows. Raises where there is no memory for them, and they have none then."""
+        rows = [row for group in groups for row in group]
+        try:
+            self._places.put(rows, self._waiting, self._rows_limit, self._cache_tokens)
+        except BaseException:
+            self._places.leave(rows)
+            raise
+        return []
+
+    def _stay(self, group: list[Row], error: Exception) -> None:
+        """There is no memory for these rows even if no others join."""
+        for row in group:
+            row.error = error
+        self._done += group
 
     def _next_group(self, held: Counter[str], passed: set[str]) -> list[Row] | None:
         """The group whose turn it is, among the owners that have not been passed and do not `hold` too many places."""
@@ -313,40 +296,6 @@ class Engine:
             row.filled = row.found = self.prefixes.fill(row, shelf, place)
         self._filling += joining
 
-    def _forward(self, work: Work) -> Tensor:
-        """Hidden states [T, D] of a step's forward."""
-        tokens = TokenAdapters(work.runs, self._narrow, self.base.device)
-        with self.base.adapters.use_tokens(tokens):
-            return self.base.programs.forward(work.ids_T, work.positions_T, work.segments, tokens)
-
-    def _next_logits(self, hidden_TD: Tensor, work: Work) -> Tensor:
-        """Logits [R, V] of the next token of each row."""
-        # The head runs once for rows that begin alike.
-        source = list(dict.fromkeys(work.source))
-        adapter_of = dict(zip(work.source, (row.adapter for row in work.chosen), strict=True))
-        spare = rounded(len(source)) - len(source)
-        padded = source + source[:1] * spare
-        logits_RV = self._logits(hidden_TD, padded, [adapter_of[token] for token in padded])
-        if len(source) < len(work.source):
-            place = {token: place for place, token in enumerate(source)}
-            logits_RV = logits_RV[torch.tensor([place[token] for token in work.source], device=logits_RV.device)]
-        return logits_RV[: len(work.source)]
-
-    def _logits(self, hidden_TD: Tensor, tokens: list[int], adapters: list[LoraAdapter | None]) -> Tensor:
-        index = torch.tensor(tokens, device=hidden_TD.device)
-        return self.base.row_logits(hidden_TD[index], adapters, self._narrow.product)
-
-    def _score(self, hidden_TD: Tensor, work: Work) -> None:
-        """Log-probabilities of the prompts' own tokens, for rows that want them."""
-        for start in range(0, len(work.scored), SCORED_TOKENS):
-            part = work.scored[start : start + SCORED_TOKENS]
-            logits_NV = self._logits(hidden_TD, [token for _, token, _ in part], [row.adapter for row, _, _ in part])
-            targets = [row.prompt[place + 1] for row, _, place in part]
-            logprobs = token_logprobs(logits_NV, targets)
-            tops = top_tokens(logits_NV, [row.settings.top_logprobs for row, _, _ in part])
-            for (row, _, _), target, logprob, top in zip(part, targets, logprobs, tops, strict=True):
-                row.scores.append(TokenScore(target, logprob, top))
-
 
 def generate(
     base: BaseModel, prompts: Sequence[Sequence[int]], settings: SamplingSettings | Sequence[SamplingSettings],
@@ -355,7 +304,7 @@ def generate(
     """`completions` rollouts a prompt, in the order of the prompts. Settings and adapter are for all prompts or one each.
 
     `advance(rows, tokens)` is told what each step finished. Raises ModelError, before anything is computed, for a prompt that
-    leaves no room in the context and for settings that cannot be.
+    leaves no room in the context and for settings that cannot be. What one row fails with has a note that names the row.
     """
     engine = Engine(base)
     every_setting = [settings] * len(prompts) if isinstance(settings, SamplingSettings) else settings
@@ -369,6 +318,13 @@ def generate(
     rollouts: dict[int, Rollout] = {}
     while engine.live:
         events = engine.step()
+        for event in events:
+            if event.error is not None:
+                request = next(request for request in asked if event.row in numbers[request.first])
+                place, copy = request.first // completions + 1, numbers[request.first].index(event.row) + 1
+                row = f'prompt {place} of {len(asked)}, under "{request.adapter}", completion {copy} of {completions}'
+                event.error.add_note(row)
+                raise event.error
         finished = {event.row: event.rollout for event in events if event.rollout is not None}
         rollouts |= finished
         broken = next((r.adapter for r in finished.values() if r.finish == "not finite"), None)
@@ -392,6 +348,8 @@ def stream(engine: Engine, prompt: Sequence[int], settings: SamplingSettings, ad
             for event in engine.step():
                 if event.row != number:  # the end of an answer that nobody listens to any more
                     continue
+                if event.error is not None:
+                    raise event.error
                 if event.token is not None and not (event.rollout is not None and event.rollout.ended):
                     yield event.token
                 if event.rollout is not None:

@@ -45,7 +45,7 @@ class Event(NamedTuple):
 
     `top` are the likeliest tokens (`top_logprobs` of them) under the model's own distribution. `prompt`, where it was asked
     for, comes with a completion's first event: a score for each token of the prompt but the first. `found` tokens of the prompt
-    were known from before, and not computed.
+    were known from before, and not computed. Where computing it failed, its last event has the `error` instead of a rollout.
     """
 
     row: int
@@ -56,6 +56,12 @@ class Event(NamedTuple):
     top: Top = ()
     prompt: tuple[TokenScore, ...] | None = None
     found: int = 0
+    error: Exception | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more comes of this completion."""
+        return self.rollout is not None or self.error is not None
 
 
 class Row:
@@ -78,6 +84,8 @@ class Row:
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.model_logprobs: list[float] = []
+        # What computing it failed with; it has no answer then.
+        self.error: Exception | None = None
         self.finish: Finish | None = None if self.settings.max_new_tokens or request.prompt_logprobs else "length"
         self._ends = (*sorted(chat.end_ids), *self.settings.stop_ids)
         self._seen = dict.fromkeys(self.prompt) if self.settings.repetition_penalty != 1 else {}
@@ -101,6 +109,11 @@ class Row:
     def cached(self) -> int:
         """Tokens in the cache."""
         return self.filled + max(0, len(self.ids) - 1)
+
+    @property
+    def over(self) -> bool:
+        """Whether it gets no more tokens."""
+        return self.finish is not None or self.error is not None
 
     def draw(self) -> Draw:
         """What this row brings to its next choice."""

@@ -68,7 +68,7 @@ class Answer:
         if isinstance(event, BaseException):
             self._left = 0
             raise event
-        if event.rollout is not None:
+        if event.over:
             self._left -= 1
         return event
 
@@ -82,7 +82,7 @@ class Answer:
         if not isinstance(event, BaseException):
             first = event.row not in self._begun
             self._begun.add(event.row)
-            if not first and event.rollout is None and len(self._held) < self._together:
+            if not first and not event.over and len(self._held) < self._together:
                 return []
         held, self._held = self._held, []
         return held
@@ -208,16 +208,20 @@ class Server:
             self._waiting = self._engine.waiting + sum(
                 n.answer.request.completions for n in self._told if isinstance(n, _Submit)
             )
-        found: list[tuple[Answer, Event]] = []
+        found: list[tuple[Answer, Event | BaseException]] = []
         for event in events:
             answer, completion = self._answers[event.row]
-            if event.rollout is not None:
+            if event.over:
                 del self._answers[event.row]
-            found.append((answer, event._replace(row=completion)))
+            found.append((answer, event._replace(row=completion) if event.error is None else event.error))
+            if event.error is not None:  # with one of its completions the whole answer is over
+                for number in answer.numbers:
+                    self._engine.cancel(number)
         _deliver(found)
 
     def _events(self) -> list[Event]:
-        """What a step brings. One that fails ends all in flight, and the engine begins anew; several in a row end it."""
+        """What a step brings. One that fails by no row's fault ends all in flight, and the engine begins anew; several in a row
+        end it."""
         if not self._engine.live:
             return []
         try:

@@ -131,12 +131,14 @@ class Shelf:
     def grow(self, places: int, length: int) -> None:
         """Make room for more rows; those that are there, of at most `length` tokens, are copied once."""
         blocks = -(-length // self.block)
+        grown = {}
         for index, pair in self._layers.items():
             keys, values = (zeros((x.shape[0], places, *x.shape[2:]), x) for x in pair)
             for new, old in zip((keys, values), pair, strict=True):
                 new[:blocks, : self.used] = old[:blocks, : self.used]
-            self._layers[index] = (keys, values)
-        self.places, self.address = places, new_address()
+            grown[index] = (keys, values)
+        # All layers or none, where memory is not enough.
+        self._layers, self.places, self.address = grown, places, new_address()
 
     def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
         """Put rows, of at most `length` tokens, into other places."""

@@ -73,6 +73,10 @@ class NarrowAdapters:
             if (held.training or held.fingerprint is None) and _version(held) != self._versions[slot]:
                 self._write(slot, held)
 
+    def clear(self) -> None:
+        """Give up all slots: after a step that failed half way, nobody knows what they hold."""
+        self._open(0, 0)
+
     def _widen(self, slots: int) -> None:
         """More slots; what is in the ones that there are is copied."""
         there, versions, finite, stacks = self.slots, self._versions, self._finite, self._stacks
