@@ -85,7 +85,7 @@ def test_the_newest_rows_of_a_flood_rest_while_others_answer(
     asked = [Request([1, *range(7, 8 + 37 * i % 150)], SIX, owner="flood" if i < 20 else "calm") for i in range(22)]
     numbers = [engine.submit(request)[0] for request in asked[:20]]
     events = engine.step()
-    assert [engine.running, engine.waiting] == [14, 6]
+    assert [engine.running, engine.waiting.total()] == [14, 6]
     numbers += [engine.submit(request)[0] for request in asked[20:]]
     flood, calm = set(numbers[:14]), set(numbers[20:])
     while calm:

@@ -188,8 +188,7 @@ def test_paths_and_methods_that_are_not_there(server: Listening):
 
 
 def test_a_full_house_says_when_to_come_again(server: Listening):
-    server.gate.inside += server.service.places
-    try:
+    with server.gate.places.hold("", server.service.places):
         response = server.post(CHAT, chat("Hi"))
         told(response, 429, None)
         assert response.headers["retry-after"] == "1"
@@ -200,8 +199,6 @@ def test_a_full_house_says_when_to_come_again(server: Listening):
         assert (
             server.get("/health").status_code == server.get("/ready").status_code == server.get("/metrics").status_code == 200
         )
-    finally:
-        server.gate.inside -= server.service.places
 
 
 def test_an_answer_that_does_not_begin_in_time(tiny: BaseModel, monkeypatch: pytest.MonkeyPatch):

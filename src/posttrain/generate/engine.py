@@ -89,9 +89,9 @@ class Engine:
         return bool(self._waiting or self._done or self._places.shelves)
 
     @property
-    def waiting(self) -> int:
-        """Completions that have not begun."""
-        return len(self._waiting)
+    def waiting(self) -> Counter[str]:
+        """Completions that have not begun, by owner."""
+        return self._waiting.counts
 
     @property
     def running(self) -> int:

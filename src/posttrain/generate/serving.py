@@ -4,8 +4,9 @@
         answer = server.submit(Request(...))
         async for event in answer: ...        a client that leaves early: `answer.cancel()`
 
-Requests wait in a bounded queue; where it is full the answer is `BusyError`, at once. All work on the model happens in the one
-thread, and in it every event is handed to the loop of whoever asked. Shutting down ends what is in flight with "cancelled".
+Requests wait in a bounded queue, of which each owner has a share; where it is full the answer is `BusyError`, at once. All work
+on the model happens in the one thread, and in it every event is handed to the loop of whoever asked. Shutting down ends what is
+in flight with "cancelled".
 """
 
 import asyncio
@@ -21,10 +22,11 @@ from posttrain.generate.apart import apart
 from posttrain.generate.engine import Engine
 from posttrain.generate.prefix import PrefixCache
 from posttrain.generate.rows import Event, Request
+from posttrain.generate.waiting import Shares
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter
 
-# Completions that may wait for a place.
+# Completions of one owner that may wait for a place.
 WAITING = 256
 # Steps that fail one after the other until the engine is given up.
 FAILURES = 3
@@ -107,10 +109,10 @@ class Server:
     """Runs an engine in a thread. Made by `serving`; `submit` and `Answer.cancel` may be called from any event loop."""
 
     def __init__(self, base: BaseModel, waiting: int = WAITING) -> None:
-        self._engine, self._limit = apart(Engine, base, serving=True), waiting
+        self._engine = apart(Engine, base, serving=True)
+        self._queue = Shares(waiting, "generation", "completions wait")
         self._changed = threading.Condition()
         self._told: list[_Submit | _Cancel] = []
-        self._waiting = 0
         self._closing = False
         self._failed: BaseException | None = None
         self._failures = 0
@@ -128,12 +130,7 @@ class Server:
         with self._changed:
             if self._closing or self._failed is not None:
                 raise BusyError("generation", "the engine has stopped", do="start the server again")
-            if self._waiting + request.completions > self._limit:
-                raise BusyError(
-                    "generation", f"{self._waiting} completions wait and {request.completions} more are asked for",
-                    allowed=f"at most {self._limit}", do="ask again later",
-                )  # fmt: skip
-            self._waiting += request.completions
+            self._queue.take(request.owner, request.completions)
             answer = Answer(self, request, together)
             self._told.append(_Submit(answer, adapter))
             self._changed.notify()
@@ -142,7 +139,7 @@ class Server:
     @property
     def waiting(self) -> int:
         """Completions that have not begun."""
-        return self._waiting
+        return self._queue.total
 
     @property
     def prefixes(self) -> PrefixCache:
@@ -205,9 +202,10 @@ class Server:
     def _step(self) -> None:
         events = self._events()
         with self._changed:
-            self._waiting = self._engine.waiting + sum(
-                n.answer.request.completions for n in self._told if isinstance(n, _Submit)
-            )
+            self._queue.held = self._engine.waiting
+            for note in self._told:
+                if isinstance(note, _Submit):
+                    self._queue.held[note.answer.request.owner] += note.answer.request.completions
         found: list[tuple[Answer, Event | BaseException]] = []
         for event in events:
             answer, completion = self._answers[event.row]

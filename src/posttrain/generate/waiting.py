@@ -6,7 +6,9 @@ wait, so that nobody saves up (the virtual token counter of Sheng et al. 2024, "
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
+from posttrain.errors import BusyError
 from posttrain.generate.rows import Row
 
 # Of the places of a server, what is kept for owners that come anew. It is also the least that one of many owners may have: a
@@ -17,6 +19,60 @@ LEAST_SHARE = 1 / 8
 def share_of_places(places: int, owners: int) -> int:
     """How many places, and rows of a step, one of so many owners may have that want some."""
     return max(1, int(places * (1 - LEAST_SHARE) * max(LEAST_SHARE, 1 / owners)))
+
+
+class Shares:
+    """Places that owners hold, of which no owner can have so many that another gets none.
+
+    One owner holds at most `each`, and an equal share of twice as many where there are more than two owners. Beyond these a
+    reserve is kept, an eighth of all, for owners that hold none. `what` says of a number of them what they do: "completions
+    wait".
+    """
+
+    def __init__(self, each: int, where: str, what: str) -> None:
+        self._each, self._where, self._what = each, where, what
+        self._open = 2 * each
+        self._all = self._open + max(1, int(self._open * LEAST_SHARE / (1 - LEAST_SHARE)))
+        self.held: Counter[str] = Counter()
+
+    @property
+    def total(self) -> int:
+        """Places that are held."""
+        return self.held.total()
+
+    def check(self, owner: str, count: int = 1) -> None:
+        """Raise BusyError where an owner cannot have so many more."""
+        held, total = self.held[owner], self.held.total()
+        share = max(1, min(self._each, self._open // (len(self.held) + (not held))))
+        own, every = (share, self._open) if held else (self._each, self._all)
+        if held + count > own:
+            self._refuse(held, count, own, f' of "{owner}"' if owner else "")
+        if total + count > every:
+            self._refuse(total, count, every, " of all")
+
+    def _refuse(self, held: int, count: int, most: int, whose: str) -> None:
+        found = f"{held} {self._what} and {count} more are asked for"
+        raise BusyError(self._where, found, allowed=f"at most {most}{whose}", do="ask again later")
+
+    def take(self, owner: str, count: int = 1) -> None:
+        """Hold so many more. Raises BusyError as `check` does."""
+        self.check(owner, count)
+        self.held[owner] += count
+
+    def give(self, owner: str, count: int = 1) -> None:
+        """Give back so many."""
+        self.held[owner] -= count
+        if not self.held[owner]:
+            del self.held[owner]
+
+    @contextmanager
+    def hold(self, owner: str, count: int = 1) -> Iterator[None]:
+        """Hold so many for the length of a block. Raises BusyError as `check` does."""
+        self.take(owner, count)
+        try:
+            yield
+        finally:
+            self.give(owner, count)
 
 
 class PromptTime:
@@ -58,6 +114,11 @@ class FairQueue:
 
     def __iter__(self) -> Iterator[list[Row]]:
         return (group for groups in self._groups.values() for group in groups)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Completions that wait, by owner."""
+        return Counter({owner: sum(map(len, groups)) for owner, groups in self._groups.items()})
 
     @property
     def owners(self) -> set[str]:

@@ -22,6 +22,7 @@ from posttrain.serve.limits import Limits
 from posttrain.serve.metrics import Metrics
 from posttrain.serve.shapes import FinishReason, PromptTokensDetails, Usage
 from posttrain.serve.store import Served
+from posttrain.serve.turns import in_turn
 
 FINISH: dict[str, FinishReason] = {"end": "stop", "stop id": "stop", "stop string": "stop", "length": "length"}
 # Tokens that the loop is woken for, where nobody reads them one by one.
@@ -139,7 +140,7 @@ class Flow:
                 choice = self.choices[place * self.ask.n + event.row]
                 self._count(event, first=choice.count == 0)
                 # Beside the loop where a whole prompt is told, which takes long.
-                piece = await asyncio.to_thread(choice.take, event) if event.prompt else choice.take(event)
+                piece = await in_turn(choice.take, event) if event.prompt else choice.take(event)
                 if event.rollout is not None and event.rollout.finish == "not finite":
                     found = "gives numbers that are not finite"
                     raise Refusal(500, f'model "{self.served.name}"', found, do="use another model", code="not_finite")

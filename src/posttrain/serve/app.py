@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from posttrain import __version__
 from posttrain.errors import PosttrainError
 from posttrain.serve.asks import tokenize
+from posttrain.serve.connections import connection_limit
 from posttrain.serve.envelope import Refusal, encode, refusal
 from posttrain.serve.events import LEFT, answer_of, chunks_of, server_sent
 from posttrain.serve.gate import OWNER, Gate
@@ -47,8 +48,12 @@ from posttrain.serve.shapes import (
     Status,
     Tokens,
 )
+from posttrain.serve.turns import in_turn
 
 PLAYGROUND = files("posttrain") / "serve" / "playground.html"
+# Of the connections that there may be, one owner may have one in so many inside: all together have at most two thirds inside or
+# sending, and the others are for those that come.
+SHARED = 7
 # Where requests are for answers, which are counted.
 ANSWERING = ("/v1/chat/completions", "/v1/completions")
 _ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in ("4XX", "5XX")}
@@ -67,7 +72,8 @@ def build_app(service: Service, *, keys: Keys | None, hosts: frozenset[str]) -> 
         responses=_ERRORS,
     )  # fmt: skip
     gate = Gate(
-        app, keys=keys, hosts=hosts, limits=service.limits, places=service.places,
+        app, keys=keys, hosts=hosts, limits=service.limits,
+        places=min(service.places, connection_limit() // SHARED),
         refused=lambda status: service.metrics.request(UNKNOWN, status),
     )  # fmt: skip
     _add_errors(app, service)
@@ -163,7 +169,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         vocabulary = base.vocabulary
         if body.tokens and max(body.tokens) >= vocabulary:
             raise Refusal(400, "tokens", f"token id {max(body.tokens)}", allowed=f"0 to {vocabulary - 1}", param="tokens")
-        return _json(Detokenized(prompt=await asyncio.to_thread(base.chat.decode, body.tokens, True, middle=False)))
+        return _json(Detokenized(prompt=await in_turn(base.chat.decode, body.tokens, True, middle=False)))
 
 
 def _add_watching(app: FastAPI, service: Service, gate: Gate) -> None:

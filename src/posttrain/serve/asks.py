@@ -4,7 +4,6 @@ Lengths are checked first, on the event loop; templates and tokenizers, which ta
 thread. Conversations go through the base's one renderer, so a prompt has the ids that training gave it.
 """
 
-import asyncio
 import secrets
 from functools import partial
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from posttrain.records import Message
 from posttrain.serve.envelope import Refusal
 from posttrain.serve.limits import Limits
 from posttrain.serve.protocol import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest, TokenizeRequest
+from posttrain.serve.turns import in_turn
 
 # New tokens of /v1/completions where none are named, as in the openai package.
 COMPLETION_TOKENS = 16
@@ -60,7 +60,7 @@ async def completion_ask(body: CompletionRequest, base: BaseModel, limits: Limit
     vocabulary, ids = base.vocabulary, []
     for prompt in prompts:
         if isinstance(prompt, str):
-            ids.append(await asyncio.to_thread(base.chat.encode_text, prompt, control=True))
+            ids.append(await in_turn(base.chat.encode_text, prompt, control=True))
         elif max(prompt) >= vocabulary:
             raise Refusal(400, "prompt", f"token id {max(prompt)}", allowed=f"0 to {vocabulary - 1}", param="prompt")
         else:
@@ -75,9 +75,9 @@ async def completion_ask(body: CompletionRequest, base: BaseModel, limits: Limit
     if body.echo:
         texts = zip(prompts, ids, strict=True)
         decode = partial(base.chat.decode, middle=False)
-        echoed = [p if isinstance(p, str) else await asyncio.to_thread(decode, i) for p, i in texts]
+        echoed = [p if isinstance(p, str) else await in_turn(decode, i) for p, i in texts]
     written = isinstance(prompts[0], str)
-    continues = tuple([await asyncio.to_thread(base.chat.has_text, prompt) for prompt in ids])
+    continues = tuple([await in_turn(base.chat.has_text, prompt) for prompt in ids])
     return Ask(ids, settings, n, False, echoed, scored, bool(body.stream), _usage(body), written, continues)
 
 
@@ -93,15 +93,15 @@ async def tokenize(body: TokenizeRequest, base: BaseModel, limits: Limits) -> li
         return await _render(body.messages, base, limits, prompt=body.add_generation_prompt is not False)
     assert body.prompt is not None
     limits.check_text("prompt", len(body.prompt))
-    return await asyncio.to_thread(base.chat.encode_text, body.prompt, control=True)
+    return await in_turn(base.chat.encode_text, body.prompt, control=True)
 
 
 async def _render(turns: list[ChatMessage], base: BaseModel, limits: Limits, *, prompt: bool = True) -> list[int]:
     messages = [Message("system" if turn.role == "developer" else turn.role, turn.text) for turn in turns]
     limits.check_text("messages", sum(len(message.content) for message in messages))
     if prompt:
-        return await asyncio.to_thread(base.chat.encode_prompt, messages)
-    return (await asyncio.to_thread(base.chat.encode, messages)).ids
+        return await in_turn(base.chat.encode_prompt, messages)
+    return (await in_turn(base.chat.encode, messages)).ids
 
 
 def _settings(body: GenerationRequest, base: BaseModel, tokens: int, scored: bool, top: int) -> SamplingSettings:

@@ -28,6 +28,7 @@ from posttrain.serve.shapes import (
     TokenLogprob,
     TopLogprob,
 )
+from posttrain.serve.turns import in_turn
 
 # JSON has no infinity; a token that cannot be is this unlikely.
 LEAST = -9999.0
@@ -81,7 +82,7 @@ async def completion_stream(flow: Flow) -> AsyncIterator[BaseModel]:
             begun.add(choice.index)
             piece = choice.text
         if len(choice.told) > MANY:
-            yield _completion(flow, [await asyncio.to_thread(_completion_choice, flow, choice, piece)])
+            yield _completion(flow, [await in_turn(_completion_choice, flow, choice, piece)])
         elif piece or choice.told or choice.finish is not None:
             yield _completion(flow, [_completion_choice(flow, choice, piece)])
     if flow.ask.usage:
@@ -99,7 +100,7 @@ async def answer_of(flow: Flow) -> bytes:
         pass
     make = chat_answer if flow.ask.chat else completion_answer
     # Beside the loop: log-probabilities of many tokens take long to write down.
-    return await asyncio.to_thread(lambda: _json(make(flow)))
+    return await in_turn(lambda: _json(make(flow)))
 
 
 async def server_sent(first: BaseModel, rest: AsyncIterator[BaseModel]) -> AsyncIterator[tuple[bytes, int]]:

@@ -2,8 +2,11 @@
 
     key        without a good one nothing but /health answers, and a browser that opens the page asks for it; without keys
                only names of this machine are listened to, so that a page of another site cannot reach in (DNS rebinding)
-    room       a bounded number of requests is inside, and none is taken while the server goes down
-    body       read here to its end or its limit, so that no route waits for a slow sender
+    room       a bounded number of requests is inside, of which each owner (a key; without keys everybody is one) has a share,
+               and none is taken while the server goes down
+    body       read here to its end or its limit, so that no route waits for a slow sender; who sends slowly holds places for
+               bodies, and no place inside
+    turn       bodies are handed to the routes, which parse them, one at a time and in turn between owners
     leaving    a client that closes its connection ends its request, streaming or not
 
 Left out: TLS and limits by address, which belong to a proxy in front.
@@ -15,9 +18,12 @@ import contextlib
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from posttrain.serve.envelope import Refusal, encode
+from posttrain.errors import BusyError
+from posttrain.generate.waiting import Shares
+from posttrain.serve.envelope import Refusal, encode, refusal
 from posttrain.serve.keys import Keys
 from posttrain.serve.limits import Limits
+from posttrain.serve.turns import TextThreads, Turns, asking
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -39,6 +45,8 @@ WATCHING_PATHS = frozenset({"/health", "/ready", "/metrics"})
 SPARE_BODIES, SPARE_SECONDS = 8, 5.0
 # What the gate notes of a request: whose it is, once it may come in, and that it holds a place.
 OWNER, HOLDS = "posttrain.owner", "posttrain.holds"
+# Requests of one owner may have as many bytes as so many of the largest bodies.
+BODIES = 64
 # Beyond the limit of a request's time: what a client that reads nothing may still hold on to.
 LAST_SECONDS = 30.0
 HEADERS = {
@@ -50,7 +58,8 @@ HEADERS = {
 
 
 class Gate:
-    """The application behind its checks. `places` is how many requests may be inside; `inside` how many are.
+    """The application behind its checks. `places` is how many requests of one owner may be inside; `inside` how many of all
+    are, those whose body is read counted.
 
     `refused` hears the status of each request for an answer that is turned away here.
     """
@@ -58,10 +67,17 @@ class Gate:
     def __init__(
         self, app: App, *, keys: Keys | None, hosts: frozenset[str], limits: Limits, places: int, refused: Callable[[int], None]
     ) -> None:
-        self.app, self._keys, self._hosts, self._limits, self._places = app, keys, hosts, limits, places
-        self._refused = refused
-        self.inside = 0
+        self.app, self._keys, self._hosts, self._limits, self._refused = app, keys, hosts, limits, refused
+        self.places = Shares(places, "server", "requests are inside")
+        self._bodies = Shares(places, "server", "bodies are read")
+        self._bytes = Shares(BODIES * limits.body_bytes, "server", "bytes of requests are inside")
+        self._entering, self._threads = Turns(1, 1), TextThreads(limits.queue_seconds)
         self.draining = False
+
+    @property
+    def inside(self) -> int:
+        """Requests that hold a place."""
+        return self.places.total + self._bodies.total
 
     async def empty(self) -> None:
         """Wait until nobody is inside."""
@@ -74,45 +90,51 @@ class Gate:
             await self.app(scope, receive, send)
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
-        send = _with_headers(send)
-        counted = scope["method"] == "POST"
+        send, incoming = _with_headers(send), _Incoming(receive)
         try:
-            owner = self._admit(scope["path"], headers, counted)
-            if scope["path"] not in OPEN_PATHS:
+            owner = self._admit(scope["path"], headers)
+            anyone = scope["path"] in OPEN_PATHS
+            if not anyone:
                 scope[OWNER] = owner
-        except Refusal as problem:
-            await self._discard(headers, receive)
-            await self._turn_away(scope, send, problem)
-            return
-        if not counted:  # no route reads a body then
-            await self._run(scope, b"", receive, send)
-            return
-        self.inside += 1
-        scope[HOLDS] = True
-        try:
-            body = await self._read(headers, receive)
-            await self._run(scope, body, receive, send)
-        except Refusal as problem:
-            await self._turn_away(scope, send, problem)
-        finally:
-            self.inside -= 1
-            del scope[HOLDS]
+            with asking(self._threads, owner):
+                if scope["method"] == "POST" and not anyone:
+                    await self._post(scope, headers, owner, incoming, send)
+                else:  # no route reads a body then
+                    await self._run(scope, b"", owner, incoming, send)
+        except (Refusal, BusyError) as problem:
+            if not incoming.over and b"expect" not in headers:  # a client that asks first has sent no body yet
+                await self._discard(incoming)
+            await self._turn_away(scope, send, refusal(problem))
+
+    async def _post(
+        self, scope: Scope, headers: dict[bytes, bytes], owner: str, receive: "_Incoming", send: Send
+    ) -> None:  # fmt: skip
+        """A request that holds a place. Raises Refusal or BusyError before the route has it."""
+        most, length = self._limits.body_bytes, headers.get(b"content-length", b"0")
+        size = most if b"transfer-encoding" in headers or not length.isdigit() else int(length[:20])
+        if size > most:
+            raise self._too_long()
+        self.places.check(owner)
+        with self._bytes.hold(owner, size):
+            scope[HOLDS] = True
+            try:
+                with self._bodies.hold(owner):
+                    body = await self._read(receive)
+                with self.places.hold(owner):
+                    await self._run(scope, body, owner, receive, send)
+            finally:
+                del scope[HOLDS]
 
     async def _turn_away(self, scope: Scope, send: Send, problem: Refusal) -> None:
         if scope["path"] in COUNTED_PATHS:
             self._refused(problem.status)
         await _answer(send, problem)
 
-    def _admit(self, path: str, headers: dict[bytes, bytes], counted: bool) -> str:
+    def _admit(self, path: str, headers: dict[bytes, bytes]) -> str:
         """Whose request it is. Raises Refusal where it may not come in."""
         owner = self._who(path, headers)
         if self.draining and path not in WATCHING_PATHS:
             raise Refusal(503, "server", "going down", do="ask again later", code="shutting_down")
-        if counted and self.inside >= self._places:
-            raise Refusal(
-                429, "server", f"{self.inside} requests are inside", allowed=f"at most {self._places}", do="ask again later",
-                code="queue_full",
-            )  # fmt: skip
         return owner
 
     def _who(self, path: str, headers: dict[bytes, bytes]) -> str:
@@ -133,41 +155,33 @@ class Gate:
             raise Refusal(403, "Authorization", f"a key without the scope {needed}", do="use another key", code="scope")
         return key.name
 
-    async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+    async def _read(self, receive: "_Incoming") -> bytes:
         """The body. Raises Refusal for one that is too long or too slow."""
-        most, body = self._limits.body_bytes, bytearray()
-        length = headers.get(b"content-length", b"0")
-        too_long = length.isdigit() and int(length[:20]) > most
-        seconds = self._limits.body_seconds
+        body, seconds = bytearray(), self._limits.body_seconds
         try:
             async with asyncio.timeout(seconds):
-                while not too_long:
-                    message = await receive()
-                    body += message.get("body", b"")
-                    too_long = len(body) > most
-                    if not message.get("more_body", False):
-                        break
+                while not receive.over:
+                    body += (await receive()).get("body", b"")
+                    if len(body) > self._limits.body_bytes:
+                        raise self._too_long()
         except TimeoutError:
+            receive.over = True
             raise Refusal(408, "body", f"not there after {seconds:g} seconds", do="send it faster", code="timeout") from None
-        if too_long:
-            await self._discard(headers, receive)
-            raise Refusal(413, "body", f"more than {most} bytes", allowed=f"at most {most}", code="body_too_large")
         return bytes(body)
 
-    async def _discard(self, headers: dict[bytes, bytes], receive: Receive) -> None:
-        """Read on for a while, to be heard when the answer is sent. A client that asks first has sent no body yet."""
-        if b"expect" in headers:
-            return
+    def _too_long(self) -> Refusal:
+        most = self._limits.body_bytes
+        return Refusal(413, "body", f"more than {most} bytes", allowed=f"at most {most}", code="body_too_large")
+
+    async def _discard(self, receive: "_Incoming") -> None:
+        """Read on for a while, to be heard when the answer is sent."""
         left = SPARE_BODIES * self._limits.body_bytes
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(SPARE_SECONDS, self._limits.body_seconds)):
-                while left > 0:
-                    message = await receive()
-                    left -= len(message.get("body", b""))
-                    if not message.get("more_body", False):
-                        return
+                while left > 0 and not receive.over:
+                    left -= len((await receive()).get("body", b""))
 
-    async def _run(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+    async def _run(self, scope: Scope, body: bytes, owner: str, receive: Receive, send: Send) -> None:
         """The route, until it has answered or its client has left."""
         given = False
 
@@ -175,6 +189,10 @@ class Gate:
             nonlocal given
             if not given:
                 given = True
+                if body:
+                    await self._entering.acquire(owner)
+                    # What the route does until it waits for something, parsing above all, is its turn.
+                    asyncio.get_running_loop().call_soon(self._entering.release, owner)
                 return {"type": "http.request", "body": body, "more_body": False}
             await asyncio.Event().wait()  # leaving is watched here and nowhere else
             raise AssertionError
@@ -193,6 +211,18 @@ class Gate:
             await asyncio.wait(tasks)
         if not tasks[0].cancelled():
             tasks[0].result()
+
+
+class _Incoming:
+    """The messages of a request, and whether its body is over or is waited for no longer."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive, self.over = receive, False
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        self.over = self.over or not message.get("more_body", False)
+        return message
 
 
 def _presented(headers: dict[bytes, bytes], schemes: tuple[str, ...]) -> str:

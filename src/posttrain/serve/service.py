@@ -64,7 +64,12 @@ class Service:
 
     async def open(self, body: ChatRequest | CompletionRequest, owner: str) -> Flow:
         """A flow of a request. Raises what `refusal` knows; an AdapterError for a model that is not served."""
-        served = await self.store.use(body.model)
+        try:
+            async with asyncio.timeout(self.limits.queue_seconds):
+                served = await self.store.use(body.model)
+        except TimeoutError:
+            found = f"the adapter of {body.model!r} was not read within the queue's limit"
+            raise Refusal(503, "server", found, do="ask again later", code="timeout") from None
         if isinstance(body, ChatRequest):
             ask = await chat_ask(body, self.base, self.limits)
         else:

@@ -16,7 +16,6 @@ Left out: the bound does not count adapters that left and are still held; two na
 who can change links in the folder while it is read can make the server look at an adapter elsewhere.
 """
 
-import asyncio
 import os
 import re
 from pathlib import Path
@@ -27,6 +26,7 @@ from posttrain.generate.apart import beside
 from posttrain.models.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles, make_adapter, read_adapter
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter
+from posttrain.serve.turns import Turns, owner
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # A path of a request: plain names joined by "/". No name begins with a dot, so there is no "..".
@@ -88,8 +88,8 @@ class AdapterStore:
         self._root = Served(base_name, "base", base.weights_hash, base_name, parent, stage, scores, size, True)
         # Least recently used first.
         self._entries: dict[str, _Entry] = {}
-        # One adapter at a time is read: a burst of loads takes no more memory than one.
-        self._reading = asyncio.Lock()
+        # One adapter at a time is read, in turn between owners: a burst of loads takes no more memory than one.
+        self._reading = Turns(1, 1)
 
     def offer(
         self, name: str, path: Path, *, pinned: bool = False, stage: str | None = None, parent: str = "base",
@@ -117,7 +117,7 @@ class AdapterStore:
         """
         self._check_name(name)
         place = self._check_path(name, path)
-        async with self._reading:
+        async with self._reading.hold(owner()):
             files = await beside(self._read, name, place)
             known = self._entries.get(name)
             if known is not None and known.served.fingerprint == files.fingerprint:
@@ -130,7 +130,7 @@ class AdapterStore:
 
     async def unload(self, name: str) -> None:
         """Serve an adapter no longer. Raises AdapterError where it is not served, or is the base."""
-        async with self._reading:
+        async with self._reading.hold(owner()):
             if name == self._root.name:
                 raise AdapterError("model", f'"{name}" is the base', allowed="an adapter")
             served = self._entry(name).served
@@ -159,7 +159,7 @@ class AdapterStore:
 
     async def _recall(self, name: str) -> None:
         """Bring an adapter back from disk, as what it was when it was loaded."""
-        async with self._reading:
+        async with self._reading.hold(owner()):
             served, place = self._entry(name)
             if served.engine_name in self._base.adapters:  # another request was first
                 return
