@@ -17,7 +17,7 @@ from posttrain.models.load import BaseModel
 from posttrain.records import Message
 from posttrain.serve.app import build_app
 from posttrain.serve.gate import Gate
-from posttrain.serve.keys import Keys
+from posttrain.serve.keys import KeyFile
 from posttrain.serve.limits import Limits
 from posttrain.serve.run import LOOPBACK, bind, listen
 from posttrain.serve.service import Service
@@ -84,7 +84,7 @@ class Listening:
 
 @contextmanager
 def listening(
-    base: BaseModel, *, limits: Limits | None = None, keys: Keys | None = None, folder: Path | None = None,
+    base: BaseModel, *, limits: Limits | None = None, keys: KeyFile | None = None, folder: Path | None = None,
     adapters: dict[str, Path] | None = None,
 ) -> Iterator[Listening]:  # fmt: skip
     """A server on a base and adapters."""

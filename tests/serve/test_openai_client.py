@@ -18,7 +18,7 @@ from posttrain.models.load import BaseModel
 from posttrain.records import Message, Rollout
 from posttrain.serve.answers import Choice
 from posttrain.serve.asks import Ask
-from posttrain.serve.keys import Keys, add_key
+from posttrain.serve.keys import KeyFile, add_key
 from posttrain.serve.limits import Limits
 
 HI: list[Any] = [{"role": "user", "content": "Hi"}]
@@ -348,7 +348,7 @@ def test_a_turn_of_the_assistant_goes_back_as_the_client_got_it(tiny: BaseModel,
 
 def test_keys_and_a_full_house_have_their_classes(tiny: BaseModel, tmp_path: Path):
     secret = add_key(tmp_path / "keys.json", "ann", ("use",))
-    with listening(tiny, keys=Keys.read(tmp_path / "keys.json")) as server:
+    with listening(tiny, keys=KeyFile(tmp_path / "keys.json")) as server:
         url = f"{server.url}/v1"
         with openai.OpenAI(base_url=url, api_key="wrong", max_retries=0) as stranger:
             with pytest.raises(openai.AuthenticationError):

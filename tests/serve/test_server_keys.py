@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import os
 import re
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from posttrain.generate.engine import ROWS
 from posttrain.models.load import BaseModel
 from posttrain.serve.app import page_policy
 from posttrain.serve.gate import ADMIN_PATHS, OPEN_PATHS
-from posttrain.serve.keys import Keys, add_key
+from posttrain.serve.keys import KeyFile, add_key
 
 # Every route of the application, with the scope that it needs. A route that is not in here fails the test below.
 ROUTES = {
@@ -47,7 +48,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
 
 @pytest.fixture(scope="module")
 def server(tiny: BaseModel, keys: tuple[Path, str, str]) -> Iterator[Listening]:
-    with listening(tiny, keys=Keys.read(keys[0])) as running:
+    with listening(tiny, keys=KeyFile(keys[0])) as running:
         yield running
 
 
@@ -142,9 +143,60 @@ def test_who_floods_the_server_waits_behind_himself(
                 await asyncio.sleep(0.001)
             await asyncio.gather(one("root", keys[2], 5), *flood)
 
-    with listening(tiny, keys=Keys.read(keys[0])) as server:
+    with listening(tiny, keys=KeyFile(keys[0])) as server:
         asyncio.run(work(server))
     assert "root" in ended[:8]
+
+
+def test_a_key_that_is_revoked_opens_nothing_any_more_and_what_it_began_ends_well(tiny: BaseModel, tmp_path: Path):
+    """The server is not told: it sees that the file is another one."""
+    path = tmp_path / "keys.json"
+    ann, bob = add_key(path, "ann", ("use",)), add_key(path, "bob", ("use",))
+    with listening(tiny, keys=KeyFile(path)) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        body = chat("Hi", tokens=300, min_tokens=300, stream=True)
+        with client.stream("POST", "/v1/chat/completions", json=body, headers=bearer(ann)) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            assert main(["keys", "revoke", str(path), "ann"]) == 0
+            assert [server.get("/v1/models", headers=bearer(key)).status_code for key in (ann, bob)] == [401, 200]
+            assert "data: [DONE]" in list(lines)
+        assert server.post("/v1/chat/completions", chat("Hi"), headers=bearer(ann)).status_code == 401
+        cat = add_key(path, "cat", ("use",))
+        assert server.get("/v1/models", headers=bearer(cat)).status_code == 200
+
+
+def test_a_file_that_cannot_be_read_any_more_leaves_the_keys_that_there_were(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Told once each time; what is written into the file in place, in the same length and with an old date, is seen."""
+    path = tmp_path / "keys.json"
+    ann = add_key(path, "ann", ("use",))
+    good, before = path.read_text(), path.stat()
+    keys = KeyFile(path)
+
+    def check(count: int) -> None:
+        for _ in range(3):
+            assert keys.check(ann) is not None
+        assert len(caplog.messages) == count
+        assert all(message.endswith("; the keys that were read last stay in force") for message in caplog.messages)
+
+    check(0)
+    path.write_text(good[:-20])
+    check(1)
+    path.write_text(good)
+    check(1)
+    path.chmod(0o644)
+    check(2)
+    path.unlink()
+    check(3)
+    os.mkfifo(path, 0o600)
+    check(4)
+    path.unlink()
+    path.write_text(good)
+    path.chmod(0o600)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns - 10**12))
+    check(4)
+    path.write_text(good.replace('"ann"', '"bob"'))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns - 10**12))
+    assert [key.name for key in (keys.check(ann),) if key] == ["bob"]
 
 
 def test_an_address_that_is_taken_is_told(capsys: pytest.CaptureFixture[str]):

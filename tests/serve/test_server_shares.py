@@ -19,7 +19,7 @@ from posttrain.errors import BusyError
 from posttrain.generate.engine import ROWS
 from posttrain.generate.waiting import Shares
 from posttrain.models.load import BaseModel
-from posttrain.serve.keys import Keys, add_key
+from posttrain.serve.keys import KeyFile, add_key
 from posttrain.serve.limits import Limits
 from posttrain.serve.turns import TextThreads, Turns
 
@@ -157,7 +157,7 @@ def served(tiny: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     ann, bob = (add_key(folder / "keys.json", name, ("use",)) for name in ("ann", "bob"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ROWS, "cpu", 4)
-        with listening(tiny, limits=Limits(queue=8), keys=Keys.read(folder / "keys.json"), adapters=adapters) as server:
+        with listening(tiny, limits=Limits(queue=8), keys=KeyFile(folder / "keys.json"), adapters=adapters) as server:
             yield server, ann, bob
 
 
@@ -187,7 +187,7 @@ def test_another_key_is_answered_every_time(served: tuple[Listening, str, str], 
 def test_450_callers_of_one_key_keep_out_nobody(tiny: BaseModel, tmp_path: Path, kind: str):
     adapters = {name: write_adapter(tmp_path / name, tiny, seed) for seed, name in enumerate(NAMES)}
     ann, bob = (add_key(tmp_path / "keys.json", name, ("use",)) for name in ("ann", "bob"))
-    with listening(tiny, keys=Keys.read(tmp_path / "keys.json"), adapters=adapters) as server:
+    with listening(tiny, keys=KeyFile(tmp_path / "keys.json"), adapters=adapters) as server:
         many, other = asyncio.run(beside(server.url, ann, bob, kind, 450, 40))
         server.settle()
     assert other == {200: 40}, many

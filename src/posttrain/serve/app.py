@@ -25,7 +25,7 @@ from posttrain.serve.connections import connection_limit
 from posttrain.serve.envelope import Refusal, encode, refusal
 from posttrain.serve.events import LEFT, answer_of, chunks_of, server_sent
 from posttrain.serve.gate import OWNER, Gate
-from posttrain.serve.keys import Keys
+from posttrain.serve.keys import KeyFile
 from posttrain.serve.metrics import CONTENT_TYPE, UNKNOWN
 from posttrain.serve.protocol import (
     MESSAGE_REFUSED,
@@ -59,7 +59,7 @@ ANSWERING = ("/v1/chat/completions", "/v1/completions")
 _ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in ("4XX", "5XX")}
 
 
-def build_app(service: Service, *, keys: Keys | None, hosts: frozenset[str]) -> Gate:
+def build_app(service: Service, *, keys: KeyFile | None, hosts: frozenset[str]) -> Gate:
     """The whole application: routes behind the gate. `hosts` are the names it listens to where there are no keys."""
 
     @asynccontextmanager

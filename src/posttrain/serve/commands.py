@@ -71,12 +71,12 @@ def serve(options: argparse.Namespace) -> int:
         raise RecipeError("posttrain serve", f"{', '.join(missing)} not installed", do='pip install "posttrain[serve]"')
     from posttrain.generate.apart import apart
     from posttrain.models.library import advice
-    from posttrain.serve.keys import Keys
+    from posttrain.serve.keys import KeyFile
     from posttrain.serve.limits import Limits
     from posttrain.serve.run import check_host, open_service
     from posttrain.serve.run import serve as listen
 
-    keys = Keys.read(options.keys) if options.keys is not None else None
+    keys = KeyFile(options.keys) if options.keys is not None else None
     check_host(options.host, keys)
     limits = Limits(
         options.body_bytes, options.prompt_chars, options.max_tokens, options.default_tokens, options.completions,

@@ -21,7 +21,7 @@ from typing import Any
 from posttrain.errors import BusyError
 from posttrain.generate.waiting import Shares
 from posttrain.serve.envelope import Refusal, encode, refusal
-from posttrain.serve.keys import Keys
+from posttrain.serve.keys import KeyFile
 from posttrain.serve.limits import Limits
 from posttrain.serve.turns import TextThreads, Turns, asking
 
@@ -65,7 +65,14 @@ class Gate:
     """
 
     def __init__(
-        self, app: App, *, keys: Keys | None, hosts: frozenset[str], limits: Limits, places: int, refused: Callable[[int], None]
+        self,
+        app: App,
+        *,
+        keys: KeyFile | None,
+        hosts: frozenset[str],
+        limits: Limits,
+        places: int,
+        refused: Callable[[int], None],
     ) -> None:
         self.app, self._keys, self._hosts, self._limits, self._refused = app, keys, hosts, limits, refused
         self.places = Shares(places, "server", "requests are inside")

@@ -4,6 +4,8 @@ A key is a random token of 256 bits that is shown once, when it is made. Its has
 protect passwords, which can be guessed; 2^256 tokens cannot, and a slow hash would let anyone keep the server busy with
 wrong keys. No torch here: a key is made at once.
 
+A running server reads its file again once it has changed (`KeyFile`), so that a key that is revoked opens nothing any more.
+
 Left out: keys that expire, and keys in a database.
 """
 
@@ -11,11 +13,13 @@ import fcntl
 import hashlib
 import hmac
 import json
+import logging
 import os
 import re
 import secrets
 import stat
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -28,6 +32,9 @@ from posttrain.errors import ArtifactError, RecipeError
 SCOPES = ("use", "admin")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,99}")
 _HASH = re.compile(r"[0-9a-f]{64}")
+# A file may change again within one tick of its file system's clock: what was written this lately is read at every request.
+_TICK_SECONDS = 2.0
+_LOG = logging.getLogger(__name__)
 
 
 class Key(NamedTuple):
@@ -49,13 +56,14 @@ class Keys(NamedTuple):
         """The keys of a file. Raises ArtifactError where it is not one, or is open to other users of the machine."""
         where = str(path)
         try:
-            with path.open("rb") as file:
-                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-                data = file.read()
+            # A pipe is opened without waiting for who writes into it, and then refused.
+            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+                mode = os.fstat(file.fileno()).st_mode
+                data = file.read() if stat.S_ISREG(mode) else b""
         except OSError as error:
             raise ArtifactError(where, f"cannot be read ({error.strerror})", do="make it with `posttrain keys add`") from None
         if mode & 0o077:
-            raise ArtifactError(where, f"mode {mode:o}", allowed="600: its owner alone", do=f"chmod 600 {path}")
+            raise ArtifactError(where, f"mode {stat.S_IMODE(mode):o}", allowed="600: its owner alone", do=f"chmod 600 {path}")
         try:
             rows = json.loads(data)["keys"]
             keys = tuple(_parse(row) for row in rows)
@@ -73,6 +81,56 @@ class Keys(NamedTuple):
             if hmac.compare_digest(key.sha256, digest):
                 found = key
         return found
+
+
+class KeyFile:
+    """The keys of a file as it is now. One that cannot be read any more leaves the keys in force that were read last.
+
+    Raises ArtifactError as `Keys.read` does where it cannot be read at the start.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._seen, self._told = path, _state(path), False
+        self._keys = Keys.read(path)
+
+    def check(self, presented: str) -> Key | None:
+        """As `Keys.check`, of the keys that the file has now."""
+        state = _state(self._path)
+        if state != self._seen or (state is not None and abs(time.time() - state.written) < _TICK_SECONDS):
+            self._told = self._told and state == self._seen
+            self._seen = state
+            self._read()
+        return self._keys.check(presented)
+
+    def _read(self) -> None:
+        try:
+            self._keys = Keys.read(self._path)
+            self._told = False
+        except ArtifactError as error:
+            if not self._told:
+                _LOG.warning("%s; the keys that were read last stay in force", error)
+            self._told = True
+
+
+class _State(NamedTuple):
+    """What changes with a file: its place on disk, its length, and when it was written or renamed.
+
+    `times` are nanoseconds, `written` is seconds.
+    """
+
+    place: tuple[int, int]
+    size: int
+    times: tuple[int, int]
+    written: float
+
+
+def _state(path: Path) -> _State | None:
+    """None where there is no file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return _State((found.st_dev, found.st_ino), found.st_size, (found.st_mtime_ns, found.st_ctime_ns), found.st_mtime)
 
 
 def _parse(row: dict[str, Any]) -> Key:

@@ -24,7 +24,7 @@ from posttrain.models.target import Target, open_target
 from posttrain.serve.app import build_app
 from posttrain.serve.connections import ACCEPTED_AT_ONCE, Connections, connection_limit, quiet
 from posttrain.serve.gate import Gate
-from posttrain.serve.keys import Keys
+from posttrain.serve.keys import KeyFile
 from posttrain.serve.limits import Limits
 from posttrain.serve.service import Service
 from posttrain.serve.store import AdapterStore
@@ -102,7 +102,7 @@ def read_scores(run: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def check_host(host: str, keys: Keys | None) -> None:
+def check_host(host: str, keys: KeyFile | None) -> None:
     """Raise RecipeError for an address that others can reach, where there are no keys."""
     if keys is None and not _is_loopback(host):
         raise RecipeError(
@@ -118,7 +118,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def serve(service: Service, *, host: str, port: int, keys: Keys | None, told: Callable[[str], None]) -> None:
+def serve(service: Service, *, host: str, port: int, keys: KeyFile | None, told: Callable[[str], None]) -> None:
     """Listen until a signal comes. `told` gets the address once requests are taken. Raises RecipeError for a bad address."""
     check_host(host, keys)
     # What was loaded stays: without this every large request would have the collector look through all of it.
