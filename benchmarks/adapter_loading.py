@@ -78,7 +78,7 @@ async def measure(base: BaseModel, folder: Path, file_bytes: int) -> dict[str, A
         await store.load(f"a{number}", f"a{number}")
     grown = (resident() - before) / (COUNT - 1)
     # Room for one: each use of the other reads it.
-    small = AdapterStore(base, base_name=MODEL, folder=folder, budget_bytes=2 * file_bytes - 2**20)
+    small = AdapterStore(base, base_name=MODEL, folder=folder, budget_bytes=4 * file_bytes - 2**20)
     for name in ("a0", "a1"):
         await small.load(f"{name}.x", name)
 

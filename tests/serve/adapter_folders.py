@@ -15,6 +15,11 @@ from posttrain.models.segments import Segments, Span
 RANK_4_BYTES = 32_768
 
 
+def room_for(adapters: int) -> int:
+    """Bytes of so many adapters of rank 4, and of half as many slots more in an engine that computes in float32."""
+    return (adapters + 3 * adapters // 2) * RANK_4_BYTES
+
+
 def write_adapter(folder: Path, base: BaseModel, seed: int, *, rank: int = 4, head: bool = False) -> Path:
     """A folder in PEFT's format; nothing of it stays in memory."""
     settings = LoraSettings(rank, 2.0 * rank, 0.0, "all", "standard")

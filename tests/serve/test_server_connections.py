@@ -194,6 +194,7 @@ def test_connections_without_a_request_make_room_oldest_first(tiny: BaseModel, m
         client = stack.enter_context(httpx.Client(base_url=server.url, timeout=30))
         long = chat("Hi", tokens=400, min_tokens=400, stream=True)
         stream = stack.enter_context(client.stream("POST", CHAT, json=long))
+        assert stream.status_code == 200
         lines = stream.iter_lines()
         next(lines)
         kept = connect(stack, address_of(server), b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -212,16 +213,14 @@ def test_connections_without_a_request_make_room_oldest_first(tiny: BaseModel, m
 
 
 def test_where_every_connection_has_a_request_a_new_one_is_told_so(tiny: BaseModel, monkeypatch: pytest.MonkeyPatch):
-    with few(tiny, monkeypatch, 2) as (server, stack):
-        begun = []
-        for _ in range(2):
-            client = stack.enter_context(httpx.Client(base_url=server.url, timeout=30))
-            stream = client.stream("POST", CHAT, json=chat("Hi", tokens=1900, min_tokens=1900, stream=True))
-            begun.append(stack.enter_context(stream))
-        status, body = answer(connect(stack, address_of(server)))
-        assert status == 503
-        assert json.loads(body)["error"]["code"] == "connections"
-        begun[0].close()
+    with few(tiny, monkeypatch, 1) as (server, stack):
+        client = stack.enter_context(httpx.Client(base_url=server.url, timeout=30))
+        with client.stream("POST", CHAT, json=chat("Hi", tokens=1900, min_tokens=1900, stream=True)) as stream:
+            assert stream.status_code == 200
+            status, body = answer(connect(stack, address_of(server)))
+            assert status == 503
+            assert json.loads(body)["error"]["code"] == "connections"
+        client.close()
         while server.get("/health").status_code != 200:
             time.sleep(0.02)
 

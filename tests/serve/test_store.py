@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_folders import RANK_4_BYTES, in_memory, logits_of, write_adapter
+from adapter_folders import RANK_4_BYTES, in_memory, logits_of, room_for, write_adapter
 
 from posttrain.artifacts import hash_file
 from posttrain.errors import AdapterError
@@ -27,7 +27,7 @@ def written(tiny: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def store_of(base: BaseModel, folder: Path | None, *, room: int = 100) -> AdapterStore:
     """A store with room for so many adapters of rank 4."""
-    return AdapterStore(base, base_name="tiny", folder=folder, budget_bytes=room * RANK_4_BYTES)
+    return AdapterStore(base, base_name="tiny", folder=folder, budget_bytes=room_for(room))
 
 
 def test_what_is_served_says_what_it_is(base: BaseModel, written: Path):
@@ -76,7 +76,7 @@ def test_a_larger_adapter_takes_the_room_of_two(base: BaseModel, written: Path, 
     write_adapter(tmp_path / "wide", base, 7, rank=8)
 
     async def work() -> None:
-        store = store_of(base, written, room=3)
+        store = store_of(base, written, room=4)
         for name in "abc":
             await store.load(name, name)
         store.offer("wide", tmp_path / "wide")
@@ -91,19 +91,19 @@ def test_what_does_not_fit_is_refused_with_the_numbers(base: BaseModel, written:
     store.offer("a", written / "a", pinned=True)
     store.offer("b", written / "b")
     with pytest.raises(
-        AdapterError, match='adapter "wide" · 65536 bytes in memory beside 32768 of pinned ones · 65536 for all'
+        AdapterError, match='adapter "wide" · 294912 bytes in memory with slots for it and pinned ones · 163840 for all'
     ):
         store.offer("wide", tmp_path / "wide")
     assert in_memory(base) == {"a", "b"}
     assert [model.name for model in store.models()] == ["tiny", "a", "b"]
     small = AdapterStore(base, base_name="tiny", folder=None, budget_bytes=RANK_4_BYTES - 1)
-    with pytest.raises(AdapterError, match="32768 bytes in memory · 32767 for all adapters"):
+    with pytest.raises(AdapterError, match="65536 bytes in memory with slots for it · 32767 for all adapters"):
         small.offer("c", written / "c")
     (tmp_path / "long").mkdir()
     shutil.copy(written / "a" / "adapter_config.json", tmp_path / "long")
     with (tmp_path / "long" / "adapter_model.safetensors").open("wb") as file:
         file.truncate(2**40)  # a file with a hole: nobody could read it into memory
-    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors has 1099511627776 bytes · at most 16842752"):
+    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors has 1099511627776 bytes · at most 16941056"):
         store.offer("long", tmp_path / "long")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_folders import RANK_4_BYTES, write_adapter
+from adapter_folders import room_for, write_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -32,7 +32,7 @@ def folder(base: BaseModel, tmp_path: Path) -> Path:
 
 
 def store_of(base: BaseModel, folder: Path | None) -> AdapterStore:
-    return AdapterStore(base, base_name="Tiny", folder=folder, budget_bytes=10 * RANK_4_BYTES)
+    return AdapterStore(base, base_name="Tiny", folder=folder, budget_bytes=room_for(10))
 
 
 def test_0_of_20_wrong_bases_are_accepted(base: BaseModel, folder: Path, tmp_path: Path):
@@ -257,7 +257,7 @@ def test_a_link_that_is_turned_outwards_later_is_seen(base: BaseModel, folder: P
     shutil.copytree(folder / "good", tmp_path / "outside")
     write_adapter(folder / "other", base, 1)
     (folder / "link").symlink_to("good")
-    store = AdapterStore(base, base_name="tiny", folder=folder, budget_bytes=RANK_4_BYTES)
+    store = AdapterStore(base, base_name="tiny", folder=folder, budget_bytes=room_for(1))
 
     async def work() -> None:
         await store.load("x", "link")
@@ -272,7 +272,7 @@ def test_a_link_that_is_turned_outwards_later_is_seen(base: BaseModel, folder: P
 
 def test_many_who_wait_for_one_that_left_read_it_once(base: BaseModel, folder: Path, opened: list[str]):
     write_adapter(folder / "other", base, 1)
-    store = AdapterStore(base, base_name="tiny", folder=folder, budget_bytes=RANK_4_BYTES)
+    store = AdapterStore(base, base_name="tiny", folder=folder, budget_bytes=room_for(1))
 
     async def work() -> None:
         await store.load("x", "good")

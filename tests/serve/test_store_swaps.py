@@ -1,10 +1,11 @@
 """Adapters change under a running engine: what is in flight ends on its own weights, what comes later gets the new ones."""
 
 import asyncio
+import shutil
 from pathlib import Path
 
 import pytest
-from adapter_folders import RANK_4_BYTES, in_memory, write_adapter
+from adapter_folders import in_memory, room_for, write_adapter
 
 from posttrain.errors import AdapterError
 from posttrain.generate.engine import generate
@@ -72,7 +73,7 @@ def test_200_requests_while_one_name_changes_under_them(base: BaseModel, written
         asked.append((number, served.fingerprint, asyncio.create_task(ids_of(answer))))
 
     async def work() -> None:
-        store = AdapterStore(base, base_name="tiny", folder=written, budget_bytes=10 * RANK_4_BYTES)
+        store = AdapterStore(base, base_name="tiny", folder=written, budget_bytes=room_for(10))
         paths = {(await store.load("x", "a")).fingerprint: "a"}
         async with serving(base) as server:
             changes = asyncio.create_task(change(store, paths))
@@ -93,7 +94,7 @@ def test_what_is_asked_for_after_a_load_returned_is_the_new_one(base: BaseModel,
     """And what was asked for before it, with rows in flight or not yet begun, stays the old one."""
 
     async def work() -> None:
-        store = AdapterStore(base, base_name="tiny", folder=written, budget_bytes=10 * RANK_4_BYTES)
+        store = AdapterStore(base, base_name="tiny", folder=written, budget_bytes=room_for(10))
         running: list[tuple[str, int, asyncio.Task[tuple[int, ...]]]] = []
         async with serving(base) as server:
             for turn in range(50):
@@ -126,7 +127,7 @@ def test_8_adapters_and_the_base_with_room_for_3_answer_as_each_alone(base: Base
     """Every request may need one that had to leave; reading it does not stop the others."""
 
     async def work() -> None:
-        store = AdapterStore(base, base_name="tiny", folder=written, budget_bytes=3 * RANK_4_BYTES)
+        store = AdapterStore(base, base_name="tiny", folder=written, budget_bytes=room_for(3))
         for name in "abcdefgh":
             await store.load(name, name)
         names = ["tiny", *"abcdefgh"]
@@ -138,14 +139,14 @@ def test_8_adapters_and_the_base_with_room_for_3_answer_as_each_alone(base: Base
 
         async with serving(base) as server:
             assert all(await asyncio.gather(*(ask(server, number) for number in range(216))))
-        assert len(in_memory(base)) <= 6  # of rank 2 six have the bytes of three of rank 4
+        assert len(in_memory(base)) <= 6  # of rank 2 nearly six have the bytes of three of rank 4
 
     asyncio.run(asyncio.wait_for(work(), 120))
 
 
 def test_reading_an_adapter_does_not_stop_the_loop(base: BaseModel, written: Path):
     async def work() -> None:
-        store = AdapterStore(base, base_name="tiny", folder=written, budget_bytes=10 * RANK_4_BYTES)
+        store = AdapterStore(base, base_name="tiny", folder=written, budget_bytes=room_for(10))
         await store.load("b", "b")
         first = asyncio.create_task(store.load("x", "a"))
         second = asyncio.create_task(store.load("x", "b"))
@@ -160,3 +161,51 @@ def test_reading_an_adapter_does_not_stop_the_loop(base: BaseModel, written: Pat
             await second
 
     asyncio.run(asyncio.wait_for(work(), 60))
+
+
+def test_one_wide_adapter_among_narrow_ones_counts_with_the_slots_that_it_widens(
+    base: BaseModel, written: Path, tmp_path: Path
+):
+    """Measured after every answer: adapters in memory, and what the engine copies of them. When the wide one has left, so has
+    its width."""
+    write_adapter(tmp_path / "wide", base, 9, rank=64)
+    for name in "abcdefgh":
+        shutil.copytree(written / name, tmp_path / name)
+    budget = room_for(44)
+    shown: list[tuple[int, int]] = []
+
+    async def work() -> None:
+        store = AdapterStore(base, base_name="tiny", folder=tmp_path, budget_bytes=budget)
+        async with serving(base) as server:
+            kept = server._engine._narrow
+
+            async def ask(*names: str) -> None:
+                used = [await store.use(name) for name in names]
+                found = [server.submit(Request(PROMPTS[0], SETTINGS, one.engine_name, place)) for place, one in enumerate(used)]
+                del used
+                await asyncio.gather(*map(ids_of, found))
+                del found
+                there = [base.adapters.get(name) for name in base.adapters.names()]
+                files = sum(4 * p.numel() for adapter in there for p in adapter.parameters().values())
+                slots = sum(t.nbytes for stack in kept._stacks.values() for t in (stack.a, stack.b))
+                shown.append((files + slots, kept.rank))
+
+            for name in "abcdefgh":
+                await store.load(name, name)
+            await ask(*"abcdefgh")
+            assert in_memory(base) == set("abcdefgh")
+            await store.load("wide", "wide")
+            await ask("wide")
+            assert "wide" in in_memory(base)
+            assert len(in_memory(base)) == 3, "more slots of rank 64 do not fit"
+            await ask("wide", *(in_memory(base) - {"wide"}))
+            for name in "abcdefgh":
+                await ask(name)
+            await store.unload("wide")
+            await ask("a")
+            await ask(*"abcdefgh")
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+    assert max(size for size, _ in shown) <= budget
+    assert [rank for _, rank in shown[:3]] == [4, 64, 64]
+    assert shown[-1][1] == 4

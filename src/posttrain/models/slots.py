@@ -1,10 +1,13 @@
 """Copies of the adapters that an engine needs, in the type of its products: a slot for each, side by side in each layer.
 
-R: rank (of the widest adapter, others are filled with zeros), n: slots, C = n R.
+R: rank (of the widest adapter, others are filled with zeros), n: slots, C = n R. `slot_bytes` bounds what they take.
+
+Slots keep no adapter alive: one that has left memory leaves its slot, and with the widest one its width.
 """
 
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor
@@ -20,6 +23,41 @@ if TYPE_CHECKING:
 SPARE_SLOTS = 4
 
 _NO_FORM: Hashable | None = None
+
+
+class SlotShape(NamedTuple):
+    """What an adapter needs of a slot: its rank, and of each of its layers the name and inputs + outputs."""
+
+    rank: int
+    layers: frozenset[tuple[str, int]]
+
+    @classmethod
+    def of(cls, adapter: "LoraAdapter") -> "SlotShape":
+        """The shape of an adapter."""
+        return cls(_rank(adapter), frozenset((layer, a.shape[1] + len(b)) for layer, (a, b) in adapter.weights.items()))
+
+
+def most_slots(adapters: int) -> int:
+    """Slots that are kept for so many adapters at most."""
+    return 3 * adapters // 2
+
+
+def slot_bytes(shapes: Sequence[SlotShape], dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes that the slots of these adapters take at most, when all of them have been in flight."""
+    layers = frozenset().union(*{shape.layers for shape in shapes})
+    columns = most_slots(len(shapes)) * _padded(max((shape.rank for shape in shapes), default=0), dtype, device)
+    if tileable(compiled.DEEP, dtype, device):
+        columns = -(-columns // compiled.DEEP) * compiled.DEEP
+    return columns * sum(width for _, width in layers) * dtype.itemsize
+
+
+def _padded(rank: int, dtype: torch.dtype, device: torch.device) -> int:
+    """The rank of slots for adapters of this one."""
+    return compiled.slot_rank(rank) if rank and tileable(compiled.DEEP, dtype, device) else rank
+
+
+def _rank(adapter: "LoraAdapter") -> int:
+    return max((len(a) for a, _ in adapter.weights.values()), default=0)
 
 
 class Stack(NamedTuple):
@@ -39,30 +77,39 @@ class NarrowAdapters:
 
     def __init__(self, dtype: torch.dtype, device: torch.device, *, quick: bool = False) -> None:
         self.dtype, self.product = dtype, EngineProducts(dtype, device, quick=quick)
-        self.tiles = tileable(compiled.DEEP, dtype, device)
+        self.tiles, self._device = tileable(compiled.DEEP, dtype, device), device
         # Adapters that are not finite, and whose slots are zeros instead where slots lie side by side.
-        self.apart: set[LoraAdapter] = set()
+        self.apart: WeakSet[LoraAdapter] = WeakSet()
         self._open(0, 0)
 
     def settle(self, adapters: "Sequence[LoraAdapter]") -> None:
-        """These are all that are in flight: they are held, and far more slots than they need are given up."""
+        """These are all that are in flight: they are held, and far more slots than they need, or than there are adapters in
+        memory, are given up; so is the width of one that is not in memory any more."""
         needed = list(dict.fromkeys(adapters))
-        if needed and len(self.slots) > SPARE_SLOTS * len(needed):
-            self._open(len(needed), self.rank)
+        there = [slot for slot, held in enumerate(self.slots) if held is not None]
+        known = len(there) + sum(adapter not in self.slots for adapter in needed)
+        narrower = max((self._ranks[slot] for slot in there), default=self.rank) < self.rank
+        if needed and (narrower or len(self.slots) > min(SPARE_SLOTS * len(needed), most_slots(known))):
+            rank = max((self._ranks[slot] for slot in there), default=0)
+            self._open(len(needed), rank)
         self.hold(needed)
+
+    @property
+    def slots(self) -> "list[LoraAdapter | None]":
+        """The adapter of each slot; None where there is none in memory."""
+        return [None if held is None else held() for held in self._held]
 
     def hold(self, adapters: "Sequence[LoraAdapter]") -> None:
         """These are needed now. Others stay until their slots are, so that rows that come and go make no copies each time."""
         needed = list(dict.fromkeys(adapters))
-        missing = [a for a in needed if a not in self.slots]
-        rank = max((len(a) for adapter in missing for a, _ in adapter.weights.values()), default=0)
-        if self.tiles and rank:
-            rank = compiled.slot_rank(rank)
+        slots = self.slots
+        missing = [a for a in needed if a not in slots]
+        rank = self._padded(max(map(_rank, missing), default=0))
         if rank > self.rank:
-            self._open(max(len(needed), len(self.slots)), rank)
+            self._open(max(len(needed), sum(held is not None for held in slots)), rank)
             missing = needed
-        elif len(needed) > len(self.slots):  # where adapters come one by one, not every one makes all others be moved
-            self._widen(max(len(needed), 3 * len(self.slots) // 2))
+        elif len(needed) > len(slots):  # where adapters come one by one, not every one makes all others be moved
+            self._widen(max(len(needed), 3 * len(slots) // 2))
         free = [slot for slot, adapter in enumerate(self.slots) if adapter not in needed]
         for slot, adapter in zip(free, missing, strict=False):
             self._write(slot, adapter)
@@ -79,23 +126,24 @@ class NarrowAdapters:
 
     def _widen(self, slots: int) -> None:
         """More slots; what is in the ones that there are is copied."""
-        there, versions, finite, stacks = self.slots, self._versions, self._finite, self._stacks
-        apart = self.apart
+        there, versions, finite, stacks = self._held, self._versions, self._finite, self._stacks
+        apart, ranks = self.apart, self._ranks
         self._open(slots, self.rank)
-        self.slots[: len(there)], self._versions[: len(there)], self._finite[: len(there)] = there, versions, finite
-        self.apart = apart
-        for layer, old in stacks.items():
+        self._held[: len(there)], self._versions[: len(there)], self._finite[: len(there)] = there, versions, finite
+        self.apart, self._ranks[: len(there)] = apart, ranks
+        for layer in list(stacks):  # one by one, so that never all are there twice
+            old = stacks.pop(layer)
             new = self._stacks[layer] = self._new_stack(old.a[0], old.b[0])
             new.a[: len(there)], new.b[: len(there)] = old.a, old.b
 
     def _open(self, slots: int, rank: int) -> None:
         """Empty slots for adapters of at most this rank."""
-        self.slots: list[LoraAdapter | None] = [None] * slots
-        self._versions, self.rank = [0] * slots, rank
+        self._held: list[ref[LoraAdapter] | None] = [None] * slots
+        self._versions, self._ranks, self.rank = [0] * slots, [0] * slots, rank
         self._stacks: dict[str, Stack] = {}
         # Whether a slot's matrices are finite; None where nobody has looked.
         self._finite: list[bool | None] = [True] * slots
-        self.apart = set()
+        self.apart = WeakSet()
         # Another one where the tensors are others.
         self.address = new_address()
         self._formed, self._form = -1, _NO_FORM
@@ -136,20 +184,23 @@ class NarrowAdapters:
     def finite(self, needed: "Sequence[LoraAdapter]") -> bool:
         """Whether all matrices are finite, so that what is not a token's own adds zeros to it. Of adapters that are not needed
         what is not finite is forgotten."""
+        slots = self.slots
         for slot, finite in enumerate(self._finite):
             if finite is None:
                 parts = [matrix[slot] for stack in self._stacks.values() for matrix in (stack.a, stack.b)]
                 self._finite[slot] = _all_finite(parts)
-            if not self._finite[slot] and self.slots[slot] not in needed:
+            if not self._finite[slot] and slots[slot] not in needed:
                 for stack in self._stacks.values():
                     stack.a[slot], stack.b[slot] = 0, 0
-                self.slots[slot], self._finite[slot] = None, True
+                self._held[slot], self._finite[slot] = None, True
         return all(self._finite)
 
     def _write(self, slot: int, adapter: "LoraAdapter") -> None:
         self.apart.discard(adapter)
-        self.slots[slot], self._versions[slot], self._finite[slot] = adapter, _version(adapter), None
-        self.apart &= set(self.slots)
+        self._held[slot], self._versions[slot], self._finite[slot] = ref(adapter), _version(adapter), None
+        self._ranks[slot] = self._padded(_rank(adapter))
+        held = self.slots
+        self.apart = WeakSet(adapter for adapter in self.apart if adapter in held)
         for layer, (a, b) in adapter.weights.items():
             if layer not in self._stacks:
                 self._stacks[layer] = self._new_stack(a.detach(), b.detach())
@@ -176,6 +227,9 @@ class NarrowAdapters:
                 torch.mul(pair[1].detach(), adapter.settings.scale, out=stack.b[slot, :, :rank])
             if rank < self.rank:  # what the adapter before it had beyond, which need not be finite
                 stack.a[slot, rank:], stack.b[slot, :, rank:] = 0, 0
+
+    def _padded(self, rank: int) -> int:
+        return _padded(rank, self.dtype, self._device)
 
     def _by_slots(self, layer: str, pair: tuple[Tensor, Tensor]) -> bool:
         """Whether the compiled function copies them to where this layer's slots lie side by side."""

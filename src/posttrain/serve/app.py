@@ -73,7 +73,7 @@ def build_app(service: Service, *, keys: KeyFile | None, hosts: frozenset[str]) 
     )  # fmt: skip
     gate = Gate(
         app, keys=keys, hosts=hosts, limits=service.limits,
-        places=min(service.places, connection_limit() // SHARED),
+        places=max(1, min(service.places, connection_limit() // SHARED)),
         refused=lambda status: service.metrics.request(UNKNOWN, status),
     )  # fmt: skip
     _add_errors(app, service)

@@ -26,7 +26,11 @@ def add_options(serve: argparse.ArgumentParser) -> None:
     )
     serve.add_argument("--adapters-dir", type=Path, metavar="DIR", help="adapters in here may be loaded while it runs")
     serve.add_argument(
-        "--adapter-bytes", type=whole(1), default=2**31, metavar="N", help="memory for adapters (default: 2147483648)"
+        "--adapter-bytes",
+        type=whole(1),
+        default=2**31,
+        metavar="N",
+        help="memory for adapters and for the engine's copies of them, each as wide as the widest (default: 2147483648)",
     )
     serve.add_argument("--name", help="the name of the base (default: as it was asked for, of a folder its last part)")
     serve.add_argument("--template", default="auto", help="chat template of a model without one (a run knows its own)")

@@ -8,16 +8,19 @@ weights that they began with and later ones never meet them.
     load     at run time, from a request: only below one folder, and nothing is ever fetched
     use      for a request: from memory, or from disk again where others had taken its place
 
-The adapters in memory have a bound; those that were not used for longest make room, the pinned ones never. Files are read
-and checked beside the event loop, one adapter at a time, and what is served changes only in the loop's thread, between two
-awaits. An adapter that leaves keeps its engine name as long as a request or a row of the engine holds it.
+The adapters in memory have a bound, in which the slots of the engine are counted as if all were in flight: each is as wide as
+the widest adapter. Those that were not used for longest make room, the pinned ones never. Files are read and checked beside the
+event loop, one adapter at a time, and what is served changes only in the loop's thread, between two awaits. An adapter that
+leaves keeps its engine name as long as a request or a row of the engine holds it.
 
-Left out: the bound does not count adapters that left and are still held; two names of one content are two adapters in memory;
-who can change links in the folder while it is read can make the server look at an adapter elsewhere.
+Left out: the bound does not count adapters that left and are still held, nor slots that an engine without requests has not
+given up yet; two names of one content are two adapters in memory; who can change links in the folder while it is read can make
+the server look at an adapter elsewhere.
 """
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +29,7 @@ from posttrain.generate.apart import beside
 from posttrain.models.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles, make_adapter, read_adapter
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter
+from posttrain.models.slots import SlotShape, slot_bytes
 from posttrain.serve.turns import Turns, owner
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -66,6 +70,7 @@ class _Place(NamedTuple):
 class _Entry(NamedTuple):
     served: Served
     place: _Place
+    shape: SlotShape
 
 
 class AdapterStore:
@@ -160,7 +165,7 @@ class AdapterStore:
     async def _recall(self, name: str) -> None:
         """Bring an adapter back from disk, as what it was when it was loaded."""
         async with self._reading.hold(owner()):
-            served, place = self._entry(name)
+            served, place, _ = self._entry(name)
             if served.engine_name in self._base.adapters:  # another request was first
                 return
             files = await beside(self._read, name, place)
@@ -225,26 +230,32 @@ class AdapterStore:
     def _keep(self, adapter: LoraAdapter, served: Served, place: _Place) -> Served:
         """Make room, and put an adapter in the place of what had its name. Without an await: no request comes in between."""
         adapters, size = self._base.adapters, 4 * sum(p.numel() for p in adapter.parameters().values())
-        served = served._replace(bytes=size)
-        others = [e.served for name, e in self._entries.items() if name != served.name and e.served.engine_name in adapters]
-        pinned = sum(other.bytes for other in others if other.pinned)
-        if size + pinned > self._budget:
-            beside = f" beside {pinned} of pinned ones" if pinned else ""
+        entry = _Entry(served._replace(bytes=size), place, SlotShape.of(adapter))
+        others = [e for name, e in self._entries.items() if name != served.name and e.served.engine_name in adapters]
+        pinned = [entry, *(other for other in others if other.served.pinned)]
+        if (needed := self._bytes(pinned)) > self._budget:
+            beside = " and pinned ones" if len(pinned) > 1 else ""
             raise AdapterError(
-                f'adapter "{served.name}"', f"{size} bytes in memory{beside}", allowed=f"{self._budget} for all adapters",
+                f'adapter "{served.name}"', f"{needed} bytes in memory with slots for it{beside}",
+                allowed=f"{self._budget} for all adapters",
                 do="start the server with more memory for adapters, or serve fewer pinned ones",
             )  # fmt: skip
-        held = size + sum(other.bytes for other in others)
+        held = [entry, *others]
         for other in others:
-            if held > self._budget and not other.pinned:
-                adapters.retire(other.engine_name)
-                held -= other.bytes
+            if not other.served.pinned and self._bytes(held) > self._budget:
+                adapters.retire(other.served.engine_name)
+                held.remove(other)
         old = self._entries.pop(served.name, None)
         if old is not None and old.served.engine_name in adapters and old.served.engine_name != served.engine_name:
             adapters.retire(old.served.engine_name)
         adapters.add(adapter)
-        self._entries[served.name] = _Entry(served, place)
-        return served
+        self._entries[served.name] = entry
+        return entry.served
+
+    def _bytes(self, entries: Sequence[_Entry]) -> int:
+        """What adapters take in memory, and their slots in the engine at most."""
+        slots = slot_bytes([entry.shape for entry in entries], self._base.dtype, self._base.device)
+        return sum(entry.served.bytes for entry in entries) + slots
 
 
 def _engine_name(name: str, files: AdapterFiles) -> str:
