@@ -19,7 +19,7 @@ from listening import BASE, Listening, chat, listening
 
 from posttrain.models.load import BaseModel
 from posttrain.serve import connections
-from posttrain.serve.keys import add_key
+from posttrain.serve.keys import KeyFile, add_key
 from posttrain.serve.limits import Limits
 
 CHAT = "/v1/chat/completions"
@@ -238,6 +238,24 @@ def test_a_client_that_takes_nothing_of_its_answer_is_closed(tiny: BaseModel, mo
         while accepts(made, b"x"):
             time.sleep(0.05)
         server.settle()
+
+
+def test_who_has_no_key_holds_no_connection(tiny: BaseModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A body that comes slowly is nobody's, on a route that wants a key and on the one that does not."""
+    key = add_key(tmp_path / "keys.json", "ann", ("use",))
+    monkeypatch.setattr(connections, "CONNECTIONS", 4)
+    with ExitStack() as stack, listening(tiny, keys=KeyFile(tmp_path / "keys.json")) as server:
+        for number in range(16):
+            path = (CHAT, "/health")[number % 2]
+            head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer no\r\nContent-Length: 1000\r\n\r\n"
+            connect(stack, address_of(server), head.encode() + b"{")
+            if number % 4 == 3:
+                assert server.gate.inside == 0
+                assert server.post(CHAT, chat("Hi"), headers={"authorization": f"Bearer {key}"}).status_code == 200
+        asks_first = (
+            b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\nExpect: 100-continue\r\n\r\n" % CHAT.encode()
+        )
+        assert answer(connect(stack, address_of(server), asks_first))[0] == 401
 
 
 def test_what_is_no_http_is_answered_in_the_words_of_every_mistake(tiny: BaseModel, monkeypatch: pytest.MonkeyPatch):

@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -216,3 +217,16 @@ def test_the_time_to_go_down_ends_what_is_not_streamed_with_503(tiny: BaseModel)
         response = connection.getresponse()
         assert (response.status, json.loads(response.read())["error"]["code"]) == (503, "shutting_down")
         connection.close()
+
+
+def test_a_sender_that_is_slow_does_not_hold_up_the_end(tiny: BaseModel):
+    """Nor does one that never sent its headers."""
+    with listening(tiny, limits=Limits(shutdown_seconds=0.2)) as server:
+        address = urlsplit(server.url).hostname, urlsplit(server.url).port
+        with socket.create_connection(address, timeout=30) as silent, socket.create_connection(address, timeout=30) as slow:
+            slow.sendall(raw(chat("Hi"))[:-1])
+            while not server.gate.inside:
+                time.sleep(0.01)
+            server.stop()
+            assert slow.recv(4096).startswith(b"HTTP/1.1 408 ")
+            assert silent.recv(1) == b""

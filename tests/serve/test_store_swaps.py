@@ -15,6 +15,10 @@ from posttrain.generate.serving import Answer, Server, serving
 from posttrain.models.files import load_adapter
 from posttrain.models.load import BaseModel, load_base
 from posttrain.records import Rollout
+from posttrain.serve.envelope import Refusal
+from posttrain.serve.limits import Limits
+from posttrain.serve.protocol import CompletionRequest
+from posttrain.serve.service import Service
 from posttrain.serve.store import AdapterStore
 
 PROMPTS = [[1, 40 + i, 50, 60 + i] for i in range(8)]
@@ -209,3 +213,24 @@ def test_one_wide_adapter_among_narrow_ones_counts_with_the_slots_that_it_widens
     assert max(size for size, _ in shown) <= budget
     assert [rank for _, rank in shown[:3]] == [4, 64, 64]
     assert shown[-1][1] == 4
+
+
+def test_a_disk_that_is_slow_stops_only_who_needs_it(base: BaseModel, written: Path):
+    """Another adapter is being read and does not come: what is in memory answers, what is not is told in time."""
+
+    async def work() -> None:
+        store = AdapterStore(base, base_name="tiny", folder=written, budget_bytes=room_for(1))
+        for name in "ab":
+            await store.load(name, name)
+        service = Service(base, store, Limits(queue_seconds=0.2))
+        async with service.running(), store._reading.hold("another"):
+            for model in ("tiny", "b"):
+                flow = await service.open(CompletionRequest(model=model, prompt="Hi", max_tokens=2, min_tokens=2), "")
+                assert len([event async for event in flow.events()]) == 2
+            with pytest.raises(Refusal, match="the adapter of 'a' was not read within the queue's limit") as caught:
+                await service.open(CompletionRequest(model="a", prompt="Hi"), "")
+            assert caught.value.status == 503
+        async with service.running():
+            await service.open(CompletionRequest(model="a", prompt="Hi"), "")
+
+    asyncio.run(asyncio.wait_for(work(), 60))

@@ -89,6 +89,11 @@ class Connections:
         """A connection is closed, or is about to be."""
         self._open.pop(connection, None)
 
+    def end(self) -> None:
+        """Close all, whatever their clients have not taken."""
+        for connection in list(self._open):
+            connection.end()
+
     async def watch(self) -> None:
         """Close what takes too long, until cancelled."""
         seconds = min(1.0, self.header_seconds / 4)

@@ -80,6 +80,8 @@ class Gate:
         self._bytes = Shares(BODIES * limits.body_bytes, "server", "bytes of requests are inside")
         self._entering, self._threads = Turns(1, 1), TextThreads(limits.queue_seconds)
         self.draining = False
+        # The limits of time of the bodies that are read.
+        self._reading: set[asyncio.Timeout] = set()
 
     @property
     def inside(self) -> int:
@@ -90,6 +92,11 @@ class Gate:
         """Wait until nobody is inside."""
         while self.inside:
             await asyncio.sleep(0.02)
+
+    def stop_reading(self) -> None:
+        """Wait no longer for bodies that are not there yet."""
+        for limit in self._reading:
+            limit.reschedule(asyncio.get_running_loop().time())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request (or the lifespan of the application)."""
@@ -166,7 +173,8 @@ class Gate:
         """The body. Raises Refusal for one that is too long or too slow."""
         body, seconds = bytearray(), self._limits.body_seconds
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(seconds) as limit:
+                self._reading.add(limit)
                 while not receive.over:
                     body += (await receive()).get("body", b"")
                     if len(body) > self._limits.body_bytes:
@@ -174,6 +182,8 @@ class Gate:
         except TimeoutError:
             receive.over = True
             raise Refusal(408, "body", f"not there after {seconds:g} seconds", do="send it faster", code="timeout") from None
+        finally:
+            self._reading.discard(limit)
         return bytes(body)
 
     def _too_long(self) -> Refusal:

@@ -165,7 +165,7 @@ async def listen(
     config = uvicorn.Config(
         gate, log_config=None, access_log=False, server_header=False, proxy_headers=False, ws="none",
         http=connections.protocol, lifespan="on", timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=LAST_SECONDS, backlog=ACCEPTED_AT_ONCE,
+        timeout_graceful_shutdown=LAST_SECONDS + 1, backlog=ACCEPTED_AT_ONCE,
     )  # fmt: skip
     server = uvicorn.Server(config)
     work = asyncio.create_task(server.serve(sockets=[listener]))
@@ -175,14 +175,17 @@ async def listen(
         listener.listen(BACKLOG)  # asyncio takes as many in one turn of its loop as it lets wait
         address, port = listener.getsockname()[:2]
         started(f"http://{f'[{address}]' if ':' in address else address}:{port}")
-    beside = asyncio.create_task(_drain(server, gate, service, asked)), asyncio.create_task(connections.watch())
+    ending = _drain(server, connections, gate, service, asked)
+    beside = asyncio.create_task(ending), asyncio.create_task(connections.watch())
     with quiet():
         await work
     for task in beside:
         task.cancel()
 
 
-async def _drain(server: uvicorn.Server, gate: Gate, service: Service, asked: asyncio.Semaphore) -> None:
+async def _drain(
+    server: uvicorn.Server, connections: Connections, gate: Gate, service: Service, asked: asyncio.Semaphore
+) -> None:  # fmt: skip
     await asked.acquire()
     gate.draining = True
     hurry = asyncio.create_task(asked.acquire())
@@ -190,5 +193,8 @@ async def _drain(server: uvicorn.Server, gate: Gate, service: Service, asked: as
     await asyncio.wait((hurry, finished), timeout=service.limits.shutdown_seconds, return_when=asyncio.FIRST_COMPLETED)
     hurry.cancel()
     finished.cancel()
+    gate.stop_reading()
     await service.stop()
     server.should_exit = True
+    await asyncio.sleep(LAST_SECONDS)
+    connections.end()
