@@ -345,15 +345,15 @@ def load_kernels(cache: Path) -> list[str]:
 
 
 def test_what_was_compiled_is_kept_where_nobody_else_writes(tmp_path: Path) -> None:
-    (name,) = load_kernels(tmp_path)
+    digest, name = load_kernels(tmp_path)
     kept = tmp_path / "kernels" / name
     before = kept.stat()
-    assert load_kernels(tmp_path) == [name]
+    assert load_kernels(tmp_path) == [digest, name]
     assert kept.stat().st_mtime_ns == before.st_mtime_ns  # not made again
     assert kept.parent.stat().st_mode & 0o777 == 0o700
     kept.write_bytes(b"planted")
     kept.parent.chmod(0o777)  # anybody may have written it: it is not looked at
-    assert load_kernels(tmp_path) == [name]
+    assert load_kernels(tmp_path) == [digest, name]
     assert kept.read_bytes() == b"planted"
 
 

@@ -1,6 +1,7 @@
 """The functions in C of `native/`, compiled at their first use by the C compiler of the machine.
 
-The result lies in the cache folder, where only its owner writes, under a hash of the sources, the compiler and the processor.
+The result is kept in the cache folder, where only its owner writes, under a hash of the sources, the compiler and the
+processor, with its own hash beside it: a damaged one is compiled again.
 Without a compiler, on another system, or with POSTTRAIN_COMPILE=0, there is none, and plain operations do all of it, slower.
 """
 
@@ -18,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from posttrain.artifacts import hash_file, write_bytes
+from posttrain.errors import ArtifactError, ModelError
 from posttrain.models.source import cache_folder
 
 NATIVE = Path(__file__).with_name("native")
@@ -53,14 +56,14 @@ def library() -> ctypes.CDLL | None:
     try:
         found = _made(compiler, f"native-{_key(compiler)}.so")
         return found if _works(found) else None
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, ArtifactError, subprocess.SubprocessError):
         return None
 
 
 def _made(compiler: str, name: str) -> ctypes.CDLL:
     """What was compiled before, or is now: kept where there is a folder for it, else for this process only."""
     folder = _own_folder()
-    if folder is not None and (folder / name).exists():
+    if folder is not None and _whole(folder / name):
         return ctypes.CDLL(str(folder / name))
     with tempfile.TemporaryDirectory(dir=folder) as work:
         made = Path(work) / name
@@ -70,17 +73,31 @@ def _made(compiler: str, name: str) -> ctypes.CDLL:
         _run([compiler, *FLAGS, "-shared", *objects, "-o", str(made), "-lm"])
         found = ctypes.CDLL(str(made))
         if folder is not None:
+            digest = hash_file(made)
             os.replace(made, folder / name)
+            write_bytes(_digest_of(folder / name), digest.encode())
     return found
+
+
+def _whole(made: Path) -> bool:
+    """Whether a library is there as it was compiled: one that is cut off or has another bit may end the process."""
+    try:
+        return _digest_of(made).read_text(encoding="ascii") == hash_file(made)
+    except (OSError, ValueError):
+        return False
+
+
+def _digest_of(made: Path) -> Path:
+    return made.with_suffix(".sha256")
 
 
 def _own_folder() -> Path | None:
     """Where only this user writes: what lies there is run. None where there is no such place, in a cache of several for one."""
-    folder = cache_folder() / "kernels"
     try:
+        folder = cache_folder() / "kernels"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         about = folder.lstat()
-    except OSError:
+    except (OSError, ModelError):  # without a home there is no such place
         return None
     mine = about.st_uid == os.geteuid() and stat.S_ISDIR(about.st_mode) and not about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     return folder if mine and os.access(folder, os.W_OK) else None
