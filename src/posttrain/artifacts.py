@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,14 @@ def hash_file(path: Path) -> str:
     """sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def expand_home(path: str) -> Path:
+    """A path with `~` as the home folder. One that names nobody's home (`~$file.csv`) is the name of a file as it is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -96,6 +105,22 @@ def fsync_tree(folder: Path) -> None:
         fsync_folder(Path(root))
 
 
+def set_usual_modes(folder: Path) -> None:
+    """Give every file below a folder the permissions of a file made here: safetensors writes files that only their owner reads.
+
+    What a new file gets is asked by making one, since reading the umask would change it for a moment in all threads.
+    """
+    probe = folder / f".mode.{os.getpid()}"
+    try:
+        probe.touch(exist_ok=False)
+        mode = stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder to fill that becomes `out` when the block ends; where the block fails nothing is left.
@@ -108,6 +133,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
+        set_usual_modes(partial)
         fsync_tree(partial)
         os.rename(partial, out)
         fsync_folder(out.absolute().parent)
@@ -125,6 +151,7 @@ def publish(partial: Path, final: Path, manifest: dict[str, Any], *, scratch: Co
     Raises ArtifactError when the disk refuses.
     """
     try:
+        set_usual_modes(partial)
         fsync_tree(partial)
         files = {
             path.relative_to(partial).as_posix(): hash_file(path)

@@ -33,7 +33,7 @@ from posttrain.artifacts import (
     write_json,
     write_jsonl,
 )
-from posttrain.errors import Interrupted, RecipeError
+from posttrain.errors import Interrupted, ModelError, RecipeError
 from posttrain.evaluate.scorecard import StageScores, build_scorecard, load_scores
 from posttrain.plan import EVALUATIONS, WORKING_ON, Plan, Step, make_plan, parts_of, unfinished
 from posttrain.recipe import nearest
@@ -103,11 +103,19 @@ def _work(plan: Plan, stop: StopSignal) -> None:
     from posttrain.models.files import Policies
     from posttrain.models.library import advice
     from posttrain.models.load import load_base
+    from posttrain.models.source import pinned
     from posttrain.models.tokens import token_ids, untrained_tokens
 
     recipe = plan.recipe
     settings, full = recipe.base, recipe.adapter.kind == "full"
-    base = load_base(settings.model, template=settings.template, dtype=settings.dtype, device=settings.device, full=full)
+    base = load_base(
+        pinned(settings.model, plan.run), template=settings.template, dtype=settings.dtype, device=settings.device, full=full
+    )
+    if base.source.weights_hash != plan.source.weights_hash:
+        raise ModelError(
+            f'[base] model = "{settings.model}"', "its weights were changed after the run was planned",
+            do="run the same command again",
+        )  # fmt: skip
     if (note := advice(base.dtype, base.device)) is not None:
         say(f"note: {note}")
     policies = Policies(base, plan.run)

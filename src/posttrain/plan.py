@@ -13,7 +13,7 @@ from posttrain.artifacts import fingerprint, partial_folder, read_manifest
 from posttrain.data.chat import TEMPLATES
 from posttrain.data.sources import data_hashes
 from posttrain.evaluate.suites import Task, evaluation_prompts, load_suites, suite_fingerprint
-from posttrain.models.source import BaseModelFolder, locate_base
+from posttrain.models.source import BaseModelFolder, locate_base, pinned
 from posttrain.settings import VALUE_WORDS, DpoStage, PpoStage, Recipe, RewardPart, RewardStage, Stage, reward_parts
 from posttrain.train.functions import source_hash
 
@@ -71,7 +71,7 @@ def make_plan(recipe: Recipe, run: Path, *, until: str | None = None) -> Plan:
     tasks = load_suites(recipe.evaluation.suites, limit=recipe.evaluation.limit)
     # Training leaves out rows that any evaluation asks, also those beyond the limit.
     prompts = evaluation_prompts(load_suites(recipe.evaluation.suites, limit=0))
-    source = locate_base(recipe.base.model)
+    source = locate_base(pinned(recipe.base.model, run))
     base_print = fingerprint(_base_identity(recipe, source))
     known = {"base": base_print}
     steps = [_evaluation_step(recipe, run, tasks, "base", base_print)]

@@ -1,5 +1,6 @@
 """`posttrain merge`: the folder is the policy, for any tool."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from posttrain.cli import main
 from posttrain.errors import AdapterError, ArtifactError
 from posttrain.models.files import full_state
-from posttrain.models.load import BaseModel, load_base
+from posttrain.models.load import BaseModel, _new_folder, load_base
 from posttrain.models.merge import merge_target
 from posttrain.models.target import open_target
 from posttrain.records import Message
@@ -125,3 +126,19 @@ def test_a_folder_that_cannot_be_written_leaves_nothing(
     with pytest.raises(ArtifactError):
         merge_target(open_target(str(stage)), tmp_path / "file" / "merged")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "run"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_weights_are_readable_for_whom_the_umask_says(
+    tiny: BaseModel, lively: Callable, run_of: Callable, tmp_path: Path, umask: int, mode: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        stage = run_of(tmp_path / "run", tiny, lively(tiny, "a"))
+        merged = merge_target(open_target(str(stage)), tmp_path / "merged")
+        with _new_folder(tmp_path / "cache" / "base") as converted:
+            transformers.AutoModelForCausalLM.from_pretrained(tiny.source.folder).save_pretrained(converted)
+    finally:
+        os.umask(before)
+    for folder in (stage, merged, tmp_path / "cache" / "base"):
+        assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == {p.name: mode for p in folder.iterdir()}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import posttrain
-from posttrain.artifacts import hash_file
+from posttrain.artifacts import expand_home, hash_file
 from posttrain.errors import DataError
 from posttrain.settings import Source
 
@@ -43,7 +43,7 @@ def locate(path: str) -> Path | None:
             there = ", ".join(sorted(f"starter/{p.name}" for p in STARTER.glob("*.jsonl")))
             raise DataError(f'data "{path}"', "no such starter file", allowed=f"there is: {there}")
         return found
-    local = Path(path).expanduser()
+    local = expand_home(path)
     if local.exists():
         return local
     if local.suffix in (".jsonl", ".json", ".csv", ".parquet") or not _HUB_ID.fullmatch(path):

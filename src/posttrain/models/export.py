@@ -17,7 +17,8 @@ from pathlib import Path
 from posttrain.artifacts import new_folder, write_json
 from posttrain.data.chat import load_chat_format
 from posttrain.errors import ArtifactError, ModelError, PosttrainError
-from posttrain.models.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from posttrain.models.adapter_config import ADAPTER_CONFIG
+from posttrain.models.files import ADAPTER_WEIGHTS
 from posttrain.models.load import BaseModel
 from posttrain.models.merge import write_merged, write_tokenizer
 from posttrain.models.target import Target

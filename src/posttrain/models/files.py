@@ -21,22 +21,20 @@ from torch import nn
 
 from posttrain.artifacts import hash_file, verify_files, write_json
 from posttrain.errors import AdapterError, RecipeError
+from posttrain.models.adapter_config import ADAPTER_CONFIG, is_reward_model, read_settings
 from posttrain.models.heads import SCORE_NAME, ScoreHead
-from posttrain.models.load import BaseModel
+from posttrain.models.load import BaseModel, checkpoint_tensors, read_model
 from posttrain.models.lora import LoraAdapter, LoraSettings, LoraShape
 from posttrain.models.rows import TokenRows
+from posttrain.models.source import verify_source
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 FULL_WEIGHTS = "model.safetensors"
 PREFIX = "base_model.model."
 FULL_SCORE = "score.weight"
-# Settings of PEFT that change what an adapter computes; read as plain LoRA it would answer something else.
-UNSUPPORTED = (
-    "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "lora_bias", "use_qalora",
-    "alora_invocation_tokens", "target_parameters", "layers_to_transform", "exclude_modules", "fan_in_fan_out",
-)  # fmt: skip
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
+# Types of the numbers of an adapter; those of others are packed, or not weights.
+TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # No config of an adapter is longer.
 CONFIG_BYTES = 2**22
 
@@ -45,11 +43,11 @@ def save_adapter(folder: Path, adapter: LoraAdapter, base: BaseModel) -> None:
     """Write one adapter in PEFT's format, float32."""
     tensors = {n: p.detach().cpu().contiguous() for n, p in adapter.parameters().items()}
     shift = {"score_shift": repr(adapter.head.shift)} if adapter.head is not None else {}
-    _save(folder / ADAPTER_WEIGHTS, tensors, {"format": "pt", **_identity(base), **shift})
+    save_tensors(folder / ADAPTER_WEIGHTS, tensors, {"format": "pt", **_identity(base), **shift})
     write_json(folder / ADAPTER_CONFIG, _peft_config(adapter, base))
 
 
-def _save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write safetensors whose bytes depend on nothing but the content: the library puts metadata in random order."""
     save_file(tensors, str(path), metadata=metadata)
     with path.open("r+b") as file:
@@ -142,7 +140,7 @@ def make_adapter(
     Raises AdapterError when it is damaged, has other shapes, or belongs to another base; with `require_hash` also when it
     does not say which base it belongs to (as an adapter written by another tool does not).
     """
-    config = _parse_config(files.config, where)
+    config = read_settings(files.config, where)
     settings = LoraSettings(
         int(config["r"]), float(config["lora_alpha"]), 0.0, tuple(sorted(config["target_modules"])),
         "rslora" if config.get("use_rslora") else "standard",
@@ -152,7 +150,7 @@ def make_adapter(
     if metadata.get("tokenizer_hash", base.source.tokenizer_hash) != base.source.tokenizer_hash:
         raise AdapterError(where, "was trained with another tokenizer", do="load it on its own base")
     tokens = _take_token_rows(tensors, config.get("trainable_token_indices"), base, where)
-    head = _take_head(tensors, metadata, base, where) if config.get("modules_to_save") else None
+    head = _take_head(tensors, metadata, base, where) if is_reward_model(config) else None
     try:
         shapes = LoraShape.select(base.model, settings.targets)
     except RecipeError as error:  # it speaks of a recipe, and there is none
@@ -197,45 +195,17 @@ def _take_token_rows(tensors: dict[str, torch.Tensor], indices: Any, base: BaseM
     return TokenRows(layer, tuple(ids), nn.Parameter(rows.float().to(base.device)))
 
 
-def _parse_config(data: bytes, where: str) -> dict[str, Any]:
-    try:
-        config = json.loads(data)
-    except (ValueError, RecursionError):
-        raise AdapterError(where, f"{ADAPTER_CONFIG} is not readable as JSON", do="fetch the adapter again") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise AdapterError(where, f"peft_type {kind!r}", allowed="a LoRA adapter of PEFT's format")
-    rank, alpha, layers = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
-    named = isinstance(layers, list) and bool(layers) and all(isinstance(name, str) and name.isprintable() for name in layers)
-    # Written so that NaN and numbers that no float holds are refused as well.
-    a_number = isinstance(alpha, int | float) and abs(alpha) < 1e9
-    if not isinstance(rank, int) or rank < 1 or not a_number or not named:
-        raise AdapterError(
-            where, f"r {rank!r}, lora_alpha {alpha!r}, target_modules {str(layers)[:60]}",
-            allowed="a rank, a number, and a list of layer names",
-        )  # fmt: skip
-    a_reward_model = config.get("task_type") == "SEQ_CLS" and config.get("modules_to_save") == ["score"]
-    refused = [key for key in UNSUPPORTED if config.get(key) and not (key == "modules_to_save" and a_reward_model)]
-    if refused:
-        raise AdapterError(where, f"uses {', '.join(refused)}", allowed="plain LoRA with a list of layers")
-    return config
-
-
 def _parse_tensors(data: bytes, where: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
         tensors = load(data)
+        for name, tensor in tensors.items():
+            if tensor.dtype not in TYPES:
+                found = str(tensor.dtype).removeprefix("torch.")
+                raise AdapterError(where, f"{name} is of type {found}", allowed="float32, bfloat16, float16 or float64")
         length = int.from_bytes(data[:8], "little")  # of the header, which the library has found to be well formed
         return tensors, json.loads(data[8 : 8 + length]).get("__metadata__") or {}
     except (SafetensorError, ValueError) as error:
         raise _damaged(where, ADAPTER_WEIGHTS, error) from None
-
-
-def _read_tensors(path: Path, where: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _damaged(where, path.name, error) from None
 
 
 def _damaged(where: str, name: str, error: Exception) -> AdapterError:
@@ -278,18 +248,36 @@ def _match(
 
 
 def full_state(base: BaseModel) -> dict[str, nn.Parameter]:
-    """Every weight by transformers' own name; tied weights once."""
-    return {name.replace(".base.", "."): p for name, p in base.model.named_parameters()}
+    """Every parameter by transformers' own name; tied weights once."""
+    return {name: tensor for name, tensor in whole_state(base).items() if isinstance(tensor, nn.Parameter)}
+
+
+def whole_state(base: BaseModel) -> dict[str, torch.Tensor]:
+    """Everything in memory that a model's file holds, by transformers' own name: parameters and persistent buffers (such as
+    the bias by which some architectures choose experts). Tied weights once.
+    """
+    return {name.replace(".base.", "."): tensor for name, tensor in untied(base.model.state_dict(keep_vars=True)).items()}
+
+
+def untied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A model's state with each tensor under its first name only: a file holds tied weights once."""
+    first: dict[int, str] = {}
+    for name, tensor in state.items():
+        first.setdefault(id(tensor), name)
+    return {name: state[name] for name in first.values()}
 
 
 def save_full(folder: Path, base: BaseModel, head: ScoreHead | None = None) -> None:
-    """Write all weights, the head of a reward model among them, and the model's config: the folder loads in transformers."""
-    tensors = {n: p.detach().cpu().contiguous() for n, p in full_state(base).items()}
+    """Write all weights, the head of a reward model among them, and the model's config: the folder loads in transformers.
+
+    The file has the names of the base's own checkpoint.
+    """
+    tensors = checkpoint_tensors(base.model, whole_state(base))
     extra = {"format": "pt", **_identity(base)}
     if head is not None:
         tensors[FULL_SCORE] = head.weight.detach().cpu().contiguous()
         extra["score_shift"] = repr(head.shift)
-    _save(folder / FULL_WEIGHTS, tensors, extra)
+    save_tensors(folder / FULL_WEIGHTS, tensors, extra)
     base.model.config.save_pretrained(folder)
     base.tokenizer.inner.save_pretrained(folder)
 
@@ -297,37 +285,42 @@ def save_full(folder: Path, base: BaseModel, head: ScoreHead | None = None) -> N
 def load_full(path: Path, base: BaseModel) -> ScoreHead | None:
     """Put the weights of a finished full stage into the model in place; returns the head of a reward model.
 
-    Raises AdapterError on another base.
+    Raises AdapterError on another base, ModelError where the folder is not whole.
     """
     where = f"weights {path}"
-    tensors, metadata = _read_tensors(path, where)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            score = {FULL_SCORE: file.get_tensor(FULL_SCORE)} if FULL_SCORE in file.keys() else {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(where, path.name, error) from None
     check_base(metadata.get("base_weights_hash"), base, where, require_hash=True)
-    head = _take_head(tensors, metadata, base, where, FULL_SCORE) if FULL_SCORE in tensors else None
-    _copy_into(base, tensors, where)
+    head = _take_head(score, metadata, base, where, FULL_SCORE) if score else None
+    _copy_into(base, read_model(path.parent, where), where)
     base.weights_hash = hash_file(path)
     return head
 
 
-def base_tensors(base: BaseModel) -> dict[str, torch.Tensor]:
-    """The base's own weights as they lie on disk, by transformers' names; tied weights once."""
-    found: dict[str, torch.Tensor] = {}
-    for path in sorted(base.source.folder.glob("*.safetensors")):
-        found |= _read_tensors(path, f"base {path}")[0]
-    return {name: found[name] for name in full_state(base) if name in found}
+def read_base(base: BaseModel, *, dtype: torch.dtype = torch.float32) -> Any:
+    """transformers' own model of the base's files. Raises ModelError where they were changed since they were loaded."""
+    verify_source(base.source)
+    return read_model(base.source.folder, f"base {base.source.folder}", dtype=dtype)
 
 
 def reload_base(base: BaseModel) -> None:
     """Put the base's own weights back into the model in place."""
-    _copy_into(base, base_tensors(base), f"base {base.source.folder}")
+    _copy_into(base, read_base(base, dtype=base.model.dtype), f"base {base.source.folder}")
     base.weights_hash = base.source.weights_hash
 
 
-def _copy_into(base: BaseModel, tensors: dict[str, torch.Tensor], where: str) -> None:
+def _copy_into(base: BaseModel, model: Any, where: str) -> None:
+    state, own = model.state_dict(), whole_state(base)
+    for name, tensor in own.items():
+        if name not in state or state[name].shape != tensor.shape:
+            raise AdapterError(where, f"{name} is missing or has another shape", do="load it on its own base")
     with torch.no_grad():
-        for name, parameter in full_state(base).items():
-            if name not in tensors or tensors[name].shape != parameter.shape:
-                raise AdapterError(where, f"{name} is missing or has another shape", do="load it on its own base")
-            parameter.copy_(tensors[name])
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
 
 
 class Policies:

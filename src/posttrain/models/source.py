@@ -3,6 +3,17 @@
 Whatever a recipe names (hub id, folder, .gguf file, package, random:tiny) becomes a folder with `config.json`,
 `model*.safetensors` and a tokenizer. A GGUF is converted once into the user's cache. The identity of a base is a hash
 of its weights; an adapter carries it and is refused on another base.
+
+Hashing gigabytes takes seconds, so the hash of a file is remembered in `hashes.json` of the cache, with the file's device,
+inode, size, mtime and ctime and the time of hashing. The rule by which a remembered hash counts:
+
+1. All five must be the same. The kernel sets the ctime at every change and no program can set it, so on a disk whose times are
+   real a file that was changed or replaced is hashed again.
+2. The ctime must be at least two seconds older than the hashing: a change in the same tick of the clock leaves the same time.
+3. Where the times need not be real, a file is hashed again whenever its weights are read, and so before training and before
+   an adapter is used for the first time: where an mtime or ctime has no fraction of a second or is not in the past, or where
+   two files of the folder have the same mtime. Archives (`tar --mtime`), container images and disks without ctimes leave such
+   times, and another image at the same place may have the same ones. Planning takes the remembered hash there.
 """
 
 import hashlib
@@ -12,11 +23,14 @@ import os
 import re
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from posttrain.artifacts import hash_file, write_json
-from posttrain.errors import ModelError
+from posttrain.artifacts import expand_home, hash_file, read_manifest, write_json
+from posttrain.errors import ArtifactError, ModelError
 
 # PyPI packages that carry a model: the pip name, the module whose folder holds it, and the sha256 of the whole GGUF.
 PACKAGES = {
@@ -33,15 +47,26 @@ PACKAGES = {
 }
 # Raise when the conversion of a GGUF or the making of random:tiny changes: cached folders are then made anew.
 CONVERSION_VERSION = 2
+# What a tokenizer and its chat template are read from.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
+)  # fmt: skip
+# A folder needs one of these.
+_TOKENIZERS = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model"}
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SECOND = 10**9
 
 
 class BaseModelFolder(NamedTuple):
-    """A base model on disk and its identity."""
+    """A base model on disk and its identity; of one from the hub also the commit that was fetched."""
 
     model: str
     folder: Path
     weights_hash: str
     tokenizer_hash: str
+    revision: str | None = None
 
     def context(self) -> int:
         """Tokens that the model can hold, as its config says; very many where it does not say."""
@@ -51,35 +76,77 @@ class BaseModelFolder(NamedTuple):
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: $POSTTRAIN_CACHE, else the user's cache folder."""
+    """Where converted models are kept: $POSTTRAIN_CACHE, else the user's cache folder.
+
+    Raises ModelError where neither is known.
+    """
     explicit = os.environ.get("POSTTRAIN_CACHE")
     if explicit:
         return Path(explicit)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "posttrain"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "posttrain"
+    except RuntimeError:
+        raise ModelError(
+            "cache folder", "no home folder: HOME is not set, and the user has no entry in passwd",
+            do="set POSTTRAIN_CACHE to a folder for converted models",
+        ) from None  # fmt: skip
 
 
-def locate_base(model: str) -> BaseModelFolder:
+def locate_base(model: str, *, careful: bool = False) -> BaseModelFolder:
     """The folder of a base model, converted or fetched where need be, with its hashes.
 
-    Raises ModelError where it does not exist, is damaged, or has no safetensors.
+    `careful` is for whoever reads the weights next: see the module's rule 3. Raises ModelError where it does not exist, is
+    damaged, or has no safetensors.
     """
     folder = _folder_of(model)
+    where = f'[base] model = "{model}"'
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         _refuse_without_safetensors(model, folder)
-    for name in ("config.json",):
-        if not (folder / name).exists():
-            raise ModelError(
-                f'[base] model = "{model}"',
-                f"{folder} has no {name}",
-                do="give a model folder in the Hugging Face layout",
-            )
-    tokenizer = [
-        p for p in (folder / "tokenizer.json", folder / "tokenizer_config.json", folder / "tokenizer.model") if p.exists()
-    ]
-    if not tokenizer:
-        raise ModelError(f'[base] model = "{model}"', f"{folder} has no tokenizer", do="add tokenizer.json")
-    return BaseModelFolder(model, folder, _hash_files([folder / "config.json", *weights]), _hash_files(tokenizer))
+    if not (folder / "config.json").exists():
+        raise ModelError(where, f"{folder} has no config.json", do="give a model folder in the Hugging Face layout")
+    refuse_adapter_beside(folder, where)
+    tokenizer = [path for pattern in TOKENIZER_FILES for path in sorted(folder.glob(pattern))]
+    if not any(path.name in _TOKENIZERS for path in tokenizer):
+        raise ModelError(where, f"{folder} has no tokenizer", do="add tokenizer.json")
+    hub = _HUB_ID.fullmatch(model) if not expand_home(model).exists() else None
+    return BaseModelFolder(
+        hub[1] if hub else model, folder, _hash_files([folder / "config.json", *weights], careful=careful),
+        _hash_files(tokenizer, careful=careful), folder.name if hub and _COMMIT.fullmatch(folder.name) else None,
+    )  # fmt: skip
+
+
+def verify_source(source: BaseModelFolder, *, careful: bool = True) -> None:
+    """Refuse a base whose weights are no longer those that were hashed. Raises ModelError."""
+    weights = sorted(source.folder.glob("*.safetensors"))
+    if _hash_files([source.folder / "config.json", *weights], careful=careful) != source.weights_hash:
+        raise ModelError(
+            f'[base] model = "{source.model}"', f"the weights in {source.folder} were changed while they were in use",
+            do="run the same command again",
+        )  # fmt: skip
+
+
+def refuse_adapter_beside(folder: Path, where: str) -> None:
+    """Refuse a model's folder that holds an adapter too: transformers adds it to the weights where PEFT is installed.
+
+    Raises ModelError.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            where, f"{folder} holds an adapter beside the weights (adapter_config.json)", allowed="a model alone",
+            do="move the adapter into a folder of its own",
+        )  # fmt: skip
+
+
+def pinned(model: str, run: Path) -> str:
+    """A hub id at the commit that the run's manifests record, `org/name@commit`; any other model, or a new run's, as it is."""
+    if _HUB_ID.fullmatch(model) is None or "@" in model:
+        return model
+    for path in sorted([*run.glob("*/manifest.json"), *run.glob("evaluate/*/manifest.json")]):
+        base = (read_manifest(path.parent) or {}).get("base")
+        if isinstance(base, dict) and base.get("model") == model and isinstance(base.get("revision"), str):
+            return f"{model}@{base['revision']}"
+    return model
 
 
 def _folder_of(model: str) -> Path:
@@ -88,19 +155,23 @@ def _folder_of(model: str) -> Path:
         return _package_folder(model, name)
     if kind == "random":
         return _random_folder(model, name)
-    path = Path(model).expanduser()
+    path = expand_home(model)
     if model.endswith(".gguf"):
         if not path.is_file():
             raise ModelError(f'[base] model = "{model}"', "there is no such file", do="give the path of a .gguf file")
         return _converted(model, path, hash_file(path))
     if path.is_dir():
         return path
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not path.exists():
-        return _hub_folder(model)
+    hub = _HUB_ID.fullmatch(model)
+    if hub is not None and not path.exists():
+        from posttrain.models.load import fetch_from_hub
+
+        return fetch_from_hub(hub[1], hub[2])
     raise ModelError(
         f'[base] model = "{model}"',
         "neither a folder, a .gguf file, a package nor a hub id",
-        allowed=f"packages: {', '.join(f'package:{p}' for p in PACKAGES)}, random:tiny; hub ids look like org/name",
+        allowed=f"packages: {', '.join(f'package:{p}' for p in PACKAGES)}, random:tiny; hub ids look like org/name or "
+        "org/name@revision",
     )
 
 
@@ -169,12 +240,6 @@ def _random_folder(model: str, name: str) -> Path:
     return target
 
 
-def _hub_folder(model: str) -> Path:
-    from posttrain.models.load import fetch_from_hub
-
-    return fetch_from_hub(model)
-
-
 def _refuse_without_safetensors(model: str, folder: Path) -> None:
     pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl") for p in folder.glob(pattern)]
     found = f"only pickle files ({', '.join(sorted(pickles)[:3])})" if pickles else f"no safetensors in {folder}"
@@ -186,32 +251,63 @@ def _refuse_without_safetensors(model: str, folder: Path) -> None:
     )
 
 
-def _hash_files(paths: list[Path]) -> str:
-    """One hash over several files; each file's own hash is remembered by path, size and time of change."""
-    known = _known_hashes()
+class _Remembered(NamedTuple):
+    """The hash of a file as it was at a time (nanoseconds), and what it was known by then."""
+
+    digest: str
+    stamp: str
+    hashed_at: int
+
+
+# What this process hashed, for where the cache cannot be written.
+_hashed: dict[str, _Remembered] = {}
+
+
+def _hash_files(paths: Sequence[Path], *, careful: bool) -> str:
+    """One hash over several files; each file's own hash is remembered, see the module's rule."""
+    known = _known_hashes() | _hashed
+    stats = [path.stat() for path in paths]
+    again = careful and _unusual(stats)
     digests = []
-    changed = False
-    for path in paths:
-        stat = path.stat()
-        key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-        if key not in known:
-            known[key] = hash_file(path)
-            changed = True
-        digests.append(known[key])
-    if changed:
-        _remember(known)
+    for path, about in zip(paths, stats, strict=True):
+        name = str(path.resolve())
+        entry = known.get(name)
+        if entry is None or again or entry.stamp != _stamp(about) or entry.hashed_at - about.st_ctime_ns < 2 * _SECOND:
+            started = time.time_ns()
+            entry = _Remembered(hash_file(path), _stamp(about), started)
+            if _stamp(path.stat()) != entry.stamp:
+                raise ModelError(str(path), "was changed while it was read", do="wait until it is written, then try again")
+            _hashed[name] = entry
+        digests.append(entry.digest)
+    if any(known.get(name) != entry for name, entry in _hashed.items()):
+        _remember(known | _hashed)
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _known_hashes() -> dict[str, str]:
-    try:
-        known: Any = json.loads((cache_folder() / "hashes.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
+def _stamp(about: os.stat_result) -> str:
+    return f"{about.st_dev}:{about.st_ino}:{about.st_size}:{about.st_mtime_ns}:{about.st_ctime_ns}"
 
 
-def _remember(known: dict[str, str]) -> None:
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "hashes.json", known)
+def _unusual(stats: Sequence[os.stat_result]) -> bool:
+    """Whether the times of these files need not be those of their last change."""
+    times = [t for about in stats for t in (about.st_mtime_ns, about.st_ctime_ns)]
+    alike = len({about.st_mtime_ns for about in stats}) < len(stats)
+    return alike or any(t % _SECOND == 0 or t > time.time_ns() for t in times)
+
+
+def _known_hashes() -> dict[str, _Remembered]:
+    known: dict[str, _Remembered] = {}
+    with suppress(OSError, ValueError, TypeError, AttributeError, ModelError):
+        for name, entry in json.loads((cache_folder() / "hashes.json").read_text(encoding="utf-8")).items():
+            if isinstance(entry, list):
+                digest, stamp, hashed_at = entry
+                known[name] = _Remembered(str(digest), str(stamp), int(hashed_at))
+    return known
+
+
+def _remember(known: dict[str, _Remembered]) -> None:
+    """Keep hashes for the next process; where there is no place for them it hashes again."""
+    with suppress(OSError, ArtifactError, ModelError):
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "hashes.json", known)

@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 from posttrain.artifacts import read_manifest, verify_files
 from posttrain.errors import ArtifactError
-from posttrain.models.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Policies, load_adapter
+from posttrain.models.adapter_config import ADAPTER_CONFIG
+from posttrain.models.files import ADAPTER_WEIGHTS, Policies, load_adapter
 from posttrain.models.load import BaseModel, load_base
+from posttrain.models.source import pinned
 from posttrain.recipe import load_recipe
 from posttrain.settings import Recipe, RewardStage
 
@@ -77,8 +79,9 @@ def open_reward_model(target: str) -> RewardTarget:
     recipe, stage = _reward_stage(target)
     settings = recipe.base
     full = recipe.adapter.kind == "full"
-    base = load_base(settings.model, template=settings.template, dtype=settings.dtype, device=settings.device, full=full)
     path = Path(target)
+    model = pinned(settings.model, path.parent)
+    base = load_base(model, template=settings.template, dtype=settings.dtype, device=settings.device, full=full)
     adapter = Policies(base, path.parent).activate(path.name) if full else reward_model_on(base, target)
     return RewardTarget(base, adapter, recipe, stage)
 
@@ -122,5 +125,6 @@ def open_target(target: str, *, template: str = "auto") -> Target:
     recipe = load_recipe(run / "recipe.toml")
     full = recipe.adapter.kind == "full"
     settings = recipe.base
-    base = load_base(settings.model, template=settings.template, dtype=settings.dtype, device=settings.device, full=full)
+    model = pinned(settings.model, run)
+    base = load_base(model, template=settings.template, dtype=settings.dtype, device=settings.device, full=full)
     return Target(base, Policies(base, run), policy, tuple(_finished(run, recipe)), recipe)

@@ -9,10 +9,9 @@ import re
 import sys
 from contextlib import closing
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from posttrain.artifacts import write_jsonl
+from posttrain.artifacts import expand_home, write_jsonl
 from posttrain.errors import ArtifactError, DataError, ModelError, PosttrainError
 from posttrain.generate.engine import Engine, SamplingSettings, stream
 from posttrain.generate.text import TextStream
@@ -149,7 +148,7 @@ class _Talk:
 
     def save(self, name: str) -> None:
         """Write each conversation as a row of `messages` into a new file."""
-        path = Path(name).expanduser()
+        path = expand_home(name)
         spoken = [speaker for speaker, history in self.histories.items() if history]
         if not name or not spoken:
             found = "a /save without a file" if not name else "there is nothing to save"

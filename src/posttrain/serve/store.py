@@ -26,7 +26,8 @@ from typing import NamedTuple
 
 from posttrain.errors import AdapterError
 from posttrain.generate.apart import beside
-from posttrain.models.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles, make_adapter, read_adapter
+from posttrain.models.adapter_config import ADAPTER_CONFIG
+from posttrain.models.files import ADAPTER_WEIGHTS, AdapterFiles, make_adapter, read_adapter
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter
 from posttrain.models.slots import SlotShape, slot_bytes
