@@ -149,9 +149,11 @@ class LoraLinear(nn.Module):
         return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., inputs] -> [..., outputs]."""
+        """x [..., inputs] -> [..., outputs]; with an adapter for each token, all tokens of the batch in order."""
         if self.routing.tokens is not None:
-            return self.routing.tokens.apply(self.name, x, self.base.weight, self.base.bias)
+            # Some layers, such as an expert that all tokens share, are given the tokens without a batch around them.
+            routed = self.routing.tokens.apply(self.name, x if x.dim() == 3 else x[None], self.base.weight, self.base.bias)
+            return routed if x.dim() == 3 else routed[0]
         adapter = self.routing.whole
         pair = adapter.weights.get(self.name) if adapter else None
         if adapter is None or pair is None:
