@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -24,6 +25,7 @@ from posttrain.models.merge import merge_target
 from posttrain.models.source import locate_base
 from posttrain.models.target import open_target
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 IDS = [1, 30, 99, 3, 77, 140, 12, 4, 200, 11]
 EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "intermediate_size": 32},
@@ -178,3 +180,19 @@ def test_a_merged_model_that_answers_otherwise_is_not_left_behind(
     with pytest.raises(ArtifactError, match=r"the merged weights give a probe text other log-probabilities \([\d.e-]+ nats\)"):
         merge_target(target, tmp_path / "out") if to == "merge" else export_target(target, to, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("name", ["glm4_moe", "qwen2_moe", "headless"])
+def test_peft_reads_an_exported_adapter_as_we_do_or_it_is_refused(
+    folders: Callable[[str], Path], lively: Callable, run_of: Callable, tmp_path: Path, name: str
+) -> None:
+    base = load(folders(name))
+    stage = run_of(tmp_path / "all", base, lively(base, "a"))
+    if name != "headless":
+        with pytest.raises(ArtifactError, match="PEFT takes down_proj, gate_proj, up_proj for the experts"):
+            export_target(open_target(str(stage)), "peft", tmp_path / "adapter")
+        assert not (tmp_path / "adapter").exists()
+        stage = run_of(tmp_path / "attention", base, lively(base, "a", targets="attention"))
+    folder = export_target(open_target(str(stage)), "peft", tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(plain(folders(name)), folder).eval()
+    assert torch.allclose(plain_logits(theirs, IDS), our_logits(base, IDS, "a"), rtol=0, atol=1e-4)

@@ -14,11 +14,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import safe_open
+
 from posttrain.artifacts import new_folder, write_json
 from posttrain.data.chat import load_chat_format
 from posttrain.errors import ArtifactError, ModelError, PosttrainError
 from posttrain.models.adapter_config import ADAPTER_CONFIG
-from posttrain.models.files import ADAPTER_WEIGHTS
+from posttrain.models.files import ADAPTER_WEIGHTS, read_adapter, whole_state
 from posttrain.models.load import BaseModel
 from posttrain.models.merge import write_merged, write_tokenizer
 from posttrain.models.target import Target
@@ -90,8 +92,8 @@ print(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_t
 def export_target(target: Target, to: str, out: Path) -> Path:
     """Write the target's policy in a format of `FORMATS` into the new folder `out`; whole or not at all.
 
-    Raises ArtifactError for the base itself, for a folder that exists and for full weights as an adapter; ModelError for a
-    template that Ollama cannot have.
+    Raises ArtifactError for the base itself, for a folder that exists, for full weights as an adapter, for an adapter that
+    PEFT would read otherwise, and where what was written answers otherwise; ModelError for a template that Ollama cannot have.
     """
     if target.policy == "base":
         raise ArtifactError("export", "the base itself has nothing to export", do="name a trained stage, RUN/STAGE")
@@ -107,10 +109,19 @@ def _write_peft(folder: Path, target: Target) -> None:
             str(stage), "has weights of its own, not an adapter", allowed="--to hf or --to ollama",
             do='train with [adapter] kind = "lora" for an adapter',
         )  # fmt: skip
-    target.policies.activate(target.policy)  # an adapter of another base, or a damaged one, is refused here
+    base = target.base
+    # An adapter of another base, or a damaged one, is refused here.
+    adapter = base.adapters.get(target.policies.activate(target.policy))
+    experts = sorted(_names_of_experts(base) & {layer.rsplit(".", 1)[-1] for layer in adapter.weights})
+    if experts:
+        raise ArtifactError(
+            str(stage), f"PEFT takes {', '.join(experts)} for the experts of this base, and leaves the adapter's layers out",
+            allowed="--to hf", do="or train with [adapter] targets that are no names of experts",
+        )  # fmt: skip
     for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
         shutil.copyfile(stage / name, folder / name)
-    base = target.base
+    if read_adapter(folder, where=f"adapter {folder}").fingerprint != adapter.fingerprint:
+        raise ArtifactError(str(folder), "is not the adapter that was loaded", do="run the same command again")
     write_tokenizer(folder, base)
     model, where, place = base.source.model, "", base.source.model
     if ":" in model or model.endswith(".gguf"):
@@ -121,6 +132,17 @@ def _write_peft(folder: Path, target: Target) -> None:
         where=where, folder=place, ends=sorted(base.chat.end_ids),
     )  # fmt: skip
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _names_of_experts(base: BaseModel) -> set[str]:
+    """Last names of layers that the base's files have and transformers holds as parts of other tensors: experts."""
+    in_memory = whole_state(base).keys()
+    known = {*in_memory, *(name.partition(".")[2] for name in in_memory)}  # files may lack the prefix of the head's model
+    stored: set[str] = set()
+    for path in base.source.folder.glob("*.safetensors"):
+        with safe_open(str(path), framework="pt") as file:
+            stored |= set(file.keys())
+    return {name.removesuffix(".weight").rsplit(".", 1)[-1] for name in stored - known}
 
 
 def _write_ollama(folder: Path, target: Target) -> None:

@@ -22,8 +22,9 @@ from torch import nn
 from posttrain.artifacts import hash_file, verify_files, write_json
 from posttrain.errors import AdapterError, RecipeError
 from posttrain.models.adapter_config import ADAPTER_CONFIG, is_reward_model, read_settings
+from posttrain.models.checkpoint import checkpoint_tensors, read_model
 from posttrain.models.heads import SCORE_NAME, ScoreHead
-from posttrain.models.load import BaseModel, checkpoint_tensors, read_model
+from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter, LoraSettings, LoraShape
 from posttrain.models.rows import TokenRows
 from posttrain.models.source import verify_source

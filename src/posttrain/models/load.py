@@ -21,12 +21,12 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers.core_model_loading import revert_weight_conversion
 
 from posttrain.artifacts import disk_error, fsync_tree, set_usual_modes, write_json
 from posttrain.data.chat import ChatFormat, load_chat_format
 from posttrain.errors import ArtifactError, ModelError
 from posttrain.models.attention import ATTENTION_NAME, register_attention
+from posttrain.models.checkpoint import check_round_trip, refuse_missing
 from posttrain.models.kernels import replace_mlps, replace_rotary
 from posttrain.models.logprobs import target_logprobs
 from posttrain.models.lora import AdapterSet, LoraAdapter, LoraShape
@@ -36,8 +36,8 @@ from posttrain.models.products import EngineProducts, linear
 from posttrain.models.programs import Programs
 from posttrain.models.rows import HeadRows, RowGradient, TokenRows, head_logits, head_rows
 from posttrain.models.segments import Segments
-from posttrain.models.source import BaseModelFolder, locate_base, refuse_adapter_beside, verify_source
-from posttrain.models.tokenizer import HuggingFaceTokenizer, byte_tokenizer
+from posttrain.models.source import BaseModelFolder, locate_base, verify_source
+from posttrain.models.tokenizer import HuggingFaceTokenizer, byte_tokenizer, refuse_beyond
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -174,78 +174,41 @@ def load_base(
     if full:
         weights_dtype = torch.float32
         products_dtype = products_dtype if kind.type == "cuda" else torch.float32
-    inner = read_model(source.folder, where, dtype=weights_dtype, attention=ATTENTION_NAME)
+    try:
+        inner, info = transformers.AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=weights_dtype, attn_implementation=ATTENTION_NAME, trust_remote_code=False,
+            use_safetensors=True, local_files_only=True, output_loading_info=True,
+        )  # fmt: skip
+        tokenizer = load_tokenizer(source.folder)
+    except Exception as error:  # noqa: BLE001 - damaged files break their readers anywhere
+        raise ModelError(where, f"cannot be loaded: {_first_line(error)}", do="check that the files are whole") from None
+    refuse_missing(info, where)
     verify_source(source, careful=False)
     if full:
-        _check_round_trip(inner, where)
-    tokenizer = _read_tokenizer(source.folder, where)
+        check_round_trip(inner, where)
+    inner.requires_grad_(False)
+    inner.eval()
     if not full or kind.type == "cuda":  # on a CPU a trained weight needs the gradient of the model's own module
         replace_norms(inner, inner.config.get_text_config().to_dict().get("rms_norm_eps"))
     replace_mlps(inner)
     replace_rotary(inner)
     inner.to(kind)
-    return BaseModel(source, inner, tokenizer, load_chat_format(tokenizer, template), products_dtype)
-
-
-def read_model(
-    folder: Path, where: str, *, dtype: torch.dtype = torch.float32, attention: str = "eager"
-) -> transformers.PreTrainedModel:
-    """transformers' own model of a folder, frozen, on the CPU. Raises ModelError where the files do not make up a whole one."""
-    refuse_adapter_beside(folder, where)
-    try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention, trust_remote_code=False,
-            use_safetensors=True, local_files_only=True, output_loading_info=True,
-        )  # fmt: skip
-    except Exception as error:  # noqa: BLE001 - damaged files break their readers anywhere
-        raise ModelError(where, f"cannot be loaded: {_first_line(error)}", do="check that the files are whole") from None
-    if info["missing_keys"]:  # transformers would fill them with random numbers
-        missing = sorted(info["missing_keys"])
-        raise ModelError(
-            where, f"the weights lack {missing[0]} ({len(missing)} tensors)", do="check that all files of the model are there"
-        )
-    model.requires_grad_(False)
-    model.eval()
-    return model
-
-
-def checkpoint_tensors(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a model by the names, and in the layout, of the checkpoint that it was read from.
-
-    transformers may hold them otherwise: the experts of a layer as one tensor, for instance.
-    """
-    stored = revert_weight_conversion(model, state)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in stored.items()}
-
-
-def _check_round_trip(model: Any, where: str) -> None:
-    """Refuse a base whose trained weights could not be read again. Raises ModelError."""
-    state = model.state_dict()
-    try:
-        again = type(model).from_pretrained(
-            None, config=model.config, state_dict=checkpoint_tensors(model, state), dtype=model.dtype
-        ).state_dict()  # fmt: skip
-        lost = [name for name, tensor in state.items() if not torch.equal(again[name], tensor)]
-    except Exception as error:  # noqa: BLE001 - the conversions of an architecture may fail anywhere
-        lost = [_first_line(error)]
-    if lost:
-        raise ModelError(
-            where, f"its weights change when they are written and read again ({lost[0]})", allowed='[adapter] kind = "lora"'
-        )
+    chat = load_chat_format(tokenizer, template)
+    refuse_beyond(tokenizer, {*chat.template_ids, *chat.end_ids}, len(inner.get_input_embeddings().weight), where)
+    return BaseModel(source, inner, tokenizer, chat, products_dtype)
 
 
 def load_chat(source: BaseModelFolder, template: str) -> ChatFormat:
     """Only the renderer of a base, without its weights: enough to check data. Raises ModelError."""
     where = f'[base] model = "{source.model}"'
     _refuse_remote_code(source.folder, where)
-    return load_chat_format(_read_tokenizer(source.folder, where), template)
-
-
-def _read_tokenizer(folder: Path, where: str) -> HuggingFaceTokenizer:
     try:
-        return load_tokenizer(folder)
+        tokenizer = load_tokenizer(source.folder)
     except Exception as error:  # noqa: BLE001 - damaged files break their readers anywhere
         raise ModelError(where, f"the tokenizer cannot be loaded: {_first_line(error)}", do="fetch the model again") from None
+    chat = load_chat_format(tokenizer, template)
+    refuse_beyond(tokenizer, {*chat.template_ids, *chat.end_ids}, source.vocabulary(), where)
+    return chat
 
 
 def _first_line(error: Exception) -> str:

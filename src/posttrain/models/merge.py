@@ -24,8 +24,9 @@ from posttrain.artifacts import new_folder
 from posttrain.data.packing import pack, row_segments
 from posttrain.errors import ArtifactError
 from posttrain.models.batches import batch_logprobs, to_device
+from posttrain.models.checkpoint import checkpoint_tensors, read_model
 from posttrain.models.files import FULL_WEIGHTS, read_base, save_tensors, untied, whole_state
-from posttrain.models.load import BaseModel, checkpoint_tensors, read_model
+from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter
 from posttrain.models.target import Target
 from posttrain.models.tokens import CONVERSATIONS

@@ -70,8 +70,16 @@ class BaseModelFolder(NamedTuple):
 
     def context(self) -> int:
         """Tokens that the model can hold, as its config says; very many where it does not say."""
+        return self._number("max_position_embeddings")
+
+    def vocabulary(self) -> int:
+        """Rows of the embedding, as its config says; very many where it does not say."""
+        return self._number("vocab_size")
+
+    def _number(self, name: str) -> int:
         config: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        found = config.get("text_config", config).get("max_position_embeddings")
+        text = config.get("text_config")
+        found = (text if isinstance(text, dict) else config).get(name)
         return found if isinstance(found, int) else sys.maxsize
 
 

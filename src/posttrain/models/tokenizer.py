@@ -6,7 +6,7 @@ right at the beginning of a text and wrong inside of one: `middle` says that oth
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import tokenizers
@@ -179,6 +179,24 @@ def _unprefixed(step: dict[str, Any] | None) -> dict[str, Any] | None:
         inside = "normalizers" if "normalizers" in step else "pretokenizers"
         return step | {inside: [kept for one in step[inside] if (kept := _unprefixed(one)) is not None]}
     return step
+
+
+def refuse_beyond(tokenizer: HuggingFaceTokenizer, used: Collection[int], rows: int, where: str) -> None:
+    """Refuse a tokenizer that makes ids of text, or of the template's tokens (`used`), for which the embedding has no row.
+
+    Special tokens beyond the rows that no template uses, such as gemma-3-1b's of images, are never made of text. Raises
+    ModelError.
+    """
+    special = {index for index, token in tokenizer.inner.added_tokens_decoder.items() if token.special}
+    vocabulary: dict[str, int] = tokenizer.inner.get_vocab()
+    beyond = {index: token for token, index in vocabulary.items() if index >= rows and (index in used or index not in special)}
+    if beyond:
+        first = min(beyond)
+        more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
+        raise ModelError(
+            where, f"its tokenizer has the id {first} ({beyond[first]!r}{more}), and its embedding {rows} rows",
+            allowed=f"ids below {rows}", do="use the model's own tokenizer, or enlarge the embedding (resize_token_embeddings)",
+        )  # fmt: skip
 
 
 def _words(tokenizer: tokenizers.Tokenizer, text: str) -> list[str]:

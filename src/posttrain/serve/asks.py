@@ -61,12 +61,12 @@ async def completion_ask(body: CompletionRequest, base: BaseModel, limits: Limit
     for prompt in prompts:
         if isinstance(prompt, str):
             ids.append(await in_turn(base.chat.encode_text, prompt, control=True))
-        elif max(prompt) >= vocabulary:
-            raise Refusal(400, "prompt", f"token id {max(prompt)}", allowed=f"0 to {vocabulary - 1}", param="prompt")
         else:
             ids.append(prompt)
         if not ids[-1]:
             raise Refusal(400, "prompt", "an empty prompt", do="give at least one token", param="prompt")
+        if max(ids[-1]) >= vocabulary:  # a text may spell a special token for which the embedding has no row
+            raise Refusal(400, "prompt", f"token id {max(ids[-1])}", allowed=f"0 to {vocabulary - 1}", param="prompt")
     longest = max(len(prompt) for prompt in ids)
     tokens = limits.tokens(body.max_tokens, COMPLETION_TOKENS, longest, base.context)
     scored = body.logprobs is not None
