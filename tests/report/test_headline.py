@@ -1,13 +1,17 @@
 """The sentence at the top says what the verdicts say, with the sizes that can be done by hand, and no more."""
 
+import json
 from pathlib import Path
 
 import pytest
 from pages import Page
 from written_runs import scores, write_run
 
+from posttrain.evaluate.stats import paired_shares
+from posttrain.report import words
 from posttrain.report.headline import headline
 from posttrain.report.run import load_run
+from posttrain.report.show import compare, show
 
 BASE = scores("base", follows=4, facts=20)
 
@@ -36,7 +40,7 @@ def test_a_gain_without_a_shown_loss_says_what_is_left_open(tmp_path: Path):
     # facts 20 -> 19 of 40: -2.5 points, an interval around 0
     text = sentence(tmp_path, follows=24, facts=19)
     assert "gained 50.0 points in instructions followed" in text
-    assert "No loss of capability is shown: −2.5 points in facts [" in text
+    assert "No loss of capability is shown against base: −2.5 points in facts [" in text
     assert "points is not excluded." in text
     assert "lost" not in text.split("No loss")[0]
 
@@ -58,7 +62,68 @@ def test_a_gain_that_became_a_loss_is_told(tmp_path: Path):
     )
     text = Page(headline(load_run(run))).text
     assert "is not shown to have gained anything" in text
-    assert "Also worse: 50.0 points in instructions followed" in text
+    assert "sft against base , its parent: ▼ instructions followed −50.0 points" in text
+
+
+def three(tmp_path: Path) -> Path:
+    """base -> sft -> ppo; ppo keeps half of what sft gained, and a little of sft's prose is lost."""
+    made = {
+        "base": BASE,
+        "sft": scores("sft", follows=32, facts=20),
+        "ppo": scores("ppo", follows=18, facts=20, prose=3.05),
+    }
+    stages = [{"name": "sft"}, {"name": "ppo", "kind": "ppo", "init": "sft"}]
+    return write_run(tmp_path / "run", made, stages)
+
+
+def test_losses_against_the_parent_are_told_first_and_no_tile_is_green_over_them(tmp_path: Path):
+    html = headline(load_run(three(tmp_path)))
+    text = Page(html).text
+    # 32 -> 18 of 40 is -35 points against sft; 4 -> 18 is +35 against the base
+    lost = "ppo against sft , its parent: ▼ instructions followed −35.0 points"
+    assert lost in text
+    assert "▼ prose, nats a token +0.050 nats [+0.050 to +0.050]" in text
+    assert "ppo against base : ▼ prose, nats a token +0.050 nats" in text
+    assert text.index(lost) < text.index("gained 35.0 points in instructions followed")
+    assert "No loss of capability" not in text
+    first = str(html).split('<div class="tile')[2]
+    assert first.startswith(" worse")
+    tile = Page('<div class="tile' + first).text
+    assert "instructions followed" in tile
+    assert "▼ worse −35.0 vs sft ▲ better +35.0 vs base" in tile
+
+
+def test_every_stages_losses_against_its_parent_are_listed_the_last_stages_first(tmp_path: Path):
+    made = {
+        "base": BASE, "sft": scores("sft", follows=32, facts=4), "dpo": scores("dpo", follows=12, facts=4),
+        "ppo": scores("ppo", follows=20, facts=4),
+    }  # fmt: skip
+    stages = [{"name": "sft"}, {"name": "dpo", "init": "sft"}, {"name": "ppo", "init": "sft"}]
+    card = json.loads((write_run(tmp_path / "run", made, stages) / "scorecard.json").read_text())
+    assert [(row["stage"], row["against"], row["is_parent"], list(row["measures"])) for row in card["losses"]] == [
+        ("ppo", "sft", True, ["t/follows"]), ("ppo", "base", False, ["t/facts"]),
+        ("dpo", "sft", True, ["t/follows"]), ("sft", "base", True, ["t/facts"]),
+    ]  # fmt: skip
+
+
+def test_terminal_show_and_compare_tell_the_same_losses(tmp_path: Path):
+    run = three(tmp_path)
+    change = paired_shares([1.0] * 32 + [0.0] * 8, [1.0] * 18 + [0.0] * 22)
+    told = f"instructions followed {words.change_words(change._asdict(), 'share')}"
+    assert "−35.0 points (" in told
+    table = show(run)[1]
+    assert table.splitlines()[0] == "Losses that are shown, each with its 95 % interval:"
+    assert table.splitlines()[1].startswith(f"  ppo against sft, its parent: ▼ {told}; ▼ prose")
+    assert f"ppo against sft, its parent: ▼ {told}" in show(run / "ppo")[1]
+    found, text = compare(run / "sft", run / "ppo")
+    assert found["losses"] == ["t/follows", "t/prose"]
+    assert f"B lost against A: ▼ {told}; ▼ prose" in text.replace("\u202f", " ")
+    assert [row["stage"] for row in show(run)[0]["losses"]] == ["ppo", "ppo"]
+
+
+def test_a_run_without_a_shown_loss_says_so_and_that_this_is_not_zero(tmp_path: Path):
+    assert "No loss is shown of any stage against its parent, or of sft against base." in sentence(tmp_path, follows=24)
+    assert "Not shown is not zero" in show(tmp_path / "run")[1].splitlines()[0] + show(tmp_path / "run")[1].splitlines()[1]
 
 
 @pytest.mark.parametrize("tokens", [5.0, 90.0])

@@ -1,6 +1,7 @@
 """The page: every section, escaping, no request and no script, the same bytes, runs that are partial or strange, errors."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -139,7 +140,9 @@ def test_the_same_artifacts_give_the_same_bytes_wherever_they_lie(tmp_path: Path
     (copy / "report.html").unlink()
     assert write_report(copy).read_bytes() == first
     code = "import sys, pathlib; from posttrain.report.render import write_report; write_report(pathlib.Path(sys.argv[1]))"
-    subprocess.run([sys.executable, "-c", code, str(copy)], check=True, env={"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo"})
+    subprocess.run(
+        [sys.executable, "-c", code, str(copy)], check=True, env={**os.environ, "PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo"}
+    )
     assert (copy / "report.html").read_bytes() == first
 
 

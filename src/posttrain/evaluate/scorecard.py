@@ -19,7 +19,7 @@ from posttrain.evaluate import stats
 from posttrain.evaluate.refusal_measure import load_figures
 from posttrain.evaluate.suites import Measure, Task, all_measures
 from posttrain.evaluate.table import format_table
-from posttrain.evaluate.tax import alignment_tax
+from posttrain.evaluate.tax import alignment_tax, shown_losses
 from posttrain.records import Score
 
 __all__ = ["StageScores", "build_scorecard", "format_table", "load_scores", "measure_values"]
@@ -55,7 +55,7 @@ def build_scorecard(run: str, stages: Sequence[StageScores], tasks: Sequence[Tas
         }
         for stage in stages
     ]
-    return {"run": run, "confidence": 0.95, "stages": rows, "tax": alignment_tax(rows)}
+    return {"run": run, "confidence": 0.95, "stages": rows, "losses": shown_losses(rows), "tax": alignment_tax(rows)}
 
 
 def load_scores(path: Path) -> list[Score]:

@@ -1,73 +1,121 @@
-"""The scorecard as text for a terminal: a row a stage, a column a measure, each change against the stage before marked.
+"""The scorecard as text for a terminal: the losses that are shown, then a row a stage and a column a measure.
 
-    instructions followed      ← title; the arrow says which way is better
+    instructions followed ↑    ← title; the arrow says which way is better
+    139 items                  ← how many items it averages
     45.3 %                     ← value
     37–54                      ← its 95 % interval
-    ▲ better +36.0             ← paired change against the stage before
+    ▲ better +36.0             ← paired change against the stage's parent, which stands below the stage's name
       +28.1 to +44.0           ← the change's 95 % interval
 
-Columns that do not fit the width go into a second block. Shares are percentages, changes of shares percentage points.
+A change is after − before, in the measure's own direction. Columns that do not fit the width go into a second block. Shares are
+percentages, changes of shares percentage points.
 """
 
 from collections.abc import Mapping, Sequence
-from textwrap import wrap
+from textwrap import fill, wrap
 from typing import Any
 
+from posttrain.evaluate.tax import parent_of, shown_losses
+
 MARKS = {"better": "▲", "worse": "▼", "not shown": "·"}
+UNITS = {"share": "points", "nats": "nats", "tokens": "tokens"}
 COLUMN = 17
 _GAP = 2
 
 
 def format_table(scorecard: Mapping[str, Any], *, width: int = 120) -> str:
-    """The table as lines of at most `width` columns (at least 60)."""
-    stages = scorecard["stages"]
+    """The losses and the table as lines of at most `width` columns (at least 60)."""
+    stages, width = scorecard["stages"], max(width, 60)
     names = list(dict.fromkeys(name for stage in stages for name in stage["measures"]))
-    first = max(len("stage"), *(len(stage["name"]) for stage in stages))
-    room = max(1, (max(width, 60) - first) // (COLUMN + _GAP))
+    first = max(len("stage"), *(len(line) for stage in stages for line in _stage_lines(stage, stages)))
+    room = max(1, (width - first) // (COLUMN + _GAP))
     # As even as possible: ten columns in two blocks of five read better than six and four.
     blocks = -(-len(names) // room)
     size = -(-len(names) // blocks) if blocks else 1
     parts = [_block(stages, names[start : start + size], first) for start in range(0, len(names), size)]
-    return "\n\n".join([*parts, _legend(stages)])
+    return "\n\n".join([*_losses(stages, width), *parts, _legend(stages)])
+
+
+def _losses(stages: Sequence[Mapping[str, Any]], width: int) -> list[str]:
+    """The paragraph of shown losses; nothing of a base alone."""
+    if len(stages) < 2:
+        return []
+    rows = shown_losses(stages)
+    if not rows:
+        last, base = stages[-1]["name"], stages[0]["name"]
+        against = f"of any stage against its parent, or of {last} against {base}"
+        return [fill(f"No loss is shown {against}. Not shown is not zero: the intervals say what is possible.", width)]
+    lines = [fill(loss_words(row), width, initial_indent="  ", subsequent_indent="    ") for row in rows]
+    return ["\n".join(["Losses that are shown, each with its 95 % interval:", *lines])]
+
+
+def loss_words(row: Mapping[str, Any]) -> str:
+    """A row of `shown_losses`: `ppo against sft, its parent: ▼ harmful refused −21.8 points (−31.0 to −12.6)`."""
+    parts = [f"▼ {one['title']} {_change_words(one)}" for one in row["measures"].values()]
+    parent = ", its parent" if row["is_parent"] else ""
+    return f"{row['stage']} against {row['against']}{parent}: {'; '.join(parts)}"
+
+
+def _change_words(one: Mapping[str, Any]) -> str:
+    value, low, high = _change(one, one["unit"])
+    return f"{value} {UNITS.get(one['unit'], one['unit'])} ({low} to {high})"
 
 
 def _block(stages: Sequence[Mapping[str, Any]], names: Sequence[str], first: int) -> str:
     rule = "─" * (first + len(names) * (COLUMN + _GAP))
-    lines = [*_row("stage", [_heading(stages, name) for name in names], first), rule]
+    lines = [*_row(["stage"], [_heading(stages, name) for name in names], first), rule]
     for index, stage in enumerate(stages):
-        cells = [_cell(stage["measures"].get(name)) for name in names]
-        lines += [""] * (index > 0) + _row(stage["name"], cells, first)
+        cells = [_cell(stage, name, stages[0]["name"]) for name in names]
+        lines += [""] * (index > 0) + _row(_stage_lines(stage, stages), cells, first)
     return "\n".join(lines)
 
 
-def _row(name: str, cells: Sequence[Sequence[str]], first: int) -> list[str]:
+def _stage_lines(stage: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A stage's name, and its parent's below it."""
+    base = stages[0]["name"]
+    return [stage["name"]] if stage["name"] == base else [stage["name"], f"from {parent_of(stage, base)}"]
+
+
+def _row(labels: Sequence[str], cells: Sequence[Sequence[str]], first: int) -> list[str]:
     """Cells of several lines side by side."""
     lines = []
-    for index in range(max(map(len, cells))):
+    for index in range(max(len(labels), *map(len, cells)) if cells else len(labels)):
         texts = [cell[index] if index < len(cell) else "" for cell in cells]
-        line = (name if index == 0 else "").ljust(first) + "".join(" " * _GAP + text.ljust(COLUMN) for text in texts)
+        label = labels[index] if index < len(labels) else ""
+        line = label.ljust(first) + "".join(" " * _GAP + text.ljust(COLUMN) for text in texts)
         lines.append(line.rstrip())
     return lines
 
 
 def _heading(stages: Sequence[Mapping[str, Any]], name: str) -> list[str]:
-    entry = next(stage["measures"][name] for stage in stages if name in stage["measures"])
-    arrow = "↑" if entry["better"] == "higher" else "↓"
-    return wrap(f"{entry['title']} {arrow}", COLUMN)
+    entries = [stage["measures"][name] for stage in stages if name in stage["measures"]]
+    arrow = "↑" if entries[0]["better"] == "higher" else "↓"
+    counts = sorted({entry["n"] for entry in entries})
+    items = f"{counts[0]} items" if len(counts) == 1 else f"{counts[0]}–{counts[-1]} items"
+    return [*wrap(f"{entries[0]['title']} {arrow}", COLUMN), items]
 
 
-def _cell(entry: Mapping[str, Any] | None) -> list[str]:
+def _cell(stage: Mapping[str, Any], name: str, base: str) -> list[str]:
+    entry = stage["measures"].get(name)
     if entry is None:
         return ["–"]
     unit = entry["unit"]
     scale, digits = (100, 0) if unit == "share" else (1, 1 if unit == "tokens" else 3)
     value = f"{entry['value'] * 100:.1f} %" if unit == "share" else f"{entry['value']:.{digits}f}"
     lines = [value, f"{entry['low'] * scale:.{digits}f}–{entry['high'] * scale:.{digits}f}"]
-    for change in entry["changes"][:1]:
-        value, low, high = (_signed(change[key] * scale, max(1, digits)) for key in ("value", "low", "high"))
-        lines.append(f"{MARKS[change['verdict']]} {change['verdict']} {value}")
-        lines.append(f"  {low} to {high}")
+    for change in entry["changes"]:
+        if change["against"] == parent_of(stage, base):
+            value, low, high = _change(change, unit)
+            lines.append(f"{MARKS[change['verdict']]} {change['verdict']} {value}")
+            lines.append(f"  {low} to {high}")
     return lines
+
+
+def _change(change: Mapping[str, Any], unit: str) -> tuple[str, str, str]:
+    """Value and interval of a change with signs."""
+    scale, digits = (100, 1) if unit == "share" else (1, 1 if unit == "tokens" else 3)
+    value, low, high = (_signed(change[key] * scale, digits) for key in ("value", "low", "high"))
+    return value, low, high
 
 
 def _signed(value: float, digits: int) -> str:
@@ -78,7 +126,7 @@ def _signed(value: float, digits: int) -> str:
 
 def _legend(stages: Sequence[Mapping[str, Any]]) -> str:
     lines = [
-        "Below each value its 95 % interval, then the change against the stage before (same items) and its interval.",
+        "Below each value its 95 % interval, then the change against the stage's parent (same items) and its interval.",
         "▲ better  ▼ worse  · not shown: the interval of the change includes 0.  ↑ higher is better  ↓ lower is better",
     ]
     judge = next((e["judge"] for s in stages for e in s["measures"].values() if "judge" in e), None)

@@ -1,6 +1,8 @@
 """`posttrain compare A B`: two policies on the items that both answered, measure by measure, and what that adds up to.
 
     change   = B − A over the same items, with its 95 % interval (evaluate/stats.py)
+    loss     = a change of A to B whose verdict is "worse", length left out; told first
+
     verdict  = B dominates A   something is shown better and nothing worse (or the other way round)
                trade-off       something is better and something is worse
                not shown to differ
@@ -50,7 +52,11 @@ def compare(a: Path, b: Path) -> tuple[dict[str, Any], str]:
         raise ArtifactError(f"{before.name} and {after.name}", "no measure in common", do="evaluate both on the same suites")
     verdict = _pareto(rows.values())
     shared = len(before.scores.keys() & after.scores.keys())
-    found = {"a": before.name, "b": after.name, "items": shared, "measures": rows, "verdict": verdict, "notes": notes}
+    losses = [name for name, row in rows.items() if row["change"]["verdict"] == "worse" and row["unit"] != "tokens"]
+    found = {
+        "a": before.name, "b": after.name, "items": shared, "losses": losses, "measures": rows, "verdict": verdict,
+        "notes": notes,
+    }  # fmt: skip
     return found, _text(found)
 
 
@@ -153,6 +159,12 @@ def _pareto(rows: Iterable[Mapping[str, Any]]) -> str:
     return "A dominates B" if "worse" in verdicts else "not shown to differ"
 
 
+def _losses(found: Mapping[str, Any]) -> list[str]:
+    rows = [found["measures"][name] for name in found["losses"]]
+    told = [f"▼ {row['title']} {words.change_words(row['change'], row['unit'])}" for row in rows]
+    return [f"B lost against A: {'; '.join(told)}", ""] if told else []
+
+
 _MEANING = {
     "B dominates A": "at least one measure is shown better, none worse",
     "A dominates B": "at least one measure is shown worse, none better",
@@ -171,7 +183,7 @@ def _text(found: Mapping[str, Any]) -> str:
             words.measured(row["b"]["value"], unit), words.span(row["b"], unit), words.signed(change["value"], unit),
             words.signed_span(change, unit), f"{words.MARKS[change['verdict']]} {change['verdict']}", str(row["n"]),
         ))  # fmt: skip
-    lines = [f"A  {found['a']}", f"B  {found['b']}", "", words.aligned(cells), "", *found["notes"]]
+    lines = [f"A  {found['a']}", f"B  {found['b']}", "", *_losses(found), words.aligned(cells), "", *found["notes"]]
     lines.append("Intervals hold 95 %. A change is paired over the same items; ↑ higher is better, ↓ lower is better.")
     lines.append(f"{found['verdict']}: {_MEANING[found['verdict']]} (length apart).")
     return "\n".join(lines)

@@ -1,5 +1,6 @@
-"""The first screen: what was aligned, and what it bought and cost, said in one sentence made from the verdicts.
+"""The first screen: every loss that is shown, then what was aligned and what it bought, in sentences made from the verdicts.
 
+    losses = the last stage against its parent and against the base, then every other stage against its parent (evaluate/tax.py)
     bought = measures of role "gain" whose paired change against the base is better
     cost   = measures of role "capability" whose paired change against the base is worse
 
@@ -7,11 +8,12 @@ Where it stands: it reads the scorecard alone, so it can claim nothing that the 
 shown it says so, and how large a loss the interval leaves open. Left out: a verdict over all measures in one number.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from posttrain.evaluate.tax import parent_of, shown_losses
 from posttrain.report import words
 from posttrain.report.markup import el, facts, join
 from posttrain.report.run import Run
@@ -49,17 +51,41 @@ class Change(NamedTuple):
 
 
 def headline(run: Run) -> Markup:
-    """Name, sentence, tiles and what the run was made of."""
+    """Name, losses, sentence, tiles and what the run was made of."""
     return el(
         "header",
         el("p.eyebrow", "posttrain report"),
         el("h1", run.name),
+        _losses(run),
         el("p.verdict", *_sentence(run)),
         _also(run),
         _notes(run),
         _tiles(run),
         _made_of(run),
     )
+
+
+def _losses(run: Run) -> Markup:
+    """Every shown loss, a line a comparison; of a run without one, that there is none."""
+    stages = run.scorecard["stages"]
+    if len(stages) == 1:
+        return Markup("")
+    lines = [el("li", *_loss_line(row)) for row in shown_losses(stages)]
+    if lines:
+        return el("div.losses", el("p.small", "Losses that are shown"), el("ul", *lines))
+    last, base = stages[-1]["name"], stages[0]["name"]
+    return el("p.also", f"No loss is shown of any stage against its parent, or of {last} against {base}.")
+
+
+def _loss_line(row: Mapping[str, Any]) -> list[Markup | str]:
+    parent = ", its parent" if row["is_parent"] else ""
+    parts: list[Markup | str] = [el("strong", row["stage"]), " against ", el("strong", row["against"]), f"{parent}: "]
+    for number, one in enumerate(row["measures"].values()):
+        unit = one["unit"]
+        size = el("strong", f"{words.signed(one['value'], unit)} {words.unit_word(unit)}")
+        span = el("span.ci", f"[{words.signed_span(one, unit)}]")
+        parts += ["; " * (number > 0), f"{words.MARKS['worse']} {one['title']} ", size, " ", span]
+    return parts
 
 
 def changes(run: Run) -> list[Change]:
@@ -83,7 +109,8 @@ def _sentence(run: Run) -> list[Markup | str]:
         return [el("strong", run.base), " is measured as it is; no stage has been evaluated beside it yet."]
     who: list[Markup | str] = [el("strong", run.base), ", taken through ", el("strong", _path(run)), ", "]
     bought, lost = _of(run, "gain", "better"), _of(run, "capability", "worse")
-    return [*who, *(["gained ", _list(bought)] if bought else _no_gain(run)), *_cost(run, lost)]
+    gained = ["gained ", _list(bought), f" against {stages[0]['name']}"] if bought else _no_gain(run)
+    return [*who, *gained, *_cost(run, lost)]
 
 
 def _no_gain(run: Run) -> list[Markup | str]:
@@ -97,6 +124,10 @@ def _cost(run: Run, lost: list[Change]) -> list[Markup | str]:
     capability = next((c for c in changes(run) if c.entry.get("role") == "capability"), None)
     if capability is None:
         return [". Its cost was not measured."]
+    last, base = run.scorecard["stages"][-1], run.scorecard["stages"][0]["name"]
+    parent = parent_of(last, base)
+    if any(words.is_worse(e, parent) for e in last["measures"].values() if e.get("role") == "capability"):
+        return [f". Of the capability that {parent} had it lost some (above)."]
     if capability.change["verdict"] == "better":
         return [", and lost no capability: it gained ", capability.size, " too."]
     ends = [capability.change["low"], capability.change["high"]]
@@ -104,7 +135,7 @@ def _cost(run: Run, lost: list[Change]) -> list[Markup | str]:
     worst = max(-end if capability.entry["better"] == "higher" else end for end in ends)
     unit = capability.entry["unit"]
     left_open = f"; a loss of up to {words.number(worst, unit)} {words.unit_word(unit)} is not excluded." if worst > 0 else "."
-    return [". No loss of capability is shown: ", capability.signed, left_open]
+    return [f". No loss of capability is shown against {base}: ", capability.signed, left_open]
 
 
 def _list(found: list[Change]) -> Markup:
@@ -126,10 +157,11 @@ def _path(run: Run) -> str:
 
 
 def _also(run: Run) -> Markup:
-    """What else is shown to have changed, outside of gain and capability; and gains that became losses."""
-    worse = _of(run, "gain", "worse") + [c for c in _of(run, "", "worse") if c.entry["unit"] != "tokens"]
+    """What else is better than the base, outside of gain and capability, unless the parent was better still."""
+    base, last = run.scorecard["stages"][0]["name"], run.scorecard["stages"][-1]
     better = [c for c in _of(run, "", "better") if c.entry["unit"] != "tokens"]
-    parts = [join([f"Also {word}: ", _list(found), ". "]) for word, found in (("better", better), ("worse", worse)) if found]
+    better = [c for c in better if not words.is_worse(c.entry, parent_of(last, base))]
+    parts = [f"Also better against {base}: ", _list(better), ". "] if better else []
     if not changes(run):
         return Markup("")
     how = "Changes are paired over the same items; [brackets] hold the 95\u202f% interval. Every stage stands in the scorecard."
@@ -141,28 +173,48 @@ def _notes(run: Run) -> Markup:
 
 
 def _tiles(run: Run) -> Markup:
-    first, last = run.scorecard["stages"][0], run.scorecard["stages"][-1]
-    names = _tile_names(last["measures"])
-    if not names:
-        return Markup("")
-    return el("div.tiles", *(_tile(first["measures"].get(name), last["measures"][name], first["name"]) for name in names))
+    """The last stage's measures, those that lost first; each with what the base and the parent had and both changes."""
+    stages = run.scorecard["stages"]
+    last, base = stages[-1], stages[0]["name"]
+    names = _tile_names(last["measures"], _lost(stages))
+    before = list(dict.fromkeys((base, parent_of(last, base)))) if last["name"] != base else []
+    measures = {stage["name"]: stage["measures"] for stage in stages}
+    tiles = [_tile({b: measures.get(b, {}).get(name) for b in before}, last["measures"][name]) for name in names]
+    return el("div.tiles", *tiles) if tiles else Markup("")
 
 
-def _tile_names(measures: Mapping[str, Any]) -> list[str]:
-    """Gains, what neither gains nor costs, and the first capability: at most six."""
+def _lost(stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Measures in which the last stage is shown to have lost, against its parent first."""
+    rows = [row for row in shown_losses(stages) if row["stage"] == stages[-1]["name"]]
+    return list(dict.fromkeys(name for row in rows for name in row["measures"]))
+
+
+def _tile_names(measures: Mapping[str, Any], lost: Sequence[str]) -> list[str]:
+    """Every measure that lost; then gains, what neither gains nor costs, and the first capability, up to six in all."""
     gains = [name for name, e in measures.items() if e.get("role") == "gain"]
     others = [name for name, e in measures.items() if not e.get("role") and e["unit"] == "share"]
     capability = [name for name, e in measures.items() if e.get("role") == "capability"]
-    return [*gains[:2], *others[:2], *capability[:1], *[n for n in capability if measures[n]["unit"] != "share"]][:TILES]
+    usual = [*gains[:2], *others[:2], *capability[:1], *[n for n in capability if measures[n]["unit"] != "share"]]
+    return list(dict.fromkeys([*lost, *usual]))[: max(TILES, len(lost))]
 
 
-def _tile(before: Mapping[str, Any] | None, entry: Mapping[str, Any], base: str) -> Markup:
+def _tile(before: Mapping[str, Mapping[str, Any] | None], entry: Mapping[str, Any]) -> Markup:
+    """`before` are the entries of the base and the parent, by name. A tile is green only where nothing was lost."""
     unit = entry["unit"]
-    change = words.change_against(entry, base)
-    value = el("span.now", words.measured(entry["value"], unit))
-    was = el("span.was", words.measured(before["value"], unit), el("span.to", "→")) if before is not None and change else ""
-    mark = verdict_badge(change, unit) if change else el("span.badge", words.span(entry, unit))
-    return el("div.tile", el("p.what", entry["title"]), el("p.value", was, value), el("p", mark))
+    changes = {name: change for name in reversed(list(before)) if (change := words.change_against(entry, name)) is not None}
+    was = [
+        el("span.was", words.measured(found["value"], unit), el("span.to", "→"), attrs={"title": name})
+        for name, found in before.items() if found is not None and name in changes
+    ]  # fmt: skip
+    marks = [el("p.against", verdict_badge(change, unit), el("span.small", f"vs {name}")) for name, change in changes.items()]
+    value = el("p.value", *was, el("span.now", words.measured(entry["value"], unit)))
+    return el(_tile_class(changes), el("p.what", entry["title"]), value, *(marks or [el("p", words.span(entry, unit))]))
+
+
+def _tile_class(changes: Mapping[str, Mapping[str, Any]]) -> str:
+    verdicts = {change["verdict"] for change in changes.values()}
+    kind = next((kind for kind in ("worse", "better") if kind in verdicts), "")
+    return f"div.tile.{kind}" if kind else "div.tile"
 
 
 def verdict_badge(change: Mapping[str, Any], unit: str) -> Markup:

@@ -1,7 +1,7 @@
 """The scorecard as a table, and the alignment tax beside the gain.
 
 Where it stands: scorecard.json in, two sections out. A row a measure, a column a stage; below each value its interval as
-text and as a strip, then the paired changes against the stage before and against the base, marked by sign, word and colour.
+text and as a strip, then the paired changes against the parent and against the base, marked by sign, word and colour.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -73,7 +73,7 @@ def _cell(stage: Mapping[str, Any], name: str, extent: tuple[float, float], base
         _strip(entry, extent),
     ]
     changes = entry.get("changes", ())
-    # Against the base once more only where the stage before is another one.
+    # Against the base once more only where the parent is another policy.
     for change in changes[:2]:
         label = "vs base" if change["against"] == base else f"vs {change['against']}"
         span = el("span.small", words.signed_span(change, unit))

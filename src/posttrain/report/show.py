@@ -11,7 +11,8 @@ from typing import Any
 
 from posttrain.artifacts import lineage, read_manifest
 from posttrain.errors import ArtifactError
-from posttrain.evaluate.table import format_table
+from posttrain.evaluate.table import format_table, loss_words
+from posttrain.evaluate.tax import shown_losses
 from posttrain.report import words
 from posttrain.report.compare import compare
 from posttrain.report.provenance import flat
@@ -40,7 +41,8 @@ def _show_run(run: Path) -> tuple[dict[str, Any], str]:
         for s in read_stages(run, recipe)
     ]
     scorecard = read_scorecard(run) if (run / "scorecard.json").is_file() else None
-    found = {"run": recipe.get("name", run.name), "stages": stages, "scorecard": scorecard}
+    losses = shown_losses(scorecard["stages"]) if scorecard else []
+    found = {"run": recipe.get("name", run.name), "losses": losses, "stages": stages, "scorecard": scorecard}
     width = shutil.get_terminal_size((120, 24)).columns
     table = format_table(scorecard, width=width) if scorecard else "no scorecard yet: nothing was evaluated to its end"
     return found, f"{table}\n\n{_stage_table(stages)}"
@@ -69,11 +71,15 @@ def _show_stage(run: Path, name: str) -> tuple[dict[str, Any], str]:
         found = "not finished" if name in names else "no stage of this run"
         raise ArtifactError(str(run / name), found, allowed=f"there is: {', '.join(made)}", do="posttrain run makes the others")
     chain = lineage(run, name)
-    lines = [*_summary(manifest), "", "settings", *_indented(flat(manifest.get("settings", {})))]
+    card = read_scorecard(run) if (run / "scorecard.json").is_file() else {"stages": []}
+    losses = [row for row in shown_losses(card["stages"]) if row["stage"] == name]
+    lines = [*_summary(manifest)]
+    lines += ["", "losses that are shown", *(f"  {loss_words(row)}" for row in losses)] if losses else []
+    lines += ["", "settings", *_indented(flat(manifest.get("settings", {})))]
     lines += ["", "final metrics", *_indented(flat(manifest.get("metrics", {})))] if manifest.get("metrics") else []
     lines += [f"\nwarning: {warning}" for warning in manifest.get("warnings", ())]
     lines += ["", "lineage, back to the base", *_lineage(chain, manifest.get("base", {}))]
-    return {"manifest": manifest, "lineage": chain}, "\n".join(lines)
+    return {"manifest": manifest, "losses": losses, "lineage": chain}, "\n".join(lines)
 
 
 def _show_base(run: Path) -> tuple[dict[str, Any], str]:

@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-MARKS = {"better": "▲", "worse": "▼", "not shown": "·"}
-_UNITS = {"share": "points", "nats": "nats", "tokens": "tokens"}
+from posttrain.evaluate.table import MARKS, UNITS
+
+__all__ = ["MARKS"]
+
 _DIGITS = {"share": 1, "nats": 3, "tokens": 1}
 
 
@@ -46,12 +48,18 @@ def change_words(change: Mapping[str, Any], unit: str) -> str:
 
 def unit_word(unit: str) -> str:
     """What changes of this unit are counted in."""
-    return _UNITS.get(unit, unit)
+    return UNITS.get(unit, unit)
 
 
 def change_against(entry: Mapping[str, Any], name: str) -> dict[str, Any] | None:
     """The change of a scorecard's entry against one policy."""
     return next((c for c in entry.get("changes", ()) if c["against"] == name), None)
+
+
+def is_worse(entry: Mapping[str, Any], name: str) -> bool:
+    """Whether a scorecard's entry is shown to be worse than one policy's."""
+    change = change_against(entry, name)
+    return change is not None and change["verdict"] == "worse"
 
 
 def plain(value: Any) -> str:
