@@ -135,7 +135,8 @@ def _ppo(
         seen = stage.ppo_epochs * rows / stage.completions / report["ptx"]["rows"]
         operations += seen * (report["ptx"]["tokens"] * a_token + report["ptx"]["trained_tokens"] * a_target)
     if stage.gold:
-        answers = min(stage.gold_prompts, report["validation_rows"]) * (stage.iterations // stage.gold_every + 1)
+        # One evaluation before the first step, and two on fresh answers at the end.
+        answers = min(stage.gold_prompts, report["validation_rows"]) * (stage.iterations // stage.gold_every + 3)
         models += sum(len(part.models) for part in reward_parts(stage.gold))
         operations += answers * (tokens * 2.0 * (3 + models) * body + targets * 6 * head) / rows
     return Work(rows, tokens, targets, operations)

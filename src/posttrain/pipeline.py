@@ -34,6 +34,7 @@ from posttrain.artifacts import (
     write_jsonl,
 )
 from posttrain.errors import Interrupted, ModelError, RecipeError
+from posttrain.evaluate.gain import published_gains
 from posttrain.evaluate.scorecard import StageScores, build_scorecard, load_scores
 from posttrain.plan import EVALUATIONS, WORKING_ON, Plan, Step, make_plan, parts_of, unfinished
 from posttrain.recipe import nearest
@@ -323,7 +324,8 @@ def _finish(plan: Plan) -> RunOutcome:
     marks = [step.fingerprint for step in plan.steps]
     scorecard = _read_scorecard(path)
     if worked or scorecard is None or scorecard.get("fingerprints") != marks:
-        scorecard = {**build_scorecard(plan.recipe.name, stages, plan.tasks), "fingerprints": marks}
+        gains = published_gains(step.folder for step in plan.steps if step.kind == "ppo")
+        scorecard = {**build_scorecard(plan.recipe.name, stages, plan.tasks, gains), "fingerprints": marks}
         report.unlink(missing_ok=True)  # first: a report must never be older than the scorecard beside it
         write_json(path, scorecard)
     if not report.exists():

@@ -76,7 +76,8 @@ def test_the_report_says_what_the_reward_model_is_worth():
     found = json.loads((run / "evaluate/rm/reward.json").read_text())
     page = (run / "report.html").read_text()
     assert f"of {found['pairs']} pairs" in page
-    assert f"expected error {found['calibration_error']:.3f}" in page
+    perfect = found["calibration_error_if_perfect"]
+    assert f"{found['calibration_error']:.3f}; perfect calibration would give {perfect['mean']:.3f} here" in page
 
 
 def test_without_held_out_pairs_nothing_is_claimed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -4,7 +4,17 @@ from math import exp
 
 import pytest
 
-from posttrain.evaluate.pairs import ScoredPair, agreement, calibration, describe, explained_by_length, measure, table
+from posttrain.evaluate.pairs import (
+    ScoredPair,
+    agreement,
+    calibration,
+    calibration_words,
+    describe,
+    error_if_perfect,
+    explained_by_length,
+    measure,
+    table,
+)
 
 
 def pair(gap: float, chosen: int = 5, rejected: int = 5, category: str = "", name: str = "p") -> ScoredPair:
@@ -92,3 +102,23 @@ def test_two_reward_models_on_the_same_pairs() -> None:
     assert same is not None
     assert (same["alike"]["value"], same["kappa"], same["gap_correlation"]) == pytest.approx((1, 1, 1))
     assert agreement(first, [pair(1, name="another")]) is None
+
+
+def test_an_error_of_few_pairs_stands_beside_what_perfect_calibration_would_give() -> None:
+    """45 gaps spread over all bins: a model that is right as often as it says has an error of about 0.15 all the same."""
+    gaps = [0.05 + 4.4 * k / 44 for k in range(45)]
+    perfect = error_if_perfect(gaps)
+    assert 0.1 < perfect["mean"] < 0.17
+    assert perfect["mean"] < perfect["high"] < 0.25
+    assert error_if_perfect(gaps) == perfect, "seeded"
+    assert error_if_perfect(gaps * 100)["mean"] < 0.02
+    told = calibration_words(0.108, perfect)
+    assert told.startswith(f"0.108; perfect calibration would give {perfect['mean']:.3f} here (95 % under ")
+    assert told.endswith(": no error is shown")
+    assert calibration_words(0.4, perfect).endswith(": an error is shown")
+    assert "perfect calibration would give" in describe(measure([pair(gap) for gap in gaps]))
+
+
+def test_a_sure_model_has_no_error_by_chance() -> None:
+    """Where it says that it is always right, a perfect model is."""
+    assert error_if_perfect([50.0] * 8)["high"] == pytest.approx(0, abs=1e-9)

@@ -1,6 +1,7 @@
 """The section on over-optimisation, from evaluations written by hand: what a hump, a rise and a run of two rows say."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def rows_of(
     return found
 
 
-def written(run: Path, rows: list[dict[str, Any]], **manifest: Any) -> Path:
+def written(run: Path, rows: list[dict[str, Any]], published: Sequence[dict[str, Any]] = (), **manifest: Any) -> Path:
     metrics = [
         {"step": step, "ppo/loss": 0.1, "ppo/score": 0.1 * step, "ppo/score/rm": 0.1, "ppo/score/mine.f": -1.0}
         for step in (1, 2)
@@ -47,6 +48,7 @@ def written(run: Path, rows: list[dict[str, Any]], **manifest: Any) -> Path:
         "reward": "rm",
         "metrics": metrics,
         "gold_rows": rows,
+        "published_rows": list(published),
         "manifest": manifest,
     }
     dpo = {"kind": "dpo", "name": "dpo", "data": "d.jsonl"}
@@ -65,7 +67,7 @@ def test_a_hump_is_told_with_its_peak_and_others_at_equal_kl(tmp_path: Path) -> 
     warning = "over-optimisation: gold fell by 0.3 ± 0.05; stopped after iteration 8, published is the policy after iteration 5"
     page = Page(render(load_run(written(tmp_path / "run", hump(), warnings=[warning]))))
     assert page.section("gold")
-    assert "published (ringed) 4 5.12 ± 0.21 " in page.text
+    assert "highest gold of 9 (ringed) 4 5.12 ± 0.22 " in page.text
     assert "Over-optimised: gold fell by 0.3 ± 0.05; stopped after iteration 8" in page.text
     assert "best of n: d (α − β d)" in page.text
     assert "no peak shown" not in page.text
@@ -75,6 +77,37 @@ def test_a_hump_is_told_with_its_peak_and_others_at_equal_kl(tmp_path: Path) -> 
     assert "▼ worse" in page.text.split("ppo at equal KL")[1]
     titles = [a["aria-label"] for a in page.having("svg") if "against distance" in a.get("aria-label", "")]
     assert titles == ["ppo, gold against distance", "ppo, score against distance"]
+
+
+def test_the_published_policy_is_reported_from_fresh_answers(tmp_path: Path) -> None:
+    """The evaluations that chose say 1.45; fresh answers say 1.2 against 0.2 of the start."""
+    fresh = rows_of("ppo", [0.0, 5.0], alpha=0.85, beta=0.18, seed=7)
+    published = [{**fresh[0], "policy": "sft"}, {**fresh[1], "iteration": 4}]
+    run = load_run(written(tmp_path / "run", hump(), published=published))
+    page = Page(render(run))
+    section = page.text.split("Over-optimisation", 2)[2]
+    assert section.index("answered anew") < section.index("evaluations that chose after iteration")
+    assert "The same 80 held-out prompts, answered anew by both after the policy had been chosen." in section
+    gain = run.scorecard["gains"][0]["gold"]["change"]
+    told = f"{gain['value']:+.3g}"
+    assert f"▲ better {told} {gain['low']:+.3g} to {gain['high']:+.3g}" in section
+    assert "published, fresh answers" in section
+    head = page.text.split("Pipeline")[0]
+    assert "ppo against sft, its start, on fresh answers to 80 held-out prompts: score ▲ better +" in head
+    assert f"gold ▲ better {told} (" in head
+    assert "the best of 9 evaluations by gold" in head
+    older = Page(render(load_run(written(tmp_path / "older", hump()))))
+    assert "the highest of 9 evaluations, taken from the answers that chose it: too high on average" in older.text
+
+
+def test_a_law_whose_interval_includes_0_is_not_drawn(tmp_path: Path) -> None:
+    """Gold that does not move: slopes of either sign fit it."""
+    flat = Page(render(load_run(written(tmp_path / "flat", rows_of("ppo", KL_E, alpha=0.0, beta=0.0)))))
+    assert flat.text.count("not shown: the interval of α and of β includes 0") == 2
+    assert "law of best of n" not in flat.text
+    assert "law of RL" not in flat.text
+    drawn = Page(render(load_run(written(tmp_path / "hump", hump()))))
+    assert "law of best of n" in drawn.text
 
 
 def test_a_rise_has_no_peak_and_two_rows_no_law(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import tomli_w
 
 from posttrain.artifacts import hash_file
+from posttrain.evaluate.gain import published_gains
 from posttrain.evaluate.run import write_scores
 from posttrain.evaluate.scorecard import StageScores, build_scorecard
 from posttrain.evaluate.suites import Measure, Task
@@ -40,7 +41,8 @@ def scores(policy: str, *, follows: int, facts: int, prose: float = 3.0, tokens:
 def write_run(
     run: Path, policies: Mapping[str, Sequence[Score]], stages: Sequence[Mapping[str, Any]] = (), **more: Any
 ) -> Path:
-    """A run folder with these scores (`base` first) and stages (tables; `metrics`, `manifest` and `gold_rows` are taken out).
+    """A run folder with these scores (`base` first) and stages (tables; `metrics`, `manifest`, `gold_rows` and
+    `published_rows` are taken out).
 
     `settings` and `tokenizer` in `more` go into the manifests of the evaluations.
     """
@@ -62,18 +64,21 @@ def write_run(
         _manifest(folder, {"name": f"evaluate {name}", "stage": "evaluate", "policy": name, "settings": settings, "base": base})
     parents = {table["name"]: (table["kind"], table["init"]) for table in tables}
     scored = [StageScores(name, *parents.get(name, ("base", None)), made) for name, made in policies.items()]
-    (run / "scorecard.json").write_text(json.dumps(build_scorecard("hand", scored, TASKS)))
+    gains = published_gains(run / table["name"] for table in tables)
+    (run / "scorecard.json").write_text(json.dumps(build_scorecard("hand", scored, TASKS, gains)))
     return run
 
 
 def _write_stage(folder: Path, table: dict[str, Any]) -> None:
     """`manifest = None` in a table leaves the stage unmade."""
     metrics, manifest, gold_rows = table.pop("metrics", []), table.pop("manifest", {}), table.pop("gold_rows", [])
+    published_rows = table.pop("published_rows", [])
     if manifest is None:
         return
     folder.mkdir()
-    if gold_rows:
-        (folder / "gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in gold_rows))
+    for name, rows in (("gold.jsonl", gold_rows), ("gold_published.jsonl", published_rows)):
+        if rows:
+            (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
     inputs = {table["init"]: f"print-{table['init']}"} if table["init"] != "base" else {}
     made = {

@@ -10,6 +10,7 @@ from tiny_stages import StopAt, digest, preferences, rows_of
 
 from posttrain.data.prompts import prepare_prompts
 from posttrain.errors import DataError, Interrupted, TrainingError
+from posttrain.evaluate.gain import GOLD, PUBLISHED
 from posttrain.models.files import Policies, load_adapter
 from posttrain.models.load import BaseModel
 from posttrain.recipe import parse_recipe
@@ -50,8 +51,8 @@ def run_gold(
     return train_ppo(context, ppo)
 
 
-def evaluations(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "gold.jsonl").read_text().splitlines()]
+def evaluations(folder: Path, name: str = GOLD) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
 def is_stopped_in_time(base: BaseModel, folder: Path, seed: int) -> list[dict[str, Any]]:
@@ -67,7 +68,11 @@ def is_stopped_in_time(base: BaseModel, folder: Path, seed: int) -> list[dict[st
     (warning,) = result.warnings
     assert warning.startswith("over-optimisation: gold fell by 0.0")
     assert warning.endswith(f"published is the policy after iteration {best}")
-    assert result.fit.metrics["ppo/gold"] == gold[best]
+    start, published = evaluations(folder, PUBLISHED)
+    assert [(row["policy"], row["iteration"]) for row in (start, published)] == [("base", 0), ("ppo", best)]
+    assert (start["kl"], result.fit.metrics["ppo/gold"]) == (0.0, published["gold"]), "reported is what chose nothing"
+    assert start["gold_B"] != rows[0]["gold_B"], "the answers are fresh"
+    assert published["gold_B"] != rows[best]["gold_B"]
     return rows
 
 
@@ -118,17 +123,22 @@ def test_stopped_runs_go_on_as_one_undisturbed(base: BaseModel, tmp_path: Path) 
         run_gold(base, tmp_path / f"at-{step}", **SHORT)
         assert digest(tmp_path / f"at-{step}") == wanted
         assert (tmp_path / f"at-{step}/gold.jsonl").read_bytes() == gold
+        assert evaluations(tmp_path / f"at-{step}", PUBLISHED) == evaluations(tmp_path / "straight", PUBLISHED)
     assert [row.get("ppo/gold") is not None for row in wanted["rows"]] == [False, False, False, True] * 3
 
 
 def test_gold_that_fails_loses_nothing(base: BaseModel, tmp_path: Path) -> None:
-    """It fails when it is asked after the second iteration, whose steps are kept; mended, it is asked again."""
+    """It fails when it is asked after the second iteration, whose steps are kept, and again on the fresh answers of the start,
+    when every step was taken; mended, it is asked again."""
     run_gold(base, tmp_path / "straight", gold="planted_rewards:proxy", **SHORT)
     with pytest.raises(
         TrainingError, match='"ppo", evaluation after iteration 2 · the reward function "planted_rewards:third_'
     ):
         run_gold(base, tmp_path / "ppo", gold="planted_rewards:third_time", **SHORT)
+    with pytest.raises(TrainingError, match='"ppo", evaluation after iteration 0 · the reward function'):
+        run_gold(base, tmp_path / "ppo", gold="planted_rewards:third_time", **SHORT)
     run_gold(base, tmp_path / "ppo", gold="planted_rewards:third_time", **SHORT)
+    assert evaluations(tmp_path / "ppo", PUBLISHED) == evaluations(tmp_path / "straight", PUBLISHED)
     assert digest(tmp_path / "ppo") == digest(tmp_path / "straight")
     assert [row["iteration"] for row in evaluations(tmp_path / "ppo")] == [0, 1, 2, 3]
 

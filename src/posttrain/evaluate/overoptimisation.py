@@ -97,6 +97,12 @@ class Law(NamedTuple):
     top: float | None
     residual: float
 
+    @property
+    def unsure(self) -> tuple[str, ...]:
+        """Its parameters whose interval includes 0: such a law is not shown to hold."""
+        both = (("α", self.alpha), ("β", self.beta))
+        return tuple(name for name, estimate in both if estimate.low <= 0 <= estimate.high)
+
 
 def bend(name: str, d: Array) -> Array:
     """What beta is multiplied by: d^2, or d log d, which is 0 at 0."""

@@ -9,13 +9,14 @@ the base.
 Left out: a correction for many comparisons; of forty changes that are none, about two will be called better or worse.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from posttrain.artifacts import read_jsonl
 from posttrain.errors import ArtifactError
 from posttrain.evaluate import stats
+from posttrain.evaluate.damage import answer_figures, signs_of_damage
 from posttrain.evaluate.refusal_measure import load_figures
 from posttrain.evaluate.suites import Measure, Task, all_measures
 from posttrain.evaluate.table import format_table
@@ -37,10 +38,14 @@ class StageScores(NamedTuple):
     scores: Sequence[Score]
 
 
-def build_scorecard(run: str, stages: Sequence[StageScores], tasks: Sequence[Task]) -> dict[str, Any]:
-    """The content of scorecard.json. The first stage is the base; a parent stands before its children."""
+def build_scorecard(
+    run: str, stages: Sequence[StageScores], tasks: Sequence[Task], gains: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """The content of scorecard.json. The first stage is the base; a parent stands before its children. `gains` are what ppo
+    stages gained (`evaluate/gain.py`)."""
     measures = all_measures(tasks)
     judged = {task.name for task in tasks if task.scorer == "refusal"}
+    answered = {stage.name: stage.scores for stage in stages}
     by_stage = {stage.name: {m.name: measure_values(m, stage.scores) for m in measures} for stage in stages}
     rows = [
         {
@@ -52,10 +57,16 @@ def build_scorecard(run: str, stages: Sequence[StageScores], tasks: Sequence[Tas
                 for m in measures
                 if (entry := _entry(m, stage, stages[0].name, by_stage, bool(judged & set(m.tasks)))) is not None
             },
+            "answers": answer_figures(
+                stage.scores, {name: answered[name] for name in _against(stage, stages[0].name, answered)}
+            ),
         }
         for stage in stages
     ]
-    return {"run": run, "confidence": 0.95, "stages": rows, "losses": shown_losses(rows), "tax": alignment_tax(rows)}
+    return {
+        "run": run, "confidence": 0.95, "warnings": signs_of_damage(rows), "stages": rows, "losses": shown_losses(rows),
+        "gains": list(gains), "tax": alignment_tax(rows),
+    }  # fmt: skip
 
 
 def load_scores(path: Path) -> list[Score]:
@@ -87,14 +98,18 @@ def _entry(
         "better": measure.better, "unit": measure.unit, "title": measure.title, "role": measure.role,
         "tasks": list(measure.tasks), "of": measure.of,
     }  # fmt: skip
-    against = [
-        name for name in dict.fromkeys((stage.parent, base)) if name is not None and name in by_stage and name != stage.name
-    ]
+    against = _against(stage, base, by_stage)
     changes = [(name, _change(measure, by_stage[name][measure.name], values)) for name in against]
     entry["changes"] = [{"against": name, **change} for name, change in changes if change is not None]
     if judged and measure.of == "score":
         entry["judge"] = _judge_figures()
     return entry
+
+
+def _against(stage: StageScores, base: str, known: Iterable[str]) -> list[str]:
+    """What a stage is compared with: its parent, then the base."""
+    wanted = [name for name in dict.fromkeys((stage.parent, base)) if name is not None and name != stage.name]
+    return [name for name in wanted if name in known]
 
 
 def _change(measure: Measure, before: Values, after: Values) -> dict[str, Any] | None:

@@ -1,4 +1,5 @@
-"""The scorecard as text for a terminal: the losses that are shown, then a row a stage and a column a measure.
+"""The scorecard as text for a terminal: warnings, the losses that are shown, what ppo gained, then a row a stage and a column
+a measure.
 
     instructions followed ↑    ← title; the arrow says which way is better
     139 items                  ← how many items it averages
@@ -15,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from textwrap import fill, wrap
 from typing import Any
 
+from posttrain.evaluate.damage import signs_of_damage
 from posttrain.evaluate.tax import parent_of, shown_losses
 
 MARKS = {"better": "▲", "worse": "▼", "not shown": "·"}
@@ -33,7 +35,10 @@ def format_table(scorecard: Mapping[str, Any], *, width: int = 120) -> str:
     blocks = -(-len(names) // room)
     size = -(-len(names) // blocks) if blocks else 1
     parts = [_block(stages, names[start : start + size], first) for start in range(0, len(names), size)]
-    return "\n\n".join([*_losses(stages, width), *parts, _legend(stages)])
+    gains = "\n".join(fill(gain_words(gain), width, subsequent_indent="    ") for gain in scorecard.get("gains", ()))
+    warnings = "\n".join(fill(f"warning: {damage_words(row)}", width) for row in signs_of_damage(stages))
+    top = [*([warnings] if warnings else []), *_losses(stages, width), *([gains] if gains else [])]
+    return "\n\n".join([*top, *parts, _legend(stages)])
 
 
 def _losses(stages: Sequence[Mapping[str, Any]], width: int) -> list[str]:
@@ -56,9 +61,29 @@ def loss_words(row: Mapping[str, Any]) -> str:
     return f"{row['stage']} against {row['against']}{parent}: {'; '.join(parts)}"
 
 
+def damage_words(row: Mapping[str, Any]) -> str:
+    """A row of `signs_of_damage`: what changed, and what to do."""
+    signs = "; ".join(f"{one['title']} {_change_words(one)}" for one in row["signs"])
+    do = "Read its answers and its data. Few rows seen too often, or a learning rate that is too high, do this."
+    return f"{row['stage']} looks damaged against {row['against']}, its parent: {signs}. {do}"
+
+
 def _change_words(one: Mapping[str, Any]) -> str:
     value, low, high = _change(one, one["unit"])
     return f"{value} {UNITS.get(one['unit'], one['unit'])} ({low} to {high})"
+
+
+def gain_words(gain: Mapping[str, Any]) -> str:
+    """`ppo against sft, its start, on fresh answers to 64 held-out prompts: score ▲ better +1.86 (+0.51 to +3.22), …`."""
+    changes = ", ".join(f"{key} {_gain_change(gain[key]['change'])}" for key in ("score", "gold"))
+    picked = f"published is iteration {gain['iteration']}, the best of {gain['evaluations']} evaluations by gold"
+    where = f"on fresh answers to {gain['prompts']} held-out prompts"
+    return f"{gain['stage']} against {gain['start']}, its start, {where}: {changes}; {picked}."
+
+
+def _gain_change(change: Mapping[str, Any]) -> str:
+    value, low, high = (f"{change[key]:+.3g}".replace("-", "−") for key in ("value", "low", "high"))
+    return f"{MARKS[change['verdict']]} {change['verdict']} {value} ({low} to {high})"
 
 
 def _block(stages: Sequence[Mapping[str, Any]], names: Sequence[str], first: int) -> str:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from posttrain.evaluate.damage import signs_of_damage
+from posttrain.evaluate.table import damage_words, gain_words
 from posttrain.evaluate.tax import parent_of, shown_losses
 from posttrain.report import words
 from posttrain.report.markup import el, facts, join
@@ -56,8 +58,10 @@ def headline(run: Run) -> Markup:
         "header",
         el("p.eyebrow", "posttrain report"),
         el("h1", run.name),
+        _damage(run),
         _losses(run),
         el("p.verdict", *_sentence(run)),
+        *(el("p.also", gain_words(gain)) for gain in run.scorecard.get("gains", ())),
         _also(run),
         _notes(run),
         _tiles(run),
@@ -170,6 +174,11 @@ def _also(run: Run) -> Markup:
 
 def _notes(run: Run) -> Markup:
     return el("ul.notes", *(el("li", note) for note in run.notes)) if run.notes else Markup("")
+
+
+def _damage(run: Run) -> Markup:
+    rows = signs_of_damage(run.scorecard["stages"])
+    return el("ul.notes", *(el("li", damage_words(row)) for row in rows)) if rows else Markup("")
 
 
 def _tiles(run: Run) -> Markup:

@@ -1,30 +1,34 @@
-"""Score and gold of a ppo stage against its distance from the start, the two laws fitted to gold, and others at equal KL.
+"""What a ppo stage gained on fresh answers; score and gold against its distance from the start in the evaluations that chose
+its policy, the two laws fitted to gold, and other policies at equal KL.
 
-Where it stands: `gold.jsonl` of every ppo stage that measured gold, a section out. The numbers are those of
-`evaluate/overoptimisation.py`; nothing is computed from weights.
+Where it stands: `gold.jsonl` and `gold_published.jsonl` of every ppo stage that measured gold, a section out. The numbers are
+those of `evaluate/overoptimisation.py` and `evaluate/gain.py`; nothing is computed from weights.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy
 from markupsafe import Markup
 
 from posttrain.evaluate import stats
+from posttrain.evaluate.gain import published_gain
 from posttrain.evaluate.overoptimisation import Law, at_distance, distance, fit_laws, law_at, table
 from posttrain.report import plots, words
-from posttrain.report.markup import el, scroll, section
+from posttrain.report.markup import Content, el, join, scroll, section
 from posttrain.report.run import Run, Stage
 
 _LEAD = (
     "The score is what the policy was paid by, gold what it should be good at; both on prompts that were held out. "
-    "Bars hold 95\u202f%. Where gold falls while the score goes on rising, more of the score is worth less."
+    "Bars hold 95\u202f%. Where gold falls while the score goes on rising, more of the score is worth less. "
+    "The curves are the evaluations that chose the published policy (ringed): the highest of several is too high on average, "
+    "so the value to report is the one from fresh answers."
 )
 _WARNING = "over-optimisation: "
 _FORMS = {"best of n": "d (α − β d)", "RL": "d (α − β log d)"}
 # Colours: the stage itself, the two laws, then other policies.
-_OWN, _LAWS, _OTHERS = 1, {"best of n": 3, "RL": 4}, 5
+_OWN, _LAWS, _FRESH, _OTHERS = 1, {"best of n": 3, "RL": 4}, 2, 5
 
 
 class _Gold(NamedTuple):
@@ -45,8 +49,34 @@ def overoptimisation(run: Run) -> Markup:
 def _stage(stage: Stage) -> Markup:
     found = _read(stage)
     head = el("h3", stage.name, " ", el("span.kind", stage.kind), el("span.small", f"{len(found.rows)} evaluations"))
-    figures = [_figure(stage, found, "gold", found.laws), _figure(stage, found, "score", ())]
-    return el("div.stage", head, el("div.plots", *figures), _outcome(stage, found), _fitted(found), _compared(stage, found))
+    shown = [law for law in found.laws if not law.unsure]
+    figures = [_figure(stage, found, "gold", shown), _figure(stage, found, "score", ())]
+    parts = [_gained(stage, found), el("div.plots", *figures), _outcome(stage, found), _fitted(found)]
+    return el("div.stage", head, *parts, _compared(stage, found))
+
+
+def _gained(stage: Stage, found: _Gold) -> Markup:
+    """Start and published policy on fresh answers, and the paired change between them."""
+    if len(stage.published) != 2:
+        chosen = f"the highest of {len(found.rows)} evaluations, taken from the answers that chose it"
+        return el("p", f"Gold of the published policy is {chosen}: too high on average. It was not measured on fresh answers.")
+    gain = published_gain(stage.name, stage.published, stage.gold)
+    names = (f"start ({gain['start']})", f"published (iteration {gain['iteration']})")
+    body = [[name, *(_value(row, key) for key in ("kl", "gold", "score"))] for name, row in zip(names, stage.published)]
+    change = ["change, paired", "", *(_change(gain[key]["change"]) for key in ("gold", "score"))]
+    how = f"The same {gain['prompts']} held-out prompts, answered anew by both after the policy had been chosen."
+    return el("p", how) + _table(("on fresh answers", "KL, nats", "gold", "score"), [*body, change], "gain on fresh answers")
+
+
+def _change(change: Mapping[str, Any]) -> Markup:
+    text = f"{words.MARKS[change['verdict']]} {change['verdict']} {_signed(change['value'])}"
+    kind = change["verdict"].replace(" ", "-")
+    span = f"{_signed(change['low'])} to {_signed(change['high'])}"
+    return join([el(f"span.badge.{kind}", text), el("span.small", span)])
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3g}".replace("-", "−")
 
 
 def _read(stage: Stage) -> _Gold:
@@ -59,6 +89,7 @@ def _read(stage: Stage) -> _Gold:
 def _figure(stage: Stage, found: _Gold, what: str, laws: Sequence[Law]) -> Markup:
     own = _measured(stage.name, _OWN, found.rows, what)._replace(chosen=found.best)
     others = [_measured(row["policy"], _OTHERS + i, [row], what) for i, row in enumerate(found.others)]
+    others += [_measured("published, fresh answers", _FRESH, [row], what) for row in stage.published[1:]]
     reach = numpy.linspace(0, max(own.xs), 60)
     curves = [_curve(law, reach) for law in laws]
     keys = [(own.colour, stage.name), *((c.colour, c.label) for c in curves), *((o.colour, o.label) for o in others)]
@@ -69,7 +100,7 @@ def _figure(stage: Stage, found: _Gold, what: str, laws: Sequence[Law]) -> Marku
 
 def _measured(label: str, colour: int, rows: Sequence[dict[str, Any]], what: str) -> plots.Measured:
     d_E = distance(numpy.array([row["kl"] for row in rows], dtype=float))
-    return plots.Measured(label, colour, d_E.tolist(), [r[what] for r in rows], [r[f"{what}_se"] for r in rows])
+    return plots.Measured(label, colour, d_E.tolist(), [r[what] for r in rows], [_half(r, what) for r in rows])
 
 
 def _curve(law: Law, reach: Any) -> plots.Curve:
@@ -81,22 +112,29 @@ def _curve(law: Law, reach: Any) -> plots.Curve:
 def _outcome(stage: Stage, found: _Gold) -> Markup:
     """Where it began, what is published, where it ended."""
     warned = [str(w) for w in (stage.manifest or {}).get("warnings", ()) if str(w).startswith(_WARNING)]
-    places = (("start", found.rows[0]), ("published (ringed)", found.rows[found.best]), ("end", found.rows[-1]))
+    picked = f"highest gold of {len(found.rows)} (ringed)"
+    places = (("start", found.rows[0]), (picked, found.rows[found.best]), ("end", found.rows[-1]))
     body = [(what, f"{row['iteration']}", _value(row, "kl"), _value(row, "gold"), _value(row, "score")) for what, row in places]
     ended = f"Over-optimised: {warned[0].removeprefix(_WARNING)}." if warned else "Not shown to be over-optimised."
-    return el("p", ended) + _table(("", "after iteration", "KL, nats", "gold", "score"), body, "course")
+    heads = ("evaluations that chose", "after iteration", "KL, nats", "gold", "score")
+    return el("p", ended) + _table(heads, body, "course")
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], label: str) -> Markup:
+def _table(heads: Sequence[str], rows: Sequence[Sequence[Content]], label: str) -> Markup:
     body = [el("tr", *(el("td", cell) for cell in row)) for row in rows]
     return scroll(el("table", el("thead", el("tr", *(el("th", h) for h in heads))), el("tbody", *body)), label=label)
 
 
 def _value(row: dict[str, Any], what: str) -> str:
     """A mean and how far its 95 % reach, with as many digits as that allows."""
-    bar = 1.96 * row[f"{what}_se"]
+    bar = _half(row, what)
     digits = max(0, 1 - math.floor(math.log10(bar))) if bar > 0 else 3
     return f"{row[what]:.{digits}f} ± {bar:.{digits}f}".replace("-", "−")
+
+
+def _half(row: dict[str, Any], what: str) -> float:
+    """Half of a mean's 95 % interval by Student's t over its prompts."""
+    return float(stats.student(len(row[f"{what}_B"]) - 1) * row[f"{what}_se"])
 
 
 def _number(value: float) -> str:
@@ -112,6 +150,9 @@ def _fitted(found: _Gold) -> Markup:
 
 def _law_cells(law: Law, found: _Gold) -> tuple[str, ...]:
     form = f"{law.name}: {_FORMS[law.name]}"
+    if law.unsure:
+        why = f"not shown: the interval of {' and of '.join(law.unsure)} includes 0"
+        return form, _span(*law.alpha), _span(*law.beta), why, "–", "–"
     peak, top = "no peak shown", "–"
     if law.peak is not None:
         beyond = law.peak.value**2 > max(row["kl"] for row in found.rows)

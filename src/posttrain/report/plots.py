@@ -67,13 +67,13 @@ class Point(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Evaluations of a policy, in the page's colour of that number: places, values and their standard errors."""
+    """Evaluations of a policy, in the page's colour of that number: places, values and half of their 95 % intervals."""
 
     label: str
     colour: int
     xs: Sequence[float]
     ys: Sequence[float]
-    errors: Sequence[float]
+    bars: Sequence[float]
     # The evaluation that is ringed, if one is.
     chosen: int | None = None
 
@@ -136,20 +136,19 @@ def curves(series: Sequence[Series], about: str = "") -> Markup:
 
 
 def against_distance(measured: Sequence[Measured], curves: Sequence[Curve], *, ylabel: str, about: str) -> Markup:
-    """Evaluations over sqrt(KL) with bars of 1.96 standard errors, fitted curves, a cross at a curve's peak."""
+    """Evaluations over sqrt(KL) with their intervals, fitted curves, a cross at a curve's peak."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(WIDTH, HEIGHT)
         hovers: list[_Hover] = []
         for one in measured:
             tint = colour(one.colour)
-            bars = [1.96 * error for error in one.errors]
-            axes.errorbar(one.xs, one.ys, yerr=bars, color=tint, linewidth=1.4 if len(one.xs) > 1 else 0, elinewidth=1.4,
+            axes.errorbar(one.xs, one.ys, yerr=one.bars, color=tint, linewidth=1.4 if len(one.xs) > 1 else 0, elinewidth=1.4,
                           marker="o", markersize=4.5, alpha=0.9, zorder=4)  # fmt: skip
             if one.chosen is not None:
                 axes.plot([one.xs[one.chosen]], [one.ys[one.chosen]], "o", markersize=11, markerfacecolor="none",
                           markeredgecolor=INK, markeredgewidth=1.5, zorder=6)  # fmt: skip
             hovers += [
-                _Hover(x, y, f"{one.label} · √KL {x:.3g}: {y:.4g} ± {bar:.2g}") for x, y, bar in zip(one.xs, one.ys, bars)
+                _Hover(x, y, f"{one.label} · √KL {x:.3g}: {y:.4g} ± {bar:.2g}") for x, y, bar in zip(one.xs, one.ys, one.bars)
             ]
         for curve in curves:
             axes.plot(curve.xs, curve.ys, "--", color=colour(curve.colour), linewidth=1.6, zorder=3)

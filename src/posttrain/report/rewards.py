@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from posttrain.evaluate.pairs import ScoredPair, agreement
+from posttrain.evaluate.pairs import ScoredPair, agreement, calibration_words, error_if_perfect
 from posttrain.report import plots, words
 from posttrain.report.markup import Content, details, el, facts, scroll, section
 from posttrain.report.run import RewardModel, Run
@@ -40,13 +40,28 @@ def _one(model: RewardModel) -> Markup:
         ("chosen longer", _share(found.get("chosen_longer"))),
         ("chosen shorter", _share(found.get("chosen_shorter"))),
         ("prefers longer", _share(found.get("longer_preferred"))),
-        ("length is worth", "–" if gained is None else f"{gained:.0%} of the gain over chance".replace("-", "−")),
+        ("length is worth", _gained(gained, found["accuracy"])),
         ("length explains", "–" if length is None else f"{length:.0%} of the gap's variance"),
-        ("calibration", f"expected error {found['calibration_error']:.3f}"),
+        *([("calibration error", _calibration(model))] if model.pairs or "calibration_error_if_perfect" in found else []),
         ("scores", f"mean gap {found['mean_gap']:.3f}, standard deviation {found['score_spread']:.3f}".replace("-", "−")),
     ]
     drawn = [el("figcaption", el("strong", "calibration"), ": is it right as often as it says?"), _reliability(model)]
     return el("div.stage", head, el("div.beside", facts(rows), el("figure", *drawn)), _slices(found))
+
+
+def _gained(gained: float | None, accuracy: Mapping[str, float]) -> str:
+    """A share of a gain means nothing where the gain itself is not shown."""
+    if gained is None or accuracy["low"] <= 0.5:
+        return "not told: a gain over chance is not shown"
+    return f"{gained:.0%} of the gain over chance".replace("-", "−")
+
+
+def _calibration(model: RewardModel) -> str:
+    """With what a perfectly calibrated model would show; evaluations of an earlier version have it from their pairs."""
+    perfect = model.found.get("calibration_error_if_perfect")
+    if perfect is None:
+        perfect = error_if_perfect([ScoredPair(**pair).gap for pair in model.pairs])
+    return calibration_words(model.found["calibration_error"], perfect)
 
 
 def _reliability(model: RewardModel) -> Markup:

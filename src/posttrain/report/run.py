@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from posttrain.artifacts import partial_folder, read_jsonl, read_manifest
 from posttrain.errors import ArtifactError
+from posttrain.evaluate.gain import GOLD, PUBLISHED
 
 EVALUATIONS = "evaluate"
 # Where `posttrain evaluate --best-of … --out RUN/best-of/NAME` leaves what the report draws.
@@ -36,7 +37,9 @@ class Stage(NamedTuple):
     metrics: tuple[dict[str, Any], ...]
     data_report: dict[str, Any] | None
     status: str
+    # Of a ppo stage: the evaluations that chose its policy, and those of start and chosen policy on fresh answers.
     gold: tuple[dict[str, Any], ...] = ()
+    published: tuple[dict[str, Any], ...] = ()
 
 
 class Policy(NamedTuple):
@@ -137,14 +140,14 @@ def _stage(folder: Path, table: Mapping[str, Any]) -> Stage:
     sources = [written] if isinstance(written, str) else [one.get("path") if isinstance(one, dict) else one for one in written]
     report = _read_json(_named(folder, "data_report.json")) if _kept(folder, "data_report.json", manifest) else None
     metrics = _rows(folder, "metrics.jsonl") if _kept(folder, "metrics.jsonl", manifest) else ()
-    gold = _gold(folder) if _kept(folder, "gold.jsonl", manifest) else ()
+    gold, published = (_gold(folder, name) if _kept(folder, name, manifest) else () for name in (GOLD, PUBLISHED))
     if manifest is not None:
         status = "finished"
     else:
         status = "unfinished" if partial_folder(folder).is_dir() else "not made yet"
     return Stage(
         str(table["name"]), str(table.get("kind", "stage")), str(table.get("init", "base")),
-        tuple(str(source) for source in sources), manifest, metrics, report, status, gold,
+        tuple(str(source) for source in sources), manifest, metrics, report, status, gold, published,
     )  # fmt: skip
 
 
@@ -156,9 +159,9 @@ def _policy(folder: Path, name: str) -> Policy | None:
     return Policy(name, manifest, samples)
 
 
-def _gold(folder: Path) -> tuple[dict[str, Any], ...]:
+def _gold(folder: Path, name: str) -> tuple[dict[str, Any], ...]:
     """Evaluations of a ppo stage, each of the same prompts."""
-    rows = _rows(folder, "gold.jsonl")
+    rows = _rows(folder, name)
     for row in rows:
         means = [row.get(f"{key}{end}") for key in _MEASURED for end in ("", "_se")]
         lists = [row.get(f"{key}_B") for key in _MEASURED]
@@ -166,7 +169,7 @@ def _gold(folder: Path) -> tuple[dict[str, Any], ...]:
         whole &= all(isinstance(x, int | float) for x in means)
         whole &= all(isinstance(x, list) and len(x) == len(rows[0].get("gold_B", ())) > 0 for x in lists)
         if not whole or not all(isinstance(v, int | float) for x in lists for v in x or ()):
-            raise ArtifactError(str(folder / "gold.jsonl"), "not rows of evaluations", do=f"remove {folder} and {_AGAIN}")
+            raise ArtifactError(str(folder / name), "not rows of evaluations", do=f"remove {folder} and {_AGAIN}")
     return rows
 
 

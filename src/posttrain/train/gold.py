@@ -6,12 +6,15 @@ with the KL to the init policy, score and gold of every prompt. The rule of `eva
 a resumed run stops where an undisturbed one would. All evaluations sample the same prompts with the same random numbers: they
 are compared pair by pair.
 
+The highest of several gold values is too high on average, since luck helped to choose it. So the start and the published policy
+answer the prompts once more, with other random numbers (`gold_published.jsonl`); what is reported comes from these answers.
+
 N: tokens, B: prompts.
 """
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +24,7 @@ from posttrain.artifacts import read_jsonl, write_jsonl
 from posttrain.data.packing import split_by_tokens
 from posttrain.data.prompts import PromptRow
 from posttrain.errors import DataError, Interrupted, TrainingError
+from posttrain.evaluate.gain import GOLD, PUBLISHED
 from posttrain.evaluate.overoptimisation import Fallen, overoptimised, table
 from posttrain.generate.engine import SamplingSettings, generate
 from posttrain.losses.kl import k1
@@ -30,7 +34,8 @@ from posttrain.settings import PpoStage, reward_parts
 from posttrain.train.rewards import Judge, Texts
 from posttrain.train.stage import StageContext
 
-GOLD = "gold.jsonl"
+# Added to the seed of the evaluations that choose, for the answers that are reported.
+FRESH = 500_000_003
 Logprobs = Callable[[DeviceBatch, str], Tensor]
 
 
@@ -64,27 +69,34 @@ class GoldMeasure:
     ) -> None:
         self.base, self.policies, self.stage, self.stop = context.base, context.policies, stage, context.stop
         self.prompts, self.score, self.judge = prompts, score, judge
-        self.path, self.seed = context.folder / GOLD, context.recipe.seed
+        self.path, self.seed = context.folder / GOLD, context.recipe.seed * 1009 + 1008
         self.due = sorted({*range(0, stage.iterations + 1, stage.gold_every), stage.iterations})
 
     def measure(self, policy: str, iteration: int, logprobs: Logprobs) -> dict[str, float]:
         """Evaluate the policy as it is after so many iterations; later rows, from before a stop, go."""
         rows = [row for row in self._rows() if row["iteration"] < iteration]
-        row = self._row(self.stage.name, policy, iteration, logprobs)
+        row = self._row(self.stage.name, policy, iteration, logprobs, seed=self.seed)
         others = self.stage.gold_compare if iteration == 0 else ()
         for name in others:
             with self.policies.instead(name) as other:
-                rows.append(self._row(name, other, 0, logprobs))
+                rows.append(self._row(name, other, 0, logprobs, seed=self.seed))
         write_jsonl(self.path, [*rows, row])
-        return {
-            "ppo/gold": row["gold"], "ppo/gold_se": row["gold_se"], "ppo/gold_score": row["score"],
-            "ppo/gold_score_se": row["score_se"], "ppo/gold_kl": row["kl"],
-        }  # fmt: skip
+        return _metrics(row)
+
+    def measure_published(self, policy: str, logprobs: Logprobs) -> dict[str, float]:
+        """Evaluate the start and the policy that the evaluations chose, on fresh answers; returns the metrics of the latter."""
+        rows = [row for row in self._rows() if row["policy"] == self.stage.name]
+        best = max(rows, key=lambda row: float(row["gold"]))["iteration"]
+        with self.policies.instead(self.stage.init) as init:
+            start = self._row(self.stage.init, init, 0, logprobs, seed=self.seed + FRESH)
+        published = self._row(self.stage.name, policy, best, logprobs, seed=self.seed + FRESH)
+        write_jsonl(self.path.with_name(PUBLISHED), [start, published])
+        return _metrics(published)
 
     @torch.no_grad()
-    def _row(self, name: str, policy: str, iteration: int, logprobs: Logprobs) -> dict[str, Any]:
+    def _row(self, name: str, policy: str, iteration: int, logprobs: Logprobs, *, seed: int) -> dict[str, Any]:
         stage, when = self.stage, f"evaluation after iteration {iteration}"
-        settings = SamplingSettings(stage.max_new_tokens, stage.temperature, 1.0, self.seed * 1009 + 1008, logprobs=False)
+        settings = SamplingSettings(stage.max_new_tokens, stage.temperature, 1.0, seed, logprobs=False)
         progress = Progress(f"{stage.name} gold {iteration}", len(self.prompts))
         answers = generate(self.base, [p.ids for p in self.prompts], settings, policy, advance=self._advance(progress))
         lengths = [len(p.ids) + len(a.completion_ids) for p, a in zip(self.prompts, answers, strict=True)]
@@ -149,6 +161,13 @@ class GoldMeasure:
             return list(read_jsonl(self.path))
         except json.JSONDecodeError:
             return []
+
+
+def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        "ppo/gold": row["gold"], "ppo/gold_se": row["gold_se"], "ppo/gold_score": row["score"],
+        "ppo/gold_score_se": row["score_se"], "ppo/gold_kl": row["kl"],
+    }  # fmt: skip
 
 
 def _standard_error(value_B: Tensor) -> float:

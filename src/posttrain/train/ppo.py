@@ -12,6 +12,7 @@ N: tokens, B: completions.
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -75,9 +76,18 @@ def train_ppo(context: StageContext, stage: PpoStage) -> StageResult:
     value = start_value(context, stage, policy.routing)
     roles = Roles(base, stage.temperature, policy.routing, reference, judge, value, gold)
     run = _Update(stage, roles, Iterations(context, stage, prepared.train, roles), ptx, seed)
-    trained = TrainedPolicy(policy.routing, policy.parameters | (value.parameters if value else {}), policy.save)
+    fresh: dict[str, float] = {}
+
+    def publish(folder: Path) -> None:
+        if gold is not None:
+            fresh.update(gold.measure_published(policy.routing, roles.logprobs))
+        policy.save(folder)
+
+    trained = TrainedPolicy(policy.routing, policy.parameters | (value.parameters if value else {}), publish)
     try:
-        return fit_stage(context, stage, trained, run.task(trained.parameters), report, check=run.warnings)
+        result = fit_stage(context, stage, trained, run.task(trained.parameters), report, check=run.warnings)
+        # Gold of the step that was published is the highest of several; of the fresh answers it is not.
+        return result._replace(fit=result.fit._replace(metrics=result.fit.metrics | fresh))
     finally:
         base.adapters.remove(value_name(stage))
         judge.close()
