@@ -25,7 +25,7 @@ def test_a_run_leaves_a_folder_that_explains_itself():
     assert names == (
         {"recipe.toml", "scorecard.json", "report.html"}
         | {f"{s}/{n}" for s in ("sft", "dpo", "rm", "ppo") for n in stage}
-        | {"ppo/samples.jsonl", "ppo/gold.jsonl"}
+        | {"ppo/samples.jsonl", "ppo/gold.jsonl", "ppo/gold_published.jsonl"}
         | {f"evaluate/{p}/{n}" for p in ("base", "sft", "dpo", "ppo") for n in scored}
         | {f"evaluate/rm/{n}" for n in ("manifest.json", "reward.json", "pairs.jsonl")}
     )

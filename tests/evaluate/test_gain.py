@@ -54,8 +54,11 @@ def test_the_terminal_and_the_json_tell_it():
         "stages": [{"name": "base", "parent": None, "measures": {}}]
     }
     text = " ".join(format_table(card, width=120).split())
-    assert "ppo against sft, its start, on fresh answers to 8 held-out prompts: score ▲ better +2 (+2 to +2), gold" in text
-    assert "· not shown +0 (" in text
+    assert (
+        "ppo against sft, its start, on fresh answers to 8 held-out prompts: score ▲ better +2.000 (+2.000 to +2.000), gold"
+        in text
+    )
+    assert "· not shown 0.00 (" in text
     assert "published is iteration 4, the best of 3 evaluations by gold" in text
     assert card["gains"][0]["score"]["published"] == 3.0
 

@@ -81,7 +81,7 @@ def stored(name: str, parent: str | None, **changes: tuple[float, float, float, 
 
 
 def test_the_quickstarts_stored_figures_are_not_warned_of():
-    """The changes of docs/log.md, and those of the ppo stage that cost most."""
+    """The changes of docs/experiments.md, and those of the ppo stage that cost most."""
     sft = stored("sft", "base", stops=(0.948, 0.914, 0.968, "better"), refused=(0.564, 0.444, 0.669, "better"),
                  prose=(-0.099, -0.136, -0.061, "better"))  # fmt: skip
     dpo = stored("dpo", "sft", stops=(0.045, 0.022, 0.076, "better"), refused=(-0.077, -0.162, 0.011, "not shown"),

@@ -8,8 +8,8 @@ from written_runs import scores, write_run
 
 from posttrain.report import plots, words
 from posttrain.report.picture import nodes_of, picture
-from posttrain.report.run import load_run
-from posttrain.report.training import charts_of, read_series
+from posttrain.report.run import Run, Stage, load_run
+from posttrain.report.training import charts_of, per_iteration, read_series, training
 
 BASE = scores("base", follows=4, facts=20)
 
@@ -38,7 +38,7 @@ def test_every_point_of_a_short_line_can_be_read_by_hovering():
 def test_the_tax_chart_names_stages_until_they_crowd():
     def drawn(count: int) -> str:
         points = [plots.Point(f"s{i}", i, "base", (i, i - 1, i + 1), (0.1, -1, 1)) for i in range(1, count + 1)]
-        return Page(plots.tax_against_gain(points, base="base", gain_label="g", tax_label="t")).text
+        return Page(plots.capability_and_gain(points, base="base", labels=("g", "c"))).text
 
     assert all(f" s{i} " in f" {drawn(3)} " for i in (1, 2, 3))
     assert " s5 " not in drawn(6).split("·")[0]
@@ -92,6 +92,46 @@ def test_the_picture_shows_what_every_stage_comes_from(tmp_path: Path):
     page = Page(picture(run))
     assert "rm (reward) from sft; ppo (ppo) from sft" in page.having("svg")[0]["aria-label"]
     assert len(page.having("path", **{"class": "edge dashed"})) == 1
+
+
+def test_no_label_stands_on_a_line(tmp_path: Path):
+    """What an input is there stands in the box that it leads to, in both forms of the picture."""
+    stages = [
+        {"name": "sft"}, {"name": "dpo", "init": "sft"}, {"name": "rm", "kind": "reward", "init": "sft"},
+        {"name": "ppo", "kind": "ppo", "init": "sft", "reward": [{"models": ["rm"]}], "gold_compare": ["dpo"],
+         "manifest": {"inputs": {"sft": "s", "rm": "r", "dpo": "d"}}},
+    ]  # fmt: skip
+    run = load_run(write_run(tmp_path / "run", {"base": BASE}, stages))
+    html = str(picture(run))
+    assert html.count(">reward: rm<") == html.count(">gold_compare: dpo<") == 2
+    across = html.split('class="picture across"')[1].split("</svg>")[0]
+    boxes = [tuple(map(float, found)) for found in re.findall(
+        r'<rect class="box[^"]*" x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"', across)]  # fmt: skip
+    texts = [tuple(map(float, found)) for found in re.findall(r'<text class="[^"]*" x="([\d.]+)" y="([\d.]+)"', across)]
+    assert len(texts) > 12
+    for x, y in texts:
+        assert any(left < x < left + wide and top < y < top + high for left, top, wide, high in boxes), (x, y)
+    assert "middle" not in across
+
+
+def test_what_is_measured_once_an_iteration_is_drawn_over_iterations():
+    rows = [
+        {"step": step, "ppo/loss": step / 10, "ppo/score": float(step // 3), "ppo/kl": 0.1 * (step // 3), "ppo/score/rm": 1.0}
+        for step in range(6)
+    ]
+    rows[2]["ppo/gold"], rows[5]["ppo/gold"] = 0.5, 0.7
+    found = per_iteration(rows)
+    assert found == {
+        "ppo/score": [(1.0, 0.0), (2.0, 1.0)], "ppo/kl": [(1.0, 0.0), (2.0, 0.1)], "ppo/score/rm": [(1.0, 1.0), (2.0, 1.0)],
+        "ppo/gold": [(1.0, 0.5), (2.0, 0.7)],
+    }  # fmt: skip
+    stage = Stage("ppo", "ppo", "sft", (), {}, tuple(rows), None, "finished")
+    page = Page(training(Run("r", {}, "", {}, (stage,), (), ())))
+    titles = [label["aria-label"] for label in page.having("svg")]
+    assert "ppo, score: training" in titles
+    assert "training · iteration 2: 1" in page.text
+    assert "training · step 5: 0.5" in page.text
+    assert "training · step 5: 1" not in page.text
 
 
 def test_numbers_as_words():

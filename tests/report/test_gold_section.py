@@ -11,6 +11,7 @@ from pages import Page
 from written_runs import scores, write_run
 
 from posttrain.errors import ArtifactError
+from posttrain.evaluate.table import change_numbers
 from posttrain.report.render import render
 from posttrain.report.run import load_run
 
@@ -89,8 +90,8 @@ def test_the_published_policy_is_reported_from_fresh_answers(tmp_path: Path) -> 
     assert section.index("answered anew") < section.index("evaluations that chose after iteration")
     assert "The same 80 held-out prompts, answered anew by both after the policy had been chosen." in section
     gain = run.scorecard["gains"][0]["gold"]["change"]
-    told = f"{gain['value']:+.3g}"
-    assert f"▲ better {told} {gain['low']:+.3g} to {gain['high']:+.3g}" in section
+    told, low, high = change_numbers(gain)
+    assert f"▲ better {told} {low} to {high}" in section
     assert "published, fresh answers" in section
     head = page.text.split("Pipeline")[0]
     assert "ppo against sft, its start, on fresh answers to 80 held-out prompts: score ▲ better +" in head

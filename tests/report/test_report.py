@@ -269,3 +269,23 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):
         write_report(tmp_path)
     with pytest.raises(ArtifactError, match="not a run folder"):
         write_report(tmp_path / "nowhere")
+
+
+def test_one_table_has_one_sign_and_the_last_stage_first(tmp_path: Path):
+    """Facts 20 -> 8 of 40 are −30 points everywhere, never +30 of a cost; prose +0.2 nats is worse with its own sign."""
+    run = write_run(
+        tmp_path / "run",
+        {"base": BASE, "sft": scores("sft", follows=24, facts=20), "dpo": scores("dpo", follows=24, facts=8, prose=3.2)},
+        [{"name": "sft"}, {"name": "dpo", "init": "sft"}],
+    )
+    html = render(load_run(run))
+    table = Page(html.split('id="tax"')[1].split("<table")[1].split("</table>")[0]).text
+    assert "change dpo vs sft dpo vs base sft vs base" in table
+    facts = table.split("facts")[1].split("prose")[0]
+    assert facts.split("capability")[0].strip() == "↑"
+    assert facts.count("▼ worse −30.0") == 2
+    assert "+30.0" not in html
+    prose = table.split("prose, nats a token")[1]
+    assert prose.startswith("\u00a0 ↓") or prose.strip().startswith("↓")
+    assert prose.count("▼ worse +0.200") == 2
+    assert "−0.200" not in table

@@ -13,6 +13,7 @@ percentages, changes of shares percentage points.
 """
 
 from collections.abc import Mapping, Sequence
+from math import floor, log10
 from textwrap import fill, wrap
 from typing import Any
 
@@ -82,8 +83,16 @@ def gain_words(gain: Mapping[str, Any]) -> str:
 
 
 def _gain_change(change: Mapping[str, Any]) -> str:
-    value, low, high = (f"{change[key]:+.3g}".replace("-", "−") for key in ("value", "low", "high"))
+    value, low, high = change_numbers(change)
     return f"{MARKS[change['verdict']]} {change['verdict']} {value} ({low} to {high})"
+
+
+def change_numbers(change: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Value and interval of a change without a unit, with as many digits as the interval's width allows."""
+    half = (change["high"] - change["low"]) / 2
+    digits = max(0, 1 - floor(log10(half))) if half > 0 else 3
+    value, low, high = (_signed(change[key], digits) for key in ("value", "low", "high"))
+    return value, low, high
 
 
 def _block(stages: Sequence[Mapping[str, Any]], names: Sequence[str], first: int) -> str:

@@ -131,7 +131,7 @@ def _cost(run: Run, lost: list[Change]) -> list[Markup | str]:
     last, base = run.scorecard["stages"][-1], run.scorecard["stages"][0]["name"]
     parent = parent_of(last, base)
     if any(words.is_worse(e, parent) for e in last["measures"].values() if e.get("role") == "capability"):
-        return [f". Of the capability that {parent} had it lost some (above)."]
+        return [f". It lost some of the capability that {parent} had (above)."]
     if capability.change["verdict"] == "better":
         return [", and lost no capability: it gained ", capability.size, " too."]
     ends = [capability.change["low"], capability.change["high"]]

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from posttrain.evaluate import stats
 from posttrain.evaluate.gain import published_gain
 from posttrain.evaluate.overoptimisation import Law, at_distance, distance, fit_laws, law_at, table
+from posttrain.evaluate.table import change_numbers
 from posttrain.report import plots, words
 from posttrain.report.markup import Content, el, join, scroll, section
 from posttrain.report.run import Run, Stage
@@ -69,14 +70,10 @@ def _gained(stage: Stage, found: _Gold) -> Markup:
 
 
 def _change(change: Mapping[str, Any]) -> Markup:
-    text = f"{words.MARKS[change['verdict']]} {change['verdict']} {_signed(change['value'])}"
+    value, low, high = change_numbers(change)
     kind = change["verdict"].replace(" ", "-")
-    span = f"{_signed(change['low'])} to {_signed(change['high'])}"
-    return join([el(f"span.badge.{kind}", text), el("span.small", span)])
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3g}".replace("-", "−")
+    badge = el(f"span.badge.{kind}", f"{words.MARKS[change['verdict']]} {change['verdict']} {value}")
+    return join([badge, el("span.small", f"{low} to {high}")])
 
 
 def _read(stage: Stage) -> _Gold:

@@ -15,6 +15,7 @@ from posttrain.report.run import Run, Stage
 _WIDE, _GAP, _HIGH, _LINE = 214, 60, 74, 17
 _DEEPEST = 4
 _NARROW, _STEP = 360, 20
+_TRACK = 16
 
 
 class Node(NamedTuple):
@@ -87,28 +88,38 @@ def _node(stage: Stage, parent: Node, depth: int, lane: int, found: dict[str, No
 
 def _role(settings: dict[str, Any], name: str) -> str:
     """What an input is there: the setting that names it."""
-    return next((key for key, value in settings.items() if value == name and key not in ("init", "name")), "input")
+    return next((key for key, value in settings.items() if key not in ("init", "name") and name in _texts(value)), "input")
+
+
+def _texts(value: Any) -> set[str]:
+    """Every text in a setting, which may be a list of tables."""
+    if isinstance(value, dict):
+        return _texts(list(value.values()))
+    if isinstance(value, list):
+        return set().union(*map(_texts, value))
+    return {value} if isinstance(value, str) else set()
 
 
 # --- from left to right ---
 
 
 def _across(nodes: list[Node], about: str) -> Markup:
-    data_high = [
-        max((_data_high(n) for n in nodes if n.lane == lane), default=0) for lane in range(1 + max(n.lane for n in nodes))
-    ]
+    count = 1 + max(n.lane for n in nodes)
+    lanes = [max(_box_high(n) + _data_high(n) for n in nodes if n.lane == lane) for lane in range(count)]
     above = 40 if any(n.inputs for n in nodes) else 6
-    tops = [above + sum(_HIGH + high + 34 for high in data_high[:lane]) for lane in range(len(data_high))]
+    tops = [above + sum(high + 34 for high in lanes[:lane]) for lane in range(len(lanes))]
     at = {n.name if n.depth else "base": (4 + n.depth * (_WIDE + _GAP), tops[n.lane]) for n in nodes}
-    width = 8 + (1 + max(n.depth for n in nodes)) * _WIDE + max(n.depth for n in nodes) * _GAP
-    height = tops[-1] + _HIGH + data_high[-1] + 12
+    # Dashed arrows from stages above run beside the boxes, each in a track of its own.
+    beside = _TRACK * (1 + max(len(n.inputs) for n in nodes)) if any(n.inputs for n in nodes) else 0
+    width = 8 + (1 + max(n.depth for n in nodes)) * _WIDE + max(n.depth for n in nodes) * _GAP + beside
+    height = tops[-1] + lanes[-1] + 12
     parts: list[Markup] = []
     for n in nodes:
         x, y = at[n.name if n.depth else "base"]
         if n.parent:
             parts += _from_left(at[n.parent], (x, y))
-        for role, name in n.inputs:
-            parts += _used(role, at[name], (x, y))
+        for number, (_, name) in enumerate(n.inputs):
+            parts += _used(at[name], (x, y), number)
         parts += _box(n, x, y)
         parts += _data_box(n, x, y)
     return _svg("across", width, height, parts, about)
@@ -121,17 +132,26 @@ def _from_left(start: tuple[float, float], end: tuple[float, float]) -> list[Mar
     return [_edge(f"M{x:g} {y:g} C{x + 34:g} {y:g} {to - 27:g} {level:g} {to:g} {level:g}"), _tip(end[0], level, "right")]
 
 
-def _used(role: str, start: tuple[float, float], end: tuple[float, float]) -> list[Markup]:
-    """The dashed arrow from another policy that goes in: over the boxes, or beside them in one column."""
+def _used(start: tuple[float, float], end: tuple[float, float], number: int) -> list[Markup]:
+    """The dashed arrow from another policy that goes in: over the boxes, or to the right of them in one column.
+
+    What it is there stands in the box that it leads to: a label on a line could not be read.
+    """
     (px, py), (x, y) = start, end
     if px >= x:
-        a, b, out = py + _HIGH * 0.8, y + _HIGH * 0.2, min(px, x) - 40
-        path = f"M{px:g} {a:g} C{out:g} {a:g} {out:g} {b:g} {x - 7:g} {b:g}"
-        label = _text(out + 16, (a + b) / 2, role, "t.soft.middle")
-        return [_edge(path, "dashed"), _tip(x, b, "right"), label]
+        a, b = py + _HIGH * 0.75, y + 16 + 13 * number
+        out = max(px, x) + _WIDE + _TRACK * (number + 1)
+        down = f"M{px + _WIDE:g} {a:g} H{out - 8:g} Q{out:g} {a:g} {out:g} {a + 8:g} V{b - 8:g}"
+        back = f"Q{out:g} {b:g} {out - 8:g} {b:g} H{x + _WIDE + 7:g}"
+        return [_edge(f"{down} {back}", "dashed"), _tip(x + _WIDE, b, "left")]
     a, b, high = px + _WIDE * 0.7, x + _WIDE * 0.4, min(py, y) - 34
     path = f"M{a:g} {py:g} C{a + 30:g} {high:g} {b - 30:g} {high:g} {b:g} {y - 7:g}"
-    return [_edge(path, "dashed"), _tip(b, y, "down"), _text((a + b) / 2, high + 4, role, "t.soft.middle")]
+    return [_edge(path, "dashed"), _tip(b, y, "down")]
+
+
+def _box_high(node: Node) -> int:
+    """A box with a line more for every input."""
+    return _HIGH + _LINE * len(node.inputs)
 
 
 def _data_high(node: Node) -> int:
@@ -142,13 +162,20 @@ def _box(n: Node, x: float, y: float) -> list[Markup]:
     state = "" if n.state == "finished" else ".undone"
     return [
         el(
-            f"rect.box{'.root' if not n.depth else ''}{state}", attrs={"x": x, "y": y, "width": _WIDE, "height": _HIGH, "rx": 9}
+            f"rect.box{'.root' if not n.depth else ''}{state}",
+            attrs={"x": x, "y": y, "width": _WIDE, "height": _box_high(n), "rx": 9},
         ),
         _text(x + 13, y + 25, words.shorten(n.name, _letters(n)), "t.strong", title=n.name),
         _text(x + _WIDE - 12, y + 25, _kind(n), "t.soft.end"),
         _text(x + 13, y + 44, n.work or "base, frozen", "t.soft"),
         _text(x + 13, y + 62, n.mark, "t.mono"),
+        *(_text(x + 13, y + 62 + _LINE * k, _input_words(one), "t.soft") for k, one in enumerate(n.inputs, 1)),
     ]
+
+
+def _input_words(given: tuple[str, str]) -> str:
+    role, name = given
+    return words.shorten(f"{role}: {name}", 28)
 
 
 def _kind(n: Node) -> str:
@@ -164,10 +191,11 @@ def _letters(n: Node) -> int:
 def _data_box(n: Node, x: float, y: float) -> list[Markup]:
     if not n.data:
         return []
-    top, high = y + _HIGH + 24, 12 + 2 * _LINE * len(n.data)
+    bottom = y + _box_high(n)
+    top, high = bottom + 24, 12 + 2 * _LINE * len(n.data)
     parts = [
-        _edge(f"M{x + _WIDE / 2:g} {top} V{y + _HIGH + 7}"),
-        _tip(x + _WIDE / 2, y + _HIGH, "up"),
+        _edge(f"M{x + _WIDE / 2:g} {top} V{bottom + 7}"),
+        _tip(x + _WIDE / 2, bottom, "up"),
         el("rect.box.data", attrs={"x": x, "y": top, "width": _WIDE, "height": high, "rx": 9}),
     ]
     for i, (path, told) in enumerate(n.data):
@@ -228,7 +256,7 @@ def _gutter(nodes: list[Node]) -> dict[str, int]:
 def _lines(n: Node) -> list[tuple[str, str, str]]:
     """Text, class and full text of what stands under a name."""
     found = [(n.work or "base, frozen", "t.soft", "")]
-    found += [(f"{role}: {name}", "t.soft", "") for role, name in n.inputs]
+    found += [(_input_words(one), "t.soft", "") for one in n.inputs]
     for path, told in n.data:
         found += [(words.shorten(path, 40), "t", path)] + ([(told, "t.soft", "")] if told else [])
     return [*found, (n.mark, "t.mono", "")] if n.mark else found
@@ -253,5 +281,6 @@ def _edge(path: str, kind: str = "solid") -> Markup:
 
 def _tip(x: float, y: float, way: str) -> Markup:
     """The head of an arrow that ends at a point."""
-    shapes = {"right": "M{x} {y} l-8 -4.5 v9 z", "down": "M{x} {y} l-4.5 -8 h9 z", "up": "M{x} {y} l-4.5 8 h9 z"}
+    shapes = {"right": "M{x} {y} l-8 -4.5 v9 z", "left": "M{x} {y} l8 -4.5 v9 z"}
+    shapes |= {"down": "M{x} {y} l-4.5 -8 h9 z", "up": "M{x} {y} l-4.5 8 h9 z"}
     return el("path.tip", attrs={"d": shapes[way].format(x=f"{x:g}", y=f"{y:g}")})

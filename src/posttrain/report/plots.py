@@ -57,13 +57,13 @@ class Series(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A stage against the base: gain and tax as (value, low, high), and the stage that it started from."""
+    """A stage against the base: changes in gain and capability as (value, low, high), and its parent."""
 
     name: str
     colour: int
     parent: str
     gain: tuple[float, float, float]
-    tax: tuple[float, float, float]
+    capability: tuple[float, float, float]
 
 
 class Measured(NamedTuple):
@@ -115,8 +115,9 @@ def colour(number: int) -> str:
     return f"#0f0f1{number % COLOURS}"
 
 
-def curves(series: Sequence[Series], about: str = "") -> Markup:
-    """Metrics over steps. A dense noisy line is drawn faint, its running mean strong. `about` tells it from its like."""
+def curves(series: Sequence[Series], about: str = "", *, over: str = "step") -> Markup:
+    """Metrics over steps, or over what `over` names. A dense noisy line is drawn faint, its running mean strong. `about` tells
+    it from its like."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(WIDTH, HEIGHT)
         hovers: list[_Hover] = []
@@ -128,10 +129,10 @@ def curves(series: Sequence[Series], about: str = "") -> Markup:
             if window:
                 axes.plot(xs, _running_mean(ys, window), color=colour(one.colour), linewidth=2, zorder=4)
             every = max(1, len(xs) // _HOVERS)
-            hovers += [_Hover(x, y, f"{one.label} · step {x:.0f}: {y:.4g}") for x, y in list(zip(xs, ys))[::every]]
+            hovers += [_Hover(x, y, f"{one.label} · {over} {x:.0f}: {y:.4g}") for x, y in list(zip(xs, ys))[::every]]
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.set_xlabel("step")
+        axes.set_xlabel(over)
         return _svg(figure, axes, hovers, ": ".join(filter(None, (about, ", ".join(one.label for one in series)))))
 
 
@@ -177,11 +178,17 @@ def histogram(labels: Sequence[str], counts: Sequence[int], about: str = "") -> 
         return _svg(figure, axes, hovers, ": ".join(filter(None, (about, "rows by length"))), radius=12)
 
 
-def tax_against_gain(points: Sequence[Point], *, base: str, gain_label: str, tax_label: str) -> Markup:
-    """Every stage against the base at the origin, with the intervals of both changes and the way the stages went."""
+def capability_and_gain(
+    points: Sequence[Point], *, base: str, labels: tuple[str, ...], lower: tuple[bool, ...] = (False, False)
+) -> Markup:
+    """Every stage against the base at the origin, with the intervals of both changes and the way the stages went.
+
+    `labels` are of the gain (right) and of capability (up); an axis whose measure is better when `lower` is turned around, so
+    that right and up are better.
+    """
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(WIDTH, 270)
-        at = {base: (0.0, 0.0)} | {p.name: (p.gain[0], p.tax[0]) for p in points}
+        at = {base: (0.0, 0.0)} | {p.name: (p.gain[0], p.capability[0]) for p in points}
         axes.axhline(0, color=LINE, linewidth=1.2, zorder=1)
         axes.axvline(0, color=LINE, linewidth=1.2, zorder=1)
         for p in points:
@@ -192,22 +199,23 @@ def tax_against_gain(points: Sequence[Point], *, base: str, gain_label: str, tax
                 "", (x, y), start, arrowprops={"arrowstyle": "-", "color": SOFT, "linestyle": ":", "linewidth": 1.2}, zorder=2
             )
             axes.plot([p.gain[1], p.gain[2]], [y, y], color=tint, linewidth=2, zorder=3, solid_capstyle="butt")
-            axes.plot([x, x], [p.tax[1], p.tax[2]], color=tint, linewidth=2, zorder=3, solid_capstyle="butt")
+            axes.plot([x, x], [p.capability[1], p.capability[2]], color=tint, linewidth=2, zorder=3, solid_capstyle="butt")
             axes.plot([x], [y], "o", color=tint, markersize=8, zorder=4)
         axes.plot([0], [0], "o", color=colour(0), markersize=7, zorder=4)
         axes.margins(0.14)
+        for axis, turned in zip((axes.xaxis, axes.yaxis), lower):
+            axis.set_inverted(turned)
         _label_points(axes, at, points, base)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.set_xlabel(f"{gain_label} →")
-        axes.set_ylabel(f"{tax_label} →")
-        low, high = axes.get_ylim()
-        if low < 0:
-            axes.axhspan(low, 0, color=GOOD, alpha=0.07, zorder=0, linewidth=0)
-            axes.text(0.98, 0.02, "no loss", transform=axes.transAxes, ha="right", va="bottom", fontsize=10.5, color=GOOD)
-        axes.set_ylim(low, high)
-        hovers = [_Hover(*at[p.name], _point_words(p, gain_label, tax_label)) for p in points]
-        return _svg(figure, axes, hovers, f"tax against gain of {', '.join(p.name for p in points)}")
+        axes.set_xlabel(f"{labels[0]} · better →")
+        axes.set_ylabel(f"{labels[1]} · better →")
+        bottom, top = axes.get_ylim()
+        axes.axhspan(0, top, color=GOOD, alpha=0.07, zorder=0, linewidth=0)
+        axes.text(0.98, 0.98, "no loss", transform=axes.transAxes, ha="right", va="top", fontsize=10.5, color=GOOD)
+        axes.set_ylim(bottom, top)
+        hovers = [_Hover(*at[p.name], _point_words(p, labels)) for p in points]
+        return _svg(figure, axes, hovers, f"capability and gain of {', '.join(p.name for p in points)}")
 
 
 def frontier_chart(
@@ -306,9 +314,9 @@ def _label_points(axes: Any, at: dict[str, tuple[float, float]], points: Sequenc
         )  # fmt: skip
 
 
-def _point_words(point: Point, gain_label: str, tax_label: str) -> str:
-    gain, tax = (f"{v:+.3g} ({low:+.3g} to {high:+.3g})" for v, low, high in (point.gain, point.tax))
-    return f"{point.name} · {gain_label}: {gain} · {tax_label}: {tax}"
+def _point_words(point: Point, labels: Sequence[str]) -> str:
+    gain, cost = (f"{v:+.3g} ({low:+.3g} to {high:+.3g})" for v, low, high in (point.gain, point.capability))
+    return f"{point.name} · gain, {labels[0]}: {gain} · capability, {labels[1]}: {cost}"
 
 
 def _figure(width: int, height: int) -> tuple[Figure, Any]:

@@ -1,4 +1,4 @@
-"""The scorecard as a table, and the alignment tax beside the gain.
+"""The scorecard as a table, and the changes in capability beside those in gain.
 
 Where it stands: scorecard.json in, two sections out. A row a measure, a column a stage; below each value its interval as
 text and as a strip, then the paired changes against the parent and against the base, marked by sign, word and colour.
@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from posttrain.evaluate.tax import parent_of
 from posttrain.report import plots, words
 from posttrain.report.headline import verdict_badge
 from posttrain.report.markup import Content, el, scroll, section
@@ -45,11 +46,16 @@ def _stage_head(stage: Mapping[str, Any]) -> Markup:
 
 def _measure_head(stages: Sequence[Mapping[str, Any]], name: str) -> Markup:
     entry = next(stage["measures"][name] for stage in stages if name in stage["measures"])
-    arrow, way = ("↑", "higher is better") if entry["better"] == "higher" else ("↓", "lower is better")
+    way = "higher is better" if entry["better"] == "higher" else "lower is better"
     about = f"{name} · {entry['n']} items · {way}"
     role = el("span.role", entry["role"]) if entry.get("role") else ""
-    title = el("span.name", entry["title"], "\u00a0", el("span.way", arrow))
-    return el("th", title, el("span.small", f"{entry['n']} items"), role, attrs={"scope": "row", "title": about})
+    items = el("span.small", f"{entry['n']} items")
+    return el("th", _title(entry), items, role, attrs={"scope": "row", "title": about})
+
+
+def _title(entry: Mapping[str, Any]) -> Markup:
+    """A measure's title, and the way that is better."""
+    return el("span.name", entry["title"], "\u00a0", el("span.way", "↑" if entry["better"] == "higher" else "↓"))
 
 
 def _extent(stages: Iterable[Mapping[str, Any]], name: str) -> tuple[float, float]:
@@ -108,18 +114,23 @@ def _share(figure: Mapping[str, Any]) -> str:
 
 
 def tax(run: Run) -> Markup:
-    """The section that sets the cost in capability beside the gain."""
-    rows = run.scorecard.get("tax") or []
-    if not any(row["tax"] or row["gain"] for row in rows):
+    """The section that sets the change in capability beside the gain."""
+    stages = run.scorecard["stages"]
+    entries = {n: e for stage in stages for n, e in stage["measures"].items() if e.get("role") in ("gain", "capability")}
+    columns = [
+        (stage["name"], against)
+        for stage in reversed(stages[1:]) for against in dict.fromkeys((parent_of(stage, stages[0]["name"]), stages[0]["name"]))
+    ]  # fmt: skip
+    if not entries or not columns:
         return Markup("")
     lead = (
-        "Tax is capability before − capability after: above 0 is a loss. Gain is what alignment is for: right of 0 is better. "
-        "A stage down and to the right is bought cheaply. Bars are 95\u202f% intervals of paired changes."
+        "Changes are after − before, in each measure's own direction; its arrow says which way is better. In the drawings up "
+        "and right are better, and what lies below the line through the base has lost capability. Bars are 95\u202f% intervals "
+        "of paired changes."
     )
-    titles = {n: e for stage in run.scorecard["stages"] for n, e in stage["measures"].items()}
-    charts = _charts(run, rows, titles)
+    charts = _charts(run, entries)
     figures = el("div.plots", *charts) if charts else ""
-    return section("tax", "What it cost, beside what it gained", figures, _tax_table(rows, titles), lead=lead)
+    return section("tax", "What it cost, beside what it gained", figures, _change_table(run, entries, columns), lead=lead)
 
 
 def colour(order: Sequence[str], name: str) -> int:
@@ -128,60 +139,61 @@ def colour(order: Sequence[str], name: str) -> int:
     return 1 + (place - 1) % (plots.COLOURS - 1) if place else 0
 
 
-def _charts(run: Run, rows: Sequence[Mapping[str, Any]], titles: Mapping[str, Any]) -> list[Markup]:
+def _charts(run: Run, entries: Mapping[str, Any]) -> list[Markup]:
     """A chart a gain measure: every stage against the base, joined to the stage it started from."""
-    base = run.scorecard["stages"][0]["name"]
-    parents = {stage["name"]: stage.get("parent") for stage in run.scorecard["stages"]}
-    order = [stage["name"] for stage in run.scorecard["stages"]]
-    against_base = [row for row in rows if row["against"] == base]
-    gains = list(dict.fromkeys(name for row in against_base for name in row["gain"]))
-    costs = list(dict.fromkeys(name for row in against_base for name in row["tax"]))
+    gains, costs = ([name for name, e in entries.items() if e["role"] == role] for role in ("gain", "capability"))
     if not gains or not costs:
         return []
     # The first capability measure pools the others; one of another unit has an axis of its own.
-    chosen = [costs[0], *[c for c in costs if titles[c]["unit"] != titles[costs[0]]["unit"]][:1]]
-    charts = []
-    for gain, cost in [*[(gain, chosen[0]) for gain in gains[:2]], *[(gains[0], cost) for cost in chosen[1:]]]:
-        points = [
-            plots.Point(row["stage"], colour(order, row["stage"]), parents.get(row["stage"]) or base,
-                        _scaled(row["gain"][gain]), _scaled(row["tax"][cost]))
-            for row in against_base if gain in row["gain"] and cost in row["tax"]
-        ]  # fmt: skip
-        axes = [f"gain, {words.unit_word(titles[gain]['unit'])}", f"tax, {words.unit_word(titles[cost]['unit'])}"]
-        svg = plots.tax_against_gain(points, base=base, gain_label=axes[0], tax_label=axes[1])
-        caption = el("figcaption", el("strong", titles[gain]["title"]), " against ", el("strong", titles[cost]["title"]))
-        keys = [el("span.key", el(f"i.c{p.colour}"), p.name) for p in points] if len(points) > plots.MOST_NAMED else []
-        charts.append(el("figure", caption, el("span.legend", *keys), svg))
-    return charts
+    chosen = [costs[0], *[c for c in costs if entries[c]["unit"] != entries[costs[0]]["unit"]][:1]]
+    pairs = [*[(gain, chosen[0]) for gain in gains[:2]], *[(gains[0], cost) for cost in chosen[1:]]]
+    return [_chart(run, (gain, entries[gain]), (cost, entries[cost])) for gain, cost in pairs]
 
 
-def _scaled(figure: Mapping[str, Any]) -> tuple[float, float, float]:
-    factor = words.scale(figure["unit"])
-    return figure["value"] * factor, figure["low"] * factor, figure["high"] * factor
+def _chart(run: Run, gain: tuple[str, Mapping[str, Any]], cost: tuple[str, Mapping[str, Any]]) -> Markup:
+    stages = run.scorecard["stages"]
+    base, order = stages[0]["name"], [stage["name"] for stage in stages]
+    points = []
+    for stage in stages[1:]:
+        x, y = (_against(stage, name, base) for name, _ in (gain, cost))
+        if x is not None and y is not None:
+            parent = parent_of(stage, base)
+            points.append(plots.Point(stage["name"], colour(order, stage["name"]), parent, x, y))
+    labels = tuple(f"change, {words.unit_word(entry['unit'])}" for _, entry in (gain, cost))
+    lower = tuple(entry["better"] == "lower" for _, entry in (gain, cost))
+    svg = plots.capability_and_gain(points, base=base, labels=labels, lower=lower)
+    caption = el("figcaption", el("strong", cost[1]["title"]), " (up) against ", el("strong", gain[1]["title"]), " (right)")
+    keys = [el("span.key", el(f"i.c{p.colour}"), p.name) for p in points] if len(points) > plots.MOST_NAMED else []
+    return el("figure", caption, el("span.legend", *keys), svg)
 
 
-def _tax_table(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, Any]) -> Markup:
-    costs = list(dict.fromkeys(name for row in rows for name in row["tax"]))
-    gains = list(dict.fromkeys(name for row in rows for name in row["gain"]))
-    groups = [(name, "gain") for name in gains] + [(name, "tax") for name in costs]
-    head = el(
-        "tr", el("th", "change"), *(el("th", f"{row['stage']} vs {row['against']}", attrs={"scope": "col"}) for row in rows)
-    )
+def _against(stage: Mapping[str, Any], name: str, base: str) -> tuple[float, float, float] | None:
+    """A measure's change against the base with its interval, as it is shown."""
+    entry = stage["measures"].get(name)
+    change = words.change_against(entry, base) if entry else None
+    if entry is None or change is None:
+        return None
+    factor = words.scale(entry["unit"])
+    return change["value"] * factor, change["low"] * factor, change["high"] * factor
+
+
+def _change_table(run: Run, entries: Mapping[str, Any], columns: Sequence[tuple[str, str]]) -> Markup:
+    """A row a measure, a column a comparison, the last stage's first."""
+    measures = {stage["name"]: stage["measures"] for stage in run.scorecard["stages"]}
+    names = [f"{stage} vs {against}" for stage, against in columns]
+    head = el("tr", el("th", "change"), *(el("th", name, attrs={"scope": "col"}) for name in names))
+    ordered = sorted(entries, key=lambda name: entries[name]["role"] != "gain")
     body = [
-        el("tr", el("th", el("span.name", titles[name]["title"]), el("span.role", role), attrs={"scope": "row"}),
-           *(_tax_cell(row[role].get(name), role) for row in rows))
-        for name, role in groups
+        el("tr", el("th", _title(entries[name]), el("span.role", entries[name]["role"]), attrs={"scope": "row"}),
+           *(_change_cell(measures[stage].get(name), against) for stage, against in columns))
+        for name in ordered
     ]  # fmt: skip
     return scroll(el("table.tax", el("thead", head), el("tbody", *body)), label="tax and gain")
 
 
-def _tax_cell(figure: Mapping[str, Any] | None, role: str) -> Markup:
-    if figure is None:
+def _change_cell(entry: Mapping[str, Any] | None, against: str) -> Markup:
+    change = words.change_against(entry, against) if entry else None
+    if entry is None or change is None:
         return el("td", el("span.small", "not measured"))
-    unit = figure["unit"]
-    good = (figure["value"] > 0) == (role == "gain")
-    kind = ("better" if good else "worse") if figure["shown"] else "not-shown"
-    text = f"{words.MARKS[kind.replace('-', ' ')]} {words.signed(figure['value'], unit)}"
-    span = f"{words.signed_span(figure, unit)} {words.unit_word(unit)}"
-    word = {"better": "gain" if role == "gain" else "no loss", "worse": "loss", "not-shown": "not shown"}[kind]
-    return el("td", el(f"span.badge.{kind}", text, attrs={"title": word}), el("span.small", span))
+    span = f"{words.signed_span(change, entry['unit'])} {words.unit_word(entry['unit'])}"
+    return el("td", verdict_badge(change, entry["unit"]), el("span.small", span))

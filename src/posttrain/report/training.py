@@ -77,6 +77,13 @@ _MEMORY = "memory/"
 _PARTS = {"ppo/score/": "score part", "ppo/ensemble_spread/": "ensemble part"}
 # What a row of charts is filled up with where a stage has few.
 _ROW, _FILLING = 3, ("learning rate", "gradient norm before clipping")
+# What tells the rollouts of one iteration from those of another, and all that is measured once an iteration.
+_ROLLOUTS = ("ppo/score", "ppo/kl", "ppo/entropy", "ppo/length", "time/rollout")
+_EACH_ITERATION = frozenset((
+    "ppo/score", "ppo/reward", "ppo/kl", "ppo/positive_kl", "ppo/kl_coef", "ppo/entropy", "ppo/length", "ppo/ended",
+    "ppo/mismatch", "ppo/score_spread", "ppo/advantage", "ppo/advantage_spread", "ppo/repetition", "ppo/explained_variance",
+    "ppo/gold", "ppo/gold_se", "ppo/gold_score", "ppo/gold_score_se", "ppo/gold_kl", "time/rollout_tokens_per_second",
+))  # fmt: skip
 Found = dict[str, list[tuple[float, float]]]
 
 
@@ -85,16 +92,20 @@ def training(run: Run) -> Markup:
     parts = [_stage(stage) for stage in run.stages if stage.metrics]
     if not parts:
         return Markup("")
-    lead = "One point a step; where a line is noisy, its running mean is drawn strong. Dots are measured on held-out rows."
+    lead = (
+        "One point a step, or an iteration where a figure is one of an iteration; where a line is noisy, its running mean is "
+        "drawn strong. Dots are measured on held-out rows."
+    )
     return section("training", "Training", *parts, lead=lead)
 
 
 def _stage(stage: Stage) -> Markup:
     found = read_series(stage.metrics)
+    found |= per_iteration(stage.metrics) if stage.kind == "ppo" else {}
     charts = charts_of({name: points for name, points in found.items() if not name.startswith(_MEMORY)})
     shown = [chart for chart in charts if chart.open]
     shown += [chart for chart in charts if not chart.open and chart.title in _FILLING][: max(0, _ROW - len(shown))]
-    behind = [_figure(stage.name, chart, found) for chart in charts if chart not in shown]
+    behind = [_figure(stage, chart, found) for chart in charts if chart not in shown]
     manifest = stage.manifest or {}
     parts = [(name, name.removeprefix(_MEMORY)) for name in found if name.startswith(_MEMORY)]
     work = [f"{manifest['steps']:,} steps"] if "steps" in manifest else []
@@ -105,7 +116,7 @@ def _stage(stage: Stage) -> Markup:
     )
     more = details(f"{len(behind)} more curves of {stage.name}", el("div.plots", *behind)) if behind else ""
     head = el("h3", stage.name, " ", el("span.kind", stage.kind), el("span.small", " · ".join(work)))
-    return el("div.stage", head, el("div.plots", *(_figure(stage.name, chart, found) for chart in shown)), more)
+    return el("div.stage", head, el("div.plots", *(_figure(stage, chart, found) for chart in shown)), more)
 
 
 def read_series(rows: Sequence[Mapping[str, object]]) -> Found:
@@ -116,6 +127,25 @@ def read_series(rows: Sequence[Mapping[str, object]]) -> Found:
         for name, value in row.items():
             if name not in _NOT_DRAWN and isinstance(value, int | float) and isinstance(step, int | float):
                 found.setdefault(name, []).append((float(step), float(value)))
+    return found
+
+
+def per_iteration(rows: Sequence[Mapping[str, object]]) -> Found:
+    """Of a ppo stage what is one figure an iteration, though its rows are steps: values by metric, as (iteration, value).
+
+    A new iteration begins where the figures of its rollouts change.
+    """
+    found: Found = {}
+    iteration, before = 0, None
+    for row in rows:
+        rollouts = [row.get(name) for name in _ROLLOUTS]
+        iteration += rollouts != before
+        before = rollouts
+        for name, value in row.items():
+            if (name in _EACH_ITERATION or name.startswith(tuple(_PARTS))) and isinstance(value, int | float):
+                points = found.setdefault(name, [])
+                if not points or points[-1][0] != iteration:
+                    points.append((float(iteration), float(value)))
     return found
 
 
@@ -154,7 +184,7 @@ def _without_validation(name: str) -> str:
     return name.replace(f"/{_VALIDATION}", "/")
 
 
-def _figure(stage: str, chart: _Chart, found: Found) -> Markup:
+def _figure(stage: Stage, chart: _Chart, found: Found) -> Markup:
     series = []
     for number, name in enumerate(chart.names, 1):
         held_out = name.split("/")[-1].startswith(_VALIDATION)
@@ -164,7 +194,8 @@ def _figure(stage: str, chart: _Chart, found: Found) -> Markup:
         )
     last = [f"{s.label if len(series) > 1 else 'last'} {words.plain(float(s.ys[-1]))}" for s in series]
     legend = [el("span.key", el(f"i.c{s.colour % plots.COLOURS}"), text) for s, text in zip(series, last)]
-    drawing = plots.curves(series, f"{stage}, {chart.title}")
+    each = stage.kind == "ppo" and all(n in _EACH_ITERATION or n.startswith(tuple(_PARTS)) for n in chart.names)
+    drawing = plots.curves(series, f"{stage.name}, {chart.title}", over="iteration" if each else "step")
     return el("figure", el("figcaption", el("strong", chart.title), el("span.legend", *legend)), drawing)
 
 
