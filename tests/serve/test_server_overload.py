@@ -87,9 +87,9 @@ def test_log_probabilities_of_many_tokens_are_written_beside_the_loop(
         seen.add(threading.current_thread().name)
         return token_text(flow, token)
 
-    def noted_too(ids: Sequence[int], special: bool = False) -> str:
+    def noted_too(ids: Sequence[int], special: bool = False, *, middle: bool = True) -> str:
         seen.add(threading.current_thread().name)
-        return decode(ids, special)
+        return decode(ids, special, middle=middle)
 
     scored = {"model": BASE, "prompt": [list(range(7, 107))] * 3, "echo": True, "logprobs": 5, "max_tokens": 0}
     with listening(tiny) as server:

@@ -86,10 +86,11 @@ class NarrowAdapters:
         """These are all that are in flight: they are held, and far more slots than they need, or than there are adapters in
         memory, are given up; so is the width of one that is not in memory any more."""
         needed = list(dict.fromkeys(adapters))
-        there = [slot for slot, held in enumerate(self.slots) if held is not None]
-        known = len(there) + sum(adapter not in self.slots for adapter in needed)
+        slots = self.slots
+        there = [slot for slot, held in enumerate(slots) if held is not None]
+        known = len(there) + sum(adapter not in slots for adapter in needed)
         narrower = max((self._ranks[slot] for slot in there), default=self.rank) < self.rank
-        if needed and (narrower or len(self.slots) > min(SPARE_SLOTS * len(needed), most_slots(known))):
+        if needed and (narrower or len(slots) > min(SPARE_SLOTS * len(needed), most_slots(known))):
             rank = max((self._ranks[slot] for slot in there), default=0)
             self._open(len(needed), rank)
         self.hold(needed)
