@@ -173,10 +173,10 @@ def test_a_text_that_cannot_be_decoded_ends_its_own_row(base: BaseModel, monkeyp
     """While stop strings are looked for, at the end of an answer, and where it is cancelled."""
     decode = base.chat.decode
 
-    def strict(ids: list[int], special: bool = False) -> str:
+    def strict(ids: list[int], **more: bool) -> str:
         if BAD in ids:
             raise UnicodeError("no text")
-        return decode(ids, special)
+        return decode(ids, **more)
 
     monkeypatch.setattr(base.chat, "decode", strict)
     likes, good = SETTINGS._replace(logit_bias=((BAD, 100.0),)), requests(base, SETTINGS._replace(stop=("qq",)))

@@ -24,14 +24,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from posttrain.models import bounds
+from posttrain.models.bounds import CALL as CALL
+from posttrain.models.bounds import DEEP as DEEP
+from posttrain.models.bounds import LANES as LANES
 from posttrain.models.library import library
 
 # Rows whose products read each weight once.
 FEW_ROWS = 2
-# Numbers of one vector (native/vectors.h), and tokens of one tile (native/tiles.c).
-LANES = 16
-# Numbers of a row of a tile: inputs, and columns of adapters, come in as many.
-DEEP = 32
 
 
 def able(x: Tensor) -> bool:
@@ -52,7 +52,10 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     outputs, inputs = weight.shape
     y = x.new_empty((*x.shape[:-1], outputs))
     rows = x.numel() // inputs
-    assert rows <= FEW_ROWS, f"{rows} rows"
+    bounds.require(rows <= FEW_ROWS and x.numel() == rows * inputs, f"{tuple(x.shape)} for {inputs} inputs and {FEW_ROWS} rows")
+    bounds.shaped("x", x.view(-1, inputs), rows, inputs)
+    bounds.shaped("weight", weight, outputs, inputs)
+    bounds.biased(bias, outputs)
     failed = _call().multiply(
         _at(x), _at(weight), None if bias is None else _at(bias), _n(rows), _n(inputs), _n(outputs), _at(y)
     )
@@ -65,6 +68,8 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     if not (x.dim() == 4 and x.transpose(1, 2).is_contiguous()):  # heads lie token by token; so does what is made of them
         x = x.contiguous()
     y, width = torch.empty_like(x), x.shape[-1]
+    bounds.require(x.dtype == torch.bfloat16 and x.device.type == "cpu" and width > 0, f"x {x.dtype} {tuple(x.shape)}")
+    bounds.shaped("weight", weight_D, width, dtype=torch.float32)
     _call().rms_norm(_at(x), _at(weight_D), _n(x.numel() // width), _n(width), ctypes.c_float(eps), _at(y))
     return y
 
@@ -73,6 +78,8 @@ def rms_norm_backward(x: Tensor, weight_D: Tensor, eps: float, grad: Tensor) -> 
     """The gradient of `rms_norm` with respect to x."""
     x, grad, width = x.contiguous(), grad.contiguous(), x.shape[-1]
     dx, rows = torch.empty_like(x), x.numel() // width
+    bounds.alike(x, grad)
+    bounds.shaped("weight", weight_D, width, dtype=torch.float32)
     _call().rms_norm_backward(_at(x), _at(weight_D), _at(grad), _n(rows), _n(width), ctypes.c_float(eps), _at(dx))
     return dx
 
@@ -90,6 +97,10 @@ def rotate_backward(grad_HTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
 def _turned(x_HTD: Tensor, cos_TD: Tensor, sin_TD: Tensor, *, rounds: bool) -> Tensor:
     x, (heads, tokens, width) = _dense(x_HTD), x_HTD.shape
     out_THD = x.new_empty((tokens, heads, width))
+    bounds.require(width % 2 == 0, f"an odd width {width}")
+    bounds.shaped("x", x, heads, tokens, width, gaps=True)
+    bounds.shaped("cos", cos_TD, tokens, width)
+    bounds.shaped("sin", sin_TD, tokens, width)
     strides, sizes = map(_n, x.stride()[:2]), map(_n, (heads, tokens, width, rounds))
     _call().rotate(_at(x), *strides, _at(cos_TD), _at(sin_TD), *sizes, _at(out_THD))
     return out_THD.transpose(0, 1)
@@ -104,6 +115,7 @@ def gated(gate: Tensor, up: Tensor, *, gelu: bool) -> Tensor:
     """silu(gate) up, or gelu(gate) up by its tanh form."""
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
+    bounds.alike(gate, up)
     _call().gated(_at(gate), _at(up), _n(gate.numel()), _n(gelu), _at(y))
     return y
 
@@ -112,6 +124,7 @@ def gated_backward(gate: Tensor, up: Tensor, grad: Tensor, *, gelu: bool) -> tup
     """The gradients of `gated` with respect to gate and up."""
     gate, up, grad = gate.contiguous(), up.contiguous(), grad.contiguous()
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+    bounds.alike(gate, up, grad)
     _call().gated_backward(_at(gate), _at(up), _at(grad), _n(gate.numel()), _n(gelu), _at(d_gate), _at(d_up))
     return d_gate, d_up
 
@@ -123,8 +136,12 @@ class SpanTable:
     def __init__(self, pieces: Sequence[Sequence[tuple[int, int]]]) -> None:
         ends = torch.tensor([len(own) for own in pieces]).cumsum(0).tolist()
         rows = [(*own[-1], end - len(own), end) for own, end in zip(pieces, ends, strict=True)]
+        found = [piece for own in pieces for piece in own]
+        bounds.require(all(start >= 0 and length > 0 for start, length in found), f"pieces {found}")
+        # Tokens that spans have, and keys that they see.
+        self.tokens, self.keys = (max(map(sum, those), default=0) for those in ([own[-1] for own in pieces], found))
         self.count, self.spans = len(rows), torch.tensor(rows, dtype=torch.int64)
-        self.pieces = torch.tensor([piece for own in pieces for piece in own], dtype=torch.int64)
+        self.pieces = torch.tensor(found, dtype=torch.int64)
 
 
 def segments(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, table: SpanTable, scale: float, window: int) -> Tensor:
@@ -149,6 +166,7 @@ def segments_backward(
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, table: SpanTable, window: int) -> Any:
+    bounds.check_segments(q, k, v, grad, table.tokens, table.keys, window)
     strides = [stride for x in (q, k, v, grad) for stride in x.stride()[:2]]
     sizes = (table.count, q.shape[1], k.shape[1], len(k), len(q) // len(k), q.shape[2], window, *strides)
     return (_n * len(sizes))(*sizes)
@@ -164,6 +182,8 @@ def attend(
     `where`: for each row its place, its length before this token, and the token, int64.
     """
     (heads, _, width), kv_heads = q_HTD.shape, len(k_KTD)
+    bounds.check_cached(q_HTD, k_KTD, v_KTD, keys, values, window, out_THD)
+    bounds.check_places(where, keys, min(q_HTD.shape[1], len(out_THD)))
     sizes = (
         len(where[0]), kv_heads, heads // kv_heads, width, keys.shape[3], keys.shape[1], window, *q_HTD.stride()[:2],
         *k_KTD.stride()[:2], *v_KTD.stride()[:2],
@@ -188,8 +208,10 @@ def head_mean(logits_VN: Tensor, head_VD: Tensor, least: float) -> tuple[Tensor,
 
 def _head(logits_VN: Tensor, head_VD: Tensor | None, least: float, mean_ND: Tensor | None) -> Tensor:
     count, tokens = logits_VN.shape
-    assert tokens % LANES == 0, f"{tokens} tokens"
-    assert logits_VN.is_contiguous()
+    bounds.require(tokens % LANES == 0, f"{tokens} tokens, no multiple of {LANES}")
+    bounds.shaped("logits", logits_VN, count, tokens)
+    if head_VD is not None:
+        bounds.shaped("a head", head_VD, count, -1)
     total_N = torch.empty(tokens)
     weight, width = (None, 0) if head_VD is None else (_at(head_VD), head_VD.shape[1])
     failed = _call().head(
@@ -211,6 +233,11 @@ def choose_tokens(
     start = torch.tensor([0, *itertools.accumulate(map(len, without))])
     ids = torch.tensor([*itertools.chain.from_iterable(without), 0])
     count, vocabulary = logits_RV.shape
+    bounds.require(
+        len(rows) == len(without) == count, f"{count} rows of logits, {len(rows)} draws, {len(without)} lists of tokens"
+    )
+    bounds.shaped("logits", logits_RV, count, vocabulary, gaps=True)
+    bounds.within("a token", ids, 0, vocabulary)
     sizes, most = map(_n, (count, vocabulary, logits_RV.stride(0))), _n(max(map(len, without), default=0))
     _look(_call().choose_tokens(_at(logits_RV), *sizes, *map(_at, (given_R3, start, ids)), most, _at(found_R4)))
     return [tuple(row) for row in found_R4.tolist()]
@@ -219,11 +246,7 @@ def choose_tokens(
 @functools.cache
 def tiles() -> bool:
     """Whether this processor multiplies by matrix tiles, in our own products."""
-    found = library()
-    if found is None or not found.tiles():
-        return False
-    found.products.argtypes = (ctypes.c_void_p,) * 10  # then plain numbers do, which are made in no time
-    return True
+    return bool((found := library()) and found.tiles())
 
 
 class Slots(NamedTuple):
@@ -248,8 +271,7 @@ def fill_slot(pairs: Sequence[tuple[Tensor, Tensor]], places: Sequence[tuple[Ten
     places [R, inputs] and [outputs, R], with zeros behind. Whether the sum of all is a number."""
     at, sizes = [], []
     for (a, b), (own_a, own_b) in zip(pairs, places, strict=True):
-        assert a.is_contiguous(), "A has gaps"
-        assert b.is_contiguous(), "B has gaps"
+        bounds.check_copy(a, b, own_a, own_b)
         at += [a.data_ptr(), own_a.data_ptr(), b.data_ptr(), own_b.data_ptr()]
         sizes += [len(a), len(own_a), a.shape[1], len(b), own_b.stride(0)]
     return bool(_call().fill_slot(_n(len(pairs)), (_n * len(at))(*at), (_n * len(sizes))(*sizes), ctypes.c_float(scale)))
@@ -269,27 +291,28 @@ def products(
 
 def turned_products(x_TI: Tensor, weight: Tensor, y_ON: Tensor) -> None:
     """W x into y [outputs, N], N the tokens filled up to whole tiles with zeros; the same sums as those of `products`."""
-    assert y_ON.is_contiguous()
-    assert y_ON.shape == (len(weight), -(-len(x_TI) // LANES) * LANES)
+    bounds.shaped("y", y_ON, len(weight), -(-len(x_TI) // LANES) * LANES)
     _products(x_TI, weight, None, None, None, y_ON, y_ON.shape[1])
 
 
 def _products(
     x: Tensor, weight: Tensor, bias: Tensor | None, slots: Slots | None, p: Tensor | None, y: Tensor, across: int
 ) -> None:
-    x = _dense(x)
-    assert tiles()
-    assert weight.is_contiguous()
-    outputs, inputs = weight.shape
-    assert inputs == x.shape[1]
-    assert inputs % DEEP == 0, f"{inputs} inputs"
+    x, (outputs, inputs) = _dense(x), weight.shape
+    bounds.require(inputs % DEEP == 0, f"{inputs} inputs, no multiple of {DEEP}")
+    bounds.shaped("x", x, -1, inputs, gaps=True)
+    bounds.shaped("weight", weight, outputs, inputs)
+    bounds.biased(bias, outputs)
+    if not across:
+        bounds.shaped("y", y, len(x), outputs)
     a, b, columns, rank, slot, order = None, None, 0, 1, None, None
     if slots is not None:
+        bounds.check_slots(*slots, shape=(len(x), inputs, outputs))
         a, b, rank, slot, order = slots
         columns = len(a)
-        assert a.is_contiguous()
-        assert b.is_contiguous()
-        assert columns % DEEP == 0, f"{columns} columns"
+    if p is not None:
+        bounds.shaped("p", p, len(x), columns)
+    assert tiles()
     count = -(-len(x) // LANES) if order is None else len(order) // LANES
     sizes = (_n * 8)(len(x), inputs, outputs, x.stride(0), columns, rank, across, count)
     arrays = (x, weight, bias, a, b, order, slot, p, y)
@@ -303,10 +326,15 @@ class Groups:
         self.order = torch.tensor([token for own in tokens for token in own])
         self.start = torch.tensor([0, *(len(own) for own in tokens)]).cumsum(0)
         self.slots = len(tokens)
+        self.limit = max((token + 1 for own in tokens for token in own), default=0)
+        bounds.require(all(token >= 0 for own in tokens for token in own), f"tokens {tokens}")
 
 
 def project(x_TI: Tensor, a: Tensor, groups: Groups) -> Tensor:
     """A x of every grouped token by its slot's A [n, C, inputs]: [T, C], float32. Other tokens' rows mean nothing."""
+    bounds.shaped("x", x_TI, -1, a.shape[2])
+    bounds.shaped("A", a, groups.slots, -1, -1)
+    bounds.require(groups.limit <= len(x_TI), f"tokens to {groups.limit} of {len(x_TI)}")
     p_TC = torch.empty(len(x_TI), a.shape[1])
     failed = _call().project(
         _at(x_TI), _at(a), _at(groups.order), _at(groups.start), _n(groups.slots), _n(a.shape[1]), _n(a.shape[2]), _at(p_TC)
@@ -317,6 +345,7 @@ def project(x_TI: Tensor, a: Tensor, groups: Groups) -> Tensor:
 
 def expand(p_TC: Tensor, b: Tensor, groups: Groups, first: int, y_TO: Tensor) -> None:
     """Add B p to y [T, outputs] for every grouped token, by its slot's B [n, R, outputs] and the columns of p from `first`."""
+    bounds.check_expand(p_TC, b, groups.slots, groups.limit, first, y_TO)
     at = ctypes.c_void_p(p_TC.data_ptr() + first * p_TC.itemsize)
     _call().expand(
         at, _at(b), _at(groups.order), _at(groups.start), _n(groups.slots), _n(p_TC.shape[1]), _n(b.shape[1]), _n(b.shape[2]),
@@ -331,6 +360,9 @@ def _look(failed: int) -> None:
 
 def run(calls: Any, count: int, room: int) -> None:
     """The calls of a program (`models/recording.py`); `room`: bytes that a thread needs for a tile's rows, 0 without tiles."""
+    bounds.require(
+        0 <= count * CALL <= len(calls) and room >= 0, f"{count} calls in {len(calls)} numbers, {room} bytes of room"
+    )
     _look(_call().run(calls, _n(count), _n(room)))
 
 
@@ -365,4 +397,4 @@ class _Told:
 def _call() -> Any:
     found, note = library(), getattr(_listening, "note", None)
     assert found is not None
-    return found if note is None else _Told(found, note)
+    return bounds.typed(found) if note is None else _Told(bounds.typed(found), note)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from posttrain.models import compiled
+from posttrain.models import bounds, compiled
 from posttrain.models.decoding import CacheStep, Reading, Shelf
 from posttrain.models.mixed import TokenAdapters
 from posttrain.models.recording import NotRecordedError, Program, Recorder
@@ -57,9 +57,12 @@ class _Kept:
             self._bind(step, adapters)
             self.bound = bound
         for held, given in zip(self.inputs, inputs, strict=True):
+            bounds.require(held.shape == given.shape, f"an input {tuple(given.shape)} for {tuple(held.shape)}")
             held.copy_(given)
         for shelved, reading in zip(self.shelves, step.readings, strict=True):
             count = len(reading.place_N)
+            index, (like, _) = next(iter(shelved.layers.items()))
+            bounds.check_places(_where(reading), reading.shelf.layer(index, like)[0], len(self.inputs[0]))
             for held, given in zip(shelved.where, _where(reading), strict=True):
                 held[:count] = given
             for sizes in shelved.sizes:

@@ -28,7 +28,7 @@ LINE = 64
 # Where the numbers of a product (native/tiles.h) tell the columns of adapters.
 COLUMNS = 4
 # Arguments of a call in native/program.c.
-ARGUMENTS = 14
+ARGUMENTS = compiled.CALL - 2
 # What a call does with each argument: it reads what lies at the address, writes it or both ("u"), or does not look; or the
 # argument is a number, or a float. In the order of native/program.c.
 KINDS = {
