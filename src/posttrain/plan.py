@@ -15,7 +15,7 @@ from posttrain.data.sources import data_hashes
 from posttrain.evaluate.suites import Task, evaluation_prompts, load_suites, suite_fingerprint
 from posttrain.models.source import BaseModelFolder, locate_base, pinned
 from posttrain.settings import VALUE_WORDS, DpoStage, PpoStage, Recipe, RewardPart, RewardStage, Stage, reward_parts
-from posttrain.train.functions import source_hash
+from posttrain.train.function_source import source_hash
 
 # Raise a number when the code of that kind of step would make something else of the same input.
 CODE_VERSION = {"sft": 1, "dpo": 1, "reward": 1, "ppo": 2, "evaluate": 1, "measure": 2}

@@ -120,3 +120,75 @@ def third_time(prompts: list[str], completions: list[str]) -> list[float]:
 
 
 NO_FUNCTION = 3
+
+
+# --- lists that are changed, and shapes that are no row of scores -------------------------------------------------------
+
+
+def empties(prompts: list[str], completions: list[str]) -> list[float]:
+    """Right, but takes its completions away one by one."""
+    found = []
+    while completions:
+        found.append(float(len(completions.pop(0))))
+    return found
+
+
+def appends(prompts: list[str], completions: list[str]) -> list[float]:
+    completions.append("one more")
+    return [1.0] * len(completions)
+
+
+def leaves_one(prompts: list[str], completions: list[str]) -> list[float]:
+    del completions[1:]
+    return [5.0]
+
+
+def empties_and_raises(prompts: list[str], completions: list[str]) -> list[float]:
+    while completions:
+        if completions.pop() == SECRET:
+            raise ValueError
+    return []
+
+
+def nested(prompts: list[str], completions: list[str]) -> list[list[float]]:
+    return [[1.0] for _ in completions]
+
+
+def column(prompts: list[str], completions: list[str]) -> object:
+    import numpy
+
+    return numpy.ones((len(completions), 1))
+
+
+def texts(prompts: list[str], completions: list[str]) -> list[str]:
+    return ["1.0" for _ in completions]
+
+
+def by_name(prompts: list[str], completions: list[str]) -> dict[str, float]:
+    return dict.fromkeys(completions, 1.0)
+
+
+class _Endless:
+    def __iter__(self) -> Iterator[float]:
+        return itertools.repeat(1.0)
+
+
+def endless_rows(prompts: list[str], completions: list[str]) -> _Endless:
+    return _Endless()
+
+
+def of_libraries(prompts: list[str], completions: list[str]) -> list[object]:
+    """A number of each kind that libraries have: numpy's, torch's, whole, true, a fraction."""
+    from fractions import Fraction
+
+    import numpy
+    import torch
+
+    kinds = [numpy.float32, numpy.array, torch.tensor, int, bool, Fraction, numpy.int64]
+    return [kinds[k % len(kinds)](1) for k, _ in enumerate(completions)]
+
+
+def array(prompts: list[str], completions: list[str]) -> object:
+    import numpy
+
+    return numpy.array([len(text) for text in completions], dtype=numpy.float32)

@@ -2,10 +2,11 @@
 
     def reward(prompts: list[str], completions: list[str]) -> list[float]:     one finite number a completion
 
-Where it stands: `plan.py` hashes a function's source file, `pipeline.py` checks that it can be imported before a weight is
-read, `rewards.py` calls it. A process of its own, because a function that hangs can then be ended, and one that crashes takes
-nothing with it. It is no sandbox: the function may do whatever the user may. A function is called with keyword arguments, the
-names that users of TRL know; further columns of the data are not passed.
+Where it stands: `plan.py` hashes a function's source, `pipeline.py` checks that it can be imported before a weight is read,
+`rewards.py` calls it. A process of its own, because a function that hangs can then be ended, and one that crashes takes
+nothing with it. Calls are numbered, and an answer that is not this call's is refused. It is no sandbox: the function may do
+whatever the user may. A function is called with keyword arguments, the names that users of TRL know; further columns of the
+data are not passed.
 """
 
 import contextlib
@@ -18,16 +19,20 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from importlib.machinery import PathFinder
-from pathlib import Path
 from typing import Any, Protocol
 
-from posttrain.artifacts import hash_file
 from posttrain.errors import Interrupted, RecipeError, TrainingError
 
 WORKER = "posttrain.train.reward_worker"
 # Seconds between looks at whether the run was asked to stop.
 LOOK = 0.2
+# Seconds for the processes of a function to go; its guard kills them.
+PATIENCE = 10.0
+# Exit code of a worker whose pipes were closed or replaced by the function.
+PIPES_GONE = 117
+# A message is no longer than this and so much a score.
+MESSAGE_BYTES, NUMBER_BYTES = 1 << 14, 40
+FOREIGN = "wrote something else into the pipe that its answers go through"
 
 
 class Stop(Protocol):
@@ -43,24 +48,32 @@ class _NeverAsked:
 class FunctionWorker:
     """A reward function in its process. Usable until `close`."""
 
-    def __init__(self, reference: str, *, timeout: float, where: str, stop: Stop | None = None) -> None:
-        """Start it and import the function. Raises RecipeError where that fails or takes longer than `timeout` seconds."""
+    def __init__(
+        self, reference: str, *, timeout: float, where: str, stop: Stop | None = None, planned: str | None = None
+    ) -> None:
+        """Start it and import the function. Raises RecipeError where that fails, takes longer than `timeout` seconds, or where
+        the source that was imported has another hash than the one that was `planned`.
+        """
         self.reference, self.timeout, self.stop = reference, timeout, stop or _NeverAsked()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", WORKER, reference], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-        )
-        self._pending = b""
+            [sys.executable, "-m", WORKER, reference], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+            start_new_session=True,
+        )  # fmt: skip
+        self._pending, self._calls = b"", 0
         found = self._receive()
+        do = "modules are looked for in the current folder, in PYTHONPATH and among the installed packages"
+        if "ready" in found and planned is not None and found.get("source") != planned:
+            found, do = {"error": "its source was edited after this run was planned"}, "run the same command again"
         if "ready" not in found:
             self.close()
-            do = "modules are looked for in the current folder, in PYTHONPATH and among the installed packages"
             raise RecipeError(where, f'the reward function "{reference}": {found["error"]}', do=do)
 
     def score(self, prompts: Sequence[str], completions: Sequence[str], *, where: str) -> list[float]:
         """One score a completion. Raises TrainingError naming `where` and the first completion that went wrong."""
-        request = json.dumps({"prompts": list(prompts), "completions": list(completions)}).encode() + b"\n"
-        threading.Thread(target=self._send, args=(request,), daemon=True).start()
-        found = self._receive()
+        self._calls += 1
+        request = json.dumps({"call": self._calls, "prompts": list(prompts), "completions": list(completions)})
+        threading.Thread(target=self._send, args=(request.encode() + b"\n",), daemon=True).start()
+        found = self._receive(len(completions))
         if "scores" in found:
             return [float(score) for score in found["scores"]]
         self.close()
@@ -74,11 +87,11 @@ class FunctionWorker:
     def _send(self, request: bytes) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(OSError, ValueError):  # the process has ended: `_receive` tells
-            self._process.stdin.write(request)
-            self._process.stdin.flush()
+            while request:
+                request = request[self._process.stdin.write(request) :]
 
-    def _receive(self) -> dict[str, Any]:
-        """The next message, or what stands for it when none comes in time."""
+    def _receive(self, count: int = 0) -> dict[str, Any]:
+        """The next message, checked, or what stands for it when none comes in time. `count`: completions of the call."""
         assert self._process.stdout is not None
         descriptor, until = self._process.stdout.fileno(), time.monotonic() + self.timeout
         while b"\n" not in self._pending:
@@ -91,16 +104,46 @@ class FunctionWorker:
             if select.select([descriptor], [], [], min(left, LOOK))[0]:
                 read = os.read(descriptor, 1 << 16)
                 if not read:
-                    return {"error": f"ended its process (exit code {self._process.wait()})"}
+                    return {"error": self._ended()}
                 self._pending += read
+            if len(self._pending) > MESSAGE_BYTES + NUMBER_BYTES * count:
+                return {"error": FOREIGN}
         line, _, self._pending = self._pending.partition(b"\n")
-        found: dict[str, Any] = json.loads(line)
+        return {"error": FOREIGN} if self._pending else self._checked(line, count)
+
+    def _checked(self, line: bytes, count: int) -> dict[str, Any]:
+        """A message where it is one, and the answer to this call."""
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            return {"error": FOREIGN}
+        if not isinstance(found, dict) or not found.keys() & {"ready", "scores", "error"}:
+            return {"error": FOREIGN}
+        called = (found.get("call", 0), found.get("count", 0))
+        if called != (self._calls, count) or ("scores" in found and len(found["scores"]) != count):
+            return {"error": f"answered call {called[0]!s:.20} of {called[1]!s:.20} completions instead of this one"}
         return found
+
+    def _ended(self) -> str:
+        """What to say of a process that answers no more."""
+        try:
+            code = self._process.wait(timeout=LOOK)
+        except subprocess.TimeoutExpired:
+            code = PIPES_GONE
+        if code == PIPES_GONE:
+            return "closed the pipe that its answers go through"
+        how = f"by signal {-code}" if code < 0 else f"exit code {code}"
+        return f"ended its process ({how})"
 
     def close(self) -> None:
         """End the process and whatever it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        if self._process.poll() is None:
+            self._process.terminate()
+            self._process.send_signal(signal.SIGCONT)
+            try:
+                self._process.wait(timeout=PATIENCE)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(OSError):
@@ -108,18 +151,6 @@ class FunctionWorker:
                     pipe.close()
 
 
-def check_function(reference: str, *, timeout: float, where: str) -> None:
-    """Import a function in a process of its own, and no more. Raises RecipeError."""
-    FunctionWorker(reference, timeout=timeout, where=where).close()
-
-
-def source_hash(reference: str) -> str:
-    """sha256 of the file that a function's module lies in, or "" where it is not found. Nothing of it is run."""
-    places: Sequence[str] = [os.getcwd(), *sys.path]
-    origin = None
-    for step in reference.partition(":")[0].split("."):
-        spec = PathFinder.find_spec(step, places)
-        if spec is None:
-            return ""
-        places, origin = spec.submodule_search_locations or (), spec.origin
-    return hash_file(Path(origin)) if origin and Path(origin).is_file() else ""
+def check_function(reference: str, *, timeout: float, where: str, planned: str | None = None) -> None:
+    """Import a function in a process of its own, and no more. Raises RecipeError, also where its source is not as planned."""
+    FunctionWorker(reference, timeout=timeout, where=where, planned=planned).close()
