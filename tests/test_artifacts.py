@@ -23,13 +23,13 @@ from posttrain.artifacts import (
     read_jsonl,
     read_manifest,
     recover,
-    run_lock,
     verify_files,
     write_bytes,
     write_json,
     write_jsonl,
 )
 from posttrain.errors import ArtifactError, RunLockedError
+from posttrain.locks import run_lock
 
 OLD, NEW = {"fingerprint": "old"}, {"fingerprint": "new"}
 # Publishes "new" over "old"; the process is killed before its n-th call of those that change a folder.
@@ -190,7 +190,7 @@ def test_a_second_process_is_refused_and_the_lock_dies_with_its_process(tmp_path
     holder = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent("""
             import pathlib, sys, time
-            from posttrain.artifacts import run_lock
+            from posttrain.locks import run_lock
             with run_lock(pathlib.Path(sys.argv[1])):
                 print("held", flush=True)
                 time.sleep(600)
@@ -207,6 +207,28 @@ def test_a_second_process_is_refused_and_the_lock_dies_with_its_process(tmp_path
     with run_lock(tmp_path), pytest.raises(RunLockedError), run_lock(tmp_path):
         pass
     with run_lock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("how", ["renamed", "linked", "lock removed"])
+def test_a_lock_follows_its_folder(how: str, tmp_path: Path):
+    run, name = tmp_path / "run", tmp_path / "run"
+    with run_lock(run) as held:
+        if how == "renamed":
+            name = run.rename(tmp_path / "renamed")
+            with pytest.raises(ArtifactError, match=f"run · was renamed .* everything so far is in {name}"):
+                held.check()
+        elif how == "linked":
+            name = tmp_path / "link"
+            name.symlink_to(run)
+        else:
+            (run / ".lock").unlink()
+        with pytest.raises(RunLockedError), run_lock(name):
+            pass
+        if how == "renamed":
+            with run_lock(run):  # another folder
+                pass
+    with run_lock(name):
         pass
 
 

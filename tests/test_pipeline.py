@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.artifacts import lineage, read_manifest, run_lock
+from posttrain.artifacts import lineage, read_manifest
 from posttrain.cli import main
+from posttrain.locks import run_lock
 from posttrain.models.load import BaseModel
 from tiny_runs import TINY, command, content, copied_run, finished_run, plan_of, posttrain, undisturbed_run, weights
 
@@ -246,8 +247,65 @@ def test_sigterm_before_the_first_step_and_in_an_evaluation_ends_with_0(tmp_path
         assert not (tmp_path / name / "scorecard.json").exists()
 
 
+MOVED = """
+import importlib, os, shutil, sys
+from posttrain.cli import main
+module = importlib.import_module("posttrain.{module}")
+real, left = module.{name}, {after}
+def moved(*arguments, **keywords):
+    global left
+    left -= 1
+    if left == -1:
+        {how}
+    return real(*arguments, **keywords)
+module.{name} = moved
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "after", "how"),
+    [
+        ("train.loop", "_one_step", 1, "os.rename('run', 'moved')"),
+        ("train.loop", "_one_step", 1, "shutil.rmtree('run')"),
+        ("evaluate.run", "answer_samples", 1, "os.rename('run', 'moved'); os.mkdir('run')"),
+    ],
+    ids=["renamed", "removed", "replaced"],
+)
+def test_a_run_folder_that_goes_while_it_works_ends_the_run_by_name(
+    module: str, name: str, after: int, how: str, tmp_path: Path
+):
+    code = MOVED.format(module=module, name=name, after=after, how=how)
+    steps = ("--set", "sft.checkpoint_every=1")
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command(Path("run"), *steps)], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    if "rmtree" in how:
+        assert (
+            last
+            == "error: run/.sft.partial · was removed while this process worked in it · run the same command to begin again"
+        )
+        assert list(tmp_path.iterdir()) == []
+        return
+    if "mkdir" in how:
+        assert last.startswith("error: run · was renamed, and another folder is in its place while")
+        assert list((tmp_path / "run").iterdir()) == []
+    else:
+        kept = tmp_path / "moved/.sft.partial/checkpoints/step-00000001"
+        assert last.startswith(
+            f"error: run/.sft.partial · was renamed while this process worked in it · the last checkpoint is {kept}"
+        )
+        assert not (tmp_path / "run").exists()
+    assert main(command(tmp_path / "moved")) == 0
+    assert weights(tmp_path / "moved") == weights(undisturbed_run())
+
+
 def test_a_second_run_on_the_same_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = copied_run(tmp_path / "run")
+    capsys.readouterr()
     with run_lock(run):
         assert main(["run", str(TINY), "--out", str(run), "--set", "seed=1"]) == 2
     assert capsys.readouterr().err == (

@@ -1,4 +1,4 @@
-"""Run folders: immutable artifacts, manifests, fingerprints, atomic publishing, lineage, the run lock.
+"""Run folders: immutable artifacts, manifests, fingerprints, atomic publishing, lineage.
 
 A stage is written to a hidden sibling folder, every file is fsynced, its manifest is written last, and the folder is
 renamed. A manifest therefore means a whole artifact. No torch here: the report and a run that has nothing to do
@@ -6,7 +6,6 @@ must start at once. Power loss on a disk that lies about fsync, NFS renames and 
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import ArtifactError, RunLockedError
+from posttrain.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 
@@ -25,7 +24,12 @@ MANIFEST = "manifest.json"
 def fingerprint(value: Any) -> str:
     """A hash of JSON-able data that does not depend on key order: 16 hex digits are enough for a run folder."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(_encoded(text)).hexdigest()[:16]
+
+
+def _encoded(json_text: str) -> bytes:
+    """JSON in UTF-8. What has no place there, a file name of other bytes, becomes the escape that JSON reads it back from."""
+    return json_text.encode(errors="backslashreplace")
 
 
 def hash_file(path: Path) -> str:
@@ -44,7 +48,7 @@ def expand_home(path: str) -> Path:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that after a crash the file is either whole or absent."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_bytes(path, _encoded(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -245,7 +249,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write rows as JSON lines, whole or not at all."""
-    write_bytes(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode())
+    write_bytes(path, _encoded("".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)))
 
 
 def lineage(run: Path, stage: str) -> list[dict[str, Any]]:
@@ -263,26 +267,3 @@ def lineage(run: Path, stage: str) -> list[dict[str, Any]]:
         found.append(manifest)
         pending.extend(str(parent) for parent in manifest.get("inputs", {}))
     return found
-
-
-@contextmanager
-def run_lock(run: Path) -> Iterator[None]:
-    """Hold a run folder; a second process is refused at once. The lock dies with the process, however it dies.
-
-    Raises RunLockedError where another process holds it, ArtifactError where the folder cannot be made or written.
-    """
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        handle = (run / ".lock").open("a+")
-    except OSError as error:
-        raise disk_error(run, error) from error
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunLockedError(
-                str(run),
-                "another posttrain process works on this run",
-                do="wait for it, or choose another folder with --out",
-            ) from None
-        yield

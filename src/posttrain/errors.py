@@ -6,7 +6,8 @@
     ├── ModelError            a base model, its weights, its tokenizer or its chat template
     ├── AdapterError          an adapter that does not belong to this base, or is damaged
     ├── ArtifactError         a run folder, a manifest, a checkpoint
-    │   └── RunLockedError    another process works on the same run
+    │   ├── RunLockedError    another process works on the same run
+    │   └── MovedError        a folder that this process works in was renamed or removed
     ├── BusyError             a server that has no room for a request, or is going down
     └── TrainingError         training cannot go on
         └── NonFiniteError    a loss or gradient is not finite; nothing was updated
@@ -45,6 +46,10 @@ class ArtifactError(PosttrainError):
 
 class RunLockedError(ArtifactError):
     """Another process is working on the same run folder."""
+
+
+class MovedError(ArtifactError):
+    """A folder that this process works in was renamed, removed or replaced."""
 
 
 class BusyError(PosttrainError):

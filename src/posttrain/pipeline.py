@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,22 +28,23 @@ from posttrain.artifacts import (
     partial_folder,
     publish,
     recover,
-    run_lock,
     verify_files,
     write_bytes,
     write_json,
     write_jsonl,
 )
-from posttrain.errors import Interrupted, ModelError, RecipeError
+from posttrain.errors import ArtifactError, Interrupted, ModelError, MovedError, RecipeError
 from posttrain.evaluate.gain import published_gains
 from posttrain.evaluate.scorecard import StageScores, build_scorecard, load_scores
+from posttrain.locks import HeldFolder, run_lock
 from posttrain.plan import EVALUATIONS, WORKING_ON, Plan, Step, make_plan, parts_of, unfinished
 from posttrain.recipe import nearest
-from posttrain.settings import Recipe
+from posttrain.settings import Recipe, Stage
 from posttrain.train.signals import StopSignal
 
 if TYPE_CHECKING:
     from posttrain.models.files import Policies
+    from posttrain.train.stage import StageContext, StageResult
 
 # What a stage needs only while it works: not part of the artifact.
 SCRATCH = ("checkpoints", WORKING_ON)
@@ -80,7 +82,7 @@ def run_recipe(recipe: Recipe, recipe_text: str, run: Path, *, until: str | None
             fresh = not run.exists()
             if fresh:  # a mistake in what the recipe names leaves no folder behind
                 _check_data(make_plan(recipe, run, until=until))
-            with run_lock(run):
+            with run_lock(run) as held, _noticing(held):
                 for folder in (run, run / EVALUATIONS):
                     recover(folder, scratch=SCRATCH)
                 plan = make_plan(recipe, run, until=until)
@@ -88,7 +90,8 @@ def run_recipe(recipe: Recipe, recipe_text: str, run: Path, *, until: str | None
                     if not fresh:
                         _check_data(plan)
                     write_bytes(run / "recipe.toml", recipe_text.encode())
-                    _work(plan, stop)
+                    _work(plan, stop, held)
+                held.check()
                 return _finish(plan)
     except OSError as error:
         if is_disk_error(error):
@@ -96,7 +99,19 @@ def run_recipe(recipe: Recipe, recipe_text: str, run: Path, *, until: str | None
         raise
 
 
-def _work(plan: Plan, stop: StopSignal) -> None:
+@contextlib.contextmanager
+def _noticing(held: HeldFolder) -> Iterator[None]:
+    """Whatever the file system refuses inside is told as what it is where the run folder was renamed or removed."""
+    try:
+        yield
+    except MovedError:
+        raise
+    except (OSError, ArtifactError):
+        held.check()
+        raise
+
+
+def _work(plan: Plan, stop: StopSignal, held: HeldFolder) -> None:
     """Load the base once, then do what is due. Raises Interrupted between steps when asked."""
     say(f"loading {plan.recipe.base.model}")
     from safetensors import SafetensorError
@@ -127,7 +142,7 @@ def _work(plan: Plan, stop: StopSignal) -> None:
         if stop.asked:
             raise Interrupted(f"stopped before {step.name}; run the same command to go on")
         try:
-            _do(plan, step, policies, stop)
+            _do(plan, step, policies, stop, held)
         except SafetensorError as error:  # it tells what the disk said only in words
             number = re.search(r"os error (\d+)", str(error))
             if number is None:
@@ -135,9 +150,10 @@ def _work(plan: Plan, stop: StopSignal) -> None:
             raise disk_error(step.folder, OSError(int(number[1]), str(error))) from error
 
 
-def _do(plan: Plan, step: Step, policies: "Policies", stop: StopSignal) -> None:
-    """One step from an empty or unfinished folder to a published artifact."""
+def _do(plan: Plan, step: Step, policies: "Policies", stop: StopSignal, held: HeldFolder) -> None:
+    """One step from an empty or unfinished folder to a published artifact. Raises ArtifactError where the run is elsewhere."""
     started = time.monotonic()
+    held.check()
     folder = _open_partial(step)
     if step.stage is not None:
         extra = _train(plan, step, folder, policies, stop)
@@ -145,6 +161,7 @@ def _do(plan: Plan, step: Step, policies: "Policies", stop: StopSignal) -> None:
         work = _measure if step.kind == "measure" else _evaluate
         extra = work(plan, step, folder, policies, stop)
     manifest = _manifest(plan, step, policies, extra, time.monotonic() - started)
+    held.check()
     publish(folder, step.folder, manifest, scratch=SCRATCH)
     _give_back_memory()
 
@@ -183,7 +200,8 @@ def _check_data(plan: Plan) -> None:
                 say(f"warning: {step.name}: {warning}")
         for part in parts_of(step.stage):
             if part.function:
-                check_function(part.function, timeout=part.timeout, where=f'stage "{step.name}"')
+                planned = step.settings["functions"][part.function]
+                check_function(part.function, timeout=part.timeout, where=f'stage "{step.name}"', planned=planned)
 
 
 def _open_partial(step: Step) -> Path:
@@ -191,7 +209,8 @@ def _open_partial(step: Step) -> Path:
     folder = partial_folder(step.folder)
     if unfinished(step.folder) != step.work:
         shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    for new in (folder.parent, folder):  # never the run folder itself
+        new.mkdir(exist_ok=True)
     write_json(folder / WORKING_ON, {"fingerprint": step.work})
     return folder
 
@@ -199,10 +218,7 @@ def _open_partial(step: Step) -> Path:
 def _train(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: StopSignal) -> dict[str, Any]:
     """Train one stage; returns what its manifest says beyond the plan."""
     from posttrain.progress import open_trackers
-    from posttrain.train.dpo import train_dpo
-    from posttrain.train.ppo import train_ppo
-    from posttrain.train.reward import train_reward
-    from posttrain.train.sft import train_sft
+    from posttrain.train.checkpoint import Owner
     from posttrain.train.stage import StageContext
 
     stage = step.stage
@@ -211,21 +227,31 @@ def _train(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: Sto
     trackers = open_trackers(
         plan.recipe.trackers, folder=plan.run, run=plan.recipe.name, stage=step.name, settings=step.settings
     )
-    context = StageContext(policies.base, policies, plan.recipe, folder, stop, trackers, plan.evaluation_prompts)
-    if stage.kind == "sft":
-        result = train_sft(context, stage)
-    elif stage.kind == "dpo":
-        result = train_dpo(context, stage)
-    elif stage.kind == "reward":
-        result = train_reward(context, stage)
-    else:
-        result = train_ppo(context, stage)
+    with contextlib.closing(HeldFolder(folder)) as held:
+        context = StageContext(
+            policies.base, policies, plan.recipe, folder, stop, trackers, plan.evaluation_prompts, Owner(step.work, held),
+            step.settings.get("functions", {}),
+        )  # fmt: skip
+        result = _train_kind(context, stage)
     for warning in result.warnings:
         say(f"warning: {warning}")
     return {
         "steps": result.fit.steps, "tokens": result.fit.tokens, "train_seconds": round(result.fit.seconds, 1),
         "metrics": result.fit.metrics, "warnings": list(result.warnings),
     }  # fmt: skip
+
+
+def _train_kind(context: "StageContext", stage: Stage) -> "StageResult":
+    from posttrain.train.dpo import train_dpo
+    from posttrain.train.ppo import train_ppo
+    from posttrain.train.reward import train_reward
+    from posttrain.train.sft import train_sft
+
+    if stage.kind == "sft":
+        return train_sft(context, stage)
+    if stage.kind == "dpo":
+        return train_dpo(context, stage)
+    return train_reward(context, stage) if stage.kind == "reward" else train_ppo(context, stage)
 
 
 def _evaluate(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: StopSignal) -> dict[str, Any]:

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from posttrain.errors import ArtifactError
-from posttrain.train.checkpoint import Checkpoint, checkpoint_folders, load_newest, save_checkpoint
+from posttrain.locks import HeldFolder
+from posttrain.train.checkpoint import Checkpoint, Owner, checkpoint_folders, load_newest, load_step, save_checkpoint
 
 FILES = ("state.safetensors", "state.json", "manifest.json")
 
@@ -186,6 +187,48 @@ def test_when_all_are_damaged_training_starts_over_and_says_so(tmp_path: Path, c
     ]  # fmt: skip
     save(tmp_path, 1)
     assert loaded_step(tmp_path) == 1
+
+
+def owned(folder: Path, fingerprint: str) -> Owner:
+    folder.mkdir(parents=True, exist_ok=True)
+    return Owner(fingerprint, HeldFolder(folder))
+
+
+def test_a_checkpoint_of_another_stage_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Copied from another stage, or in a folder that was renamed."""
+    mine, other = owned(tmp_path / "mine", "1" * 16), owned(tmp_path / "other", "2" * 16)
+    save_checkpoint(tmp_path / "mine/checkpoints", 1, numbered(1), owner=mine)
+    save_checkpoint(tmp_path / "other/checkpoints", 2, numbered(2), owner=other)
+    shutil.copytree(tmp_path / "other/checkpoints/step-00000002", tmp_path / "mine/checkpoints/step-00000002")
+    assert load_step(tmp_path / "mine/checkpoints", 2, mine) is None
+    saved = load_newest(tmp_path / "mine/checkpoints", mine)
+    assert saved is not None
+    assert saved.state["step"] == 1
+    found = f"step-00000002 refused: it is of another stage ({'2' * 16}), and this one is {'1' * 16}; going on from an older"
+    assert found in capsys.readouterr().err
+    save(tmp_path / "mine/checkpoints", 3)
+    assert load_newest(tmp_path / "mine/checkpoints", mine) is not None
+    assert "step-00000003 refused: it is of no stage that it names" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["renamed", "replaced", "removed"])
+def test_a_folder_that_is_elsewhere_is_noticed_at_the_next_save_and_not_made_again(how: str, tmp_path: Path):
+    folder, checkpoints = tmp_path / "run/.sft.partial", tmp_path / "run/.sft.partial/checkpoints"
+    owner = owned(folder, "1" * 16)
+    save_checkpoint(checkpoints, 1, numbered(1), owner=owner)
+    if how == "removed":
+        shutil.rmtree(tmp_path / "run")
+        found = "was removed while this process worked in it · run the same command to begin again"
+    else:
+        (tmp_path / "run").rename(tmp_path / "moved")
+        last = tmp_path / "moved/.sft.partial/checkpoints/step-00000001"
+        found = f"while this process worked in it · the last checkpoint is {last} · give its new name with --out"
+    if how == "replaced":
+        folder.mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ArtifactError, match=f"run/.sft.partial · .*{found}"):
+        save_checkpoint(checkpoints, 2, numbered(2), owner=owner)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_damaged_checkpoints_never_push_out_the_last_good_one(tmp_path: Path):

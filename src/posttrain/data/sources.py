@@ -66,7 +66,7 @@ def data_hashes(data: str | tuple[Source, ...]) -> dict[str, str]:
         else:
             files = sorted(p for p in place.rglob("*") if p.is_file())
             joined = "".join(f"{p.relative_to(place)}:{hash_file(p)};" for p in files)
-            found[source.path] = hashlib.sha256(joined.encode()).hexdigest()
+            found[source.path] = hashlib.sha256(joined.encode(errors="surrogateescape")).hexdigest()
     return found
 
 

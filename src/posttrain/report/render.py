@@ -69,7 +69,7 @@ def write_report(run: Path) -> Path:
     Raises ArtifactError where the folder is no run, nothing was evaluated yet, or a file is missing or damaged.
     """
     path = run / "report.html"
-    write_bytes(path, render(load_run(run)).encode())
+    write_bytes(path, render(load_run(run)).encode(errors="replace"))
     return path
 
 

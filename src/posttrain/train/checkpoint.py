@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `step-00000012` with `state.safetensors` (weights, optimiser moments, random state), `state.json`
 (step, counters) and `manifest.json` (sha256 of both, written last). It is written beside its place, fsynced and renamed.
-Loading takes the newest that verifies; a damaged one is named and set aside, so that it never counts among those kept.
+Its manifest also has the fingerprint of the stage that it belongs to. Loading takes the newest that verifies; a damaged one, or
+one of another stage, is named and set aside, so that it never counts among those kept.
 """
 
 import json
@@ -20,8 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from posttrain.artifacts import disk_error, fsync_folder, fsync_tree, hash_file, write_json
+from posttrain.locks import HeldFolder
 
 KEEP = 2
+CHECKPOINTS = "checkpoints"
 TENSORS, STATE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 
 
@@ -32,23 +35,43 @@ class Checkpoint(NamedTuple):
     state: dict[str, Any]
 
 
+class Owner(NamedTuple):
+    """The stage that checkpoints belong to: what it works for, as a fingerprint, and its folder, which is held open."""
+
+    fingerprint: str
+    held: HeldFolder
+
+    def check(self) -> None:
+        """Raises MovedError where the stage's folder was renamed or removed, which says where the last checkpoint is."""
+        now = self.held.now()
+        newest = checkpoint_folders(now / CHECKPOINTS)[:1] if now is not None else []
+        self.held.check(left=f"the last checkpoint is {newest[0]}" if newest else "")
+
+
 def step_name(step: int) -> str:
     """The folder of a step's checkpoint."""
     return f"step-{step:08d}"
 
 
-def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, *, keep: int = KEEP) -> None:
-    """Write a checkpoint; older ones beyond the newest `keep` go, after the new one is safe. Raises ArtifactError."""
+def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, *, keep: int = KEEP, owner: Owner | None = None) -> None:
+    """Write a checkpoint; older ones beyond the newest `keep` go, after the new one is safe.
+
+    Raises ArtifactError when the disk refuses, and where the owner's folder is not where it was: it is not made again.
+    """
+    if owner is not None:
+        owner.check()
     final = folder / step_name(step)
     partial = folder / f".step-{step:08d}.partial"
     with disk_errors(final):
         for leftover in folder.glob(".step-*.partial"):  # of a save that was killed
             shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir(parents=True)
+        folder.mkdir(parents=owner is None, exist_ok=True)
+        partial.mkdir()
         save_file({n: t.contiguous() for n, t in checkpoint.tensors.items()}, str(partial / TENSORS))
         write_json(partial / STATE, checkpoint.state)
         fsync_tree(partial)
-        write_json(partial / MANIFEST, {name: hash_file(partial / name) for name in (TENSORS, STATE)})
+        whose = {} if owner is None else {"stage": owner.fingerprint}
+        write_json(partial / MANIFEST, {**whose, **{name: hash_file(partial / name) for name in (TENSORS, STATE)}})
         shutil.rmtree(final, ignore_errors=True)
         os.rename(partial, final)
         fsync_folder(folder)
@@ -79,14 +102,14 @@ def oldest_step(folder: Path) -> int:
     return min((int(found.name.removeprefix("step-")) for found in checkpoint_folders(folder)), default=0)
 
 
-def load_newest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that verifies, or None. Says on standard error which ones it refused, and why.
+def load_newest(folder: Path, owner: Owner | None = None) -> Checkpoint | None:
+    """The newest checkpoint that verifies and is its owner's, or None. Says on standard error which ones it refused, and why.
 
     A refused one is kept under a hidden name: it must not take the place of a good one when old ones are removed.
     """
     candidates = checkpoint_folders(folder)
     for position, candidate in enumerate(candidates, start=1):
-        reason = damage(candidate)
+        reason = damage(candidate, owner)
         if reason is None:
             return _read(candidate)
         then = "going on from an older one" if position < len(candidates) else "there is no older one, starting over"
@@ -98,10 +121,10 @@ def load_newest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def load_step(folder: Path, step: int) -> Checkpoint | None:
-    """The checkpoint of one step, or None where it is missing or damaged."""
+def load_step(folder: Path, step: int, owner: Owner | None = None) -> Checkpoint | None:
+    """The checkpoint of one step, or None where it is missing, damaged or another stage's."""
     candidate = folder / step_name(step)
-    return None if damage(candidate) is not None else _read(candidate)
+    return None if damage(candidate, owner) is not None else _read(candidate)
 
 
 def _read(candidate: Path) -> Checkpoint:
@@ -109,13 +132,16 @@ def _read(candidate: Path) -> Checkpoint:
     return Checkpoint(load_file(str(candidate / TENSORS)), state)
 
 
-def damage(candidate: Path) -> str | None:
+def damage(candidate: Path, owner: Owner | None = None) -> str | None:
     """Why a checkpoint cannot be used, or None."""
     try:
         manifest = json.loads((candidate / MANIFEST).read_text(encoding="utf-8"))
         expected = {name: str(manifest[name]) for name in (TENSORS, STATE)}
     except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} is missing or damaged"
+    if owner is not None and manifest.get("stage") != owner.fingerprint:
+        whose = f"of another stage ({manifest['stage']!s:.16})" if "stage" in manifest else "of no stage that it names"
+        return f"it is {whose}, and this one is {owner.fingerprint}"
     for name, digest in expected.items():
         try:
             found = hash_file(candidate / name)

@@ -24,7 +24,7 @@ from posttrain.models.batches import MICRO_TOKENS, DeviceBatch, batch_logprobs, 
 from posttrain.models.load import BaseModel
 from posttrain.progress import Progress
 from posttrain.settings import DpoStage
-from posttrain.train.checkpoint import Checkpoint, load_newest, save_checkpoint
+from posttrain.train.checkpoint import CHECKPOINTS, Checkpoint, Owner, load_newest, save_checkpoint
 from posttrain.train.loop import MicroBatch, TrainTask
 from posttrain.train.schedule import run_order
 from posttrain.train.signals import StopSignal
@@ -56,7 +56,8 @@ def train_dpo(context: StageContext, stage: DpoStage) -> StageResult:
     settings = loop_settings(stage, seed_of(stage, context.recipe))
     seen = {index for step in run_order(len(prepared.train), settings) for index in step}
     rows = [*(prepared.train[index] for index in sorted(seen)), *prepared.validation]
-    reference = reference_logprobs(base, context.policies.activate(name), rows, context.folder, context.stop)
+    adapter = context.policies.activate(name)
+    reference = reference_logprobs(base, adapter, rows, context.folder, context.stop, owner=context.owner)
     policy = start_policy(context, stage)
     if name == stage.init:
         check_start(base, policy.routing, rows, reference, where=f'stage "{stage.name}"')
@@ -131,14 +132,15 @@ def _length(pair: PairRow) -> int:
 
 @torch.no_grad()
 def reference_logprobs(
-    base: BaseModel, policy: str, pairs: Sequence[PairRow], folder: Path, stop: StopSignal
+    base: BaseModel, policy: str, pairs: Sequence[PairRow], folder: Path, stop: StopSignal, *, owner: Owner | None = None
 ) -> dict[str, Tensor]:
     """The reference's log-probability of every target of every pair: id -> [chosen tokens, then rejected tokens].
 
     Kept in the stage's folder, so that a resumed stage reads what it trained against.
     """
-    kept = folder / "checkpoints" / "reference"
-    saved = load_newest(kept)
+    kept = folder / CHECKPOINTS / "reference"
+    kept.parent.mkdir(parents=owner is None, exist_ok=True)
+    saved = load_newest(kept, owner)
     if saved is not None and saved.tensors.keys() >= {p.id for p in pairs}:
         return saved.tensors
     found: dict[str, Tensor] = {}
@@ -152,7 +154,7 @@ def reference_logprobs(
         progress.update(len(chosen), tokens=batch.tokens)
         if stop.asked:
             raise Interrupted("stopped while computing the reference; run the same command to go on")
-    save_checkpoint(kept, 0, Checkpoint(found, {"policy": policy}))
+    save_checkpoint(kept, 0, Checkpoint(found, {"policy": policy}), owner=owner)
     return found
 
 

@@ -46,7 +46,7 @@ def open_gold(context: StageContext, stage: PpoStage, prompts: Sequence[PromptRo
             f'stage "{stage.name}"', f"{len(prompts)} prompts held out for gold", allowed="at least 2",
             do="raise validation, or give more prompts",
         )  # fmt: skip
-    judge = Judge(reward_parts(stage.gold), context.policies, where=score.where, stop=context.stop)
+    judge = Judge(reward_parts(stage.gold), context.policies, where=score.where, stop=context.stop, sources=context.sources)
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(context.recipe.seed)).tolist()
     return GoldMeasure(context, stage, [prompts[i] for i in sorted(order[: stage.gold_prompts])], score, judge)
 

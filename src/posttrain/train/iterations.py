@@ -23,7 +23,7 @@ from posttrain.models.batches import MICRO_TOKENS, DeviceBatch, pack_trees
 from posttrain.progress import Progress
 from posttrain.records import Rollout
 from posttrain.settings import PpoStage
-from posttrain.train.checkpoint import Checkpoint, load_newest, load_step, oldest_step, save_checkpoint
+from posttrain.train.checkpoint import CHECKPOINTS, Checkpoint, load_newest, load_step, oldest_step, save_checkpoint
 from posttrain.train.guards import check_figures, check_sampled, check_sampler
 from posttrain.train.memory import cache, packed
 from posttrain.train.rewards import Judged, Texts
@@ -42,6 +42,7 @@ class Iterations:
     def __init__(self, context: StageContext, stage: PpoStage, prompts: Sequence[PromptRow], roles: Roles) -> None:
         self.base, self.policies, self.stage, self.roles = context.base, context.policies, stage, roles
         self.folder, self.stop, self.seed, self.prompts = context.folder, context.stop, seed_of(stage, context.recipe), prompts
+        self.owner = context.owner
         self.count = min(stage.prompts, len(prompts))
         self.minibatches = -(-self.count // stage.minibatch)
         self.steps = stage.ppo_epochs * self.minibatches  # of an iteration
@@ -71,10 +72,10 @@ class Iterations:
         room = {"memory/cache": cache(self.base, sampled.prompts, self.stage), "memory/packed": packed(self.base)}
         rollouts = rollouts._replace(stats={**rollouts.stats, **judged.metrics(), **room, **speed})
         # As far back as the oldest checkpoint goes, and the iteration before it, whose KL moves the coefficient.
-        oldest = oldest_step(self.folder / "checkpoints") // self.steps
+        oldest = oldest_step(self.folder / CHECKPOINTS) // self.steps
         tensors, state = to_tensors(rollouts)
         kept = Checkpoint(tensors, {**state, "iteration": iteration})
-        save_checkpoint(self._kept, iteration, kept, keep=iteration - oldest + 2)
+        save_checkpoint(self._kept, iteration, kept, keep=iteration - oldest + 2, owner=self.owner)
         self._show(iteration, sampled, answers)
         self.number, self.rollouts = iteration, rollouts
 
@@ -85,13 +86,13 @@ class Iterations:
 
     @property
     def _kept(self) -> Path:
-        return self.folder / "checkpoints" / "rollouts"
+        return self.folder / CHECKPOINTS / "rollouts"
 
     def at(self, iteration: int) -> Rollouts:
         """The rollouts of an iteration that was begun, from memory or from disk. Raises TrainingError."""
         if self.rollouts is not None and self.number == iteration:
             return self.rollouts
-        saved = load_step(self._kept, iteration)
+        saved = load_step(self._kept, iteration, self.owner)
         if saved is None:
             raise TrainingError(
                 f'stage "{self.stage.name}"', f"the rollouts of iteration {iteration + 1} are missing or damaged",
@@ -103,7 +104,7 @@ class Iterations:
     def newest(self) -> Rollouts:
         """The rollouts of the last iteration that was begun, whose number is then `number`."""
         if self.rollouts is None:
-            found = load_newest(self._kept)
+            found = load_newest(self._kept, self.owner)
             assert found is not None, "a stage that has begun has rollouts"
             self.number, self.rollouts = int(found.state["iteration"]), from_tensors(*found)
         return self.rollouts

@@ -19,7 +19,7 @@ from posttrain.artifacts import write_json
 from posttrain.errors import Interrupted, NonFiniteError, TrainingError
 from posttrain.losses.output import LossOutput
 from posttrain.progress import Metrics, Progress, Tracker
-from posttrain.train.checkpoint import Checkpoint, load_newest, save_checkpoint, step_name
+from posttrain.train.checkpoint import CHECKPOINTS, Checkpoint, Owner, load_newest, save_checkpoint, step_name
 from posttrain.train.schedule import LoopSettings, epochs_seen, learning_rate, step_rows, total_steps, validation_interval
 from posttrain.train.signals import StopSignal
 
@@ -72,8 +72,8 @@ class FitResult(NamedTuple):
 class _Run:
     """State of one loop between steps; everything here is in the checkpoint."""
 
-    def __init__(self, task: TrainTask, settings: LoopSettings) -> None:
-        self.task, self.settings = task, settings
+    def __init__(self, task: TrainTask, settings: LoopSettings, owner: Owner | None) -> None:
+        self.task, self.settings, self.owner = task, settings, owner
         self.steps = total_steps(task.rows, settings)
         self.groups: dict[float, dict[str, nn.Parameter]] = {}
         for name, parameter in task.parameters.items():
@@ -146,18 +146,19 @@ def fit(
     label: str,
     stop: StopSignal,
     trackers: tuple[Tracker, ...] = (),
+    owner: Owner | None = None,
 ) -> FitResult:
     """Train `task.parameters` in place, resuming from `folder`/checkpoints where there are any.
 
     Raises NonFiniteError before a bad step or after a validation that is not finite, Interrupted after a checkpoint
     when asked to stop.
     """
-    run = _Run(task, settings)
-    checkpoints = folder / "checkpoints"
+    run = _Run(task, settings, owner)
+    checkpoints = folder / CHECKPOINTS
     checkpoints.mkdir(parents=True, exist_ok=True)
     (folder / NONFINITE).unlink(missing_ok=True)
     torch.manual_seed(settings.seed)
-    saved = load_newest(checkpoints)
+    saved = load_newest(checkpoints, owner)
     if saved is not None:
         run.restore(saved)
     metrics = Metrics(folder / "metrics.jsonl", resume_step=run.step - run.unvalidated, trackers=trackers)
@@ -170,7 +171,7 @@ def fit(
             taken = _take_step(run, folder, checkpoints)
             if taken is None:
                 run.finished = True
-                save_checkpoint(checkpoints, run.step, run.checkpoint())
+                save_checkpoint(checkpoints, run.step, run.checkpoint(), owner=run.owner)
                 break
             shown, step_tokens, passed = taken
             with _saved_where_it_fails(run, checkpoints):
@@ -185,7 +186,7 @@ def fit(
             due = time.monotonic() - last_save > settings.checkpoint_minutes * 60
             due |= settings.checkpoint_every > 0 and run.step % settings.checkpoint_every == 0
             if due or stop.asked or run.finished:
-                save_checkpoint(checkpoints, run.step, run.checkpoint())
+                save_checkpoint(checkpoints, run.step, run.checkpoint(), owner=run.owner)
                 last_save = time.monotonic()
             if stop.asked and not run.finished:
                 raise Interrupted(f"{label}: stopped after step {run.step} of {run.steps}; run the same command to go on")
@@ -233,7 +234,7 @@ def _saved_where_it_fails(run: _Run, checkpoints: Path) -> Iterator[None]:
         yield
     except (Interrupted, TrainingError):
         if run.step and run.task.by_step and not (checkpoints / step_name(run.step)).exists():
-            save_checkpoint(checkpoints, run.step, run.checkpoint())
+            save_checkpoint(checkpoints, run.step, run.checkpoint(), owner=run.owner)
         raise
 
 

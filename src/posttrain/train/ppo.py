@@ -68,7 +68,7 @@ def train_ppo(context: StageContext, stage: PpoStage) -> StageResult:
         report, ptx = {**report, "ptx": found.report}, found.train
     reference = stage.init if stage.reference == "init" else stage.reference
     context.policies.activate(reference)  # one that cannot be read is told before anything is sampled
-    judge = Judge(reward_parts(stage.reward), context.policies, where=where, stop=context.stop)
+    judge = Judge(reward_parts(stage.reward), context.policies, where=where, stop=context.stop, sources=context.sources)
     gold = open_gold(context, stage, prepared.validation, judge) if stage.gold else None
     policy = start_policy(context, stage)
     if policy.routing != "base":

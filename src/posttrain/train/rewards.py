@@ -11,7 +11,7 @@ of held-out answers. Models are adapters on the one base, so their scores come b
 M: models, B: completions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,9 +47,14 @@ class Judged(NamedTuple):
 class Judge:
     """The parts of a reward, ready to score. Its functions live in processes, from the first score to `close`."""
 
-    def __init__(self, parts: Sequence[RewardPart], policies: Policies, *, where: str, stop: Stop) -> None:
-        """Raises AdapterError where a reward model was trained on another base."""
-        self.policies, self.parts, self.where, self.stop = policies, parts, where, stop
+    def __init__(
+        self, parts: Sequence[RewardPart], policies: Policies, *, where: str, stop: Stop, sources: Mapping[str, str] = {}
+    ) -> None:
+        """`sources` has the planned hash of each function's source. Raises AdapterError where a reward model was trained on
+        another base.
+        """
+        self.policies, self.parts, self.where = policies, parts, where
+        self.stop, self.sources = stop, sources
         self.models = [name for part in parts for name in part.models]
         for name in self.models:
             policies.activate(name)
@@ -90,7 +95,8 @@ class Judge:
 
     def _worker(self, part: RewardPart) -> FunctionWorker:
         if part.function not in self._workers:
-            worker = FunctionWorker(part.function, timeout=part.timeout, where=self.where, stop=self.stop)
+            planned = self.sources.get(part.function)
+            worker = FunctionWorker(part.function, timeout=part.timeout, where=self.where, stop=self.stop, planned=planned)
             self._workers[part.function] = worker
         return self._workers[part.function]
 

@@ -1,6 +1,6 @@
 """What all training stages share: where the policy starts, how it is trained, and what is left on disk."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from posttrain.models.recompute import recomputed
 from posttrain.models.tokens import token_ids
 from posttrain.progress import Tracker
 from posttrain.settings import PpoStage, Recipe, Stage
+from posttrain.train.checkpoint import Owner
 from posttrain.train.loop import FitResult, TrainTask, fit
 from posttrain.train.schedule import LoopSettings
 from posttrain.train.signals import StopSignal
@@ -29,6 +30,10 @@ class StageContext(NamedTuple):
     stop: StopSignal
     trackers: tuple[Tracker, ...] = ()
     evaluation_prompts: Collection[str] = ()
+    # Whose the checkpoints are.
+    owner: Owner | None = None
+    # Of each reward function the hash of its source when the run was planned.
+    sources: Mapping[str, str] = {}
 
 
 class StageResult(NamedTuple):
@@ -96,6 +101,7 @@ def fit_stage(
                 label=stage.name,
                 stop=context.stop,
                 trackers=context.trackers,
+                owner=context.owner,
             )
         policy.save(context.folder)
     finally:
