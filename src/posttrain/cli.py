@@ -1,11 +1,11 @@
 """The command `posttrain`: verbs, thin. Each verb parses, calls one function and prints; the work is elsewhere.
 
 Exit codes: 0 all well (also: stopped on request, state saved), 2 a mistake that the user can mend, 1 a defect of ours.
-Ctrl-C where nothing needs saving ends with 130, as a shell would say it.
+Ctrl-C where nothing needs saving ends with 130, as a shell would say it. Where the reader of the output has ended, a verb that
+works (`run`, `evaluate`, …) goes on in silence, and one that shows something ends quietly.
 """
 
 import argparse
-import io
 import json
 import os
 import shutil
@@ -20,6 +20,7 @@ from posttrain.artifacts import disk_error, is_disk_error
 from posttrain.constitution import commands as constitution
 from posttrain.errors import Interrupted, PosttrainError, RecipeError
 from posttrain.serve import commands
+from posttrain.streams import discard, keep_writing, open_standard_streams
 
 Verb = Callable[[argparse.Namespace], int]
 CTRL_C = 130
@@ -27,12 +28,12 @@ CTRL_C = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal without UTF-8 shows "?" rather than ending the command
-            stream.reconfigure(errors="replace")
-    parsed = build_parser().parse_args(arguments)
-    verb: Verb = parsed.verb
+    open_standard_streams()
     try:
+        parsed = _parsed(sys.argv[1:] if arguments is None else arguments)
+        verb: Verb = parsed.verb
+        if verb in (_run, _evaluate, _merge, _export, _report, commands.serve):
+            keep_writing()
         code = verb(parsed)
         sys.stdout.flush()  # here, where a reader that went away or a full disk can be answered
         return code
@@ -46,14 +47,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("stopped", file=sys.stderr)
         return CTRL_C
     except BrokenPipeError:  # the reader of our output went away: `posttrain show … | head`
-        # Python flushes standard output at its end, and would complain there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout.fileno())  # Python flushes standard output at its end, and would complain there
         return 0
     except OSError as error:
         if not is_disk_error(error):
             raise
         print(f"error: {disk_error(Path(error.filename or 'standard output'), error)}", file=sys.stderr)
         return 2
+
+
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """Arguments as their verb reads them. Raises RecipeError for one that is not UTF-8: no manifest could hold it."""
+    for argument in arguments:
+        if argument.isascii() or argument == argument.encode(errors="replace").decode():
+            continue
+        shown = os.fsencode(argument).decode(errors="backslashreplace")
+        do = "rename the file, or give its folder; type text in UTF-8"
+        raise RecipeError("posttrain", f"the argument {shown} is not UTF-8", do=do)
+    try:
+        return build_parser().parse_args(arguments)
+    except SystemExit:  # --help, --version, and what argparse refuses
+        sys.stdout.flush()
+        raise
 
 
 def build_parser() -> argparse.ArgumentParser:
