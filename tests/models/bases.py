@@ -35,11 +35,32 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
+# What some families add to the head, to attention, or to both.
+ADDITIONS: dict[str, tuple[type, dict[str, Any]]] = {
+    "cohere, scaled logits": (transformers.CohereConfig, {"logit_scale": 0.3}),
+    "granite, divided logits": (transformers.GraniteConfig, {"logits_scaling": 4.0, "tie_word_embeddings": False}),
+    "phi, bias of the head": (transformers.PhiConfig, {"tie_word_embeddings": False}),
+    "gpt_oss, sliding, sinks": (
+        transformers.GptOssConfig,
+        {
+            "head_dim": 16, "sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "minicpm3, values narrower than keys": (
+        transformers.MiniCPM3Config,
+        {
+            "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+            "v_head_dim": 12, "dim_model_base": 16,
+        },
+    ),
+}  # fmt: skip
+ALL = CONFIGS | ADDITIONS
 
 
 def make_base(name: str, folder: Path, dtype: str = "float32") -> BaseModel:
     """A tiny base of an architecture, with the tokenizer of random:tiny."""
-    kind, changes = CONFIGS[name]
+    kind, changes = ALL[name]
     settings = {"tie_word_embeddings": True} | SHAPE | changes
     with torch.random.fork_rng():
         torch.manual_seed(0)

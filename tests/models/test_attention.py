@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bases import CONFIGS, eager, make_base
+from bases import ADDITIONS, ALL, CONFIGS, eager, make_base
 from logits_of import our_logits, plain_logits
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from posttrain.generate.rows import Request
 from posttrain.models.attention import _reference, segment_attention
 from posttrain.models.attention_cuda import gather_keys, varlen_table
 from posttrain.models.batches import batch_logprobs, to_device
+from posttrain.models.decoding import Extras
 from posttrain.models.load import BaseModel
 from posttrain.models.segments import Segments, Span
 
@@ -141,10 +142,31 @@ def test_the_table_of_the_gpu_kernel_lists_what_each_segment_sees(packing: str) 
         assert torch.allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.parametrize("argument", ["position_bias", "indices", "something_new"])
+def test_an_argument_that_is_not_known_is_refused(argument: str) -> None:
+    q, k, v = (x[None] for x in random_heads(2, 1, 5, 8))
+    for harmless in ({argument: None}, {"position_ids": torch.arange(5)}):
+        segment_attention(torch.nn.Identity(), q, k, v, None, scaling=0.3, segments=Segments((Span(0, 5),)), **harmless)
+    with pytest.raises(NotImplementedError, match=argument):
+        segment_attention(
+            torch.nn.Identity(), q, k, v, None, scaling=0.3, segments=Segments((Span(0, 5),)), **{argument: torch.zeros(1)}
+        )
+
+
+def test_a_mask_of_the_models_own_and_missing_segments_are_refused() -> None:
+    q, k, v = (x[None] for x in random_heads(2, 1, 5, 8))
+    with pytest.raises(NotImplementedError, match="attention_mask"):
+        segment_attention(torch.nn.Identity(), q, k, v, torch.zeros(1), scaling=0.3, segments=Segments((Span(0, 5),)))
+    with pytest.raises(NotImplementedError, match="is_causal"):
+        segment_attention(torch.nn.Identity(), q, k, v, None, scaling=0.3, segments=Segments((Span(0, 5),)), is_causal=False)
+    with pytest.raises(NotImplementedError, match="keyword arguments"):
+        segment_attention(torch.nn.Identity(), q, k, v, None, scaling=0.3)
+
+
 def test_the_plain_reference_agrees_with_the_fused_function() -> None:
     for spans in PACKINGS.values():
         q, k, v = random_heads(4, 2, 24, 8)
-        plain = _reference(q, k, v, 0.3, Segments(spans), 4)
+        plain = _reference(q, k, v, 0.3, Segments(spans), Extras(4))
         assert torch.allclose(plain, attend(q, k, v, spans, 4, None), atol=1e-5)
 
 
@@ -179,15 +201,37 @@ def alone(base: BaseModel, ids: list[int]) -> Tensor:
     return row_logprobs(base, row_segments(ids, [True] * len(ids), 0), 1)[0]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ALL)
 def test_logits_are_those_of_transformers_own_attention(bases: Callable, name: str) -> None:
     base = bases(name)
     reference = eager(base)
     for ids in token_rows(3, low=20, high=40):
         ours = our_logits(base, ids, "base")
-        if base.softcap is not None:
-            ours = torch.tanh(ours / base.softcap) * base.softcap
         assert torch.allclose(ours, plain_logits(reference, ids), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ADDITIONS)
+def test_gradients_in_embedding_and_head_are_those_of_transformers(bases: Callable, name: str) -> None:
+    base, reference = bases(name), eager(bases(name))
+    ids = token_rows(1, low=30, high=31)[0]
+    other = token_rows(1, low=9, high=10, seed=5)[0]
+    segments = row_segments(other, [False] * 9, 0) + row_segments(ids, [False] + [True] * 29, 1)
+    gradients = []
+    for model in (base.model, reference):
+        head = model.get_output_embeddings()
+        trained = [model.get_input_embeddings().weight, *(p for p in (head.weight, head.bias) if p is not None)]
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        if model is reference:
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1]
+            logprobs = torch.log_softmax(logits, -1).gather(1, torch.tensor(ids[1:])[:, None])
+        else:
+            logprobs = batch_logprobs(base, to_device(pack(segments, 2), base.device), "base")
+        gradients.append(torch.autograd.grad(logprobs.mean(), trained))
+        for parameter in trained:
+            parameter.requires_grad_(False)
+    for ours, own in zip(*gradients, strict=True):
+        assert torch.allclose(ours, own, atol=1e-5 * float(own.abs().max()))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -199,7 +243,7 @@ def test_packed_rows_equal_each_row_alone(bases: Callable, name: str) -> None:
         assert torch.allclose(packed, alone(base, ids), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ALL)
 def test_a_prompt_with_two_completions_equals_two_full_rows(bases: Callable, name: str) -> None:
     base = bases(name)
     prompt, chosen, rejected, other, one = token_rows(5, low=10, high=25, seed=3)
@@ -240,7 +284,7 @@ def test_filler_tokens_change_nothing(bases: Callable, filler: int) -> None:
         assert torch.equal(batch_logprobs(base, to_device(packed, base.device), "base"), alone(base, ids))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ALL)
 def test_logprobs_while_decoding_are_those_of_a_full_forward(bases: Callable, name: str) -> None:
     base = bases(name)
     prompts = token_rows(6, low=3, high=20, seed=6)
@@ -250,7 +294,7 @@ def test_logprobs_while_decoding_are_those_of_a_full_forward(bases: Callable, na
             assert torch.allclose(torch.tensor(rollout.logprobs), full, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ALL)
 def test_a_prompt_in_pieces_and_one_found_again_agree_with_a_full_forward(
     bases: Callable, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,6 +62,35 @@ def test_value_and_gradients_match_float64(head_trained: bool, softcap: float | 
         assert torch.allclose(head.grad.double(), in_head, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("head_trained", [False, True])
+def test_a_bias_is_a_column_of_the_head_that_every_hidden_state_meets_with_a_one(
+    head_trained: bool, softcap: float | None, dtype: torch.dtype
+) -> None:
+    given = problem()
+    bias = torch.randn(len(given.head_VD), generator=torch.Generator().manual_seed(3)).to(dtype)
+    given = given._replace(hidden_ND=given.hidden_ND.to(dtype), head_VD=given.head_VD.to(dtype))
+    wider = given._replace(
+        hidden_ND=torch.cat([given.hidden_ND, torch.ones(37, 1, dtype=dtype)], 1),
+        head_VD=torch.cat([given.head_VD, bias[:, None]], 1),
+    )
+    value, in_hidden, in_head = exact(wider, softcap)
+    hidden, head = given.hidden_ND.clone().requires_grad_(), given.head_VD.clone().requires_grad_(head_trained)
+    bias.requires_grad_(head_trained)
+    found = target_logprobs(hidden, head, given.target_N, softcap=softcap, bias_V=bias)
+    (found * given.slope_N).sum().backward()
+    close = 1e-5 if dtype == torch.float32 else 0.05
+    assert torch.allclose(found.double(), value, atol=close)
+    assert torch.allclose(hidden.grad.double(), in_hidden[:, :-1], atol=close)
+    if head_trained:
+        assert torch.allclose(head.grad.double(), in_head[:, :-1], atol=5 * close)
+        assert torch.allclose(bias.grad.double(), in_head[:, -1], atol=5 * close)
+    with torch.no_grad():
+        again = target_logprobs(given.hidden_ND, head, given.target_N, softcap=softcap, bias_V=bias)
+    assert torch.allclose(again, found, atol=1e-5)
+
+
 @pytest.mark.parametrize("head_trained", [False, True])
 def test_only_the_head_may_be_trained(head_trained: bool) -> None:
     given = problem()

@@ -30,7 +30,6 @@ from posttrain.generate.sampling import check_settings
 from posttrain.generate.steady import SteadyDecoder
 from posttrain.generate.steps import Steps
 from posttrain.generate.waiting import FairQueue, PromptTime, share_of_places
-from posttrain.models.decoding import attends_alone, bytes_per_token
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter
 from posttrain.models.slots import NarrowAdapters
@@ -58,7 +57,7 @@ class Engine:
         kind = base.device.type
         self._rows_limit = ROWS[kind]
         self._prefill_limit = (SERVED_PREFILL_TOKENS if serving else PREFILL_TOKENS)[kind]
-        self._cache_tokens = CACHE_BYTES[kind] // bytes_per_token(base.model.config.get_text_config().to_dict(), base.dtype)
+        self._cache_tokens = CACHE_BYTES[kind] // base.cache_bytes
         self._prefix_bytes = PREFIX_BYTES[kind] if serving else 0
         self._serving, self._count = serving, 0
         self.reset()
@@ -67,8 +66,7 @@ class Engine:
         """Forget all that waits, is in flight or is kept: at the start, and after a step that failed half way."""
         base = self.base
         steady = STEADY[base.device.type]
-        config = base.model.config.get_text_config().to_dict()
-        alone = attends_alone(config, base.dtype, base.device)
+        alone = base.attends_alone
         self._places = Places(base.device, steady=steady, by_blocks=not steady and not alone)
         self._narrow = NarrowAdapters(base.dtype, base.device, quick=self._serving)
         self._steady = SteadyDecoder(base, self._narrow) if steady else None

@@ -3,9 +3,10 @@
 One function is registered with transformers' attention interface, so every causal model that the interface serves works,
 sliding windows included. On a CPU it runs once a segment: no work between segments, no padding, cost the sum of squares.
 On a GPU the same table becomes the sequences of the variable-length flash kernel. With a cache (`models/decoding.py`),
-the first tokens of the batch are those of decoding rows and see their rows' cached keys.
+the first tokens of the batch are those of decoding rows and see their rows' cached keys. An argument that is not known is
+refused: what it would have changed could not be seen in the result.
 
-T: packed tokens, H: query heads, K: key/value heads, D: head width.
+T: packed tokens, H: query heads, K: key/value heads, D: head width, E: width of the values, at most D.
 """
 
 from typing import Any
@@ -13,14 +14,17 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from torch.nn import functional
 from transformers.masking_utils import AttentionMaskInterface
 
 from posttrain.models.attention_cpu import CpuSegmentAttention, gather
 from posttrain.models.attention_cuda import takes, varlen_attention
-from posttrain.models.decoding import decode, fill, with_pasts
+from posttrain.models.decoding import Extras, decode, fill, softmax_with_sinks, with_pasts
 from posttrain.models.segments import Segments
 
 ATTENTION_NAME = "posttrain_segments"
+# Arguments that say again what the segments say, or ask for further outputs.
+HARMLESS = frozenset({"position_ids", "cache_position", "position_embeddings", "use_cache", "output_attentions"})
 
 
 def register_attention() -> None:
@@ -36,49 +40,75 @@ def _no_mask(*_: Any, **__: Any) -> None:
 
 def segment_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float,
-    segments: Segments, dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None, **_: Any,
+    segments: Segments | None = None, dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None,
+    s_aux: Tensor | None = None, is_causal: bool | None = None, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """transformers' attention signature: query [1, H, T, D], key and value [1, K, T, D] -> ([1, T, H, D], None)."""
+    """transformers' attention signature: query [1, H, T, D], key [1, K, T, D], value [1, K, T, E] -> ([1, T, H, E], None).
+
+    `s_aux` [H] are attention sinks: for each head a logit of a key without a value. Raises NotImplementedError for anything
+    else that could change the result.
+    """
     assert dropout == 0.0, "attention dropout would make a policy differ from its own samples"
-    window = sliding_window or 0
+    segments = _known(segments, attention_mask, is_causal, others)
+    extra = Extras(sliding_window or 0, softcap, s_aux)
     q, k, v = query[0], key[0], value[0]
+    width = v.shape[-1]
+    if width != q.shape[-1]:  # of latent attention; zeros add nothing to a sum of values
+        if width > q.shape[-1]:
+            raise NotImplementedError("its values are wider than its keys")
+        v = functional.pad(v, (0, q.shape[-1] - width))
     if segments.step is None:
-        out = _packed(q, k, v, scaling, segments, window, softcap)
+        out = _packed(q, k, v, scaling, segments, extra)
     else:
-        out = _cached(q, k, v, int(module.layer_idx), scaling, segments, window, softcap)  # type: ignore[arg-type]
+        out = _cached(q, k, v, int(module.layer_idx), scaling, segments, extra)  # type: ignore[arg-type]
+    if width != q.shape[-1]:
+        out = out[..., :width]
     return out.transpose(0, 1)[None], None
 
 
-def _packed(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments, window: int, softcap: float | None) -> Tensor:
-    if softcap is not None:
-        return _reference(q, k, v, scale, segments, window, softcap)
+def _known(segments: Segments | None, mask: Tensor | None, is_causal: bool | None, others: dict[str, Any]) -> Segments:
+    """The segments, where nothing else was given that could change the result."""
+    unknown = [name for name, argument in others.items() if argument is not None and name not in HARMLESS]
+    if mask is not None:
+        unknown.append("attention_mask")
+    if is_causal is False:
+        unknown.append("is_causal = False")
+    if unknown:
+        raise NotImplementedError(f"its attention has arguments that are not supported: {', '.join(sorted(unknown))}")
+    if segments is None:
+        raise NotImplementedError("its layers do not pass keyword arguments on to the attention function")
+    return segments
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments, extra: Extras) -> Tensor:
+    if extra.softcap is not None or extra.sinks_H is not None:
+        return _reference(q, k, v, scale, segments, extra)
+    if q.is_cuda and not takes(q):
+        return _reference(q, k, v, scale, segments, extra)
     if q.is_cuda:
-        attention = varlen_attention if takes(q) else _reference
-        return attention(q, k, v, scale, segments, window)
-    return CpuSegmentAttention.apply(q, k, v, scale, segments, window)  # type: ignore[no-any-return, no-untyped-call]
+        return varlen_attention(q, k, v, scale, segments, extra.window)
+    return CpuSegmentAttention.apply(q, k, v, scale, segments, extra.window)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _cached(
-    q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, segments: Segments, window: int, softcap: float | None
-) -> Tensor:
+def _cached(q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, segments: Segments, extra: Extras) -> Tensor:
     """Decoding rows first, then the packed prompts of rows that join. Their places are filled after the rows are read:
     until then a place without a row is filler."""
     step = segments.step
     assert step is not None
+    segments.calls += 1
     parts = []
     if step.rows:
-        parts.append(decode(q, k, v, layer, step, scale=scale, window=window, softcap=softcap))
+        parts.append(decode(q, k, v, layer, step, scale=scale, extra=extra))
     if segments.spans:
         keys, values = with_pasts(step, layer, k[:, step.rows :], v[:, step.rows :])
-        parts.append(_packed(q[:, step.rows :], keys, values, scale, segments, window, softcap))
+        parts.append(_packed(q[:, step.rows :], keys, values, scale, segments, extra))
         fill(step, layer, k, v)
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _reference(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments, window: int, softcap: float | None = None
-) -> Tensor:
-    """The same attention by plain operations: for soft-capped models, for float32 on a GPU, and to compare against."""
+def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments, extra: Extras) -> Tensor:
+    """The same attention by plain operations: for soft-capped models and those with sinks, for float32 on a GPU, and to
+    compare against."""
     groups = q.shape[0] // k.shape[0]
     out = torch.zeros_like(q)
     for span in segments.spans:
@@ -86,9 +116,9 @@ def _reference(
         keys = gather(k, span).repeat_interleave(groups, 0)
         values = gather(v, span).repeat_interleave(groups, 0)
         scores = q[:, rows] @ keys.transpose(1, 2) * scale
-        if softcap:
-            scores = torch.tanh(scores / softcap) * softcap
-        scores = scores.masked_fill(segments.invisible(span.length, span.keys, window, q.device), float("-inf"))
-        weights = torch.softmax(scores.float(), -1).to(q.dtype)
+        if extra.softcap:
+            scores = torch.tanh(scores / extra.softcap) * extra.softcap
+        scores = scores.masked_fill(segments.invisible(span.length, span.keys, extra.window, q.device), float("-inf"))
+        weights = softmax_with_sinks(scores.float(), extra.sinks_H).to(q.dtype)
         out = torch.index_copy(out, 1, torch.arange(rows.start, rows.stop, device=q.device), weights @ values)
     return out

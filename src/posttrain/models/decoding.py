@@ -41,7 +41,8 @@ def bytes_per_token(config: dict[str, Any], dtype: torch.dtype) -> int:
     """What the keys and values of one token take in all layers, by a model's configuration."""
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
-    return int(2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * width * dtype.itemsize)
+    layers = config.get("num_hidden_layers") or config["num_layers"]
+    return int(2 * layers * (config.get("num_key_value_heads") or heads) * width * dtype.itemsize)
 
 
 def attends_alone(config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> bool:
@@ -237,25 +238,41 @@ def fill(step: CacheStep, layer: int, k: Tensor, v: Tensor) -> None:
         filling.shelf.write(layer, k, v, filling.place_N, filling.position_N, filling.source_N)
 
 
-def decode(
-    q: Tensor, k: Tensor, v: Tensor, layer: int, step: CacheStep, *, scale: float, window: int, softcap: float | None
-) -> Tensor:
+class Extras(NamedTuple):
+    """What some models add to plain attention: a sliding window (0 for none), a soft cap of the scores, and sinks: for each
+    head the score [H] of a key whose value is zero."""
+
+    window: int = 0
+    softcap: float | None = None
+    sinks_H: Tensor | None = None
+
+
+def softmax_with_sinks(scores: Tensor, sinks_H: Tensor | None) -> Tensor:
+    """Softmax over the last dimension of scores [H, ..., S], sinks among them, which take their share away."""
+    if sinks_H is None:
+        return torch.softmax(scores, -1)
+    sinks = sinks_H.to(scores.dtype).view(-1, *[1] * (scores.dim() - 1)).expand(*scores.shape[:-1], 1)
+    return torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1]
+
+
+def decode(q: Tensor, k: Tensor, v: Tensor, layer: int, step: CacheStep, *, scale: float, extra: Extras) -> Tensor:
     """One new token a row: append its key and value, attend to the row's cache. q [H, T, D] -> [H, step.rows, D]."""
-    if softcap is None and compiled.able(q) and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
-        return _compiled(q, k, v, layer, step, scale, window)
+    plain = extra.softcap is None and extra.sinks_H is None
+    if plain and compiled.able(q) and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+        return _compiled(q, k, v, layer, step, scale, extra.window)
     parts = []
     for reading in step.readings:
         shelf, rows, heads = reading.shelf, reading.rows, len(q)
         shelf.write(layer, k, v, reading.place_N, reading.length_N, reading.token_N)
         keys, values = shelf.layer(layer, k)
         grouped = q[:, reading.start : reading.start + rows].transpose(0, 1).reshape(rows, len(k), heads // len(k), -1)
-        if softcap is None and q.is_cuda:
+        if plain and q.is_cuda:
             out = functional.scaled_dot_product_attention(
                 grouped, keys[0, :rows, :, : reading.seen], values[0, :rows, :, : reading.seen],
-                attn_mask=reading.bias(window, q.dtype)[:, None, None], scale=scale,
+                attn_mask=reading.bias(extra.window, q.dtype)[:, None, None], scale=scale,
             )  # fmt: skip
         else:
-            out = _attend(grouped, keys, values, reading, window, scale, softcap)
+            out = _attend(grouped, keys, values, reading, scale, extra)
         parts.append(out.reshape(rows, heads, -1))
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).transpose(0, 1)
 
@@ -271,9 +288,7 @@ def _compiled(q: Tensor, k: Tensor, v: Tensor, layer: int, step: CacheStep, scal
     return out_RHD.transpose(0, 1)
 
 
-def _attend(
-    q_RKGD: Tensor, keys: Tensor, values: Tensor, reading: Reading, window: int, scale: float, softcap: float | None
-) -> Tensor:
+def _attend(q_RKGD: Tensor, keys: Tensor, values: Tensor, reading: Reading, scale: float, extra: Extras) -> Tensor:
     """Plain products over the blocks [blocks, places, K, block, D] that hold the keys seen.
 
     The keys stand on the left: only the right side of a product is packed, and here it is the small one. The first places of
@@ -288,12 +303,16 @@ def _attend(
         count = reached * heads
         part = torch.bmm(keys[b, :reached].view(count, size, width), q_NDG[:count])
         scores[:count, :, b * size : (b + 1) * size] = part.transpose(1, 2)
-    if softcap is not None:
-        scores, scale = torch.tanh(scores * (scale / softcap)), softcap
+    if extra.softcap is not None:
+        scores, scale = torch.tanh(scores * (scale / extra.softcap)), extra.softcap
     scores = scores.view(rows, heads * groups, -1)[..., : reading.seen]
     # Adding the mask takes a sixth of the time of filling it in.
-    scores = torch.add(reading.bias(window, torch.float32)[:, None], scores, alpha=scale)
-    weights = torch.softmax(scores, -1).to(q_RKGD.dtype).view(rows * heads, groups, -1)
+    scores = torch.add(reading.bias(extra.window, torch.float32)[:, None], scores, alpha=scale)
+    if extra.sinks_H is None:
+        weights = torch.softmax(scores, -1)
+    else:
+        weights = softmax_with_sinks(scores.transpose(0, 1), extra.sinks_H).transpose(0, 1)
+    weights = weights.to(q_RKGD.dtype).reshape(rows * heads, groups, -1)
     out = q_RKGD.new_zeros((rows * heads, groups, width), dtype=torch.float32)
     for b, reached in enumerate(reading.rows_B):
         count = reached * heads

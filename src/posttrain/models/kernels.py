@@ -8,7 +8,8 @@ T: packed tokens, H: heads, D: head width.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from posttrain.models import compiled
 from posttrain.models.fused import gated_gelu, gated_silu, rotate
 
 ROTARY = "apply_rotary_pos_emb"
-# The modules of transformers whose rotation was replaced in this process.
-_replaced: set[str] = set()
+# The modules of transformers whose rotation was replaced in this process, and their own rotation.
+_replaced: dict[str, Callable[..., Any]] = {}
 
 
 class GatedMlp(nn.Module):
@@ -111,12 +112,25 @@ def replace_rotary(model: nn.Module) -> bool:
     Their rotation is a function of the module that defines them, so it is replaced there, once.
     """
     names = {type(module).__module__ for module in model.modules()}
-    for name in names - _replaced:
+    for name in names - _replaced.keys():
         own = vars(sys.modules[name]).get(ROTARY)
         if own is not None and _rotates_by_halves(own):
             setattr(sys.modules[name], ROTARY, _fast(own))
-            _replaced.add(name)
-    return bool(names & _replaced)
+            _replaced[name] = own
+    return bool(names & _replaced.keys())
+
+
+@contextmanager
+def own_rotary() -> Iterator[None]:
+    """Inside, models rotate by their own functions, whatever was replaced in this process."""
+    fast = {name: vars(sys.modules[name])[ROTARY] for name in _replaced}
+    for name, own in _replaced.items():
+        setattr(sys.modules[name], ROTARY, own)
+    try:
+        yield
+    finally:
+        for name, function in fast.items():
+            setattr(sys.modules[name], ROTARY, function)
 
 
 def _rotates_by_halves(own: Callable[..., Any]) -> bool:

@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from posttrain.artifacts import disk_error, fsync_tree, set_usual_modes, write_json
 from posttrain.data.chat import ChatFormat, load_chat_format
 from posttrain.errors import ArtifactError, ModelError
+from posttrain.models.architecture import context_of, head_scale, text_settings
 from posttrain.models.attention import ATTENTION_NAME, register_attention
 from posttrain.models.checkpoint import check_round_trip, refuse_missing
+from posttrain.models.decoding import attends_alone, bytes_per_token
 from posttrain.models.kernels import replace_mlps, replace_rotary
 from posttrain.models.logprobs import target_logprobs
 from posttrain.models.lora import AdapterSet, LoraAdapter, LoraShape
@@ -34,10 +36,11 @@ from posttrain.models.narrow import NarrowWeights
 from posttrain.models.norms import replace_norms
 from posttrain.models.products import EngineProducts, linear
 from posttrain.models.programs import Programs
-from posttrain.models.rows import HeadRows, RowGradient, TokenRows, head_logits, head_rows
+from posttrain.models.rows import HeadRows, RowGradient, TokenRows, capped, head_logits, head_rows
 from posttrain.models.segments import Segments
 from posttrain.models.source import BaseModelFolder, locate_base, verify_source
 from posttrain.models.tokenizer import HuggingFaceTokenizer, byte_tokenizer, refuse_beyond
+from posttrain.models.verify import by_itself, compare, first_line, keep_proof, proof_path, refusal
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -68,9 +71,13 @@ class BaseModel:
         self.weights_hash: str | None = source.weights_hash
         self.vocabulary: int = len(model.get_output_embeddings().weight)
         self.tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-        config = model.config.get_text_config()
-        self.softcap: float | None = config.to_dict().get("final_logit_softcapping")
-        self.context: int = int(config.max_position_embeddings)
+        self.settings = text_settings(model.config)
+        self.head_scale, self.softcap = head_scale(self.settings), self.settings.get("final_logit_softcapping")
+        self.context: int = context_of(self.settings)
+        self.cache_bytes: int = bytes_per_token(self.settings, self.dtype)
+        sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
+        # Whether attention reads each cached row by itself.
+        self.attends_alone = not sinks and attends_alone(self.settings, self.dtype, self.device)
         self.programs = Programs(model, self.forward)
 
     @property
@@ -79,9 +86,20 @@ class BaseModel:
         weight: Tensor = self.model.get_output_embeddings().weight
         return weight.to(self.dtype)
 
+    @property
+    def head_bias_V(self) -> Tensor | None:
+        """Bias of the language-model head, where it has one."""
+        bias: Tensor | None = self.model.get_output_embeddings().bias
+        return None if bias is None else bias.to(self.dtype)
+
+    def _scaled(self, hidden_ND: Tensor) -> Tensor:
+        """Hidden states as the head takes them: z = s W h is computed as W (s h)."""
+        return hidden_ND if self.head_scale == 1 else hidden_ND * self.head_scale
+
     def logits(self, hidden_ND: Tensor, policy: str) -> Tensor:
-        """Logits [N, V] under a policy, uncapped: with its trained rows, where head and embedding are one weight."""
-        return head_logits(hidden_ND, self.head_VD, self._head_rows(policy))
+        """Logits [N, V] under a policy: with its trained rows, where head and embedding are one weight."""
+        rows = self._head_rows(policy)
+        return capped(head_logits(self._scaled(hidden_ND), self.head_VD, rows, self.head_bias_V), self.softcap)
 
     def _head_tokens(self, policy: str) -> TokenRows | None:
         return self.adapters.get(policy).tokens if self.tied and policy != "base" else None
@@ -93,22 +111,28 @@ class BaseModel:
     def logprobs(self, hidden_ND: Tensor, target_N: Tensor, policy: str) -> Tensor:
         """log p of each target [N] under a policy, float32, differentiable in whatever of it is trained."""
         head_VD, tokens, rows = self.head_VD, self._head_tokens(policy), self._head_rows(policy)
-        logprobs_N = target_logprobs(hidden_ND, head_VD, target_N, softcap=self.softcap, rows=rows)
+        hidden_ND, bias_V = self._scaled(hidden_ND), self.head_bias_V
+        logprobs_N = target_logprobs(hidden_ND, head_VD, target_N, softcap=self.softcap, rows=rows, bias_V=bias_V)
         if tokens is None or rows is None or not tokens.rows.requires_grad or not torch.is_grad_enabled():
             return logprobs_N
-        found: Tensor = RowGradient.apply(logprobs_N, hidden_ND, head_VD, tokens.rows, rows.ids_K, target_N, self.softcap)  # type: ignore[no-untyped-call]
+        found: Tensor = RowGradient.apply(  # type: ignore[no-untyped-call]
+            logprobs_N, hidden_ND, head_VD, tokens.rows, rows.ids_K, target_N, self.softcap, bias_V
+        )
         return found
 
     def row_logits(self, hidden_RD: Tensor, adapters: Sequence[LoraAdapter | None], product: EngineProducts) -> Tensor:
         """Logits [R, V] of rows with adapters of their own, soft-capped where the model is, without gradient, valid
         until the next ones."""
+        hidden_RD, bias_V = self._scaled(hidden_RD), self.head_bias_V
         logits_RV = product.logits(hidden_RD, self.model.get_output_embeddings().weight)
         for adapter in dict.fromkeys(adapters):
             if adapter is not None and adapter.tokens is not None and self.tied:
                 own = torch.tensor([r for r, a in enumerate(adapters) if a is adapter], device=logits_RV.device)
                 rows = head_rows(adapter.tokens, self.head_VD)
                 logits_RV[own[:, None], rows.ids_K] = linear(hidden_RD[own], rows.rows_KD)
-        return logits_RV if self.softcap is None else torch.tanh(logits_RV.float() / self.softcap) * self.softcap
+        if bias_V is not None:
+            logits_RV += bias_V
+        return logits_RV if self.softcap is None else capped(logits_RV.float(), self.softcap)
 
     def scores(self, hidden_ND: Tensor, adapter: str) -> Tensor:
         """The score of each completion [N] by the head of a reward model's adapter, float32."""
@@ -181,21 +205,36 @@ def load_base(
         )  # fmt: skip
         tokenizer = load_tokenizer(source.folder)
     except Exception as error:  # noqa: BLE001 - damaged files break their readers anywhere
-        raise ModelError(where, f"cannot be loaded: {_first_line(error)}", do="check that the files are whole") from None
+        if error.args[:1] == (ATTENTION_NAME,):  # a table of attention classes, as older architectures have
+            raise refusal(where, source.folder, NotImplementedError("its attention cannot be replaced")) from None
+        if "Unrecognized configuration class" in str(error):
+            raise refusal(where, source.folder, NotImplementedError("it is no causal text model")) from None
+        raise ModelError(where, f"cannot be loaded: {first_line(error)}", do="check that the files are whole") from None
     refuse_missing(info, where)
     verify_source(source, careful=False)
     if full:
         check_round_trip(inner, where)
     inner.requires_grad_(False)
     inner.eval()
-    if not full or kind.type == "cuda":  # on a CPU a trained weight needs the gradient of the model's own module
-        replace_norms(inner, inner.config.get_text_config().to_dict().get("rms_norm_eps"))
-    replace_mlps(inner)
-    replace_rotary(inner)
-    inner.to(kind)
     chat = load_chat_format(tokenizer, template)
     refuse_beyond(tokenizer, {*chat.template_ids, *chat.end_ids}, len(inner.get_input_embeddings().weight), where)
-    return BaseModel(source, inner, tokenizer, chat, products_dtype)
+    proof = proof_path(source.weights_hash, products_dtype, kind, full=full)
+    try:
+        own = None if proof.exists() else by_itself(inner, chat, kind)
+        # On a CPU a trained weight needs the gradient of the model's own module.
+        if not full or kind.type == "cuda":
+            replace_norms(inner, text_settings(inner.config).get("rms_norm_eps"))
+        replace_mlps(inner)
+        replace_rotary(inner)
+        inner.to(kind)
+        base = BaseModel(source, inner, tokenizer, chat, products_dtype)
+        if own is not None:
+            compare(base, *own)
+    except Exception as error:  # noqa: BLE001 - an architecture that does not fit breaks anywhere
+        raise refusal(where, source.folder, error) from None
+    if own is not None:
+        keep_proof(proof, type(inner).__name__, products_dtype)
+    return base
 
 
 def load_chat(source: BaseModelFolder, template: str) -> ChatFormat:
@@ -205,15 +244,10 @@ def load_chat(source: BaseModelFolder, template: str) -> ChatFormat:
     try:
         tokenizer = load_tokenizer(source.folder)
     except Exception as error:  # noqa: BLE001 - damaged files break their readers anywhere
-        raise ModelError(where, f"the tokenizer cannot be loaded: {_first_line(error)}", do="fetch the model again") from None
+        raise ModelError(where, f"the tokenizer cannot be loaded: {first_line(error)}", do="fetch the model again") from None
     chat = load_chat_format(tokenizer, template)
     refuse_beyond(tokenizer, {*chat.template_ids, *chat.end_ids}, source.vocabulary(), where)
     return chat
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 def _refuse_remote_code(folder: Path, where: str) -> None:
@@ -265,7 +299,7 @@ def convert_gguf(gguf: Path, target: Path, *, model: str) -> None:
         except Exception as error:  # noqa: BLE001 - damaged files break their readers anywhere
             raise ModelError(
                 where,
-                f"the GGUF cannot be read: {_first_line(error)[:200]}",
+                f"the GGUF cannot be read: {first_line(error)[:200]}",
                 do="check that the file is whole and of a supported architecture",
             ) from None
         rebuilt.save_pretrained(partial)

@@ -1,6 +1,6 @@
 """Log-probabilities of target tokens, without ever holding logits for more than a few rows.
 
-    log p(t | h) = z_t - log sum_v exp z_v,   z = W h          d log p / d h = W_t - sum_v p_v W_v
+    log p(t | h) = z_t - log sum_v exp z_v,   z = W h + b          d log p / d h = W_t - sum_v p_v W_v
 
 The head runs only at positions that predict a target, in chunks of rows. With a frozen head the gradient with respect to
 the hidden state is formed in the forward pass, while the chunk's logits are there: backward is a multiplication by a
@@ -24,7 +24,7 @@ from torch.nn import functional
 from posttrain.models import compiled
 from posttrain.models.fused import log_sum_exp, logit_gradient, probabilities
 from posttrain.models.products import linear, tiled
-from posttrain.models.rows import HeadRows, head_logits
+from posttrain.models.rows import HeadRows, capped, head_logits
 
 # Logits held at once: 32 Mi float32 numbers, 128 MiB; a chunk then still fills the cores at a vocabulary of 262k. On a GPU
 # 512 MiB of bfloat16 fill it.
@@ -35,25 +35,28 @@ SMALLEST_PROBABILITY = 1e-5
 
 
 def target_logprobs(
-    hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, *, softcap: float | None = None, rows: HeadRows | None = None
-) -> Tensor:
-    """log p of each target [N], float32, differentiable in the hidden states and, where it is trained, in the head.
+    hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, *, softcap: float | None = None, rows: HeadRows | None = None,
+    bias_V: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """log p of each target [N], float32, differentiable in the hidden states and, where they are trained, in head and bias.
 
     `rows` take the places of some rows of a frozen head; they get no gradient here.
     """
     if softcap is not None:
-        return _plain(hidden_ND, head_VD, target_N, softcap, rows)
+        return _plain(hidden_ND, head_VD, target_N, softcap, rows, bias_V)
     if head_VD.requires_grad:
         assert rows is None, "a head that is trained whole has no rows of its own"
-        return _TrainedHead.apply(hidden_ND, head_VD, target_N)  # type: ignore[no-any-return, no-untyped-call]
-    return _FrozenHead.apply(hidden_ND, head_VD, target_N, rows)  # type: ignore[no-any-return, no-untyped-call]
+        return _TrainedHead.apply(hidden_ND, head_VD, target_N, bias_V)  # type: ignore[no-any-return, no-untyped-call]
+    return _FrozenHead.apply(hidden_ND, head_VD, target_N, rows, bias_V)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _plain(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, softcap: float, rows: HeadRows | None) -> Tensor:
+def _plain(
+    hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, softcap: float, rows: HeadRows | None, bias_V: Tensor | None
+) -> Tensor:
     """For soft-capped heads: chunks by plain operations."""
     parts = []
     for chunk in _chunks(target_N, head_VD):
-        logits = torch.tanh(head_logits(hidden_ND[chunk], head_VD, rows).float() / softcap) * softcap
+        logits = capped(head_logits(hidden_ND[chunk], head_VD, rows, bias_V).float(), softcap)
         parts.append(torch.log_softmax(logits, -1).gather(1, target_N[chunk, None])[:, 0])
     return torch.cat(parts) if parts else hidden_ND.new_zeros(0, dtype=torch.float32)
 
@@ -80,9 +83,11 @@ def _targets(head_VD: Tensor, target_n: Tensor, rows: HeadRows | None) -> Tensor
     return head_VD[target_n] if rows is None else rows.replace(head_VD[target_n], target_n)
 
 
-def _filtered_chunk(hidden_nD: Tensor, head_VD: Tensor, target_n: Tensor, rows: HeadRows | None) -> tuple[Tensor, Tensor]:
+def _filtered_chunk(
+    hidden_nD: Tensor, head_VD: Tensor, target_n: Tensor, rows: HeadRows | None, bias_V: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """log p [n] and d log p / d h [n, D] of a chunk with bfloat16 weights; see the filter in the module's docstring."""
-    logits_nV = head_logits(hidden_nD, head_VD, rows)
+    logits_nV = head_logits(hidden_nD, head_VD, rows, bias_V)
     logprobs, places, tokens, kept, shares = [], [], [], [], []
     for start in range(0, len(target_n), BLOCK_ROWS):
         block = torch.log_softmax(logits_nV[start : start + BLOCK_ROWS], -1, dtype=torch.float32)
@@ -107,8 +112,9 @@ def _compiled(head_VD: Tensor) -> bool:
 
 
 def _in_c(
-    hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, rows: HeadRows | None, slope_ND: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, rows: HeadRows | None, slope_ND: Tensor | None,
+    bias_V: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """log p of each target and log sum exp of its logits [N]; `slope_ND` is filled with d log p / d h as by `_filtered_chunk`.
 
     Logits are made as W h^T, so that the product reads the head as it lies; h W^T would bring it into another order first.
@@ -131,6 +137,8 @@ def _in_c(
             torch.mm(head_VD, turned_Dn, out=logits_Vn)
             if rows is not None:
                 logits_Vn[rows.ids_K] = rows.rows_KD @ turned_Dn
+        if bias_V is not None:
+            logits_Vn += bias_V[:, None]
         if slope_ND is None:
             total_n = compiled.log_sum_exp(logits_Vn)[: len(target_n)]
         else:
@@ -144,9 +152,11 @@ def _in_c(
     return logprobs_N, total_N
 
 
-def _whole_chunk(hidden_nD: Tensor, head_VD: Tensor, target_n: Tensor, rows: HeadRows | None) -> tuple[Tensor, Tensor]:
+def _whole_chunk(
+    hidden_nD: Tensor, head_VD: Tensor, target_n: Tensor, rows: HeadRows | None, bias_V: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """log p [n] and d log p / d h [n, D] of a chunk, by whole products."""
-    logits_nV = head_logits(hidden_nD, head_VD, rows)
+    logits_nV = head_logits(hidden_nD, head_VD, rows, bias_V)
     if head_VD.is_cuda:
         total_n = log_sum_exp(logits_nV)
         logprobs_n, share_nV = _value(logits_nV, target_n, total_n), probabilities(logits_nV, total_n)
@@ -162,35 +172,39 @@ def _whole_chunk(hidden_nD: Tensor, head_VD: Tensor, target_n: Tensor, rows: Hea
 
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, rows: HeadRows | None) -> Tensor:
+    def forward(
+        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, rows: HeadRows | None, bias_V: Tensor | None
+    ) -> Tensor:
         if not ctx.needs_input_grad[0]:
-            return _values(hidden_ND, head_VD, target_N, rows)[0]
+            return _values(hidden_ND, head_VD, target_N, rows, bias_V)[0]
         slope_ND = torch.empty_like(hidden_ND)
         if _compiled(head_VD):
             ctx.save_for_backward(slope_ND)
-            return _in_c(hidden_ND, head_VD, target_N, rows, slope_ND)[0]
+            return _in_c(hidden_ND, head_VD, target_N, rows, slope_ND, bias_V)[0]
         logprobs_N = hidden_ND.new_empty(len(target_N), dtype=torch.float32)
         filtered = head_VD.dtype == torch.bfloat16 and not head_VD.is_cuda
         chunk_of = _filtered_chunk if filtered else _whole_chunk
         for chunk in _chunks(target_N, head_VD):
-            logprobs_N[chunk], slope_ND[chunk] = chunk_of(hidden_ND[chunk], head_VD, target_N[chunk], rows)
+            logprobs_N[chunk], slope_ND[chunk] = chunk_of(hidden_ND[chunk], head_VD, target_N[chunk], rows, bias_V)
         ctx.save_for_backward(slope_ND)
         return logprobs_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (slope_ND,) = ctx.saved_tensors
-        return slope_ND * grads[0].to(slope_ND.dtype)[:, None], None, None, None
+        return slope_ND * grads[0].to(slope_ND.dtype)[:, None], None, None, None, None
 
 
-def _values(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, rows: HeadRows | None) -> tuple[Tensor, Tensor]:
+def _values(
+    hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, rows: HeadRows | None, bias_V: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """log p of each target and log sum exp of its logits [N], no gradient."""
     if _compiled(head_VD):
-        return _in_c(hidden_ND, head_VD, target_N, rows, None)
+        return _in_c(hidden_ND, head_VD, target_N, rows, None, bias_V)
     logprobs_N = hidden_ND.new_empty(len(target_N), dtype=torch.float32)
     total_N = torch.empty_like(logprobs_N)
     for chunk in _chunks(target_N, head_VD):
-        logits_nV = head_logits(hidden_ND[chunk], head_VD, rows)
+        logits_nV = head_logits(hidden_ND[chunk], head_VD, rows, bias_V)
         total_N[chunk] = log_sum_exp(logits_nV)
         logprobs_N[chunk] = _value(logits_nV, target_N[chunk], total_N[chunk])
     return logprobs_N, total_N
@@ -198,18 +212,21 @@ def _values(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, rows: HeadRows
 
 class _TrainedHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> Tensor:
-        logprobs_N, total_N = _values(hidden_ND, head_VD, target_N, None)
-        ctx.save_for_backward(hidden_ND, head_VD, target_N, total_N)
+    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, bias_V: Tensor | None) -> Tensor:
+        logprobs_N, total_N = _values(hidden_ND, head_VD, target_N, None, bias_V)
+        ctx.save_for_backward(hidden_ND, head_VD, target_N, total_N, bias_V)
         return logprobs_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        hidden_ND, head_VD, target_N, total_N = ctx.saved_tensors
+        hidden_ND, head_VD, target_N, total_N, bias_V = ctx.saved_tensors
         grad_hidden, grad_head = torch.zeros_like(hidden_ND), torch.zeros_like(head_VD)
+        grad_bias = None if bias_V is None else torch.zeros_like(bias_V)
         for rows in _chunks(target_N, head_VD):
-            logits_nV = hidden_ND[rows] @ head_VD.T
+            logits_nV = head_logits(hidden_ND[rows], head_VD, None, bias_V)
             slope = logit_gradient(logits_nV, total_N[rows], target_N[rows], grads[0][rows])
             grad_hidden[rows] = slope @ head_VD
             grad_head.addmm_(slope.T, hidden_ND[rows])
-        return grad_hidden, grad_head, None
+            if grad_bias is not None:
+                grad_bias += slope.sum(0)
+        return grad_hidden, grad_head, None, grad_bias

@@ -92,12 +92,12 @@ class LoraShape:
     """Which linear layers of a model an adapter covers."""
 
     @staticmethod
-    def select(model: nn.Module, targets: str | tuple[str, ...]) -> dict[str, tuple[int, int]]:
+    def select(model: Any, targets: str | tuple[str, ...]) -> dict[str, tuple[int, int]]:
         """Names and (inputs, outputs) of the selected layers; the head is never one of them.
 
         Raises RecipeError when nothing, or a name that is not there, is selected.
         """
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLinear) or _is_linear(n, m)}
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLinear)} or _linears(model)
         chosen = {n: m for n, m in layers.items() if _matches(n, targets)}
         last_names = sorted({n.rsplit(".", 1)[-1] for n in layers})
         unknown = [t for t in targets if t not in last_names] if isinstance(targets, tuple) else []
@@ -110,8 +110,12 @@ class LoraShape:
         return {n: (int(m.in_features), int(m.out_features)) for n, m in chosen.items()}
 
 
-def _is_linear(name: str, module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and not name.endswith(("lm_head", ".base")) and name != "lm_head"
+def _linears(model: Any) -> dict[str, nn.Linear]:
+    """The linear layers of a model by name that are not wrapped yet, without its head. A subclass, a router for instance, may
+    compute more, and is left as it is."""
+    head = model.get_output_embeddings()
+    layers = {name: module for name, module in model.named_modules() if type(module) is nn.Linear and module is not head}
+    return {name: module for name, module in layers.items() if not name.endswith(".base")}
 
 
 def _matches(name: str, targets: str | tuple[str, ...]) -> bool:
@@ -326,8 +330,7 @@ class AdapterSet:
         return self._embedding.weight.device
 
 
-def _wrap_linears(model: nn.Module, routing: Routing) -> None:
-    for name, module in list(model.named_modules()):
-        if _is_linear(name, module):
-            parent_name, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent_name), child, LoraLinear(module, name, routing))
+def _wrap_linears(model: Any, routing: Routing) -> None:
+    for name, module in _linears(model).items():
+        parent_name, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent_name), child, LoraLinear(module, name, routing))

@@ -71,8 +71,9 @@ def replace_norms(model: nn.Module, eps: float | None) -> int:
     """
     replaced = 0
     for name, module in list(model.named_modules()):
-        if type(module).__name__.endswith("RMSNorm") and eps is not None and isinstance(module.weight, nn.Parameter):
-            equal = _equal(module, module.weight, eps)
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        if type(module).__name__.endswith("RMSNorm") and eps is not None and weight is not None:
+            equal = _equal(module, weight, eps)
             if equal is not None:
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, equal)

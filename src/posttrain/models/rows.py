@@ -7,6 +7,8 @@ input embedding, and where the head shares its weight with the embedding, in the
 
     d log p(t) / d r_k = ([t = id_k] - p_k) h,      p_k = exp(z_k - log sum_v exp z_v),   log sum = z_t - log p(t)
 
+A head with a bias adds it to z.
+
 The head's part is formed here from the log-probabilities that are there anyway: no gradient of the whole head is made.
 
 T: tokens, N: targets, K: trained rows, D: width.
@@ -60,12 +62,12 @@ def head_rows(tokens: TokenRows, head_VD: Tensor) -> HeadRows:
     return HeadRows(torch.tensor(tokens.ids, device=head_VD.device), tokens.rows.detach().to(head_VD.dtype))
 
 
-def head_logits(hidden_ND: Tensor, head_VD: Tensor, rows: HeadRows | None) -> Tensor:
+def head_logits(hidden_ND: Tensor, head_VD: Tensor, rows: HeadRows | None, bias_V: Tensor | None = None) -> Tensor:
     """Logits [N, V] of a head, in its type."""
     logits_NV = hidden_ND @ head_VD.T
     if rows is not None:
         logits_NV[:, rows.ids_K] = hidden_ND @ rows.rows_KD.T
-    return logits_NV
+    return logits_NV if bias_V is None else logits_NV.add_(bias_V)
 
 
 class RowGradient(torch.autograd.Function):
@@ -74,12 +76,14 @@ class RowGradient(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, logprobs_N: Tensor, hidden_ND: Tensor, head_VD: Tensor, rows_KD: Tensor, ids_K: Tensor, target_N: Tensor,
-        softcap: float | None,
+        softcap: float | None, bias_V: Tensor | None,
     ) -> Tensor:  # fmt: skip
         rows = HeadRows(ids_K, rows_KD.to(head_VD.dtype))
         picked_ND = rows.replace(head_VD[target_N], target_N)
-        target_logit_N = _capped((hidden_ND.float() * picked_ND.float()).sum(-1), softcap)
-        logits_NK = _capped(hidden_ND.float() @ rows.rows_KD.float().T, softcap)
+        target_logit_N, logits_NK = (hidden_ND.float() * picked_ND.float()).sum(-1), hidden_ND.float() @ rows.rows_KD.float().T
+        if bias_V is not None:
+            target_logit_N, logits_NK = target_logit_N + bias_V[target_N], logits_NK + bias_V[ids_K]
+        target_logit_N, logits_NK = capped(target_logit_N, softcap), capped(logits_NK, softcap)
         share_NK = (logits_NK - (target_logit_N - logprobs_N)[:, None]).exp().clamp_(max=1)
         slope_NK = (target_N[:, None] == ids_K).float() - share_NK
         if softcap is not None:
@@ -91,8 +95,9 @@ class RowGradient(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         slope_NK, hidden_ND = ctx.saved_tensors
         grad_rows = (slope_NK * grads[0][:, None]).T @ hidden_ND.float()
-        return grads[0], None, None, grad_rows, None, None, None
+        return grads[0], None, None, grad_rows, None, None, None, None
 
 
-def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits, soft-capped where the model is."""
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap

@@ -30,6 +30,8 @@ class Segments:
     def __init__(self, spans: tuple[Span, ...], *, step: CacheStep | None = None) -> None:
         # With a cache the spans are those of the tokens behind the decoding rows, and are counted from there.
         self.spans, self.step = spans, step
+        # How often attention was asked with a cache.
+        self.calls = 0
         self._invisible: dict[tuple[int, int, int], Tensor] = {}
         # The GPU kernel's table, made at the first use and kept for the other layers.
         self.varlen: Any = None

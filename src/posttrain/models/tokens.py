@@ -83,8 +83,6 @@ def unused_probability(
     segments = Segments(tuple(Span(*span) for span in batch.spans))
     hidden_TD = base.hidden(torch.tensor(batch.ids), torch.tensor(batch.positions), segments, policy)
     logits_NV = base.logits(hidden_TD[batch.source_N], policy).float()
-    if base.softcap is not None:
-        logits_NV = torch.tanh(logits_NV / base.softcap) * base.softcap
     return float(torch.softmax(logits_NV, -1)[:, list(unused)].sum(1).mean())
 
 

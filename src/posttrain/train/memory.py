@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from posttrain.generate.batch import room_for
 from posttrain.generate.engine import ROWS
-from posttrain.models.decoding import bytes_per_token
 from posttrain.models.load import BaseModel
 from posttrain.models.products import packs
 from posttrain.settings import PpoStage
@@ -49,8 +48,7 @@ def cache(base: BaseModel, prompts: Sequence[Sequence[int]], stage: PpoStage) ->
     """Room for the completions of these prompts that are sampled at once: as many as the engine takes, the largest."""
     kind = base.device.type
     rooms = [room_for(len(ids) + stage.max_new_tokens - 1, kind) for ids in prompts for _ in range(stage.completions)]
-    a_token = bytes_per_token(base.model.config.get_text_config().to_dict(), base.dtype)
-    return sum(sorted(rooms)[-ROWS[kind] :]) * a_token / MIB
+    return sum(sorted(rooms)[-ROWS[kind] :]) * base.cache_bytes / MIB
 
 
 def packed(base: BaseModel) -> float:

@@ -1,0 +1,38 @@
+"""What a model's configuration says of its shape and of its head, whatever the architecture calls it. No torch here.
+
+    z = s W h + b,   then softcap tanh(z / softcap) where the model is soft-capped
+
+The scale s has a name and a direction of its own in each family. A family that is not known here is not scaled, and the check
+at load (`models/verify.py`) refuses it.
+"""
+
+import sys
+from typing import Any
+
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
+
+
+def text_settings(config: Any) -> dict[str, Any]:
+    """A configuration's values of the text model, under the common names of transformers and under its own."""
+    text = config.get_text_config()
+    values: dict[str, Any] = text.to_dict()
+    return values | {common: values[own] for common, own in text.attribute_map.items() if own in values}
+
+
+def context_of(settings: dict[str, Any]) -> int:
+    """Tokens that the model can hold; very many where its configuration does not say."""
+    return next((settings[name] for name in CONTEXT_NAMES if isinstance(settings.get(name), int)), sys.maxsize)
+
+
+def head_scale(settings: dict[str, Any]) -> float:
+    """What the logits of the head are multiplied by."""
+    kind, scale = settings.get("model_type"), 1.0
+    if settings.get("logit_scale") is not None:  # Cohere
+        scale *= settings["logit_scale"]
+    if settings.get("logits_scaling") is not None:  # Granite divides by it, HyperCLOVA X multiplies
+        scale *= settings["logits_scaling"] if kind == "hyperclovax" else 1 / settings["logits_scaling"]
+    if settings.get("lm_head_multiplier") is not None:  # Falcon-H1
+        scale *= settings["lm_head_multiplier"]
+    if kind == "minicpm3":
+        scale *= settings["dim_model_base"] / settings["hidden_size"]
+    return float(scale)
