@@ -10,6 +10,7 @@ import pytest
 import transformers
 
 from posttrain.data.chat import END_TOKENS, TEMPLATES, ChatFormat
+from posttrain.data.template import ChatTemplate
 from posttrain.errors import DataError, ModelError
 from posttrain.models.load import load_tokenizer
 from posttrain.models.source import PACKAGES
@@ -179,6 +180,30 @@ def test_0_of_1000_conversations_differ_between_training_and_prompting(formats: 
         ends = sum(wanted and i == chat.end_id for i, wanted in zip(*encoded, strict=True))
         unended += ends != turns or not encoded.trained[-1] or encoded.ids[-1] != chat.end_id
     assert (differ, unended) == (0, 0), "0 of 1,000 differ, 0 of 1,000 lack a trained end of turn"
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_ids_are_those_of_prompts_and_answers_tokenised_one_by_one(
+    formats: dict[str, ChatFormat], tokenizer: HuggingFaceTokenizer, name: str
+):
+    """As it is for every byte-level vocabulary whose words end where a turn does: no letters are merged across."""
+    chat, template, looked_at = formats[name], ChatTemplate(formats[name].template), 0
+    for messages in conversations(600, seed=6):
+        if any("<" in m.content or "\ue000" in m.content for m in messages):
+            continue
+        ids: list[int] = []
+        done = ""
+        for place, message in enumerate(messages):
+            if message.role == "assistant":
+                before = template.render(messages[:place], generation_prompt=True, bos="<bos>", eos="<eos>")
+                after = template.render(messages[: place + 1], generation_prompt=False, bos="<bos>", eos="<eos>")
+                ids += tokenizer.encode(before[len(done) :], plain=False) + tokenizer.encode(after[len(before) :], plain=False)
+                done = after
+        ours = chat.encode(messages).ids
+        assert ids[: len(ours)] == ours
+        assert ids[len(ours) :] in ([], tokenizer.encode("\n", plain=False))
+        looked_at += 1
+    assert looked_at > 50
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

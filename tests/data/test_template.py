@@ -2,11 +2,13 @@
 # ruff: noqa: E501 - a payload is one line
 
 import gc
+import json
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -188,6 +190,72 @@ def test_a_payload_ends(name: str, events: list[str]):
     assert said.startswith("chat template · ") or len(said) < 1_000_000
 
 
+# Each of them asks for gigabytes, in steps that are small or at once.
+_MANY = "{% set a = 'a' * 4000000 %}{% macro m() %}{% for i in range(99999) %}"
+LARGE = {
+    "bytes": "{{ (1).to_bytes(2000000000, 'big') | length }}",
+    "padded bytes": "{{ (1).to_bytes(1, 'big').ljust(2000000000) | length }}",
+    "tabs of bytes": "{{ (9).to_bytes(1, 'big').expandtabs(2000000000) | length }}",
+    "blank lines": "{% set a = '\\n' * 4000000 %}{{ a | indent(64, true, true) | length }}",
+    "mapped texts": _BIG + "{{ (['b'] * 90000) | map('replace', 'b', a) | list | length }}",
+    "joined texts": _BIG + "{{ (['b'] * 90000) | map('replace', 'b', a) | join | length }}",
+    "kept slices": _MANY + "{{ a[i:] }}{% endfor %}{% endmacro %}{{ m() | length }}",
+    "kept texts": _MANY + "{{ a ~ i }}{% endfor %}{% endmacro %}{{ m() | length }}",
+    "kept copies": _MANY + "{{ a.replace('b', i | string) ~ a.upper() }}{% endfor %}{% endmacro %}{{ m() | length }}",
+    "letters": "{% set a = '漢' * 4000000 %}{{ a | sort | length }}{{ a | list | length }}",
+    "letters of a map": "{% set a = '漢' * 4000000 %}{{ a | map('upper') | list | length }}",
+    "pieces": "{% set a = 'ab' * 2000000 %}{{ a.split('b') | length }}",
+    "words": "{% set a = 'a ' * 2000000 %}{{ a.split() | length }}{{ a | title | length }}",
+    "lines": "{% set a = '\\n' * 4000000 %}{{ a.splitlines() | length }}",
+    "a search backwards": _BIG + "{{ a.rfind('a' * 1000000 ~ 'b' ~ 'a' * 1000000) }}",
+    "stripped letters": _BIG + "{{ a.strip('é' * 4000000 ~ 'a') }}{{ a | trim('é' * 4000000 ~ 'a') }}",
+    "a number in letters": "{{ (2 ** 4000) ** 4000 }}",
+    "a container as text": "{% set a = ['\\x00' * 4000000] %}{{ a }}{{ a }}{{ a }}{{ a }}{{ a }}",
+    "indented JSON": (
+        "{% set n = namespace(a=[]) %}{% for i in range(300) %}{% set n.a = [n.a, 1] %}{% endfor %}{{ ([n.a] * 90) | tojson(16) }}"
+    ),
+    "half of a character": "{{ '\\ud800' }}",
+}  # fmt: skip
+
+
+def test_nothing_large_is_made():
+    """In a process of its own: what it grew by, and what each of them came to."""
+    code = """
+import json, resource, sys
+from posttrain.data.template import ChatTemplate
+from posttrain.errors import DataError
+from posttrain.records import Message
+
+before, said = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, {}
+for name, source in json.load(sys.stdin).items():
+    try:
+        ChatTemplate(source).render((Message("user", "Hi"),), generation_prompt=True, bos="", eos="")
+    except DataError as error:
+        said[name] = error.found
+print(json.dumps([(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, said]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=json.dumps(LARGE), capture_output=True, text=True, timeout=300, check=True
+    )
+    grown, said = json.loads(done.stdout)
+    assert said.keys() == LARGE.keys()
+    assert not [name for name, found in said.items() if "MemoryError" in found]
+    assert grown < 400, "MiB"
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_random_templates_end_and_stay_small(count: int):
+    fuzz = Path(__file__).with_name("fuzz_templates.py")
+    done = subprocess.run(
+        [sys.executable, str(fuzz), str(count), "5"], capture_output=True, text=True, timeout=60 + count, check=True
+    )
+    rendered, refused, _, out_of_memory, grown = map(int, done.stdout.split())
+    assert rendered > 0
+    assert refused > count // 4
+    assert out_of_memory == 0
+    assert grown < 400, "MiB"
+
+
 def test_0_of_96_payloads_execute_or_stall():
     """The count of the two tests above: that each of them came back is what they assert."""
     assert (len(REACHING), len(STALLING), len(PAYLOADS)) == (43, 53, 96)
@@ -257,6 +325,7 @@ ORDINARY = {
     "selectattr": ("{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | list | first }}", "Hello"),
     "tests": ("{{ x is defined }}{{ messages is iterable }}{{ 'a' is string }}{{ messages[0] is mapping }}{{ none is none }}", "FalseTrueTrueTrueTrue"),
     "string methods": ("{{ 'a</think>b'.split('</think>')[-1].lstrip('\\n') }}{{ 'x'.startswith('x') }}{{ ' y'.strip() }}", "bTruey"),
+    "methods in a loop": ("{% for m in messages %}{{ m.content.split(' ')[0].strip('.') }}{{ m.content.split(sep='e', maxsplit=1) | length }}{% endfor %}", "Be2Hello2Hi1"),
     "tojson": ("{{ {'a': 'é', 'b': [1, true]} | tojson }}", '{"a": "é", "b": [1, true]}'),
     "indented tojson": ("{{ {'a': 1} | tojson(indent=2) }}", '{\n  "a": 1\n}'),
     "tuples in a loop": ("{% for k, v in {'a': 1}.items() %}{{ k }}={{ v }}{% endfor %}{% set a, b = 1, 2 %}{{ b }}{{ (1,) + (2,) }}", "a=12(1, 2)"),
