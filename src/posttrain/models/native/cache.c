@@ -202,9 +202,10 @@ int attend_part(
 ) {
     int64_t most = 0, D = s->width, G = s->groups, K = s->kv_heads;
     for (int64_t n = 0; n < s->rows; n++) most = length_N[n] > most ? length_N[n] : most;
-    uint32_t *work = NULL;
+    void *memory = NULL;
     struct shape before = {0};
-    if (posix_memalign((void **)&work, 64, room(s, most + 1) * sizeof(uint32_t))) work = NULL;
+    if (posix_memalign(&memory, 64, room(s, most + 1) * sizeof(uint32_t))) memory = NULL;
+    uint32_t *work = memory;
     open_pairs(&before);
     /* Heads that a thread takes at a time: the more, the more of them are asked for before their turn. */
     int64_t all = s->rows * K, each = all / (4 * TEAM) < 2 * K ? all / (4 * TEAM) : 2 * K;

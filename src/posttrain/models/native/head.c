@@ -22,14 +22,16 @@ ALWAYS void totals(const bf16 *z, int64_t across, int64_t count, const int vecs,
     for (int j = 0; j < vecs; j++) top[j] = (vec){0} - INFINITY;
     for (int64_t first = 0; first < count; first += STEP) {
         int64_t end = first + STEP < count ? first + STEP : count;
-        vec most[2] = {top[0], top[1]}, here[2] = {{0}, {0}};
+        vec most[2] = {top[0], top[1]}, here[2] = {{0}, {0}}, from[2];
         for (int64_t v = first; v < end; v++)
             for (int j = 0; j < vecs; j++) {
                 vec x = load_wide(z + v * across + j * LANES);
                 most[j] = choose(x > most[j], x, most[j]);
             }
+        /* Where all so far are -inf, their differences would be no numbers. */
+        for (int j = 0; j < vecs; j++) from[j] = choose(most[j] == -INFINITY, (vec){0}, most[j]);
         for (int64_t v = first; v < end; v++)
-            for (int j = 0; j < vecs; j++) here[j] += exponentials(load_wide(z + v * across + j * LANES) - most[j]);
+            for (int j = 0; j < vecs; j++) here[j] += exponentials(load_wide(z + v * across + j * LANES) - from[j]);
         for (int j = 0; j < vecs; j++) {
             vec shrunk = choose(top[j] < most[j], exponentials(top[j] - most[j]), (vec){0} + 1.0f);
             vec more = here[j] - lost[j] * shrunk, before = sum[j] * shrunk;

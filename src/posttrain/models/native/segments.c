@@ -72,26 +72,36 @@ struct work {
     void *memory;
 };
 
+/* The next words of some memory. */
+static uint32_t *next(uint32_t **at, int64_t words) {
+    uint32_t *found = *at;
+    *at += words;
+    return found;
+}
+
 static struct work room(const struct table *t) {
     int64_t padded = UP_WHOLE(t->s->width), rows = UP_WHOLE(ROWS_OF(t->s)), keys = t->most * padded / 2, seen = rows * t->most;
     struct work w = {0};
-    void **parts[] = {
-        (void **)&w.rows, (void **)&w.turned_keys, (void **)&w.turned_values, (void **)&w.paired_keys, (void **)&w.paired_values,
-        (void **)&w.rounded, (void **)&w.paired, (void **)&w.queries, (void **)&w.grads, (void **)&w.paired_queries,
-        (void **)&w.paired_grads, (void **)&w.weights, (void **)&w.slopes, (void **)&w.sums, (void **)&w.d_keys,
-        (void **)&w.d_values,
-    };
-    int64_t row = rows * padded / 2, lengths[] = {
-        keys, keys, keys, keys, keys, seen / 2, seen / 2, row, row, row, row, seen, seen, 2 * row, 2 * keys, 2 * keys,
-    };
-    int64_t total = 0;
-    for (int i = 0; i < 16; i++) total += lengths[i];
+    int64_t row = rows * padded / 2, total = 9 * keys + 3 * seen + 6 * row;
     if (posix_memalign(&w.memory, 64, total * sizeof(uint32_t))) w.memory = NULL;
+    if (!w.memory) return w;
     uint32_t *at = w.memory;
-    for (int i = 0; at && i < 16; i++) {
-        *parts[i] = at;
-        at += lengths[i];
-    }
+    w.rows = (bf16 *)next(&at, keys);
+    w.turned_keys = next(&at, keys);
+    w.turned_values = next(&at, keys);
+    w.paired_keys = next(&at, keys);
+    w.paired_values = next(&at, keys);
+    w.rounded = (bf16 *)next(&at, seen / 2);
+    w.paired = next(&at, seen / 2);
+    w.queries = (bf16 *)next(&at, row);
+    w.grads = (bf16 *)next(&at, row);
+    w.paired_queries = next(&at, row);
+    w.paired_grads = next(&at, row);
+    w.weights = (float *)next(&at, seen);
+    w.slopes = (float *)next(&at, seen);
+    w.sums = (float *)next(&at, 2 * row);
+    w.d_keys = (float *)next(&at, 2 * keys);
+    w.d_values = (float *)next(&at, 2 * keys);
     return w;
 }
 

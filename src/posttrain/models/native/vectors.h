@@ -57,8 +57,8 @@ ALWAYS void store_halves(bf16 *to, words x) {
 
 /* `narrow` of each, in the lower half of a word. */
 ALWAYS words narrowed(vec x) {
-    words u = (words)x;
-    return (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    words u = (words)x, number = (words)(x == x), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    return (rounded & number) | ((u >> 16 | 0x40) & ~number);
 }
 
 ALWAYS vec choose(ints yes, vec a, vec b) { return (vec)((yes & (ints)a) | (~yes & (ints)b)); }
