@@ -113,6 +113,17 @@ def test_no_two_parts_import_each_other():
     assert [(a, b) for a, b in pairs if a < b and (b, a) in pairs] == []
 
 
+def test_text_goes_to_a_terminal_through_one_file():
+    """`posttrain.terminal` spells control characters; a child that speaks over a pipe does not."""
+    printing = {
+        relative(path)
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "sys.stdout.write", "sys.stderr.write")
+    }
+    assert printing == {"terminal.py"}
+
+
 def test_a_heavy_dependency_stands_in_its_own_file():
     wrong = []
     for found in IMPORTS:

@@ -21,6 +21,7 @@ from posttrain.constitution import commands as constitution
 from posttrain.errors import Interrupted, PosttrainError, RecipeError
 from posttrain.serve import commands
 from posttrain.streams import discard, keep_writing, open_standard_streams
+from posttrain.terminal import say, show_text
 
 Verb = Callable[[argparse.Namespace], int]
 CTRL_C = 130
@@ -38,13 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a reader that went away or a full disk can be answered
         return code
     except PosttrainError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
     except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
+        say(stopped)
         return 0
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        say("stopped")
         return CTRL_C
     except BrokenPipeError:  # the reader of our output went away: `posttrain show … | head`
         discard(sys.stdout.fileno())  # Python flushes standard output at its end, and would complain there
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if not is_disk_error(error):
             raise
-        print(f"error: {disk_error(Path(error.filename or 'standard output'), error)}", file=sys.stderr)
+        say(f"error: {disk_error(Path(error.filename or 'standard output'), error)}")
         return 2
 
 
@@ -256,23 +257,23 @@ def _run(options: argparse.Namespace) -> int:
 
         check_until(recipe, options.until)
         plan, text = describe(recipe, run, until=options.until)
-        print(json.dumps(plan, indent=2) if options.json else text)
+        show_text(json.dumps(plan, indent=2) if options.json else text)
         return 0
     outcome = run_recipe(recipe, to_toml(recipe), run, until=options.until)
     if options.json:
-        print(json.dumps(outcome.scorecard, indent=2))
+        show_text(json.dumps(outcome.scorecard, indent=2))
         return 0
     if not outcome.worked:
-        print(f"{run}: nothing to do, every stage is finished")
-    print(format_table(outcome.scorecard, width=_width()))
-    print(f"report: {outcome.report}")
+        show_text(f"{run}: nothing to do, every stage is finished")
+    show_text(format_table(outcome.scorecard, width=_width()))
+    show_text(f"report: {outcome.report}")
     return 0
 
 
 def _report(options: argparse.Namespace) -> int:
     from posttrain.report.render import write_report
 
-    print(f"report: {write_report(options.run)}")
+    show_text(f"report: {write_report(options.run)}")
     return 0
 
 
@@ -280,7 +281,7 @@ def _show(options: argparse.Namespace) -> int:
     from posttrain.report.show import show
 
     found, text = show(options.target)
-    print(json.dumps(found, indent=2, ensure_ascii=False) if options.json else text)
+    show_text(json.dumps(found, indent=2, ensure_ascii=False) if options.json else text)
     return 0
 
 
@@ -288,7 +289,7 @@ def _compare(options: argparse.Namespace) -> int:
     from posttrain.report.show import compare
 
     found, text = compare(options.a, options.b)
-    print(json.dumps(found, indent=2) if options.json else text)
+    show_text(json.dumps(found, indent=2) if options.json else text)
     return 0
 
 
@@ -323,7 +324,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             open_target(options.target, template=options.template), tuple(options.suite or ["starter"]), limit=options.limit,
             max_new_tokens=options.max_new_tokens, seed=options.seed, out=options.out, width=_width(),
         )  # fmt: skip
-    print(json.dumps(found, indent=2) if options.json else text)
+    show_text(json.dumps(found, indent=2) if options.json else text)
     return 0
 
 
@@ -339,7 +340,7 @@ def _merge(options: argparse.Namespace) -> int:
     from posttrain.models.merge import merge_target
     from posttrain.models.target import open_target
 
-    print(f"merged model: {merge_target(open_target(options.target), options.out)}")
+    show_text(f"merged model: {merge_target(open_target(options.target), options.out)}")
     return 0
 
 
@@ -347,7 +348,7 @@ def _export(options: argparse.Namespace) -> int:
     from posttrain.models.export import export_target
     from posttrain.models.target import open_target
 
-    print(f"exported: {export_target(open_target(options.target), options.to, options.out)}")
+    show_text(f"exported: {export_target(open_target(options.target), options.to, options.out)}")
     return 0
 
 
@@ -363,19 +364,21 @@ def _data_check(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe) if options.recipe else None
     check = plan_check(options.file, recipe, options.stage, model=options.model, template=options.template)
     suites = recipe.evaluation.suites if recipe else ("starter",)
+    source = locate_base(check.model)
     report, text = check_rows(
         check,
-        load_chat(locate_base(check.model), check.template),
+        load_chat(source, check.template),
+        context=source.context(),
         evaluation_prompts=evaluation_prompts(load_suites(suites, limit=0)),
     )
-    print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else text)
+    show_text(json.dumps(report, indent=2, ensure_ascii=False) if options.json else text)
     return 0
 
 
 def _keys_add(options: argparse.Namespace) -> int:
     from posttrain.serve.keys import SCOPES, add_key
 
-    print(add_key(options.file, options.name, SCOPES if options.admin else SCOPES[:1]))
+    show_text(add_key(options.file, options.name, SCOPES if options.admin else SCOPES[:1]))
     return 0
 
 
@@ -383,7 +386,7 @@ def _keys_list(options: argparse.Namespace) -> int:
     from posttrain.serve.keys import Keys
 
     for key in Keys.read(options.file).keys:
-        print(f"{key.name}  {', '.join(key.scopes)}  {key.created}")
+        show_text(f"{key.name}  {', '.join(key.scopes)}  {key.created}")
     return 0
 
 

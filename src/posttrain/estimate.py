@@ -101,7 +101,9 @@ def _speed(recipe: Recipe) -> float:
 
 
 def _training(plan: Plan, stage: Stage, chat: ChatFormat, body: int, head: int) -> Work:
-    report = prepare_stage(stage, chat, seed=plan.recipe.seed, evaluation_prompts=plan.evaluation_prompts).report
+    report = prepare_stage(
+        stage, chat, seed=plan.recipe.seed, evaluation_prompts=plan.evaluation_prompts, context=plan.source.context()
+    ).report
     full = plan.recipe.adapter.kind == "full"
     a_token, a_target = (6 * body, 6 * head) if full else (4 * body, 4 * head)
     a_token += 2 * body * plan.recipe.base.recompute

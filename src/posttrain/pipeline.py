@@ -14,7 +14,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -40,6 +39,7 @@ from posttrain.locks import HeldFolder, run_lock
 from posttrain.plan import EVALUATIONS, WORKING_ON, Plan, Step, make_plan, parts_of, unfinished
 from posttrain.recipe import nearest
 from posttrain.settings import Recipe, Stage
+from posttrain.terminal import say
 from posttrain.train.signals import StopSignal
 
 if TYPE_CHECKING:
@@ -184,6 +184,7 @@ def _check_data(plan: Plan) -> None:
     say("checking the data")
     from posttrain.data.doctor import prepare_stage
     from posttrain.data.prompts import PreparedPrompts, check_room
+    from posttrain.data.sources import hashes_in, refuse_changed
     from posttrain.models.load import load_chat
     from posttrain.train.functions import check_function
     from posttrain.train.gold import gold_that_pays
@@ -192,7 +193,12 @@ def _check_data(plan: Plan) -> None:
     for step in plan.due:
         if step.stage is None:
             continue
-        found = prepare_stage(step.stage, chat, seed=plan.recipe.seed, evaluation_prompts=plan.evaluation_prompts)
+        found = prepare_stage(
+            step.stage, chat, seed=plan.recipe.seed, evaluation_prompts=plan.evaluation_prompts, context=plan.source.context()
+        )
+        refuse_changed(hashes_in(found.report), step.data)
+        for warning in found.report["warnings"]:
+            say(f"warning: {step.name}: {warning}")
         if isinstance(found, PreparedPrompts) and step.stage.kind == "ppo":
             room, where = step.stage.max_new_tokens, f'stage "{step.name}"'
             check_room([*found.train, *found.validation], max_new_tokens=room, context=plan.source.context(), where=where)
@@ -230,7 +236,7 @@ def _train(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: Sto
     with contextlib.closing(HeldFolder(folder)) as held:
         context = StageContext(
             policies.base, policies, plan.recipe, folder, stop, trackers, plan.evaluation_prompts, Owner(step.work, held),
-            step.settings.get("functions", {}),
+            step.settings.get("functions", {}), plan.data,
         )  # fmt: skip
         result = _train_kind(context, stage)
     for warning in result.warnings:
@@ -278,13 +284,17 @@ def _measure(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: S
     from posttrain.data.doctor import prepare_stage
     from posttrain.data.prepare import PreparedPairs
     from posttrain.data.rankings import rank_prompts
+    from posttrain.data.sources import hashes_in, refuse_changed
     from posttrain.evaluate.pairs import describe
     from posttrain.evaluate.reward_model import measure_reward_model, write_measured
 
     (stage,) = (s for s in plan.recipe.stage if s.name == step.policy)
     base = policies.base
-    prepared = prepare_stage(stage, base.chat, seed=plan.recipe.seed, evaluation_prompts=plan.evaluation_prompts)
+    prepared = prepare_stage(
+        stage, base.chat, seed=plan.recipe.seed, evaluation_prompts=plan.evaluation_prompts, context=base.context
+    )
     assert isinstance(prepared, PreparedPairs)
+    refuse_changed(hashes_in(prepared.report), plan.data)
     adapter = policies.activate(step.policy)
     measured = measure_reward_model(base, adapter, rank_prompts(prepared.validation), label=step.name, stop=stop)
     write_measured(folder, measured)
@@ -375,8 +385,3 @@ def stage_kind(recipe: Recipe, policy: str) -> tuple[str, str | None]:
         if stage.name == policy:
             return stage.kind, stage.init
     return "base", None
-
-
-def say(text: str) -> None:
-    """One line of what is going on, on standard error."""
-    print(text, file=sys.stderr, flush=True)

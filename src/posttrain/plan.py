@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from posttrain.artifacts import fingerprint, partial_folder, read_manifest
 from posttrain.data.chat import TEMPLATES
 from posttrain.data.sources import data_hashes
-from posttrain.evaluate.suites import Task, evaluation_prompts, load_suites, suite_fingerprint
+from posttrain.evaluate.suites import Task, evaluation_prompts, first_items, load_suites, suite_fingerprint
 from posttrain.models.source import BaseModelFolder, locate_base, pinned
 from posttrain.settings import VALUE_WORDS, DpoStage, PpoStage, Recipe, RewardPart, RewardStage, Stage, reward_parts
 from posttrain.train.function_source import source_hash
@@ -58,6 +58,11 @@ class Plan(NamedTuple):
     steps: tuple[Step, ...]
 
     @property
+    def data(self) -> dict[str, str]:
+        """sha256 of every data source by path."""
+        return {path: digest for step in self.steps for path, digest in step.data.items()}
+
+    @property
     def due(self) -> tuple[Step, ...]:
         """The steps that will be worked on."""
         return tuple(step for step in self.steps if step.status != "done")
@@ -68,21 +73,24 @@ def make_plan(recipe: Recipe, run: Path, *, until: str | None = None) -> Plan:
 
     Raises PosttrainError for a base, a suite or data that is not there.
     """
-    tasks = load_suites(recipe.evaluation.suites, limit=recipe.evaluation.limit)
+    whole = load_suites(recipe.evaluation.suites)
+    tasks = first_items(whole, recipe.evaluation.limit)
     # Training leaves out rows that any evaluation asks, also those beyond the limit.
-    prompts = evaluation_prompts(load_suites(recipe.evaluation.suites, limit=0))
+    prompts = evaluation_prompts(whole)
     source = locate_base(pinned(recipe.base.model, run))
     base_print = fingerprint(_base_identity(recipe, source))
     known = {"base": base_print}
-    steps = [_evaluation_step(recipe, run, tasks, "base", base_print)]
+    suites, asked = suite_fingerprint(tasks), fingerprint(sorted(prompts))
+    hashes: dict[str, str] = {}
+    steps = [_evaluation_step(recipe, run, suites, "base", base_print)]
     later = False
     for stage in recipe.stage:
-        step = _training_step(recipe, run, stage, known, prompts)
+        step = _training_step(recipe, run, stage, known, asked, hashes)
         known[stage.name] = step.fingerprint
         if isinstance(stage, RewardStage):
             after = _measuring_step(run, stage, step.fingerprint)
         else:
-            after = _evaluation_step(recipe, run, tasks, stage.name, step.fingerprint)
+            after = _evaluation_step(recipe, run, suites, stage.name, step.fingerprint)
         both = (step, after)
         steps += [one for one in both if not later or both[0].status == one.status == "done"]
         later |= stage.name == until
@@ -96,7 +104,8 @@ def _base_identity(recipe: Recipe, source: BaseModelFolder) -> list[str]:
     return [source.weights_hash, source.tokenizer_hash, base.template, template, base.dtype]
 
 
-def _training_step(recipe: Recipe, run: Path, stage: Stage, known: dict[str, str], prompts: frozenset[str]) -> Step:
+def _training_step(recipe: Recipe, run: Path, stage: Stage, known: dict[str, str], asked: str, hashes: dict[str, str]) -> Step:
+    """`known` has fingerprints of what comes before, `asked` is that of the evaluation's prompts; `hashes` of data are kept."""
     names = {stage.init}
     if isinstance(stage, PpoStage):
         names |= {name for part in parts_of(stage) for name in part.models} | set(stage.gold_compare)
@@ -104,14 +113,14 @@ def _training_step(recipe: Recipe, run: Path, stage: Stage, known: dict[str, str
     if isinstance(stage, DpoStage | PpoStage):
         names.add(stage.init if stage.reference == "init" else stage.reference)
     inputs = {name: known[name] for name in sorted(names)}
-    data = data_hashes(stage.data)
+    data = data_hashes(stage.data, hashes)
     if isinstance(stage, PpoStage) and stage.ptx_data:
-        data |= data_hashes(stage.ptx_data)
+        data |= data_hashes(stage.ptx_data, hashes)
     settings = {
         "stage": stage.model_dump(mode="json", exclude=set(_NO_EFFECT), exclude_none=True),
         "adapter": recipe.adapter.model_dump(mode="json"),
         "seed": recipe.seed,
-        "evaluation_prompts": fingerprint(sorted(prompts)),
+        "evaluation_prompts": asked,
         "code": CODE_VERSION[stage.kind],
     }
     work = fingerprint({"settings": settings, "inputs": {**inputs, "base": known["base"]}, "data": data})
@@ -127,9 +136,9 @@ def parts_of(stage: Stage | None) -> tuple[RewardPart, ...]:
     return reward_parts(stage.reward) + reward_parts(stage.gold) if isinstance(stage, PpoStage) else ()
 
 
-def _evaluation_step(recipe: Recipe, run: Path, tasks: tuple[Task, ...], policy: str, policy_print: str) -> Step:
+def _evaluation_step(recipe: Recipe, run: Path, suites: str, policy: str, policy_print: str) -> Step:
     settings = {
-        "suites": suite_fingerprint(tasks),
+        "suites": suites,
         "max_new_tokens": recipe.evaluation.max_new_tokens,
         "sample_tokens": recipe.evaluation.sample_tokens,
         "samples": list(recipe.evaluation.samples),

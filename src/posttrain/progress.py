@@ -15,6 +15,7 @@ from typing import Any, Protocol, TextIO
 
 from posttrain.artifacts import write_bytes
 from posttrain.errors import RecipeError
+from posttrain.terminal import printable
 
 
 class Tracker(Protocol):
@@ -67,7 +68,7 @@ class Progress:
     """
 
     def __init__(self, label: str, total: int, *, done: int = 0, stream: TextIO | None = None) -> None:
-        self.label, self.total, self.done = label, max(total, 1), done
+        self.label, self.total, self.done = printable(label), max(total, 1), done
         self._stream = stream or sys.stderr
         self._start, self._first = time.monotonic(), done
         self._last_print = -1

@@ -5,7 +5,6 @@ checked here.
 """
 
 import difflib
-import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from posttrain.errors import RecipeError
+from posttrain.reading import Unreadable, decode_text, parse_toml
 from posttrain.settings import (
     STAGE_KINDS,
     VALUE_WORDS,
@@ -46,17 +46,15 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     where = path.name or str(path)
     give = "give the path of a recipe (.toml)"
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = parse_toml(decode_text(path.read_bytes()))
     except FileNotFoundError:
         raise RecipeError(where, f"there is no file {path}", do=give) from None
     except IsADirectoryError:
         raise RecipeError(where, f"{path} is a folder", do=give) from None
     except OSError as error:
         raise RecipeError(where, f"{path} cannot be read ({error.strerror or error})", do=give) from None
-    except UnicodeDecodeError as error:
-        raise RecipeError(where, f"not UTF-8 text (byte {error.start})", do="save the file as UTF-8") from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise RecipeError(where, f"not TOML: {error}", do="correct that line") from None
+    except Unreadable as bad:
+        raise RecipeError(where, bad.found, do=bad.do) from None
     for override in overrides:
         _apply_override(raw, override)
     return parse_recipe(raw, where)
@@ -114,8 +112,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 def _override_value(text: str) -> Any:
     """A TOML value; whatever is none is a string, so that --set sft.data=my.jsonl needs no quotes."""
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = parse_toml(f"value = {text}")["value"]
+    except Unreadable:
         return text
     return value if isinstance(value, str | bool | int | float | list | dict) else text
 

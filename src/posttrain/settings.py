@@ -4,15 +4,29 @@ Where it stands: `recipe.py` reads TOML into these tables and checks what they s
 `kind`. The string under each field feeds `docs/configuration.md`.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic_core import PydanticCustomError
+
+# Sizes that a number of a recipe may have, where its own setting does not say less.
+SMALLEST, LARGEST = 1e-12, 2**31
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 
 
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _of_a_usual_size(cls, value: Any) -> Any:
+        """Numbers whose products and quotients stay finite; the zero below zero is zero."""
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return value
+        if abs(value) > LARGEST or 0 < abs(value) < SMALLEST:
+            raise PydanticCustomError("size", f"0, or {SMALLEST:g} to {LARGEST:,} in size")
+        return 0.0 if isinstance(value, float) and value == 0 else value
 
 
 class Base(_Settings):
@@ -55,7 +69,7 @@ class Source(_Settings):
 
     path: str
     """A file (.jsonl .json .parquet .csv), a `save_to_disk` folder, a hub dataset id, or `starter/<file>`."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """Share of this source's rows that is used: 0.5 takes half of them, 2 takes each twice."""
 
 
@@ -89,7 +103,7 @@ class _Optimised(_Stage):
 
 
 class _Training(_Optimised):
-    epochs: Annotated[float, Field(gt=0)] = 1.0
+    epochs: Annotated[float, Field(gt=0, le=10_000)] = 1.0
     """Passes over the data; fractions are allowed."""
     batch: Annotated[int, Field(ge=1)] = 16
     """Rows (conversations or pairs) of one optimiser step."""

@@ -86,6 +86,27 @@ def test_pairs_as_text(tmp_path: Path, check):
     assert "warning" not in said
 
 
+def test_what_is_not_read_is_said_first(tmp_path: Path, check):
+    labelled = [{**talk, "label": number % 3 > 0} for number, talk in enumerate(talks(30))]
+    file = rows(tmp_path / "kto.jsonl", [*labelled, {**talks(1)[0], "tools": [{"name": "add"}]}])
+    first = "warning: 11 of 31 rows are left out: they hold what training does not read (10 with label = false, 1 with tools)"
+    assert check(file).startswith(first + "\n\ndemonstrations as random:tiny")
+    report = json.loads(check(file, "--json"))
+    assert report["warnings"] == [first.removeprefix("warning: ")]
+    assert report["train_rows"] + report["validation_rows"] == 20
+    assert sum(report["dropped"].values()) == 11
+    assert report["dropped"]["tools: not supported, and without it the row means something else"] == 1
+
+
+def test_rows_beyond_the_context_of_the_base_are_cut_there_and_said(tmp_path: Path, check):
+    (tmp_path / "r.toml").write_text(RECIPE.replace("max_tokens = 64", "max_tokens = 8192"), encoding="utf-8")
+    file = rows(tmp_path / "d.jsonl", [*talks(3), {"prompt": "q", "completion": "a" * 3000}])
+    said = check(file, "--recipe", str(tmp_path / "r.toml"))
+    assert said.startswith("warning: max_tokens = 8,192 is beyond the base's context of 2,048 tokens: 1 rows are cut there\n")
+    assert "cut          1 rows at 2,048 tokens" in said
+    assert "warning" not in check(rows(tmp_path / "short.jsonl", talks(3)), "--recipe", str(tmp_path / "r.toml"))
+
+
 def test_json_says_the_same(tmp_path: Path, check):
     file = rows(tmp_path / "d.jsonl", talks(40))
     report = json.loads(check(file, "--json"))

@@ -25,6 +25,15 @@ def write(folder: Path, rows: list[Any], name: str = "rows.jsonl") -> str:
     return str(path)
 
 
+def answered(**more: Any) -> dict[str, Any]:
+    """A prompt and an answer with further columns."""
+    return {"prompt": "What is 2 + 2?", "completion": "4", **more}
+
+
+def pair(**more: Any) -> dict[str, Any]:
+    return {"prompt": "What is 2 + 2?", "chosen": "4", "rejected": "5", **more}
+
+
 DEMONSTRATIONS = {
     "messages": ({"messages": TURNS}, "messages"),
     "prompt+completion, text": ({"prompt": "What is 2 + 2?", "completion": "4"}, "prompt+completion"),
@@ -122,7 +131,6 @@ BAD_DEMONSTRATIONS: dict[str, Any] = {
     "messages has a turn without a role of system, user, assistant": {"messages": [{"role": "robot", "content": "x"}]},
     "content is not text but int": {"messages": [TURNS[0], {"role": "assistant", "content": 4}]},
     "content is not text but NoneType": {"messages": [TURNS[0], {"role": "assistant", "content": None}]},
-    "content is not text but list": {"messages": [TURNS[0], {"role": "assistant", "content": [{"type": "text", "text": "4"}]}]},
     "content holds half of a character (a lone surrogate)": {
         "messages": [TURNS[0], {"role": "assistant", "content": "\ud83d"}]
     },
@@ -135,7 +143,7 @@ def test_rows_without_a_lesson_are_named(tmp_path: Path):
     read = read_demonstrations(path, seed=0)
     reasons = [*BAD_DEMONSTRATIONS, "messages is not a list of messages"]
     assert read.problems == tuple(Problem(path, f"row {number}", reason) for number, reason in enumerate(reasons, 2))
-    assert (len(read.records), read.sources[0].rows) == (1, 11)
+    assert (len(read.records), read.sources[0].rows) == (1, 10)
 
 
 BAD_PAIRS: dict[str, Any] = {
@@ -155,6 +163,68 @@ def test_pairs_without_a_preference_are_named(tmp_path: Path):
     read = read_preferences(path, seed=0)
     assert read.problems == tuple(Problem(path, f"row {number}", reason) for number, reason in enumerate(BAD_PAIRS, 2))
     assert len(read.records) == 1
+
+
+# --- values of any type ------------------------------------------------------------------------------------------------
+
+
+def test_a_label_may_be_any_spelling_of_1_and_2(tmp_path: Path):
+    row = {"input": "q", "output_1": "a", "output_2": "b"}
+    labels: list[Any] = [1, 1.0, "1", "1.0", 2, 2.0, " 2 ", 0, 3, True, None, "x", [1], 10**400, float("nan"), 1.5]
+    read = read_preferences(write(tmp_path, [{**row, "label": label} for label in labels]), seed=0)
+    assert [r.chosen[0].content for r in read.records] == ["a"] * 4 + ["b"] * 3
+    assert len(read.problems) == len(labels) - 7
+
+
+@pytest.mark.parametrize(
+    "margin, found",
+    [(None, 0.0), ("", 0.0), (2, 2.0), ("0.5", 0.5), ("1e2", 100.0), (0, 0.0), (10**400, None), (1e300, None), ("large", None),
+     ("nan", None), ("inf", None), ("1_0", None), (True, None), ([1], None), (-1, None), (float("inf"), None)],
+)  # fmt: skip
+def test_a_margin_is_read_for_reward_models_alone(tmp_path: Path, margin: Any, found: float | None):
+    path = write(tmp_path, [pair(margin=margin)])
+    assert [r.margin for r in read_preferences(path, seed=0).records] == [0.0]
+    assert [r.margin for r in read_preferences(path, seed=0, margins=True).records] == ([] if found is None else [found])
+
+
+def test_a_csv_file_may_have_numbers(tmp_path: Path):
+    (tmp_path / "p.csv").write_text("prompt,chosen,rejected,margin,probability\nq,a,b,0.5,\nq,c,d,,0.9\n", encoding="utf-8")
+    read = read_preferences(str(tmp_path / "p.csv"), seed=0, margins=True)
+    assert [(r.margin, r.probability) for r in read.records] == [(0.5, 1.0), (0.0, 0.9)]
+    (tmp_path / "l.csv").write_text("input,output_1,output_2,label\nq,a,b,2\nq,a,b,1.0\n", encoding="utf-8")
+    assert [r.chosen[0].content for r in read_preferences(str(tmp_path / "l.csv"), seed=0).records] == ["b", "a"]
+
+
+def test_no_value_of_any_column_ends_in_a_traceback(tmp_path: Path):
+    values: list[Any] = [
+        None,
+        True,
+        0,
+        -1.5,
+        10**400,
+        float("nan"),
+        float("inf"),
+        "",
+        "text",
+        "\ud83d",
+        [],
+        [[]],
+        [None],
+        {},
+        {"a": 1},
+    ]
+    values += [[{}], [{"role": []}], [{"from": {}}], [{"role": "user", "content": {}}], [{"from": "gpt", "value": 1}]]
+    layouts = [
+        {"messages": TURNS}, answered(), {"instruction": "a", "output": "b"}, {"conversations": TURNS},
+        pair(), {"chosen": "a b", "rejected": "a c"}, {"input": "q", "output_1": "a", "output_2": "b", "label": 1},
+    ]  # fmt: skip
+    further = ["id", "system", "history", "label", "margin", "category", "reason", "tools", "weight", "status", "tie", "input"]
+    for layout in layouts:
+        rows = [{**layout, column: value} for column in (*layout, *further) for value in values]
+        path = write(tmp_path, [layout, *rows])
+        read = read_preferences(path, seed=0, margins=True) if kind_of(layout) == "dpo" else read_demonstrations(path, seed=0)
+        assert len(read.records) + len(read.problems) == len(rows) + 1
+        json.dumps([repr(r) for r in read.records], ensure_ascii=False).encode()  # no half of a character is left
 
 
 def test_files_of_the_other_kind_are_sent_to_the_other_stage(tmp_path: Path):

@@ -1,6 +1,7 @@
 """From records to rows: every row is accounted for, none trains on nothing, a prompt stands on one side only."""
 
 import random
+from typing import Any
 
 import pytest
 
@@ -104,6 +105,22 @@ def test_0_of_2000_pairs_around_the_limit_are_lost(gemma: ChatFormat):
     for row in (*prepared.train, *prepared.validation):
         assert row.chosen_ids[-1] == row.rejected_ids[-1] == gemma.end_id
         assert len(row.prompt_ids) + max(len(row.chosen_ids), len(row.rejected_ids)) <= limit
+
+
+def test_the_context_of_the_base_limits_rows_and_pairs(gemma: ChatFormat):
+    records = [talk("short", "q", "a"), talk("long", "q", "a" * 80), talk("asks long", "q" * 80, "a")]
+    read = Demonstrations(tuple(records), (), sources(3))
+    keywords: dict[str, Any] = {"validation": 0.0, "allow_dropped": 1.0, "evaluation_prompts": (), "context": 64}
+    prepared = prepare_demonstrations(read, gemma, max_tokens=1024, **keywords)
+    assert [len(row.ids) for row in prepared.train] == [AROUND + 2, 64]
+    assert (prepared.report["max_tokens"], prepared.report["truncated"]) == (64, 2)
+    assert prepared.report["dropped"] == {"no trained token within the base's context of 64 tokens": 1}
+    assert prepared.report["warnings"] == ["max_tokens = 1,024 is beyond the base's context of 64 tokens: 2 rows are cut there"]
+    pairs = Preferences((pair("a", "q", "1", "2"), pair("b", "q", "1" * 80, "2")), (), sources(2))
+    assert prepare_pairs(pairs, gemma, max_tokens=1024, **keywords).report["dropped"] == {
+        "longer than the base's context of 64 tokens": 1
+    }
+    assert prepare_demonstrations(read, gemma, max_tokens=64, **keywords).report["warnings"] == []
 
 
 def test_more_than_allowed_dropped_is_an_error_that_names_the_rows(gemma: ChatFormat):

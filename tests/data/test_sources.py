@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from posttrain.data.sources import MAX_FIELD_BYTES, data_hashes, locate, read_rows
+from posttrain.data.sources import MAX_FIELD_BYTES, data_hashes, locate, read_rows, read_source
 from posttrain.errors import DataError
 
 ROWS: list[dict[str, Any]] = [
@@ -94,6 +94,75 @@ def test_hashes_follow_the_bytes(tmp_path: Path):
     assert data_hashes("org/name") == {"org/name": "hub:org/name"}
 
 
+def test_columns_that_nobody_reads_may_hold_anything(tmp_path: Path):
+    beyond = pyarrow.array([2534023008000000000] * 2, type=pyarrow.timestamp("us"))
+    others = {
+        "year": beyond,
+        "zone": pyarrow.array([1, 2], type=pyarrow.timestamp("us", tz="Mars/Olympus")),
+        "nested": pyarrow.array(
+            [[{"t": 1}], None], type=pyarrow.list_(pyarrow.struct([("t", pyarrow.timestamp("ns", tz="x"))]))
+        ),
+        "nanoseconds": pyarrow.array([1, 2], type=pyarrow.duration("ns")),
+        "big": pyarrow.array(["x" * (MAX_FIELD_BYTES + 1), ""]),
+    }
+    table = pyarrow.table({"prompt": ["q", "r"], "completion": ["a", "b"], **others})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    datasets.Dataset(table.select(["prompt", "completion", "year", "big"])).save_to_disk(str(tmp_path / "folder"))
+    for name in ("a.parquet", "folder"):
+        rows = read_rows(str(tmp_path / name))
+        assert [(row.value["prompt"], row.value["completion"]) for row in rows] == [("q", "a"), ("r", "b")]
+        assert {"year", "big"} <= rows[0].value.keys()
+    unread = json.dumps({"prompt": "q", "completion": "a", "raw": "x" * (MAX_FIELD_BYTES + 1)})
+    (tmp_path / "a.jsonl").write_text(unread, encoding="utf-8")
+    assert len(read_rows(str(tmp_path / "a.jsonl"))) == 1
+
+
+def test_a_column_that_is_read_may_hold_times_beside_its_texts(tmp_path: Path):
+    turn = pyarrow.struct(
+        [("role", pyarrow.string()), ("content", pyarrow.string()), ("at", pyarrow.timestamp("us", tz="x/y"))]
+    )
+    turns = [[{"role": "user", "content": "q", "at": 2534023008000000000}, {"role": "assistant", "content": "a", "at": None}]]
+    table = pyarrow.table(
+        {"messages": pyarrow.array(turns, type=pyarrow.list_(turn)), "reason": pyarrow.array([5], pyarrow.date64())}
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    (row,) = read_rows(str(tmp_path / "a.parquet"))
+    assert [turn["content"] for turn in row.value["messages"]] == ["q", "a"]
+
+
+def test_two_columns_of_one_name_are_refused_where_they_are_read(tmp_path: Path):
+    (tmp_path / "a.csv").write_text("prompt,completion,completion\nq,FIRST,SECOND\n", encoding="utf-8")
+    names = ["prompt", "completion", "completion"]
+    table = pyarrow.Table.from_arrays([pyarrow.array(["q"])] * 3, names=names)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    for name in ("a.csv", "a.parquet"):
+        with pytest.raises(DataError, match='two columns named "completion" · rename or remove one of them'):
+            read_rows(str(tmp_path / name))
+    (tmp_path / "b.csv").write_text("prompt,completion,,\nq,a,,\n", encoding="utf-8")  # a sheet's empty columns
+    assert read_rows(str(tmp_path / "b.csv"))[0].value["completion"] == "a"
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_hash_is_that_of_the_bytes_that_were_read(tmp_path: Path, name: str):
+    path = tmp_path / name
+    WRITERS[name](path, ROWS)
+    assert read_source(str(path)).sha256 == data_hashes(str(path))[str(path)]
+
+
+def test_a_folder_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    saved(tmp_path / "folder", ROWS)
+    load_from_disk = datasets.load_from_disk
+
+    def slowly(path: str) -> Any:
+        loaded = load_from_disk(path)
+        (tmp_path / "folder" / "more").write_text("x", encoding="utf-8")
+        return loaded
+
+    monkeypatch.setattr(datasets, "load_from_disk", slowly)
+    with pytest.raises(DataError, match="was changed while it was read"):
+        read_source(str(tmp_path / "folder"))
+
+
 # --- what cannot be read: where · found · allowed · do ----------------------------------------------------------------
 
 BAD_FILES: dict[str, tuple[str, bytes, str]] = {
@@ -102,9 +171,9 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "empty list": ("a.json", b"[]", '" · no rows'),
     "header only": ("a.csv", b"prompt,completion\r\n", '" · no rows'),
     "invalid UTF-8": (
-        "a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', '" · line 2 · not UTF-8 (byte 16) · save the file as UTF-8',
+        "a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', '" · line 2 · not UTF-8 text (byte 16) · save the file as UTF-8',
     ),
-    "UTF-16": ("a.csv", "prompt,completion\n".encode("utf-16"), '" · line 1 · not UTF-8 (byte 0) · save the file as UTF-8'),
+    "UTF-16": ("a.csv", "prompt,completion\n".encode("utf-16"), '" · line 1 · not UTF-8 text (byte 0) · save the file as UTF-8'),
     "not JSON": ("a.jsonl", b'{"a": 1}\n{"a": \n', '" · line 2 · not JSON (Expecting value) · write one JSON object a line'),
     "plain text": ("a.txt", b"Hello there\n", '" · line 1 · not JSON (Expecting value) · write one JSON object a line'),
     "a list a line": ("a.jsonl", b"[1, 2]\n", '" · row 1 · a list · a JSON object · correct the row'),

@@ -184,7 +184,7 @@ def test_measures_do_not_pool_different_units(tmp_path: Path):
     [
         ("{", "sums.jsonl line 1 · not JSON"),
         ("", "has no items"),
-        ("[1]\n", '"id" is missing'),
+        ("[1]\n", "a list"),
         (SUMS.replace("0}", "2}"), "choices do not fit"),
         (SUMS.replace('" 3"', '" 2"'), "choices do not fit"),
         (SUMS.replace("0}", '"0"}'), '"answer" is missing or not of type int'),

@@ -4,6 +4,8 @@ import argparse
 import json
 from typing import Any
 
+from posttrain.terminal import show_text
+
 EXAMPLE = "posttrain constitution check starter"
 
 
@@ -28,5 +30,5 @@ def check(options: argparse.Namespace) -> int:
     chat = None if options.model is None else load_chat(locate_base(options.model), options.template)
     found: dict[str, Any]
     found, text = describe(constitution, prompt=options.prompt or PROMPT, answer=options.answer or ANSWER, chat=chat)
-    print(json.dumps(found, indent=2, ensure_ascii=False) if options.json else text)
+    show_text(json.dumps(found, indent=2, ensure_ascii=False) if options.json else text)
     return 0

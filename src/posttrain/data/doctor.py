@@ -17,11 +17,11 @@ from posttrain.data.formats import (
 )
 from posttrain.data.prepare import PreparedPairs, PreparedRows, prepare_demonstrations, prepare_pairs
 from posttrain.data.prompts import PreparedPrompts, prepare_prompts
-from posttrain.data.ptx import prepare_ptx
+from posttrain.data.ptx import prepare_ptx, with_ptx
 from posttrain.data.report import format_report
 from posttrain.data.sources import read_rows
 from posttrain.errors import DataError, RecipeError
-from posttrain.settings import DpoStage, PpoStage, Recipe, SftStage, Stage
+from posttrain.settings import DpoStage, PpoStage, Recipe, RewardStage, SftStage, Stage
 
 
 class Check(NamedTuple):
@@ -39,9 +39,10 @@ def prepare_stage(
     *,
     seed: int,
     evaluation_prompts: Collection[str],
+    context: int,
     allow_dropped: float | None = None,
 ) -> PreparedRows | PreparedPairs | PreparedPrompts:
-    """A stage's rows as it will train on them. Raises DataError as the stage would."""
+    """A stage's rows as it will train on them on a base that can hold `context` tokens. Raises DataError as the stage would."""
     if isinstance(stage, PpoStage):
         prompts = prepare_prompts(
             stage.data, chat, seed=seed, max_prompt_tokens=stage.max_prompt_tokens, evaluation_prompts=evaluation_prompts,
@@ -49,16 +50,17 @@ def prepare_stage(
         )  # fmt: skip
         if not stage.ptx_data:
             return prompts
-        mix = prepare_ptx(stage, chat, seed=seed, evaluation_prompts=evaluation_prompts).report
-        return prompts._replace(report={**prompts.report, "ptx": mix})
+        mix = prepare_ptx(stage, chat, seed=seed, evaluation_prompts=evaluation_prompts, context=context).report
+        return prompts._replace(report=with_ptx(prompts.report, mix))
     allowed = stage.allow_dropped if allow_dropped is None else allow_dropped
     keywords: dict[str, Any] = {
         "max_tokens": stage.max_tokens, "validation": stage.validation, "allow_dropped": allowed,
-        "evaluation_prompts": evaluation_prompts,
+        "evaluation_prompts": evaluation_prompts, "context": context,
     }  # fmt: skip
     if isinstance(stage, SftStage):
         return prepare_demonstrations(read_demonstrations(stage.data, seed=seed), chat, **keywords)
-    return prepare_pairs(read_preferences(stage.data, seed=seed), chat, **keywords)
+    margins = isinstance(stage, RewardStage)
+    return prepare_pairs(read_preferences(stage.data, seed=seed, margins=margins), chat, **keywords)
 
 
 def plan_check(file: str, recipe: Recipe | None, stage_name: str | None, *, model: str, template: str) -> Check:
@@ -88,9 +90,13 @@ def plan_check(file: str, recipe: Recipe | None, stage_name: str | None, *, mode
     return Check(fitting[0].model_copy(update={"data": file}), recipe.seed, recipe.base.model, recipe.base.template)
 
 
-def check_rows(check: Check, chat: ChatFormat, *, evaluation_prompts: Collection[str] = ()) -> tuple[dict[str, Any], str]:
-    """The report as data and as text."""
-    prepared = prepare_stage(check.stage, chat, seed=check.seed, evaluation_prompts=evaluation_prompts, allow_dropped=1.0)
+def check_rows(
+    check: Check, chat: ChatFormat, *, context: int, evaluation_prompts: Collection[str] = ()
+) -> tuple[dict[str, Any], str]:
+    """The report as data and as text, for a base that can hold `context` tokens."""
+    prepared = prepare_stage(
+        check.stage, chat, seed=check.seed, evaluation_prompts=evaluation_prompts, context=context, allow_dropped=1.0
+    )
     kind = "demonstrations" if check.stage.kind == "sft" else "preference pairs"
     title = f"{kind} as {check.model} ({chat.template_name} template) would train on them"
     report = prepared.report

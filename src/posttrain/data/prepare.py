@@ -2,6 +2,8 @@
 
     record -> contamination check -> rendering -> length limit -> training or validation by a hash of the first user turn
 
+The length limit is `max_tokens`, or the base's context where that is less: no position beyond it was ever trained.
+
 Nothing is lost silently: each row ends in training, in validation, or in a counted reason with the rows named. More than
 `allow_dropped` of the rows dropped is an error. A demonstration that is too long is cut at the end; a pair that is too long
 is dropped, since cutting one side would change which answer is better.
@@ -9,6 +11,7 @@ is dropped, since cutting one side would change which answer is better.
 
 import hashlib
 import re
+import sys
 from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
@@ -91,11 +94,25 @@ def in_validation(messages: Sequence[Message], share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
+class _Limit(NamedTuple):
+    """How many tokens a row may have, and what limits it."""
+
+    tokens: int
+    name: str
+
+
+def _limit(max_tokens: int, context: int) -> _Limit:
+    if context < max_tokens:
+        return _Limit(context, f"the base's context of {context:,} tokens")
+    return _Limit(max_tokens, f"max_tokens = {max_tokens}")
+
+
 def prepare_demonstrations(
     read: Demonstrations, chat: ChatFormat, *, max_tokens: int, validation: float, allow_dropped: float,
-    evaluation_prompts: Collection[str],
+    evaluation_prompts: Collection[str], context: int = sys.maxsize,
 ) -> PreparedRows:  # fmt: skip
     """Render, cut and split demonstrations. Raises DataError when too many rows are dropped or none is left."""
+    limit = _limit(max_tokens, context)
     contamination = Contamination(evaluation_prompts)
     sides: tuple[list[TrainRow], list[TrainRow]] = ([], [])
     problems = list(read.problems)
@@ -111,23 +128,27 @@ def prepare_demonstrations(
             problems.append(Problem(record.source, record.id, f"{refused.where} {refused.found}"))
             continue
         rewritten += sum(m.role == "assistant" for m in record.messages) - chat.trained_turns(encoded)
-        if len(encoded.ids) > max_tokens:
+        if len(encoded.ids) > limit.tokens:
             truncated += 1
         else:
             uncut += 1
             ended += encoded.ids[-1] in chat.end_ids and encoded.trained[-1]
-        row = TrainRow(record.id, encoded.ids[:max_tokens], encoded.trained[:max_tokens])
+        row = TrainRow(record.id, encoded.ids[: limit.tokens], encoded.trained[: limit.tokens])
         if not any(row.trained[1:]):  # nothing predicts the first token
-            problems.append(Problem(record.source, record.id, f"no trained token within max_tokens = {max_tokens}"))
+            problems.append(Problem(record.source, record.id, f"no trained token within {limit.name}"))
             continue
         sides[in_validation(record.messages, validation)].append(row)
     refuse(problems, len(read.records), read, sides[0], allow_dropped)
     rows = [*sides[0], *sides[1]]
+    warnings = unread_warnings(problems, read)
+    if truncated and context < max_tokens:
+        warnings.append(f"max_tokens = {max_tokens:,} is beyond {limit.name}: {truncated:,} rows are cut there")
     report = describe_rows([len(r.ids) for r in rows], sum(sum(r.trained) for r in rows))
     report |= _counts(read, problems, contaminated) | {
         "kind": "sft", "train_rows": len(sides[0]), "validation_rows": len(sides[1]), "truncated": truncated,
-        "duplicates": _duplicates([tuple(r.ids) for r in rows]), "max_tokens": max_tokens,
+        "duplicates": _duplicates([tuple(r.ids) for r in rows]), "max_tokens": limit.tokens,
         "ends_trained": ended / uncut if uncut else None, "turns_rewritten": rewritten,
+        "warnings": warnings,
         "examples": [{"id": r.id, "pieces": pieces(chat, r.ids, r.trained)} for r in _spread(sides[0])],
     }  # fmt: skip
     return PreparedRows(sides[0], sides[1], report)
@@ -135,9 +156,10 @@ def prepare_demonstrations(
 
 def prepare_pairs(
     read: Preferences, chat: ChatFormat, *, max_tokens: int, validation: float, allow_dropped: float,
-    evaluation_prompts: Collection[str],
+    evaluation_prompts: Collection[str], context: int = sys.maxsize,
 ) -> PreparedPairs:  # fmt: skip
     """Render and split preference pairs. Raises DataError when too many rows are dropped or none is left."""
+    limit = _limit(max_tokens, context)
     contamination = Contamination(evaluation_prompts)
     sides: tuple[list[PairRow], list[PairRow]] = ([], [])
     problems = list(read.problems)
@@ -152,8 +174,8 @@ def prepare_pairs(
             problems.append(Problem(record.source, record.id, f"{refused.where} {refused.found}"))
             continue
         row = PairRow(record.id, prompt_ids, chosen, rejected, record.margin, record.probability, record.category)
-        if len(row.prompt_ids) + max(len(row.chosen_ids), len(row.rejected_ids)) > max_tokens:
-            problems.append(Problem(record.source, record.id, f"longer than max_tokens = {max_tokens}"))
+        if len(row.prompt_ids) + max(len(row.chosen_ids), len(row.rejected_ids)) > limit.tokens:
+            problems.append(Problem(record.source, record.id, f"longer than {limit.name}"))
         elif row.chosen_ids == row.rejected_ids:
             problems.append(Problem(record.source, record.id, "chosen equals rejected once rendered"))
         else:
@@ -166,7 +188,7 @@ def prepare_pairs(
     sides_of = [(tuple(r.prompt_ids), tuple(r.chosen_ids), tuple(r.rejected_ids)) for r in rows]
     report |= _counts(read, problems, contaminated) | {
         "kind": "dpo", "train_rows": len(sides[0]), "validation_rows": len(sides[1]), "truncated": 0,
-        "duplicates": _duplicates(sides_of), "max_tokens": max_tokens,
+        "duplicates": _duplicates(sides_of), "max_tokens": limit.tokens, "warnings": unread_warnings(problems, read),
         "ends_trained": sum(c[-1] in chat.end_ids for c in completions) / len(completions),
         "mean_chosen_tokens": sum(len(r.chosen_ids) for r in rows) / len(rows),
         "mean_rejected_tokens": sum(len(r.rejected_ids) for r in rows) / len(rows),
@@ -182,22 +204,34 @@ def refuse(
     """Too many rows dropped, or none left, ends the stage before it begins."""
     where = "data " + ", ".join(f'"{s.path}"' for s in read.sources)
     total = kept + len(read.problems)
-    reasons = "; ".join(f"{count} rows: {reason}{_first(problems, reason)}" for reason, count in _reasons(problems).items())
+    why = "; ".join(f"{count} rows: {reason}{_first(problems, reason)}" for reason, count in reasons(problems).items())
     if not train:
         raise DataError(
             where,
-            f"no row left to train on ({reasons or 'all held out or contaminated'})",
+            f"no row left to train on ({why or 'all held out or contaminated'})",
             do="look at `posttrain data check`",
         )
     if len(problems) > allow_dropped * total:
         raise DataError(
-            where, f"{len(problems)} of {total} rows cannot be trained on ({reasons})",
+            where, f"{len(problems)} of {total} rows cannot be trained on ({why})",
             allowed=f"{allow_dropped:.0%} (allow_dropped)",
             do="mend the rows, or raise allow_dropped in the recipe",
         )  # fmt: skip
 
 
-def _reasons(problems: list[Problem]) -> dict[str, int]:
+def unread_warnings(problems: Sequence[Problem], read: Demonstrations | Preferences | Texts) -> list[str]:
+    """Rows that say something which would change their meaning and is not read, by its name; nothing where there is none."""
+    names = Counter(p.unread for p in problems if p.unread).most_common()
+    if not names:
+        return []
+    total = len(read.records) + len(read.problems)
+    which = ", ".join(f"{count:,} with {name}" for name, count in names)
+    left_out = sum(count for _, count in names)
+    return [f"{left_out:,} of {total:,} rows are left out: they hold what training does not read ({which})"]
+
+
+def reasons(problems: Sequence[Problem]) -> dict[str, int]:
+    """How many rows each reason dropped, the commonest first."""
     return dict(Counter(p.reason for p in problems).most_common())
 
 
@@ -212,7 +246,7 @@ def _counts(read: Demonstrations | Preferences, problems: list[Problem], contami
         "formats": sorted({s.layout for s in read.sources}),
         "rows": sum(s.rows for s in read.sources),
         "mixed_rows": len(read.records) + len(read.problems),
-        "dropped": _reasons(problems),
+        "dropped": reasons(problems),
         "dropped_rows": [p._asdict() for p in problems[:SHOWN]],
         "contaminated": len(contaminated),
         "contaminated_rows": contaminated[:SHOWN],

@@ -1,20 +1,24 @@
 """Prompts for a policy to answer: the beginnings of demonstrations, or the prompts of preference pairs.
 
 Where it stands: the ppo stage samples completions of these; nothing of the answers in the files is used. Each prompt once;
-prompts that an evaluation asks are left out, and those too long for the stage are dropped and counted.
+prompts that an evaluation asks are left out. Those that are too long for the stage, or that the chat template refuses, are
+dropped and counted.
 """
 
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from posttrain.data.chat import ChatFormat
-from posttrain.data.formats import Demonstrations, Preferences, kind_of, read_demonstrations, read_preferences
-from posttrain.data.prepare import Contamination, in_validation
+from posttrain.data.formats import Demonstrations, Preferences, Problem, kind_of, read_demonstrations, read_preferences
+from posttrain.data.prepare import SHOWN, Contamination, in_validation, reasons, unread_warnings
 from posttrain.data.report import describe_rows
-from posttrain.data.sources import as_sources, read_rows
+from posttrain.data.sources import load
 from posttrain.errors import DataError
 from posttrain.records import Message
 from posttrain.settings import Source
+
+# Share of the rows that may give no prompt without a warning.
+ALLOW_DROPPED = 0.01
 
 
 class PromptRow(NamedTuple):
@@ -38,18 +42,23 @@ def prepare_prompts(
     evaluation_prompts: Collection[str], validation: float = 0.0,
 ) -> PreparedPrompts:  # fmt: skip
     """Render prompts; a share may be held out. Raises DataError for files that cannot be read, and where no prompt is left."""
-    columns = list(read_rows(as_sources(data)[0].path)[0].value)
+    loaded = load(data)
     read: Demonstrations | Preferences
-    read = read_preferences(data, seed=seed) if kind_of(columns) == "dpo" else read_demonstrations(data, seed=seed)
+    read = read_preferences(loaded, seed=seed) if kind_of(loaded.columns) == "dpo" else read_demonstrations(loaded, seed=seed)
+    problems = list(read.problems)
     contamination = Contamination(evaluation_prompts)
     found: dict[tuple[int, ...], PromptRow] = {}
     kept: set[tuple[int, ...]] = set()
     contaminated, repeated, long = 0, 0, 0
-    for name, messages in _beginnings(read):
+    for name, source, messages in _beginnings(read):
         if contamination.found(messages):
             contaminated += 1
             continue
-        ids = chat.encode_prompt(messages)
+        try:
+            ids = chat.encode_prompt(messages)
+        except DataError as refused:
+            problems.append(Problem(source, name, f"{refused.where} {refused.found}"))
+            continue
         if len(ids) > max_prompt_tokens:
             long += 1
         elif tuple(ids) in found:
@@ -59,7 +68,7 @@ def prepare_prompts(
             kept |= {tuple(ids)} if in_validation(messages, validation) else set()
     if len(found) == len(kept):
         where = "data " + ", ".join(f'"{s.path}"' for s in read.sources)
-        lost = {"longer": long, "asked by an evaluation": contaminated, "held out": len(kept)}
+        lost = {"longer": long, "asked by an evaluation": contaminated, "held out": len(kept)} | reasons(problems)
         why = ", ".join(f"{count} {what}" for what, count in lost.items() if count) or "none could be read"
         raise DataError(
             where, f"no prompt of at most {max_prompt_tokens} tokens ({why})", do="raise max_prompt_tokens or give other data"
@@ -67,11 +76,16 @@ def prepare_prompts(
     rows = [row for ids, row in found.items() if ids not in kept]
     held_out = [row for ids, row in found.items() if ids in kept]
     dropped = {f"longer than max_prompt_tokens = {max_prompt_tokens}": long} if long else {}
-    dropped |= {"no prompt could be read": len(read.problems)} if read.problems else {}
+    dropped |= reasons(problems)
+    warnings = unread_warnings(problems, read)
+    total = len(read.records) + len(read.problems)
+    if len(problems) > ALLOW_DROPPED * total and not warnings:
+        warnings.append(f"{len(problems):,} of {total:,} rows give no prompt: {', '.join(reasons(problems))}")
     report = describe_rows([len(r.ids) for r in rows], 0) | {
         "kind": "ppo", "sources": [s._asdict() for s in read.sources], "formats": sorted({s.layout for s in read.sources}),
-        "rows": sum(s.rows for s in read.sources), "mixed_rows": len(read.records) + len(read.problems), "dropped": dropped,
-        "dropped_rows": [], "contaminated": contaminated, "contaminated_rows": [], "duplicates": repeated,
+        "rows": sum(s.rows for s in read.sources), "mixed_rows": total, "dropped": dropped,
+        "dropped_rows": [p._asdict() for p in problems[:SHOWN]], "warnings": warnings,
+        "contaminated": contaminated, "contaminated_rows": [], "duplicates": repeated,
         "train_rows": len(rows), "validation_rows": len(held_out), "truncated": 0, "max_tokens": max_prompt_tokens,
         "ends_trained": None, "examples": [],
     }  # fmt: skip
@@ -88,11 +102,11 @@ def check_room(rows: Sequence[PromptRow], *, max_new_tokens: int, context: int, 
         )  # fmt: skip
 
 
-def _beginnings(read: Demonstrations | Preferences) -> Iterator[tuple[str, tuple[Message, ...]]]:
-    """What stands before the first answer of a demonstration, or before the two answers of a pair."""
+def _beginnings(read: Demonstrations | Preferences) -> Iterator[tuple[str, str, tuple[Message, ...]]]:
+    """Name, source, and what stands before the first answer of a demonstration, or before the two answers of a pair."""
     if isinstance(read, Preferences):
-        yield from ((record.id, record.prompt) for record in read.records)
+        yield from ((record.id, record.source, record.prompt) for record in read.records)
         return
     for record in read.records:
         first = next(i for i, message in enumerate(record.messages) if message.role == "assistant")
-        yield record.id, record.messages[:first]
+        yield record.id, record.source, record.messages[:first]

@@ -5,13 +5,22 @@ of demonstrations, is plain text: it is rendered with the model's BOS and withou
 token, since it may be a part of a document. Everything else is what an sft stage would make of it.
 """
 
+import sys
 from collections.abc import Collection
 from typing import Any
 
 from posttrain.data.chat import ChatFormat
 from posttrain.data.formats import Texts, kind_of, read_demonstrations, read_texts
-from posttrain.data.prepare import Contamination, PreparedRows, TrainRow, prepare_demonstrations, refuse
-from posttrain.data.sources import as_sources, read_rows
+from posttrain.data.prepare import (
+    Contamination,
+    PreparedRows,
+    TrainRow,
+    prepare_demonstrations,
+    reasons,
+    refuse,
+    unread_warnings,
+)
+from posttrain.data.sources import as_sources, load
 from posttrain.records import Message
 from posttrain.settings import PpoStage
 
@@ -20,22 +29,24 @@ ALLOW_DROPPED = 0.01
 
 
 def prepare_ptx(
-    stage: PpoStage, chat: ChatFormat, *, seed: int, evaluation_prompts: Collection[str], allow_dropped: float = ALLOW_DROPPED
-) -> PreparedRows:
+    stage: PpoStage, chat: ChatFormat, *, seed: int, evaluation_prompts: Collection[str], allow_dropped: float = ALLOW_DROPPED,
+    context: int = sys.maxsize,
+) -> PreparedRows:  # fmt: skip
     """The rows of `ptx_data`. Raises DataError as an sft stage would."""
     rows: list[TrainRow] = []
     reports: list[dict[str, Any]] = []
     for source in as_sources(stage.ptx_data):
-        columns = list(read_rows(source.path)[0].value)
-        if "text" in columns and kind_of(columns) != "sft":
-            texts = read_texts((source,), seed=seed)
+        loaded = load((source,))
+        if "text" in loaded.columns and kind_of(loaded.columns) != "sft":
+            texts = read_texts(loaded, seed=seed)
             found = prepare_texts(
-                texts, chat, max_tokens=stage.ptx_max_tokens, allow_dropped=allow_dropped, evaluation_prompts=evaluation_prompts
-            )
+                texts, chat, max_tokens=min(stage.ptx_max_tokens, context), allow_dropped=allow_dropped,
+                evaluation_prompts=evaluation_prompts,
+            )  # fmt: skip
         else:
             found = prepare_demonstrations(
-                read_demonstrations((source,), seed=seed), chat, max_tokens=stage.ptx_max_tokens, validation=0.0,
-                allow_dropped=allow_dropped, evaluation_prompts=evaluation_prompts,
+                read_demonstrations(loaded, seed=seed), chat, max_tokens=stage.ptx_max_tokens, validation=0.0,
+                allow_dropped=allow_dropped, evaluation_prompts=evaluation_prompts, context=context,
             )  # fmt: skip
         rows += found.train
         reports.append(found.report)
@@ -44,8 +55,14 @@ def prepare_ptx(
         "sources": [one for report in reports for one in report["sources"]],
         **{name: sum(report[name] for report in reports) for name in ("truncated", "contaminated")},
         "dropped": sum(sum(report["dropped"].values()) for report in reports),
+        "warnings": [f"ptx_data: {warning}" for report in reports for warning in report["warnings"]],
     }  # fmt: skip
     return PreparedRows(rows, [], report)
+
+
+def with_ptx(report: dict[str, Any], mix: dict[str, Any]) -> dict[str, Any]:
+    """The report of a stage's prompts with that of its mix."""
+    return {**report, "ptx": mix, "warnings": [*report["warnings"], *mix["warnings"]]}
 
 
 def prepare_texts(
@@ -66,6 +83,6 @@ def prepare_texts(
     refuse(list(read.problems), len(read.records), read, rows, allow_dropped)
     report = {
         "sources": [s._asdict() for s in read.sources], "truncated": truncated, "contaminated": contaminated,
-        "dropped": {"text that is none": len(read.problems)},
+        "dropped": reasons(read.problems), "warnings": unread_warnings(read.problems, read),
     }  # fmt: skip
     return PreparedRows(rows, [], report)

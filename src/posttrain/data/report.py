@@ -29,7 +29,7 @@ def describe_rows(lengths: Sequence[int], trained_tokens: int) -> dict[str, Any]
 
 def format_report(report: dict[str, Any], title: str) -> str:
     """The report as text: what training would really see."""
-    lines = [title, ""]
+    lines = [*(f"warning: {warning}" for warning in report["warnings"]), *([""] if report["warnings"] else []), title, ""]
     for source in report["sources"]:
         lines.append(
             f"source       {source['path']}: {source['rows']:,} rows · {source['layout']} · sha256 {source['sha256'][:12]}"

@@ -7,15 +7,16 @@ plain dicts with a number that a person can find again in the file. Remote code 
 import csv
 import hashlib
 import io
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import posttrain
 from posttrain.artifacts import expand_home, hash_file
+from posttrain.data import meaning
 from posttrain.errors import DataError
+from posttrain.reading import Unreadable, decode_text, json_lines, parse_json
 from posttrain.settings import Source
 
 STARTER = Path(posttrain.__file__).parent / "starter"
@@ -23,11 +24,36 @@ MAX_FIELD_BYTES = 10 * 2**20
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]:%-]+)?")
 
 
+# The columns that are read; whatever else a file has may hold anything.
+COLUMNS = meaning.COLUMNS | {
+    "messages", "prompt", "completion", "conversations", "instruction", "input", "output", "history", "text", "chosen",
+    "rejected", "output_1", "output_2", "label", "id", "reason", "margin", "probability", "category", "subset",
+}  # fmt: skip
+
+
 class RawRow(NamedTuple):
     """One row as it stands in its file; `number` counts from 1, lines for JSON lines."""
 
     number: int
     value: dict[str, Any]
+
+
+class SourceRows(NamedTuple):
+    """The rows of one source, and the sha256 of the bytes that they were read from."""
+
+    rows: list[RawRow]
+    sha256: str
+
+
+class Loaded(NamedTuple):
+    """The sources of a stage, each with its rows."""
+
+    sources: tuple[tuple[Source, SourceRows], ...]
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of the first row."""
+        return list(self.sources[0][1].rows[0].value)
 
 
 def as_sources(data: str | tuple[Source, ...]) -> tuple[Source, ...]:
@@ -54,43 +80,97 @@ def locate(path: str) -> Path | None:
     return None
 
 
-def data_hashes(data: str | tuple[Source, ...]) -> dict[str, str]:
-    """sha256 of every source's bytes by path; a hub id stands for itself, since its bytes are not here yet."""
-    found = {}
-    for source in as_sources(data):
-        place = locate(source.path)
-        if place is None:
-            found[source.path] = f"hub:{source.path}"
-        elif place.is_file():
-            found[source.path] = hash_file(place)
-        else:
-            files = sorted(p for p in place.rglob("*") if p.is_file())
-            joined = "".join(f"{p.relative_to(place)}:{hash_file(p)};" for p in files)
-            found[source.path] = hashlib.sha256(joined.encode(errors="surrogateescape")).hexdigest()
-    return found
+def data_hashes(data: str | tuple[Source, ...], known: dict[str, str] | None = None) -> dict[str, str]:
+    """sha256 of every source's bytes by path; a hub id stands for itself, since its bytes are not here yet.
+
+    What is in `known` is not hashed again; the rest is added to it. Raises DataError for a file that cannot be opened.
+    """
+    found = {} if known is None else known
+    paths = [source.path for source in as_sources(data)]
+    for path in paths:
+        if path not in found:
+            found[path] = _hash(path, locate(path))
+    return {path: found[path] for path in paths}
+
+
+def _hash(path: str, place: Path | None) -> str:
+    if place is None:
+        return f"hub:{path}"
+    try:
+        if place.is_file():
+            return hash_file(place)
+        files = sorted(p for p in place.rglob("*") if p.is_file())
+        joined = "".join(f"{p.relative_to(place)}:{hash_file(p)};" for p in files)
+    except OSError as error:
+        raise _cannot_open(path, error) from None
+    return hashlib.sha256(joined.encode(errors="surrogateescape")).hexdigest()
+
+
+def hashes_in(report: Mapping[str, Any]) -> dict[str, str]:
+    """sha256 by path of the sources that a data report is about."""
+    sources = [*report["sources"], *report.get("ptx", {}).get("sources", [])]
+    return {source["path"]: source["sha256"] for source in sources}
+
+
+def refuse_changed(read: Mapping[str, str], planned: Mapping[str, str]) -> None:
+    """Compare the hashes of what was read with those that a run was planned with. Raises DataError where they differ."""
+    for path, digest in read.items():
+        if planned.get(path, digest) != digest:
+            raise DataError(
+                f'data "{path}"', "was changed while the run was under way: it is not what the run was planned with",
+                do="run the same command again; what depends on the file is made anew",
+            )  # fmt: skip
+
+
+def load(data: str | tuple[Source, ...]) -> Loaded:
+    """Every source of a stage, read once. Raises DataError, with the place, for whatever cannot be read."""
+    return Loaded(tuple((source, read_source(source.path)) for source in as_sources(data)))
 
 
 def read_rows(path: str) -> list[RawRow]:
     """Every row of one source. Raises DataError, with the place, for whatever cannot be read."""
+    return read_source(path).rows
+
+
+def read_source(path: str) -> SourceRows:
+    """Every row of one source, with the hash of the bytes that they were read from.
+
+    Raises DataError, with the place, for whatever cannot be read.
+    """
     place = locate(path)
+    digest = _hash(path, None)
     if place is None:
         rows = _from_hub(path)
     elif place.is_dir():
+        digest = _hash(path, place)
         rows = _from_folder(path, place)
-    elif place.suffix in (".parquet", ".arrow"):
-        rows = _from_table(path, place)
+        if _hash(path, place) != digest:
+            raise DataError(f'data "{path}"', "was changed while it was read", do="run the same command again")
     else:
-        rows = list(_READERS.get(place.suffix, _json_lines)(path, place))
+        data = _bytes(path, place)
+        digest = hashlib.sha256(data).hexdigest()
+        rows = list(_READERS.get(place.suffix, _json_lines)(path, data))
     if not rows:
         raise DataError(f'data "{path}"', "no rows", do="give a file with at least one row")
     for row in rows:
         _check_sizes(path, row)
-    return rows
+    return SourceRows(rows, digest)
+
+
+def _bytes(path: str, place: Path) -> bytes:
+    try:
+        return place.read_bytes()
+    except OSError as error:
+        raise _cannot_open(path, error) from None
+
+
+def _cannot_open(path: str, error: OSError) -> DataError:
+    return DataError(f'data "{path}"', error.strerror or str(error), do="make it readable")
 
 
 def _check_sizes(path: str, row: RawRow) -> None:
-    for column, value in row.value.items():
-        size = _characters(value)
+    for column in COLUMNS & row.value.keys():
+        size = _characters(row.value[column])
         if size > MAX_FIELD_BYTES:
             raise DataError(
                 f'data "{path}" · row {row.number}', f'"{column}" holds {size / 2**20:.0f} MB',
@@ -113,38 +193,25 @@ def _characters(value: Any) -> int:
     return total
 
 
-def _text(path: str, place: Path) -> str:
+def _unreadable(path: str, bad: Unreadable, unit: str = "line") -> DataError:
+    return DataError(f'data "{path}"' + (f" · {unit} {bad.line}" if bad.line else ""), bad.found, do=bad.do)
+
+
+def _json_lines(path: str, data: bytes) -> Iterator[RawRow]:
     try:
-        return place.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = place.read_bytes()[: error.start].count(b"\n") + 1
-        raise DataError(
-            f'data "{path}" · line {line}', f"not UTF-8 (byte {error.start})", do="save the file as UTF-8"
-        ) from None
-    except OSError as error:
-        raise DataError(f'data "{path}"', error.strerror or str(error), do="make it readable") from None
+        for number, value in json_lines(decode_text(data)):
+            yield RawRow(number, _object(path, number, value))
+    except Unreadable as bad:
+        raise _unreadable(path, bad) from None
 
 
-def _json_lines(path: str, place: Path) -> Iterator[RawRow]:
-    for number, line in enumerate(_text(path, place).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = str(error).split(":")[0]
-            raise DataError(
-                f'data "{path}" · line {number}', f"not JSON ({reason})", do="write one JSON object a line"
-            ) from None
-        yield RawRow(number, _object(path, number, value))
-
-
-def _json(path: str, place: Path) -> Iterator[RawRow]:
-    text = _text(path, place)
+def _json(path: str, data: bytes) -> Iterator[RawRow]:
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
-        yield from _json_lines(path, place)  # JSON lines under the name .json are common
+        values = parse_json(decode_text(data))
+    except Unreadable as bad:
+        if data.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
+            raise _unreadable(path, bad) from None
+        yield from _json_lines(path, data)  # JSON lines under the name .json are common
         return
     if isinstance(values, dict):
         values = [values]  # JSON lines of one line
@@ -162,12 +229,17 @@ def _object(path: str, number: int, value: Any) -> dict[str, Any]:
     return value
 
 
-def _csv(path: str, place: Path) -> Iterator[RawRow]:
+def _csv(path: str, data: bytes) -> Iterator[RawRow]:
+    try:
+        text = decode_text(data)
+    except Unreadable as bad:
+        raise _unreadable(path, bad) from None
     csv.field_size_limit(MAX_FIELD_BYTES * 4)
     # Not `splitlines`, which also cuts at characters that a cell may hold (a form feed, U+2028).
-    reader = csv.DictReader(io.StringIO(_text(path, place), newline=""))
+    reader = csv.DictReader(io.StringIO(text, newline=""))
     number = 0
     try:
+        _refuse_twice(path, reader.fieldnames or ())
         for number, row in enumerate(reader, 1):
             if None in row or None in row.values():
                 raise DataError(
@@ -178,29 +250,91 @@ def _csv(path: str, place: Path) -> Iterator[RawRow]:
         raise DataError(f'data "{path}" · row {number + 1}', f"not CSV ({error})", do="correct the row") from None
 
 
+def _refuse_twice(path: str, columns: Sequence[str]) -> None:
+    """Two columns of one name that is read: nobody can say which of the two is meant."""
+    twice = [name for name in dict.fromkeys(columns) if name in COLUMNS and columns.count(name) > 1]
+    if twice:
+        raise DataError(f'data "{path}"', f'two columns named "{twice[0]}"', do="rename or remove one of them")
+
+
 def _maybe_messages(value: str) -> Any:
     """A cell that holds a JSON list of objects (messages) is that list; every other cell is its text."""
     if value.lstrip()[:1] == "[":
         try:
-            found = json.loads(value)
-        except (ValueError, RecursionError):
+            found = parse_json(value)
+        except Unreadable:
             return value
         return found if found and all(isinstance(turn, dict) for turn in found) else value
     return value
 
 
-_READERS = {".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".csv": _csv}
-
-
-def _from_table(path: str, place: Path) -> list[RawRow]:
+def _parquet(path: str, data: bytes) -> Iterator[RawRow]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(place)
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
+        _refuse_twice(path, file.schema_arrow.names)
+        table = file.read()
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f'data "{path}"', f"not a Parquet file ({str(error)[:80]})", do="write it again") from None
-    return [RawRow(number, dict(row)) for number, row in enumerate(table.to_pylist(), 1)]
+    yield from _of_table(table)
+
+
+def _of_table(table: Any) -> Iterator[RawRow]:
+    """Rows of an Arrow table. A column that nobody reads is there by name alone: its values may be what Python cannot hold."""
+    columns = {
+        name: _cells(table.column(index)) if name in COLUMNS else [None] * table.num_rows
+        for index, name in enumerate(table.column_names)
+    }
+    for number, values in enumerate(zip(*columns.values(), strict=True), 1):
+        yield RawRow(number, dict(zip(columns, values, strict=True)))
+
+
+def _cells(column: Any) -> list[Any]:
+    """The values of a column; times and dates, which may be beyond what Python can hold, are their numbers."""
+    import pyarrow
+
+    try:
+        return list(column.cast(_without_times(column.type)).to_pylist())
+    except (pyarrow.ArrowException, ValueError, OverflowError):
+        return [_cell(scalar) for scalar in column]
+
+
+def _cell(scalar: Any) -> Any:
+    import pyarrow
+
+    try:
+        return scalar.as_py()
+    except (pyarrow.ArrowException, ValueError, OverflowError):
+        return _NoPython()
+
+
+class _NoPython:
+    """A value that Python cannot hold: whoever reads the cell as a text or a number refuses the row."""
+
+
+def _without_times(kind: Any) -> Any:
+    """The type with a whole number for every time in it."""
+    import pyarrow
+
+    if pyarrow.types.is_struct(kind):
+        return pyarrow.struct([field.with_type(_without_times(field.type)) for field in kind])
+    if pyarrow.types.is_list(kind):
+        return pyarrow.list_(kind.value_field.with_type(_without_times(kind.value_type)))
+    if pyarrow.types.is_large_list(kind):
+        return pyarrow.large_list(kind.value_field.with_type(_without_times(kind.value_type)))
+    return pyarrow.int64() if pyarrow.types.is_temporal(kind) else kind
+
+
+_READERS = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+    ".arrow": _parquet,
+}
 
 
 def _from_folder(path: str, place: Path) -> list[RawRow]:
@@ -241,4 +375,5 @@ def _of_dataset(path: str, loaded: Any, split: str) -> list[RawRow]:
                 do="write org/name:split",
             )
         loaded = loaded[split]
-    return [RawRow(number, dict(row)) for number, row in enumerate(loaded, 1)]
+    _refuse_twice(path, loaded.column_names)
+    return list(_of_table(loaded.with_format("arrow")[:]))

@@ -12,8 +12,6 @@ Item files are JSON lines: choices {id, question, choices, answer}, generate {id
 {id, text}. A path is relative to the suite file; `starter/…` lies in this package.
 """
 
-import json
-import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +24,7 @@ from posttrain.artifacts import fingerprint
 from posttrain.errors import RecipeError
 from posttrain.evaluate import checks, refusal
 from posttrain.evaluate.stats import Unit
+from posttrain.reading import Unreadable, decode_text, json_lines, parse_toml, unusable
 
 PACKAGE = Path(posttrain.__file__).parent
 BUILT_IN = {"starter": PACKAGE / "starter" / "suites" / "starter.toml"}
@@ -120,8 +119,13 @@ def load_suites(names: Sequence[str], *, limit: int = 0) -> tuple[Task, ...]:
         suite = _parse(path, _place(path))
         if suite.name in found:
             raise RecipeError(_place(path), f'a second suite named "{suite.name}"', do="name each suite once")
-        found[suite.name] = _tasks(suite, path, limit)
-    return tuple(task for tasks in found.values() for task in tasks)
+        found[suite.name] = _tasks(suite, path)
+    return first_items((task for tasks in found.values() for task in tasks), limit)
+
+
+def first_items(tasks: Iterable[Task], limit: int) -> tuple[Task, ...]:
+    """The tasks with `limit` items each (0: all)."""
+    return tuple(replace(task, items=task.items[: limit or None]) for task in tasks)
 
 
 def evaluation_prompts(tasks: Iterable[Task]) -> frozenset[str]:
@@ -179,12 +183,12 @@ def _place(path: Path) -> str:
 
 def _parse(path: Path, where: str) -> _Suite:
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = parse_toml(decode_text(path.read_bytes()))
         return _Suite.model_validate(raw)
-    except UnicodeDecodeError as error:
-        raise RecipeError(where, f"not UTF-8 text (byte {error.start})", do="save the file as UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(where, f"not TOML: {error}", do="correct that line") from None
+    except OSError as error:
+        raise RecipeError(where, error.strerror or str(error), do="make it readable") from None
+    except Unreadable as bad:
+        raise RecipeError(where, bad.found, do=bad.do) from None
     except ValidationError as error:
         raise _explain(error, raw, where) from None
 
@@ -204,7 +208,7 @@ def _explain(error: ValidationError, raw: dict[str, Any], where: str) -> RecipeE
     return RecipeError(place, f"{loc[-1]} = {str(first['input'])[:80]!r}", allowed=first["msg"][:1].lower() + first["msg"][1:])
 
 
-def _tasks(suite: _Suite, path: Path, limit: int) -> tuple[Task, ...]:
+def _tasks(suite: _Suite, path: Path) -> tuple[Task, ...]:
     where = _place(path)
     _refuse_twice(where, "task", [t.name for t in suite.task])
     _refuse_twice(where, "measure", [m.name for m in suite.measure])
@@ -215,7 +219,7 @@ def _tasks(suite: _Suite, path: Path, limit: int) -> tuple[Task, ...]:
         items = _items(table, scorers[table.name], path, where)
         full = f"{suite.name}/{table.name}"
         own = tuple(m for m in measures if full in m.tasks)
-        tasks.append(Task(full, table.answer, scorers[table.name], items[: limit or None], own, suite.samples))
+        tasks.append(Task(full, table.answer, scorers[table.name], items, own, suite.samples))
     return tuple(tasks)
 
 
@@ -291,30 +295,31 @@ def _default_better(of: str, scorer: Scorer) -> Better:
 def _items(table: _TaskTable, scorer: Scorer, suite_path: Path, where: str) -> tuple[Item, ...]:
     place = f'{where} · task "{table.name}"'
     path = PACKAGE / table.items if table.items.startswith("starter/") else suite_path.parent / table.items
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        raise RecipeError(place, f"there is no file {table.items}", do="give a path relative to the suite file") from None
-    except UnicodeDecodeError as error:
-        raise RecipeError(place, f"{table.items} is not UTF-8 text (byte {error.start})", do="save the file as UTF-8") from None
     items: list[Item] = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            items.append(_item(line, table.answer, scorer, f"{place} · {path.name} line {number}"))
+    try:
+        for number, item in json_lines(decode_text(path.read_bytes())):
+            items.append(_item(item, table.answer, scorer, f"{place} · {path.name} line {number}"))
+    except FileNotFoundError:
+        raise RecipeError(place, f"there is no file {table.items}", do="give a path relative to the suite file") from None
+    except OSError as error:
+        raise RecipeError(f"{place} · {path.name}", error.strerror or str(error), do="give a file that can be read") from None
+    except Unreadable as bad:
+        line = f" line {bad.line}" if bad.line else ""
+        raise RecipeError(f"{place} · {path.name}{line}", bad.found, do=bad.do) from None
     if not items:
         raise RecipeError(place, f"{table.items} has no items", do="add one item a line")
     _refuse_twice(f"{place} · {path.name}", "item", [str(item["id"]) for item in items])
     return tuple(items)
 
 
-def _item(line: str, answer: Answer, scorer: Scorer, where: str) -> Item:
-    try:
-        item: Item = json.loads(line)
-    except json.JSONDecodeError:
-        raise RecipeError(where, "not JSON", do="write one JSON object a line") from None
+def _item(item: Any, answer: Answer, scorer: Scorer, where: str) -> Item:
+    if not isinstance(item, dict):
+        raise RecipeError(where, f"a {type(item).__name__}", allowed="a JSON object", do="correct the line")
+    if (reason := unusable(item)) is not None:
+        raise RecipeError(where, reason, do="correct the line")
     wanted = _FIELDS[answer] | ({"checks": list} if scorer == "checks" else {})
     for name, kind in wanted.items():
-        if not isinstance(item, dict) or not isinstance(item.get(name), kind) or isinstance(item[name], bool):
+        if not isinstance(item.get(name), kind) or isinstance(item[name], bool):
             raise RecipeError(
                 where, f'"{name}" is missing or not of type {kind.__name__}', allowed=f"fields: {', '.join(wanted)}"
             )
@@ -324,7 +329,8 @@ def _item(line: str, answer: Answer, scorer: Scorer, where: str) -> Item:
         _check_checks(item["checks"], where)
     if answer != "choices" and not item["prompt" if answer == "generate" else "text"].strip():
         raise RecipeError(where, "an empty text", do="write one or remove the line")
-    return item
+    found: Item = item
+    return found
 
 
 def _choices_fit(item: Item) -> bool:

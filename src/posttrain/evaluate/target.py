@@ -48,8 +48,8 @@ def evaluate_pairs(
 def _measured_on(target: RewardTarget, file: str, limit: int) -> tuple[Measured, int]:
     """A reward model on the pairs of a file, and how many of them were dropped."""
     prepared = prepare_pairs(
-        read_preferences(file, seed=target.recipe.seed), target.base.chat, max_tokens=target.stage.max_tokens, validation=0.0,
-        allow_dropped=1.0, evaluation_prompts=(),
+        read_preferences(file, seed=target.recipe.seed, margins=True), target.base.chat, max_tokens=target.stage.max_tokens,
+        validation=0.0, allow_dropped=1.0, evaluation_prompts=(), context=target.base.context,
     )  # fmt: skip
     rows = prepared.train[:limit] if limit else prepared.train
     measured = measure_reward_model(target.base, target.adapter, rank_prompts(rows), label="pairs")

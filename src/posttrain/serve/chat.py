@@ -2,10 +2,9 @@
 
 Commands inside are in `HELP`. With `beside`, every line is answered by several stages, and each keeps its own conversation.
 One engine answers all of it, so weights are packed and the conversation so far is computed once. What a model writes is text to
-a terminal and never a command to it: control characters are replaced. Left out: editing of lines, which the terminal does.
+a terminal and never a command to it: control characters are spelled out. Left out: editing of lines, which the terminal does.
 """
 
-import re
 import sys
 from contextlib import closing
 from functools import partial
@@ -17,9 +16,8 @@ from posttrain.generate.engine import Engine, SamplingSettings, stream
 from posttrain.generate.text import TextStream
 from posttrain.models.target import Target
 from posttrain.records import Message
+from posttrain.terminal import printable
 
-# All control characters but tab and newline: with an escape a model could move the cursor or write a clipboard.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 HELP = (
     "/adapter NAME switches to another stage · /system TEXT sets the system message, /system shows it · "
     "/undo forgets the last exchange · /reset forgets the conversation · /save FILE writes it as a demonstration · /quit ends"
@@ -78,13 +76,13 @@ class _Talk:
         self.histories: dict[str, list[_Exchange]] = {name: [] for name in speakers}
 
     def say(self, text: str) -> None:
-        self.out.write(text)
+        self.out.write(printable(text))
         self.out.flush()
 
     def show(self, piece: str) -> str:
         """Show a piece of an answer; returns it as it is."""
         if piece:
-            self.say(_CONTROL.sub("\ufffd", piece))
+            self.say(piece)
         return piece
 
     def check(self, name: str) -> None:

@@ -2,12 +2,12 @@
 
 import argparse
 import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from posttrain.arguments import seconds, whole
 from posttrain.errors import RecipeError
+from posttrain.terminal import say, show_text
 
 # What the extra "serve" brings.
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
@@ -93,10 +93,10 @@ def serve(options: argparse.Namespace) -> int:
     )  # fmt: skip
     note = apart(advice, service.base.dtype, service.base.device)
     if note is not None:
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}")
     names = ", ".join(served.name for served in service.store.models())
     listen(
         service, host=options.host, port=options.port, keys=keys,
-        told=lambda address: print(f"serving {names} at {address}/v1", flush=True),
+        told=lambda address: show_text(f"serving {names} at {address}/v1"),
     )  # fmt: skip
     return 0

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from posttrain.artifacts import disk_error, fsync_folder, fsync_tree, hash_file, write_json
 from posttrain.locks import HeldFolder
+from posttrain.terminal import say
 
 KEEP = 2
 CHECKPOINTS = "checkpoints"
@@ -113,7 +113,7 @@ def load_newest(folder: Path, owner: Owner | None = None) -> Checkpoint | None:
         if reason is None:
             return _read(candidate)
         then = "going on from an older one" if position < len(candidates) else "there is no older one, starting over"
-        print(f"{folder.name}/{candidate.name} refused: {reason}; {then}", file=sys.stderr)
+        say(f"{folder.name}/{candidate.name} refused: {reason}; {then}")
         aside = folder / f".{candidate.name}.refused"
         with disk_errors(aside):
             shutil.rmtree(aside, ignore_errors=True)

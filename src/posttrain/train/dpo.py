@@ -49,7 +49,7 @@ def train_dpo(context: StageContext, stage: DpoStage) -> StageResult:
     read = read_preferences(stage.data, seed=context.recipe.seed)
     prepared = prepare_pairs(
         read, base.chat, max_tokens=stage.max_tokens, validation=stage.validation, allow_dropped=stage.allow_dropped,
-        evaluation_prompts=context.evaluation_prompts,
+        evaluation_prompts=context.evaluation_prompts, context=base.context,
     )  # fmt: skip
     name = stage.init if stage.reference == "init" else stage.reference
     # Below one epoch the reference need not answer for pairs that no step sees.

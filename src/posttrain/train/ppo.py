@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from posttrain.data.prepare import TrainRow
 from posttrain.data.prompts import check_room, prepare_prompts
-from posttrain.data.ptx import prepare_ptx
+from posttrain.data.ptx import prepare_ptx, with_ptx
 from posttrain.errors import TrainingError
 from posttrain.losses.kl import k3
 from posttrain.losses.output import LossOutput
@@ -64,8 +64,10 @@ def train_ppo(context: StageContext, stage: PpoStage) -> StageResult:
     check_room([*prepared.train, *prepared.validation], max_new_tokens=stage.max_new_tokens, context=base.context, where=where)
     report, ptx = prepared.report, []
     if stage.ptx_data:
-        found = prepare_ptx(stage, base.chat, seed=context.recipe.seed, evaluation_prompts=context.evaluation_prompts)
-        report, ptx = {**report, "ptx": found.report}, found.train
+        found = prepare_ptx(
+            stage, base.chat, seed=context.recipe.seed, evaluation_prompts=context.evaluation_prompts, context=base.context
+        )
+        report, ptx = with_ptx(report, found.report), found.train
     reference = stage.init if stage.reference == "init" else stage.reference
     context.policies.activate(reference)  # one that cannot be read is told before anything is sampled
     judge = Judge(reward_parts(stage.reward), context.policies, where=where, stop=context.stop, sources=context.sources)

@@ -18,6 +18,7 @@ from posttrain.data.formats import read_demonstrations, read_preferences
 from posttrain.data.packing import split_by_tokens
 from posttrain.data.prepare import TrainRow, prepare_demonstrations, prepare_pairs
 from posttrain.data.rankings import RankedPrompt, rank_prompts
+from posttrain.data.sources import refuse_changed
 from posttrain.losses.output import LossOutput
 from posttrain.losses.reward import ScoredPairs, reward_loss
 from posttrain.models.batches import MICRO_TOKENS, DeviceBatch, pack_rows, pack_trees, row_scores
@@ -49,8 +50,9 @@ def train_reward(context: StageContext, stage: RewardStage) -> StageResult:
     """Train on preference pairs. Raises DataError for data that cannot be trained on."""
     base = context.base
     prepared = prepare_pairs(
-        read_preferences(stage.data, seed=context.recipe.seed), base.chat, max_tokens=stage.max_tokens,
+        read_preferences(stage.data, seed=context.recipe.seed, margins=True), base.chat, max_tokens=stage.max_tokens,
         validation=stage.validation, allow_dropped=stage.allow_dropped, evaluation_prompts=context.evaluation_prompts,
+        context=base.context,
     )  # fmt: skip
     adapter, parameters = _start(context, stage)
     train, held_out = rank_prompts(prepared.train), rank_prompts(prepared.validation)
@@ -159,8 +161,9 @@ def _measured_against(context: StageContext, stage: RewardStage, train: Sequence
         read = read_demonstrations(behind.data, seed=context.recipe.seed)
         rows = prepare_demonstrations(
             read, context.base.chat, max_tokens=behind.max_tokens, validation=0.0, allow_dropped=1.0,
-            evaluation_prompts=context.evaluation_prompts,
+            evaluation_prompts=context.evaluation_prompts, context=context.base.context,
         ).train  # fmt: skip
+        refuse_changed({source.path: source.sha256 for source in read.sources}, context.data)
         return rows[:SHIFT_ROWS]
     whole = [[*p.prompt_ids, *p.completions[p.pairs[0].chosen]] for p in train[:SHIFT_ROWS]]
     return [TrainRow("", ids, [False] * len(ids)) for ids in whole]

@@ -21,7 +21,7 @@ def train_sft(context: StageContext, stage: SftStage) -> StageResult:
     read = read_demonstrations(stage.data, seed=context.recipe.seed)
     prepared = prepare_demonstrations(
         read, context.base.chat, max_tokens=stage.max_tokens, validation=stage.validation,
-        allow_dropped=stage.allow_dropped, evaluation_prompts=context.evaluation_prompts,
+        allow_dropped=stage.allow_dropped, evaluation_prompts=context.evaluation_prompts, context=context.base.context,
     )  # fmt: skip
     policy = start_policy(context, stage)
     task = sft_task(context.base, policy, prepared.train, prepared.validation)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from posttrain.artifacts import write_json
+from posttrain.data.sources import hashes_in, refuse_changed
 from posttrain.models.files import Policies, full_state, save_adapter, save_full
 from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter, LoraSettings
@@ -34,6 +35,8 @@ class StageContext(NamedTuple):
     owner: Owner | None = None
     # Of each reward function the hash of its source when the run was planned.
     sources: Mapping[str, str] = {}
+    # sha256 of every source of the run, as it was planned.
+    data: Mapping[str, str] = {}
 
 
 class StageResult(NamedTuple):
@@ -90,7 +93,11 @@ def fit_stage(
     context: StageContext, stage: Stage, policy: TrainedPolicy, task: TrainTask, report: dict[str, Any],
     check: Callable[[dict[str, float]], tuple[str, ...]] | None = None,
 ) -> StageResult:  # fmt: skip
-    """Train, then write the policy into the stage's folder. `check` may turn the final metrics into warnings."""
+    """Train, then write the policy into the stage's folder. `check` may turn the final metrics into warnings.
+
+    Raises DataError where the rows that `report` is about were read from other bytes than the run was planned with.
+    """
+    refuse_changed(hashes_in(report), context.data)
     write_json(context.folder / "data_report.json", report)
     try:
         with recomputed(context.base, context.recipe.base.recompute):
@@ -110,7 +117,7 @@ def fit_stage(
         if context.recipe.adapter.kind == "full":
             context.policies.forget("base")
     warnings = check(result.metrics) if check else ()
-    return StageResult(result, report, warnings + _without_validation(stage, task))
+    return StageResult(result, report, (*report["warnings"], *warnings, *_without_validation(stage, task)))
 
 
 def _without_validation(stage: Stage, task: TrainTask) -> tuple[str, ...]:
