@@ -24,7 +24,6 @@ from posttrain.streams import discard, keep_writing, open_standard_streams
 from posttrain.terminal import say, show_text
 
 Verb = Callable[[argparse.Namespace], int]
-CTRL_C = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,13 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         say("stopped")
-        return CTRL_C
+        return 130  # as shells count Ctrl-C
     except BrokenPipeError:  # the reader of our output went away: `posttrain show … | head`
         discard(sys.stdout.fileno())  # Python flushes standard output at its end, and would complain there
         return 0
     except OSError as error:
         if not is_disk_error(error):
             raise
+        if error.filename is None:  # standard output: Python would try again at its end, and complain
+            discard(sys.stdout.fileno())
         say(f"error: {disk_error(Path(error.filename or 'standard output'), error)}")
         return 2
 
@@ -169,12 +170,9 @@ def _add_models(verbs: Any) -> None:
     evaluate.add_argument("--out", type=Path, help="also write scores.jsonl and scorecard.json into this folder")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     merge = _verb(
-        verbs,
-        "merge",
-        _merge,
-        "fold an adapter into its base: a model folder for any tool",
+        verbs, "merge", _merge, "fold an adapter into its base: a model folder for any tool",
         "posttrain merge runs/quickstart/dpo --out merged",
-    )
+    )  # fmt: skip
     merge.add_argument("target", metavar="RUN/STAGE", help="a stage of a run")
     merge.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
     export = _verb(
