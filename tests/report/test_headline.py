@@ -106,7 +106,8 @@ def test_every_stages_losses_against_its_parent_are_listed_the_last_stages_first
     ]  # fmt: skip
 
 
-def test_terminal_show_and_compare_tell_the_same_losses(tmp_path: Path):
+def test_terminal_show_and_compare_tell_the_same_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "120")
     run = three(tmp_path)
     change = paired_shares([1.0] * 32 + [0.0] * 8, [1.0] * 18 + [0.0] * 22)
     told = f"instructions followed {words.change_words(change._asdict(), 'share')}"
@@ -121,7 +122,8 @@ def test_terminal_show_and_compare_tell_the_same_losses(tmp_path: Path):
     assert [row["stage"] for row in show(run)[0]["losses"]] == ["ppo", "ppo"]
 
 
-def test_a_run_without_a_shown_loss_says_so_and_that_this_is_not_zero(tmp_path: Path):
+def test_a_run_without_a_shown_loss_says_so_and_that_this_is_not_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "120")
     assert "No loss is shown of any stage against its parent, or of sft against base." in sentence(tmp_path, follows=24)
     assert "Not shown is not zero" in show(tmp_path / "run")[1].splitlines()[0] + show(tmp_path / "run")[1].splitlines()[1]
 

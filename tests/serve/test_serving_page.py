@@ -75,7 +75,7 @@ def test_the_limits_are_those_of_the_command():
         name: defaults["shutdown_timeout" if name == "shutdown_seconds" else name] for name in Limits._fields
     }
     assert len(told) == len(Limits._fields)
-    fixed = f"At most {STOPS} stop strings of {STOP_CHARS} characters, {BIASES:,} logit biases, {MESSAGES} messages."
+    fixed = f"At most {STOPS} stop strings of {STOP_CHARS} characters, {BIASES:,} logit biases, {MESSAGES} messages"
     assert fixed in PAGE
 
 
