@@ -19,6 +19,7 @@ from posttrain.arguments import number, whole
 from posttrain.artifacts import disk_error, is_disk_error
 from posttrain.constitution import commands as constitution
 from posttrain.errors import Interrupted, PosttrainError, RecipeError
+from posttrain.judge import commands as judge
 from posttrain.serve import commands
 from posttrain.streams import discard, keep_writing, open_standard_streams
 from posttrain.terminal import say, show_text
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed = _parsed(sys.argv[1:] if arguments is None else arguments)
         verb: Verb = parsed.verb
-        if verb in (_run, _evaluate, _merge, _export, _report, commands.serve):
+        if verb in (_run, _evaluate, _merge, _export, _report, judge.audit, commands.serve):
             keep_writing()
         code = verb(parsed)
         sys.stdout.flush()  # here, where a reader that went away or a full disk can be answered
@@ -117,11 +118,7 @@ def _add_reading(verbs: Any) -> None:
     report = _verb(verbs, "report", _report, "write report.html again", "posttrain report runs/quickstart")
     report.add_argument("run", type=Path, help="a run folder")
     show = _verb(
-        verbs,
-        "show",
-        _show,
-        "a run's scorecard, or a stage's manifest and lineage",
-        "posttrain show runs/quickstart/dpo",
+        verbs, "show", _show, "a run's scorecard, or a stage's manifest and lineage", "posttrain show runs/quickstart/dpo"
     )
     show.add_argument("target", type=Path, metavar="RUN[/STAGE]", help="a run folder, or a stage in it")
     show.add_argument("--json", action="store_true", help="print JSON")
@@ -214,6 +211,9 @@ def _add_constitution(verbs: Any) -> None:
     parser = verbs.add_parser("constitution", help="principles and their prompts", epilog=f"example: {constitution.EXAMPLE}")
     kinds = parser.add_subparsers(required=True, metavar="VERB", help="what to do with them")
     constitution.add_options(_verb(kinds, "check", constitution.check, about, constitution.EXAMPLE))
+    parser = verbs.add_parser("judge", help="whoever compares answers", epilog=f"example: {judge.EXAMPLE}")
+    kinds = parser.add_subparsers(required=True, metavar="VERB", help="what to do with it")
+    judge.add_options(_verb(kinds, "audit", judge.audit, "measure whether a judge may be trusted", judge.EXAMPLE))
 
 
 def _add_serving(verbs: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from posttrain.constitution import prompts
 from posttrain.constitution.principles import Constitution, Principle, warnings
 from posttrain.data.chat import ChatFormat
+from posttrain.judge.prompts import comparison
 from posttrain.records import Message
 
 PROMPT, ANSWER, OTHER = "(the prompt)", "(the answer)", "(another answer)"
@@ -49,7 +50,7 @@ def prompts_of(principle: Principle, prompt: str, answer: str) -> dict[str, list
             made["revision"] = prompts.revision(principle, prompt, answer, CRITIQUE)
     made["contrast"] = prompts.contrast([principle], [Message("user", prompt)])
     if principle.comparison is not None:
-        made["comparison"] = prompts.comparison(principle.comparison, prompt, answer, OTHER)
+        made["comparison"] = comparison(principle.comparison, prompt, answer, OTHER)
     return made
 
 

@@ -9,7 +9,6 @@ A principle may lack any of the three; a stage that needs one names the principl
 """
 
 import re
-import tomllib
 from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
@@ -20,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from posttrain.artifacts import fingerprint
 from posttrain.errors import RecipeError
+from posttrain.reading import Unreadable, decode_text, parse_toml
 
 BUILT_IN = {path.stem: path for path in sorted((Path(__file__).parents[1] / "constitutions").glob("*.toml"))}
 MAX_BYTES = 2**20
@@ -109,13 +109,11 @@ def _read(path: Path, where: str) -> dict[str, Any]:
         data = path.read_bytes()
         if len(data) > MAX_BYTES:
             raise RecipeError(where, f"{len(data)} bytes", allowed=f"at most {MAX_BYTES}")
-        return tomllib.loads(data.decode("utf-8-sig"))
+        return parse_toml(decode_text(data))
     except OSError as error:
         raise RecipeError(where, f"cannot be read ({error.strerror or error})", do="make it readable") from None
-    except UnicodeDecodeError as error:
-        raise RecipeError(where, f"not UTF-8 text (byte {error.start})", do="save the file as UTF-8") from None
-    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
-        raise RecipeError(where, f"not TOML: {str(error)[:200]}", do="correct that line") from None
+    except Unreadable as bad:
+        raise RecipeError(where, bad.found[:200], do=bad.do) from None
 
 
 def _tuples(value: Any) -> Any:
