@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import ArtifactError
+from posttrain.file_types import check_manifest
 
 MANIFEST = "manifest.json"
 
@@ -232,9 +233,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     except (ValueError, RecursionError):
         raise ArtifactError(str(path), "not readable as JSON", do=f"remove {folder} and run the recipe again") from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("fingerprint"), str):
-        raise ArtifactError(str(path), "not a manifest", do=f"remove {folder} and run the recipe again")
-    return manifest
+    check_manifest(manifest, str(path), do=f"remove {folder} and run the recipe again")
+    found: dict[str, Any] = manifest
+    return found
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""A recipe: read, and checked as a whole before a weight is read.
+"""A recipe: read, and checked as a whole before the base is loaded.
 
 A recipe is TOML. Its settings stand in `settings.py`; a stage names earlier stages, and the kind of artifact it needs is
 checked here.

@@ -21,6 +21,7 @@ from posttrain.evaluate.refusal_measure import load_figures
 from posttrain.evaluate.suites import Measure, Task, all_measures
 from posttrain.evaluate.table import format_table
 from posttrain.evaluate.tax import alignment_tax, shown_losses
+from posttrain.file_types import scores_of
 from posttrain.records import Score
 
 __all__ = ["StageScores", "build_scorecard", "format_table", "load_scores", "measure_values"]
@@ -71,10 +72,12 @@ def build_scorecard(
 
 def load_scores(path: Path) -> list[Score]:
     """The scores of a finished evaluation. Raises ArtifactError for a file that is not whole."""
+    do = f"remove {path.parent} and run the recipe again"
     try:
-        return [Score(**row) for row in read_jsonl(path)]
-    except (TypeError, ValueError):
-        raise ArtifactError(str(path), "not readable as scores", do=f"remove {path.parent} and run the recipe again") from None
+        rows = list(read_jsonl(path))
+    except (ValueError, RecursionError):
+        raise ArtifactError(str(path), "not readable as scores", do=do) from None
+    return scores_of(rows, str(path), do=do)
 
 
 def measure_values(measure: Measure, scores: Sequence[Score]) -> Values:

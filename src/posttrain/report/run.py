@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from posttrain.artifacts import partial_folder, read_jsonl, read_manifest
 from posttrain.errors import ArtifactError
 from posttrain.evaluate.gain import GOLD, PUBLISHED
+from posttrain.file_types import check_metrics, check_scorecard
 
 EVALUATIONS = "evaluate"
 # Where `posttrain evaluate --best-of … --out RUN/best-of/NAME` leaves what the report draws.
@@ -115,12 +116,9 @@ def read_scorecard(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ArtifactError(str(folder), "no scorecard.json: nothing was evaluated yet", do="run the recipe to its end")
     found = _read_json(path)
-    stages = found.get("stages")
-    whole = isinstance(stages, list) and all(
-        isinstance(s, dict) and isinstance(s.get("name"), str) and isinstance(s.get("measures"), dict) for s in stages
-    )
-    if not whole or not stages:
-        raise ArtifactError(str(path), "not a scorecard", do=f"remove {path} and {_AGAIN}")
+    check_scorecard(found, str(path), do=f"remove {path} and {_AGAIN}")
+    if not found["stages"]:
+        raise ArtifactError(str(path), "a scorecard of no stage", do=f"remove {path} and {_AGAIN}")
     return found
 
 
@@ -140,6 +138,7 @@ def _stage(folder: Path, table: Mapping[str, Any]) -> Stage:
     sources = [written] if isinstance(written, str) else [one.get("path") if isinstance(one, dict) else one for one in written]
     report = _read_json(_named(folder, "data_report.json")) if _kept(folder, "data_report.json", manifest) else None
     metrics = _rows(folder, "metrics.jsonl") if _kept(folder, "metrics.jsonl", manifest) else ()
+    check_metrics(list(metrics), str(folder / "metrics.jsonl"), do=f"remove {folder} and {_AGAIN}")
     gold, published = (_gold(folder, name) if _kept(folder, name, manifest) else () for name in (GOLD, PUBLISHED))
     if manifest is not None:
         status = "finished"
