@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 from pydantic_core import PydanticCustomError
 
-# Sizes that a number of a recipe may have, where its own setting does not say less.
-SMALLEST, LARGEST = 1e-12, 2**31
+# Sizes that a number of a recipe may have, where its own setting does not say less: whole ones fit 32 bits, others float32.
+SMALLEST, LARGEST_WHOLE, LARGEST = 1e-12, 2**31, 1e37
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 
@@ -24,8 +24,9 @@ class _Settings(BaseModel):
         """Numbers whose products and quotients stay finite; the zero below zero is zero."""
         if isinstance(value, bool) or not isinstance(value, int | float):
             return value
-        if abs(value) > LARGEST or 0 < abs(value) < SMALLEST:
-            raise PydanticCustomError("size", f"0, or {SMALLEST:g} to {LARGEST:,} in size")
+        largest = LARGEST_WHOLE if isinstance(value, int) else LARGEST
+        if abs(value) > largest or 0 < abs(value) < SMALLEST:
+            raise PydanticCustomError("size", f"0, or {SMALLEST:g} to {largest:g} in size")
         return 0.0 if isinstance(value, float) and value == 0 else value
 
 
@@ -103,7 +104,7 @@ class _Optimised(_Stage):
 
 
 class _Training(_Optimised):
-    epochs: Annotated[float, Field(gt=0, le=10_000)] = 1.0
+    epochs: Annotated[float, Field(gt=0, le=1e9)] = 1.0
     """Passes over the data; fractions are allowed."""
     batch: Annotated[int, Field(ge=1)] = 16
     """Rows (conversations or pairs) of one optimiser step."""
