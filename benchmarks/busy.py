@@ -1,7 +1,7 @@
 """What another busy process costs: LoRA training and one stream of text, quiet and beside a process that computes, each with
 OpenMP threads that spin while they wait and with threads that sleep.
 
-    .venv/bin/python benchmarks/busy.py            # all eight figures, in turn, three rounds
+    .venv/bin/python benchmarks/busy.py            # all twelve figures, in turn, three rounds
 
 Prints one JSON object: tokens a second by work, neighbour and waiting (medians of the rounds, and every round).
 """
@@ -61,7 +61,7 @@ def stream() -> float:
 def measure(work: str, neighbour: bool, waiting: str) -> float:
     """One figure in a process of its own."""
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
-    environment |= WAITING[waiting] | {"HF_HUB_OFFLINE": "1", "POSTTRAIN_WAITING": "library"}
+    environment |= WAITING[waiting] | {"HF_HUB_OFFLINE": "1"}
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if neighbour else None
     try:
         out = subprocess.run(

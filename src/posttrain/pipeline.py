@@ -41,6 +41,7 @@ from posttrain.recipe import nearest
 from posttrain.settings import Recipe, Stage
 from posttrain.terminal import say
 from posttrain.train.signals import StopSignal
+from posttrain.waiting_threads import sleep_while_waiting
 
 if TYPE_CHECKING:
     from posttrain.models.files import Policies
@@ -77,6 +78,7 @@ def run_recipe(recipe: Recipe, recipe_text: str, run: Path, *, until: str | None
     Raises PosttrainError for whatever the user can mend, Interrupted when asked to stop (state is saved).
     """
     check_until(recipe, until)
+    sleep_while_waiting()
     try:
         with StopSignal().installed() as stop:
             fresh = not run.exists()
