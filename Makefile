@@ -1,4 +1,4 @@
-# `make quickstart` aligns a real model; `make test` runs every test; `make check` is what CI runs.
+# `make quickstart` aligns a real model; `make test` runs every test but the slow ones; `make check` is what CI runs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
