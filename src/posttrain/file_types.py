@@ -92,7 +92,7 @@ def check_metrics(rows: Any, where: str, *, do: str) -> None:
 
 def scores_of(rows: list[Any], where: str, *, do: str) -> list[Score]:
     """Rows of scores.jsonl as records. Raises ArtifactError."""
-    found: list[Score] = _check(_SCORES, rows, where, "not scores", do)
+    found: list[Score] = _check(_SCORES, rows, where, "not readable as scores", do)
     return found
 
 
