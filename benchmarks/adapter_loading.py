@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from ours import versions
 
-from posttrain.models.files import save_adapter
-from posttrain.models.load import BaseModel, load_base
+from posttrain.models.adapter_files import save_adapter
+from posttrain.models.base_model import BaseModel, load_base
 from posttrain.models.lora import LoraSettings
 from posttrain.serve.store import AdapterStore
 

@@ -28,8 +28,8 @@ def prepare(folder: Path, data: Path, adapters: int = ADAPTERS, prompts: int = r
     """Adapters on all linear layers; their B is small and not zero."""
     import torch
 
-    from posttrain.models.files import save_adapter
-    from posttrain.models.load import load_base
+    from posttrain.models.adapter_files import save_adapter
+    from posttrain.models.base_model import load_base
     from posttrain.models.lora import LoraSettings
 
     found = rollouts.prepare(folder, data, prompts)
@@ -49,8 +49,8 @@ def prepare(folder: Path, data: Path, adapters: int = ADAPTERS, prompts: int = r
 def engine(work: dict[str, Any], folder: Path, count: int) -> tuple[Callable[[int, int], int], str]:
     """A run with a seed over some of these adapters, 0 for none, which returns the tokens; and the type of the base."""
     from posttrain.generate.engine import SamplingSettings, generate
-    from posttrain.models.files import load_adapter
-    from posttrain.models.load import load_base
+    from posttrain.models.adapter_files import load_adapter
+    from posttrain.models.base_model import load_base
 
     base = load_base(rollouts.MODEL)
     for number in range(count):

@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from posttrain.models.load import load_base
+from posttrain.models.base_model import load_base
 from posttrain.serve.app import build_app
 from posttrain.serve.limits import Limits
 from posttrain.serve.run import LOOPBACK, bind, listen

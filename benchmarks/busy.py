@@ -28,7 +28,7 @@ def train() -> float:
     import torch
     from growth import LORA, ids, training_step
 
-    from posttrain.models.load import load_base
+    from posttrain.models.base_model import load_base
 
     base = load_base("package:smollm2-135m-instruct")
     base.adapters.create("a0", LORA, seed=0).requires_grad_(True)
@@ -48,7 +48,7 @@ def stream() -> float:
     from growth import ids
 
     from posttrain.generate.engine import SamplingSettings, generate
-    from posttrain.models.load import load_base
+    from posttrain.models.base_model import load_base
 
     base = load_base("package:smollm2-135m-instruct")
     settings = SamplingSettings(max_new_tokens=ANSWER, temperature=1.0)

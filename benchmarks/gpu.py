@@ -50,7 +50,7 @@ def make_model(shape: dict[str, Any], folder: Path) -> None:
 
 def policy_of(base: Any, kind: str) -> Any:
     """What is trained."""
-    from posttrain.models.files import full_state
+    from posttrain.models.adapter_files import full_state
     from posttrain.models.lora import LoraSettings
     from posttrain.train.stage import TrainedPolicy
 
@@ -73,12 +73,12 @@ def operations(base: Any, race: dict[str, Any]) -> float:
 def run(name: str, steps: int, folder: Path, *, recompute: bool) -> dict[str, Any]:
     """Train and return the race's object."""
     from posttrain.data.prepare import TrainRow
-    from posttrain.models.load import load_base
+    from posttrain.models.base_model import load_base
     from posttrain.models.recompute import recomputed
     from posttrain.train.loop import fit
     from posttrain.train.schedule import LoopSettings
     from posttrain.train.sft import sft_task
-    from posttrain.train.signals import StopSignal
+    from posttrain.train.stop import StopSignal
 
     race = RACES[name]
     make_model(race["shape"], folder / "model")

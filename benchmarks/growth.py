@@ -14,11 +14,11 @@ import torch
 from ours import peak_gib, versions
 
 from posttrain.data.packing import pack, row_segments, tree_segments
-from posttrain.models.load import BaseModel, load_base
+from posttrain.models.adapter_slots import NarrowAdapters
+from posttrain.models.base_model import BaseModel, load_base
 from posttrain.models.lora import LoraSettings
-from posttrain.models.mixed import TokenAdapters
 from posttrain.models.segments import Segments, Span
-from posttrain.models.slots import NarrowAdapters
+from posttrain.models.token_adapters import TokenAdapters
 
 LENGTH = 128
 LORA = LoraSettings(16, 32.0, 0.0, "all", "standard")

@@ -53,7 +53,7 @@ sample_tokens = 1
 def prepare(folder: Path, data: Path) -> dict[str, Any]:
     """The same prompts for both sides: as rows for us, as ids for the peer."""
     from posttrain.data.prompts import prepare_prompts
-    from posttrain.models.load import load_base
+    from posttrain.models.base_model import load_base
 
     base = load_base(MODEL)
     lines = (data / "preferences/hh_harmless.jsonl").read_text(encoding="utf-8").splitlines()[: 2 * PROMPTS]

@@ -27,7 +27,7 @@ MODEL = os.environ.get("RACE_MODEL", "package:smollm2-135m-instruct")
 def prepare(folder: Path, data: Path, prompts: int = PROMPTS) -> dict[str, Any]:
     """First turns of hh_harmless, rendered by the model's own template."""
     from posttrain.data.prompts import prepare_prompts
-    from posttrain.models.load import load_base
+    from posttrain.models.base_model import load_base
 
     base = load_base(MODEL)
     source = str(data / "preferences/hh_harmless.jsonl")
@@ -43,7 +43,7 @@ def prepare(folder: Path, data: Path, prompts: int = PROMPTS) -> dict[str, Any]:
 def posttrain(work: dict[str, Any]) -> tuple[Callable[[int], int], str, tuple[str, ...]]:
     """Our engine."""
     from posttrain.generate.engine import SamplingSettings, generate
-    from posttrain.models.load import load_base
+    from posttrain.models.base_model import load_base
 
     base = load_base(MODEL)
 

@@ -33,9 +33,9 @@ from posttrain.artifacts import write_json, write_jsonl
 from posttrain.evaluate.best_of import measure_best_of, sample_candidates
 from posttrain.evaluate.stats import mean, wilson
 from posttrain.generate.engine import SamplingSettings, generate
+from posttrain.models.adapter_files import Policies
+from posttrain.models.base_model import BaseModel, load_base
 from posttrain.models.batches import batch_logprobs, pack_trees, sum_by_row
-from posttrain.models.files import Policies
-from posttrain.models.load import BaseModel, load_base
 from posttrain.pipeline import run_recipe
 from posttrain.recipe import parse_recipe, to_toml
 from posttrain.records import Message

@@ -42,8 +42,8 @@ def write_adapters(folder: Path, model: str, template: str) -> None:
     """Adapters that stay, and two contents for each that is swapped."""
     import torch
 
-    from posttrain.models.files import save_adapter
-    from posttrain.models.load import load_base
+    from posttrain.models.adapter_files import save_adapter
+    from posttrain.models.base_model import load_base
     from posttrain.models.lora import LoraSettings
 
     base = load_base(model, template=template)

@@ -11,9 +11,9 @@ from rollouts import MODEL
 
 from posttrain.data.formats import read_demonstrations, read_preferences
 from posttrain.data.prepare import prepare_demonstrations, prepare_pairs
-from posttrain.models.files import save_adapter
+from posttrain.models.adapter_files import save_adapter
+from posttrain.models.base_model import load_base
 from posttrain.models.heads import new_head
-from posttrain.models.load import load_base
 from posttrain.models.lora import LoraSettings
 from posttrain.settings import Source
 

@@ -22,9 +22,9 @@ from tiny_models import KINDS, tiny_model
 from posttrain.data.packing import pack, row_segments
 from posttrain.errors import ModelError
 from posttrain.generate.engine import SamplingSettings, generate
+from posttrain.models.base_model import BaseModel, load_base
 from posttrain.models.batches import batch_logprobs, to_device
-from posttrain.models.kernels import own_rotary
-from posttrain.models.load import BaseModel, load_base
+from posttrain.models.patch_modules import own_rotary
 from posttrain.models.source import locate_base
 
 PAGE = Path(__file__).parent / "models.md"

@@ -11,7 +11,7 @@ from browsers import NO_BROWSER, chromium
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-    from posttrain.models.load import BaseModel
+    from posttrain.models.base_model import BaseModel
 
 # Read by libraries when they are imported, and inherited by the processes that tests start.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,7 +30,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny(own_cache: None) -> "BaseModel":
     """The tiny random-weight Llama, float32 on the CPU. Whoever changes its weights puts them back."""
-    from posttrain.models.load import load_base
+    from posttrain.models.base_model import load_base
 
     return load_base("random:tiny", template="gemma", dtype="float32", device="cpu")
 

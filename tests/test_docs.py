@@ -22,8 +22,8 @@ from posttrain.data.formats import read_demonstrations, read_preferences
 from posttrain.evaluate.checks import KINDS
 from posttrain.evaluate.suites import load_suites
 from posttrain.generate.engine import SamplingSettings, generate
-from posttrain.models.files import Policies
-from posttrain.models.load import load_base
+from posttrain.models.adapter_files import Policies
+from posttrain.models.base_model import load_base
 from posttrain.models.lora import count_parameters
 from posttrain.models.source import locate_base
 from posttrain.pipeline import run_recipe

@@ -13,7 +13,7 @@ import pytest
 from posttrain.artifacts import lineage, read_manifest
 from posttrain.cli import main
 from posttrain.locks import run_lock
-from posttrain.models.load import BaseModel
+from posttrain.models.base_model import BaseModel
 from tiny_runs import TINY, command, content, copied_run, finished_run, plan_of, posttrain, undisturbed_run, weights
 
 STEPS = ["evaluate base", "sft", "evaluate sft", "dpo", "evaluate dpo", "rm", "measure rm", "ppo", "evaluate ppo"]

@@ -353,7 +353,7 @@ def _export(options: argparse.Namespace) -> int:
 def _data_check(options: argparse.Namespace) -> int:
     from posttrain.data.doctor import check_rows, plan_check
     from posttrain.evaluate.suites import evaluation_prompts, load_suites
-    from posttrain.models.load import load_chat
+    from posttrain.models.base_model import load_chat
     from posttrain.models.source import locate_base
     from posttrain.recipe import load_recipe
 

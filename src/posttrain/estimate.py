@@ -22,7 +22,7 @@ import torch
 from posttrain.data.chat import ChatFormat
 from posttrain.data.doctor import prepare_stage
 from posttrain.evaluate.suites import sample_prompts
-from posttrain.models.load import choose_device, load_chat, native_bfloat16
+from posttrain.models.base_model import choose_device, load_chat, native_bfloat16
 from posttrain.plan import Plan, make_plan
 from posttrain.records import Message
 from posttrain.settings import PpoStage, Recipe, Stage, reward_parts

@@ -40,11 +40,11 @@ from posttrain.plan import EVALUATIONS, WORKING_ON, Plan, Step, make_plan, parts
 from posttrain.recipe import nearest
 from posttrain.settings import Recipe, Stage
 from posttrain.terminal import say
-from posttrain.train.signals import StopSignal
+from posttrain.train.stop import StopSignal
 from posttrain.waiting_threads import sleep_while_waiting
 
 if TYPE_CHECKING:
-    from posttrain.models.files import Policies
+    from posttrain.models.adapter_files import Policies
     from posttrain.train.stage import StageContext, StageResult
 
 # What a stage needs only while it works: not part of the artifact.
@@ -118,11 +118,11 @@ def _work(plan: Plan, stop: StopSignal, held: HeldFolder) -> None:
     say(f"loading {plan.recipe.base.model}")
     from safetensors import SafetensorError
 
-    from posttrain.models.files import Policies
-    from posttrain.models.library import advice
-    from posttrain.models.load import load_base
+    from posttrain.kernels.cpu.build import advice
+    from posttrain.models.adapter_files import Policies
+    from posttrain.models.base_model import load_base
     from posttrain.models.source import pinned
-    from posttrain.models.tokens import token_ids, untrained_tokens
+    from posttrain.models.untrained_tokens import token_ids, untrained_tokens
 
     recipe = plan.recipe
     settings, full = recipe.base, recipe.adapter.kind == "full"
@@ -187,7 +187,7 @@ def _check_data(plan: Plan) -> None:
     from posttrain.data.doctor import prepare_stage
     from posttrain.data.prompts import PreparedPrompts, check_room
     from posttrain.data.sources import hashes_in, refuse_changed
-    from posttrain.models.load import load_chat
+    from posttrain.models.base_model import load_chat
     from posttrain.train.functions import check_function
     from posttrain.train.gold import gold_that_pays
 

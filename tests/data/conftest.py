@@ -9,7 +9,7 @@ import transformers
 
 from posttrain.data.chat import ChatFormat
 from posttrain.data.sources import STARTER
-from posttrain.models.load import load_tokenizer
+from posttrain.models.base_model import load_tokenizer
 from posttrain.models.source import locate_base
 from posttrain.models.tokenizer import HuggingFaceTokenizer
 

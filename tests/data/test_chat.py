@@ -12,7 +12,7 @@ import transformers
 from posttrain.data.chat import END_TOKENS, TEMPLATES, ChatFormat
 from posttrain.data.template import ChatTemplate
 from posttrain.errors import DataError, ModelError
-from posttrain.models.load import load_tokenizer
+from posttrain.models.base_model import load_tokenizer
 from posttrain.models.source import PACKAGES
 from posttrain.models.tokenizer import HuggingFaceTokenizer
 from posttrain.records import Message, Role

@@ -12,7 +12,7 @@ from posttrain.evaluate.logprobs import choice_logprobs, text_logprobs
 from posttrain.evaluate.run import answer_samples, evaluate_policy, write_scores
 from posttrain.evaluate.scorecard import StageScores, build_scorecard, load_scores
 from posttrain.evaluate.suites import load_suites, sample_prompts
-from posttrain.models.load import BaseModel, load_base
+from posttrain.models.base_model import BaseModel, load_base
 
 TASKS = load_suites(("starter",), limit=2)
 QUESTIONS = [

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from posttrain.generate.sampling import LEAST_TEMPERATURE, Draw, SamplingSettings, choose_tokens, uniform
-from posttrain.models import compiled
-from posttrain.models.library import library
+from posttrain.kernels.cpu import bindings
+from posttrain.kernels.cpu.build import library
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler here, or POSTTRAIN_COMPILE=0: torch chooses")
 VOCABULARIES = [1, 7, 16, 17, 263, 1024, 1025, 49152]
@@ -19,7 +19,7 @@ def logits(rows: int, vocabulary: int, seed: int = 0) -> Tensor:
 
 
 def chosen(z: Tensor, rows: list[tuple[float, float, bool]]) -> list[tuple[float, float, float, float]]:
-    return compiled.choose_tokens(z, rows, [()] * len(rows))
+    return bindings.choose_tokens(z, rows, [()] * len(rows))
 
 
 def drawn(logits_V: Tensor, number: float, temperature: float) -> int:
@@ -103,12 +103,12 @@ def test_a_row_goes_without_some_tokens(temperature: float) -> None:
     before, masked = z.clone(), z.clone()
     for z_V, ids in zip(masked, without, strict=True):
         z_V[list(ids)] = -math.inf
-    found = compiled.choose_tokens(z, rows, without)
+    found = bindings.choose_tokens(z, rows, without)
     assert torch.equal(z, before)
     for z_V, own, other in zip(z, found, chosen(masked, rows), strict=True):
         assert own[:2] == other[:2]
         assert own[2] == pytest.approx(float(torch.log_softmax(z_V.double(), 0)[int(own[0])]), abs=2e-6)
-    ((*_, finite),) = compiled.choose_tokens(z[:1], rows[:1], [tuple(range(1030))])
+    ((*_, finite),) = bindings.choose_tokens(z[:1], rows[:1], [tuple(range(1030))])
     assert not finite
 
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from test_engine import ragged_prompts
-from test_steady import KINDS, broken, lively, waves_of
+from test_graph_decoding import KINDS, broken, lively, waves_of
 
 from posttrain.generate import engine as engine_module
 from posttrain.generate.engine import Engine, generate
-from posttrain.generate.rows import Request
+from posttrain.generate.requests import Request
 from posttrain.generate.sampling import SamplingSettings
-from posttrain.models.load import BaseModel, load_base
+from posttrain.models.base_model import BaseModel, load_base
 from posttrain.records import Rollout
 
 # The compiler warns of what it could do on this card; that is not ours to answer for.

@@ -10,9 +10,9 @@ import transformers
 from posttrain.errors import AdapterError, ModelError
 from posttrain.generate import engine as engine_module
 from posttrain.generate.engine import Engine, generate, stream
-from posttrain.generate.rows import Request
+from posttrain.generate.requests import Request
 from posttrain.generate.sampling import SamplingSettings
-from posttrain.models.load import BaseModel
+from posttrain.models.base_model import BaseModel
 from posttrain.models.lora import LoraSettings
 from posttrain.models.segments import Segments, Span
 from posttrain.records import Rollout

@@ -13,9 +13,9 @@ from test_prompts import answers, lively, pieces, run  # noqa: F401 - a fixture
 from posttrain.errors import BusyError
 from posttrain.generate import engine as engine_module
 from posttrain.generate.engine import Engine, SamplingSettings, generate
-from posttrain.generate.rows import Event, Request
-from posttrain.generate.serving import Server, serving
-from posttrain.models.load import BaseModel, load_base
+from posttrain.generate.requests import Event, Request
+from posttrain.generate.worker import Server, serving
+from posttrain.models.base_model import BaseModel, load_base
 
 # A token that broken models cannot embed.
 BAD = 200
@@ -222,19 +222,19 @@ def test_a_failure_that_does_not_come_again_is_nobodys(base: BaseModel, caplog: 
 
 def test_rows_for_which_there_is_no_memory_do_not_join(base: BaseModel, monkeypatch: pytest.MonkeyPatch):
     """The system gives no more than 32 places to a cache; those that are there, and shorter ones that come, are answered."""
-    from posttrain.models import decoding
+    from posttrain.models import cache
 
-    real = decoding.zeros
+    real = cache.zeros
 
     def scarce(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-        if shape[0] * decoding.BLOCK > 1024:
+        if shape[0] * cache.BLOCK > 1024:
             raise MemoryError("no memory for the cache")
         return real(shape, like)
 
     engine, good = engine_of(base), requests(base)
     wanted = alone(base, good)
     long = [Request([1, 40 + i], SETTINGS._replace(max_new_tokens=1500)) for i in range(2)]
-    monkeypatch.setattr(decoding, "zeros", scarce)
+    monkeypatch.setattr(cache, "zeros", scarce)
     numbers = [number for request in good[:4] for number in engine.submit(request)]
     events = engine.step()
     failing = [engine.submit(request)[0] for request in long]

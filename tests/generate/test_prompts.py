@@ -13,9 +13,9 @@ from posttrain.generate import engine as engine_module
 from posttrain.generate.batch import SMALLEST_SHELF
 from posttrain.generate.engine import Engine, SamplingSettings, generate
 from posttrain.generate.prefix import PrefixCache
-from posttrain.generate.rows import Event, Request, Row
-from posttrain.models.decoding import BLOCK, Shelf
-from posttrain.models.load import BaseModel
+from posttrain.generate.requests import Event, Request, Row
+from posttrain.models.base_model import BaseModel
+from posttrain.models.cache import BLOCK, Shelf
 from posttrain.models.lora import LoraAdapter, LoraSettings
 from posttrain.records import Rollout
 

@@ -7,9 +7,9 @@ from test_prompts import run
 
 from posttrain.generate import engine as engine_module
 from posttrain.generate.engine import Engine, SamplingSettings, generate
-from posttrain.generate.rows import Request, Row
-from posttrain.generate.waiting import FairQueue, PromptTime
-from posttrain.models.load import BaseModel
+from posttrain.generate.fair_queue import FairQueue, PromptTime
+from posttrain.generate.requests import Request, Row
+from posttrain.models.base_model import BaseModel
 
 SIX = SamplingSettings(6, 1.0, seed=1, min_new_tokens=6)
 

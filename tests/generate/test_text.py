@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 
 from posttrain.generate.text import TextStream
-from posttrain.models.load import BaseModel
+from posttrain.models.base_model import BaseModel
 
 
 def decode(ids: list[int]) -> str:

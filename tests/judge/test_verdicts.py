@@ -9,8 +9,8 @@ from posttrain.judge.local import MIN_MASS, LocalJudge
 from posttrain.judge.prompts import comparison, grading
 from posttrain.judge.scorer import RewardJudge
 from posttrain.judge.verdict import Comparison, Grading, Reply, combine
+from posttrain.models.base_model import BaseModel
 from posttrain.models.heads import new_head
-from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraSettings
 from posttrain.models.segments import Segments, Span
 from posttrain.records import Message

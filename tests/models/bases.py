@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 
-from posttrain.models.load import BaseModel, load_base
+from posttrain.models.base_model import BaseModel, load_base
 from posttrain.models.source import locate_base
 
 SHAPE: dict[str, Any] = {

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from posttrain.artifacts import publish
-from posttrain.models.files import save_adapter, save_full
-from posttrain.models.load import BaseModel
+from posttrain.models.adapter_files import save_adapter, save_full
+from posttrain.models.base_model import BaseModel
 from posttrain.models.lora import LoraAdapter, LoraSettings
 
 RECIPE = """

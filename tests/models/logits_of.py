@@ -2,7 +2,7 @@
 
 import torch
 
-from posttrain.models.load import BaseModel
+from posttrain.models.base_model import BaseModel
 from posttrain.models.segments import Segments, Span
 
 

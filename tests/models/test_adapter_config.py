@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from posttrain.errors import AdapterError
-from posttrain.models.files import load_adapter, save_adapter
-from posttrain.models.load import BaseModel
+from posttrain.models.adapter_files import load_adapter, save_adapter
+from posttrain.models.base_model import BaseModel
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

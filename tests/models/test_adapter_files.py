@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from posttrain.errors import AdapterError, PosttrainError
-from posttrain.models.files import Policies, full_state, load_adapter, load_full, reload_base, save_adapter, save_full
-from posttrain.models.load import BaseModel, load_base
+from posttrain.models.adapter_files import Policies, full_state, load_adapter, load_full, reload_base, save_adapter, save_full
+from posttrain.models.base_model import BaseModel, load_base
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ from torch import Tensor
 from posttrain.data.packing import Segment, pack, row_segments, tree_segments
 from posttrain.generate import engine as engine_module
 from posttrain.generate.engine import Engine, SamplingSettings, generate
-from posttrain.generate.rows import Request
+from posttrain.generate.requests import Request
+from posttrain.kernels.cuda.varlen import gather_keys, varlen_table
 from posttrain.models.attention import _reference, segment_attention
-from posttrain.models.attention_cuda import gather_keys, varlen_table
+from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import batch_logprobs, to_device
-from posttrain.models.decoding import Extras
-from posttrain.models.load import BaseModel
+from posttrain.models.cache import Extras
 from posttrain.models.segments import Segments, Span
 
 # name: spans of a packed batch. Three rows; a prompt with three answers, one of which branches again; one of length one.

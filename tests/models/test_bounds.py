@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.models import compiled
-from posttrain.models.library import library
+from posttrain.kernels.cpu import bindings
+from posttrain.kernels.cpu.build import library
 
 if library() is None:
     pytest.skip("no C compiler here, or POSTTRAIN_COMPILE=0: plain operations decode", allow_module_level=True)
@@ -25,53 +25,53 @@ def attend(
     keys, other = numbers(2, 3, 2, 64, caches), numbers(values, 3, 2, 64, caches)
     where = tuple(torch.tensor([0, x]).to(kind) for x in (place, length, token))
     out = numbers(rows, 4, width)
-    compiled.attend(q, k, k, keys.transpose(0, 1) if gap else keys, other, where, 0.3, 0, out)
+    bindings.attend(q, k, k, keys.transpose(0, 1) if gap else keys, other, where, 0.3, 0, out)
 
 
 def spans(pieces: list[list[tuple[int, int]]], *, keys: int = 6, heads: int = 4, back: bool = False) -> None:
     q, k = numbers(heads, 6, 16), numbers(2, keys, 16)
-    table = compiled.SpanTable(pieces)
+    table = bindings.SpanTable(pieces)
     if back:
-        compiled.segments_backward(q, k, k, q, table, 0.3, 0)
+        bindings.segments_backward(q, k, k, q, table, 0.3, 0)
     else:
-        compiled.segments(q, k, k, table, 0.3, 0)
+        bindings.segments(q, k, k, table, 0.3, 0)
 
 
 def choose(token: int = 3, *, draws: int = 2, dtype: torch.dtype = torch.bfloat16) -> None:
-    compiled.choose_tokens(numbers(2, 20, dtype=dtype), [(0.5, 1.0, True)] * draws, [[token], []])
+    bindings.choose_tokens(numbers(2, 20, dtype=dtype), [(0.5, 1.0, True)] * draws, [[token], []])
 
 
 def slots(slot: int = 1, token: int = 1, *, rank: int = 16, outputs: int = 8, columns: int = 32) -> None:
     order = torch.tensor([0, token, *[-1] * 14], dtype=torch.int32)
-    found = compiled.Slots(numbers(columns, 32), numbers(8, columns), rank, torch.tensor([0, slot], dtype=torch.int32), order)
-    compiled.products(numbers(2, 32), numbers(outputs, 32), None, found)
+    found = bindings.Slots(numbers(columns, 32), numbers(8, columns), rank, torch.tensor([0, slot], dtype=torch.int32), order)
+    bindings.products(numbers(2, 32), numbers(outputs, 32), None, found)
 
 
 def by_slot(token: int = 1, *, slots: int = 2, first: int = 0, outputs: int = 8, inputs: int = 9) -> None:
-    groups = compiled.Groups([[0], [token]])
-    p = compiled.project(numbers(2, 9), numbers(slots, 4, inputs), groups)
-    compiled.expand(p, numbers(2, 4, 8), groups, first, numbers(2, outputs))
+    groups = bindings.Groups([[0], [token]])
+    p = bindings.project(numbers(2, 9), numbers(slots, 4, inputs), groups)
+    bindings.expand(p, numbers(2, 4, 8), groups, first, numbers(2, outputs))
 
 
 def filled(rank: int = 2, *, inputs: int = 8, dtype: torch.dtype = torch.float32, room: int = 4) -> None:
     a, b = numbers(rank, 8, dtype=dtype), numbers(6, rank, dtype=dtype)
-    compiled.fill_slot([(a, b)], [(numbers(room, inputs), numbers(6, room))], 1.0)
+    bindings.fill_slot([(a, b)], [(numbers(room, inputs), numbers(6, room))], 1.0)
 
 
 x, w, w32 = numbers(2, 8), numbers(4, 8), numbers(8, dtype=torch.float32)
 WRONG: dict[str, tuple[Callable[[], object], str]] = {
-    "multiply, inputs": (lambda: compiled.multiply(numbers(1, 6), w, None), "for 8 inputs"),
-    "multiply, rows": (lambda: compiled.multiply(numbers(3, 8), w, None), "2 rows"),
-    "multiply, bias": (lambda: compiled.multiply(x, w, numbers(3)), "bias"),
-    "multiply, gap": (lambda: compiled.multiply(x, numbers(8, 4).T, None), "weight .* with gaps"),
-    "multiply, type": (lambda: compiled.multiply(x, w.float(), None), "weight .*float32"),
-    "norm, weight": (lambda: compiled.rms_norm(x, numbers(7, dtype=torch.float32), 1e-5), "weight"),
-    "norm, type": (lambda: compiled.rms_norm(x.float(), w32, 1e-5), "x torch.float32"),
-    "norm backward": (lambda: compiled.rms_norm_backward(x, w32, 1e-5, numbers(1, 8)), "a factor"),
-    "rotate": (lambda: compiled.rotate(numbers(2, 5, 8), numbers(4, 8), numbers(4, 8)), "cos"),
-    "rotate, odd": (lambda: compiled.rotate(numbers(2, 5, 7), numbers(5, 7), numbers(5, 7)), "an odd width 7"),
-    "gate": (lambda: compiled.gated(x, numbers(2, 7), gelu=False), "a factor"),
-    "gate backward": (lambda: compiled.gated_backward(x, x, numbers(1, 8), gelu=False), "a factor"),
+    "multiply, inputs": (lambda: bindings.multiply(numbers(1, 6), w, None), "for 8 inputs"),
+    "multiply, rows": (lambda: bindings.multiply(numbers(3, 8), w, None), "2 rows"),
+    "multiply, bias": (lambda: bindings.multiply(x, w, numbers(3)), "bias"),
+    "multiply, gap": (lambda: bindings.multiply(x, numbers(8, 4).T, None), "weight .* with gaps"),
+    "multiply, type": (lambda: bindings.multiply(x, w.float(), None), "weight .*float32"),
+    "norm, weight": (lambda: bindings.rms_norm(x, numbers(7, dtype=torch.float32), 1e-5), "weight"),
+    "norm, type": (lambda: bindings.rms_norm(x.float(), w32, 1e-5), "x torch.float32"),
+    "norm backward": (lambda: bindings.rms_norm_backward(x, w32, 1e-5, numbers(1, 8)), "a factor"),
+    "rotate": (lambda: bindings.rotate(numbers(2, 5, 8), numbers(4, 8), numbers(4, 8)), "cos"),
+    "rotate, odd": (lambda: bindings.rotate(numbers(2, 5, 7), numbers(5, 7), numbers(5, 7)), "an odd width 7"),
+    "gate": (lambda: bindings.gated(x, numbers(2, 7), gelu=False), "a factor"),
+    "gate backward": (lambda: bindings.gated_backward(x, x, numbers(1, 8), gelu=False), "a factor"),
     "attend, place": (lambda: attend(place=3), "a place of 0 to 3 where 0 to 2 are"),
     "attend, before": (lambda: attend(place=-1), "a place of -1"),
     "attend, length": (lambda: attend(length=128), "a length of 0 to 128 where 0 to 127 are"),
@@ -89,15 +89,15 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "choose, token": (lambda: choose(20), "a token of 0 to 20 where 0 to 19 are"),
     "choose, draws": (lambda: choose(draws=1), "2 rows of logits, 1 draws"),
     "choose, type": (lambda: choose(dtype=torch.float32), "logits"),
-    "logits": (lambda: compiled.log_sum_exp(numbers(20, 15)), "15 tokens"),
-    "head": (lambda: compiled.head_mean(numbers(20, 16), numbers(19, 8), -9.0), "a head"),
+    "logits": (lambda: bindings.log_sum_exp(numbers(20, 15)), "15 tokens"),
+    "head": (lambda: bindings.head_mean(numbers(20, 16), numbers(19, 8), -9.0), "a head"),
     "products, slot": (lambda: slots(slot=2), "a slot of 0 to 2 where -1 to 1 are"),
     "products, token": (lambda: slots(token=2), "a token of -1 to 2"),
     "products, rank": (lambda: slots(rank=12), "rank 12"),
     "products, outputs": (lambda: slots(outputs=9), "B"),
     "products, columns": (lambda: slots(columns=24), "24 columns"),
-    "products, inputs": (lambda: compiled.products(numbers(2, 24), numbers(8, 24), None), "24 inputs"),
-    "turned products": (lambda: compiled.turned_products(numbers(2, 32), numbers(8, 32), numbers(8, 15)), "y"),
+    "products, inputs": (lambda: bindings.products(numbers(2, 24), numbers(8, 24), None), "24 inputs"),
+    "turned products": (lambda: bindings.turned_products(numbers(2, 32), numbers(8, 32), numbers(8, 15)), "y"),
     "project, token": (lambda: by_slot(token=2), "tokens to 3 of 2"),
     "project, before": (lambda: by_slot(token=-1), "tokens"),
     "project, slots": (lambda: by_slot(slots=1), "A"),
@@ -107,7 +107,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "fill, rank": (lambda: filled(rank=5), "rank 5 for 4 columns"),
     "fill, inputs": (lambda: filled(inputs=9), "the place of A"),
     "fill, type": (lambda: filled(dtype=torch.bfloat16), "A .*bfloat16"),
-    "run": (lambda: compiled.run(torch.zeros(16), 2, 0), "2 calls in 16 numbers"),
+    "run": (lambda: bindings.run(torch.zeros(16), 2, 0), "2 calls in 16 numbers"),
 }  # fmt: skip
 
 
@@ -126,5 +126,5 @@ def test_what_is_within_bounds_is_computed() -> None:
     choose()
     by_slot()
     filled()
-    if compiled.tiles():
+    if bindings.tiles():
         slots()

@@ -18,9 +18,9 @@ from torch import nn
 from posttrain.cli import main
 from posttrain.errors import ArtifactError, ModelError
 from posttrain.generate.engine import SamplingSettings, generate
+from posttrain.models.adapter_files import Policies, full_state, reload_base, save_full, whole_state
+from posttrain.models.base_model import BaseModel, load_base
 from posttrain.models.export import export_target
-from posttrain.models.files import Policies, full_state, reload_base, save_full, whole_state
-from posttrain.models.load import BaseModel, load_base
 from posttrain.models.merge import merge_target
 from posttrain.models.source import locate_base
 from posttrain.models.target import open_target

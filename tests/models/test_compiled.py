@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from posttrain.generate.engine import SamplingSettings, generate
-from posttrain.models import compiled
-from posttrain.models.attention_cpu import CpuSegmentAttention, gather
-from posttrain.models.library import library
-from posttrain.models.load import load_base
+from posttrain.kernels.cpu import bindings
+from posttrain.kernels.cpu.attention import CpuSegmentAttention, gather
+from posttrain.kernels.cpu.build import library
+from posttrain.models.base_model import load_base
 from posttrain.models.lora import LoraSettings
 from posttrain.models.segments import Segments, Span
 
@@ -36,8 +36,8 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 def test_products_of_few_rows(rows: int, inputs: int, outputs: int) -> None:
     x, weight, bias = numbers(1, rows, inputs), numbers(outputs, inputs, seed=1), numbers(outputs, seed=2)
     wanted = functional.linear(x.double(), weight.double(), bias.double())
-    torch.testing.assert_close(compiled.multiply(x, weight, bias).double(), wanted, rtol=2**-8 * 1.05, atol=1e-4)
-    assert torch.equal(compiled.multiply(x, weight, None)[0, :1], compiled.multiply(x[0, :1], weight, None))
+    torch.testing.assert_close(bindings.multiply(x, weight, bias).double(), wanted, rtol=2**-8 * 1.05, atol=1e-4)
+    assert torch.equal(bindings.multiply(x, weight, None)[0, :1], bindings.multiply(x[0, :1], weight, None))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 64), (3, 1, 64), (1, 200, 576), (5, 7)])
@@ -45,7 +45,7 @@ def test_norms(shape: tuple[int, ...]) -> None:
     x, weight = numbers(*shape), torch.rand(shape[-1]) + 0.5
     wide = x.double()
     wanted = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * weight
-    torch.testing.assert_close(compiled.rms_norm(x, weight, 1e-5).double(), wanted, **CLOSE)
+    torch.testing.assert_close(bindings.rms_norm(x, weight, 1e-5).double(), wanted, **CLOSE)
 
 
 def test_rotations_are_the_librarys_to_the_bit() -> None:
@@ -54,7 +54,7 @@ def test_rotations_are_the_librarys_to_the_bit() -> None:
     x, angles = lying.transpose(0, 1), torch.rand(tokens, width // 2) * 6
     cos, sin = (torch.cat([f(angles)] * 2, -1).bfloat16() for f in (torch.cos, torch.sin))
     left, right = x.chunk(2, -1)  # heads lie apart, token by token
-    assert torch.equal(compiled.rotate(x, cos, sin), x * cos + torch.cat([-right, left], -1) * sin)
+    assert torch.equal(bindings.rotate(x, cos, sin), x * cos + torch.cat([-right, left], -1) * sin)
 
 
 @pytest.mark.parametrize("gelu", [False, True])
@@ -62,7 +62,7 @@ def test_gates(gelu: bool) -> None:
     gate, up = torch.linspace(-100, 100, 4001).bfloat16(), numbers(4001)
     activation = functional.gelu(gate.double(), approximate="tanh") if gelu else functional.silu(gate.double())
     wanted = activation.bfloat16().double() * up.double()  # rounded as the model's own is
-    torch.testing.assert_close(compiled.gated(gate, up, gelu=gelu).double(), wanted, rtol=2**-7 * 1.05, atol=1e-6)
+    torch.testing.assert_close(bindings.gated(gate, up, gelu=gelu).double(), wanted, rtol=2**-7 * 1.05, atol=1e-6)
 
 
 def cached(lengths: list[int], heads: int, kv: int, width: int) -> tuple[Tensor, ...]:
@@ -97,7 +97,7 @@ def test_attention_over_the_cache(heads: int, kv: int, width: int, window: int) 
     wanted, before = attention(q, k, v, keys, values, lengths, window), keys.clone()
     places, counts, tokens = torch.arange(6) * 2 + 1, torch.tensor(lengths), torch.arange(6)
     out = torch.zeros(6, heads, width, dtype=torch.bfloat16)
-    compiled.attend(q, k, v, keys, values, (places, counts, tokens), 0.3, window, out)
+    bindings.attend(q, k, v, keys, values, (places, counts, tokens), 0.3, window, out)
     # A float32 sum may end on the other side of where a weight is rounded.
     torch.testing.assert_close(out.double(), wanted, rtol=2**-8 * 1.05, atol=2e-3)
     for row, length in enumerate(lengths):
@@ -109,7 +109,7 @@ def test_attention_over_the_cache(heads: int, kv: int, width: int, window: int) 
     alone = torch.zeros_like(out)
     for row in range(6):
         own = (x[row : row + 1] for x in (places, counts, tokens))
-        compiled.attend(q, k, v, keys, values, tuple(own), 0.3, window, alone)
+        bindings.attend(q, k, v, keys, values, tuple(own), 0.3, window, alone)
     assert torch.equal(alone, out)
 
 
@@ -118,14 +118,14 @@ def test_a_row_that_is_not_finite_harms_no_other() -> None:
     q, k, v, keys, values = cached(lengths, 4, 2, 16)
     where = torch.arange(3) * 2 + 1, torch.tensor(lengths), torch.arange(3)
     wanted, out = (torch.zeros(3, 4, 16, dtype=torch.bfloat16) for _ in range(2))
-    compiled.attend(q, k, v, keys, values, where, 0.3, 0, wanted)
+    bindings.attend(q, k, v, keys, values, where, 0.3, 0, wanted)
     keys[0, 3] = math.nan
-    compiled.attend(q, k, v, keys, values, where, 0.3, 0, out)
+    bindings.attend(q, k, v, keys, values, where, 0.3, 0, out)
     assert out[1].isnan().all()
     assert torch.equal(out[::2], wanted[::2])
-    assert compiled.multiply(torch.tensor([[math.inf]]).bfloat16(), torch.ones(2, 1).bfloat16(), None).isinf().all()
-    assert compiled.rms_norm(torch.full((1, 8), math.nan).bfloat16(), torch.ones(8), 1e-5).isnan().all()
-    assert compiled.gated(torch.full((3,), math.nan).bfloat16(), numbers(3), gelu=False).isnan().all()
+    assert bindings.multiply(torch.tensor([[math.inf]]).bfloat16(), torch.ones(2, 1).bfloat16(), None).isinf().all()
+    assert bindings.rms_norm(torch.full((1, 8), math.nan).bfloat16(), torch.ones(8), 1e-5).isnan().all()
+    assert bindings.gated(torch.full((3,), math.nan).bfloat16(), numbers(3), gelu=False).isnan().all()
 
 
 @pytest.mark.parametrize("gelu", [False, True])
@@ -135,7 +135,7 @@ def test_gradients_of_gates(count: int, gelu: bool) -> None:
     own = [x.double().requires_grad_() for x in (gate, up)]
     activation = functional.gelu(own[0], approximate="tanh") if gelu else functional.silu(own[0])
     (activation * own[1]).backward(grad.double())
-    for found, x in zip(compiled.gated_backward(gate, up, grad, gelu=gelu), own, strict=True):
+    for found, x in zip(bindings.gated_backward(gate, up, grad, gelu=gelu), own, strict=True):
         torch.testing.assert_close(found.double(), x.grad, rtol=2**-8 * 1.05, atol=1e-6)
 
 
@@ -145,7 +145,7 @@ def test_gradients_of_norms(width: int) -> None:
     wide = x.double().requires_grad_()
     (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * weight).backward(grad.double())
     assert wide.grad is not None
-    torch.testing.assert_close(compiled.rms_norm_backward(x, weight, 1e-5, grad).double(), wide.grad, **CLOSE)
+    torch.testing.assert_close(bindings.rms_norm_backward(x, weight, 1e-5, grad).double(), wide.grad, **CLOSE)
 
 
 @pytest.mark.parametrize("width", [12, 64, 256])
@@ -157,7 +157,7 @@ def test_gradients_of_rotations(width: int) -> None:
     left, right = wide.chunk(2, -1)
     (wide * cos.double() + torch.cat([-right, left], -1) * sin.double()).backward(grad.double())
     assert wide.grad is not None
-    torch.testing.assert_close(compiled.rotate_backward(grad, cos, sin).double(), wide.grad, **CLOSE)
+    torch.testing.assert_close(bindings.rotate_backward(grad, cos, sin).double(), wide.grad, **CLOSE)
 
 
 def packed(q: Tensor, k: Tensor, v: Tensor, spans: tuple[Span, ...], window: int) -> Tensor:
@@ -210,16 +210,16 @@ def test_a_token_attends_the_same_in_a_batch_in_a_tree_and_over_the_cache(
     heads: int, kv: int, width: int, window: int
 ) -> None:  # fmt: skip
     q, k, v = (numbers(128, h, width, seed=s).transpose(0, 1) for s, h in enumerate((heads, kv, kv)))
-    whole = compiled.segments(q, k, v, compiled.SpanTable([[(0, 128)]]), 0.3, window)
-    tree = compiled.segments(
-        q, k, v, compiled.SpanTable([[(0, 50)], [(0, 50), (50, 11)], [(0, 50), (50, 11), (61, 67)]]), 0.3, window
+    whole = bindings.segments(q, k, v, bindings.SpanTable([[(0, 128)]]), 0.3, window)
+    tree = bindings.segments(
+        q, k, v, bindings.SpanTable([[(0, 50)], [(0, 50), (50, 11)], [(0, 50), (50, 11), (61, 67)]]), 0.3, window
     )
     assert torch.equal(tree, whole)
     keys, values = (numbers(2, 3, kv, 64, width, seed=s) for s in (3, 4))
     out = torch.zeros(128, heads, width, dtype=torch.bfloat16)
     for token in range(128):
         where = torch.tensor([1]), torch.tensor([token]), torch.tensor([token])
-        compiled.attend(q, k, v, keys, values, where, 0.3, window, out)
+        bindings.attend(q, k, v, keys, values, where, 0.3, window, out)
     assert torch.equal(out.transpose(0, 1), whole)
 
 
@@ -227,26 +227,26 @@ def test_a_token_attends_the_same_in_a_batch_in_a_tree_and_over_the_cache(
 def test_passes_over_logits(vocabulary: int, tokens: int, width: int) -> None:
     """Sums and means of the same logits in float64; a token's are the same to the bit among others and with fifteen copies."""
     logits, head, least = numbers(vocabulary, tokens) * 4, numbers(vocabulary, width, seed=1), math.log(1e-5)
-    total, mean = compiled.head_mean(logits, head, least)
+    total, mean = bindings.head_mean(logits, head, least)
     logp = torch.log_softmax(logits.double(), 0)
-    assert torch.equal(total, compiled.log_sum_exp(logits))
+    assert torch.equal(total, bindings.log_sum_exp(logits))
     assert (total - torch.logsumexp(logits.double(), 0)).abs().max() < 3e-6
     share = torch.where(logp > least, logp.exp(), 0).T
     assert (share > 0).sum(1).double().mean() < vocabulary or vocabulary < 100
     wanted, size = share @ head.double(), share @ head.double().abs()
     assert bool(((mean.double() - wanted).abs() <= wanted.abs() * 2**-8 + size * 2**-8).all())
     alone = logits[:, 5:6].expand(-1, 16).contiguous()
-    total_alone, mean_alone = compiled.head_mean(alone, head, least)
+    total_alone, mean_alone = bindings.head_mean(alone, head, least)
     assert torch.equal(total_alone, total[5].expand(16))
     assert torch.equal(mean_alone, mean[5].expand(16, -1))
 
 
 def test_logits_that_are_no_numbers_harm_no_other_token() -> None:
     logits, head = numbers(300, 16), numbers(300, 8, seed=1)
-    total, mean = compiled.head_mean(logits, head, -20.0)
+    total, mean = bindings.head_mean(logits, head, -20.0)
     spoilt = logits.clone()
     spoilt[7, 3], spoilt[8, 4], spoilt[:, 5] = math.nan, math.inf, -math.inf
-    total_spoilt, mean_spoilt = compiled.head_mean(spoilt, head, -20.0)
+    total_spoilt, mean_spoilt = bindings.head_mean(spoilt, head, -20.0)
     whole = [n for n in range(16) if n not in (3, 4, 5)]
     assert not total_spoilt[[3, 4, 5]].isfinite().any()
     assert torch.equal(total_spoilt[whole], total[whole])
@@ -258,17 +258,17 @@ def test_logits_that_are_no_numbers_harm_no_other_token() -> None:
 def test_adapters_by_slot(inputs: int, outputs: int) -> None:
     tokens = [[4, 0, 7, 2, 9], [], [1], [3, 5, 6]]  # token 8 is the base's
     x, a, b = numbers(10, inputs), numbers(4, 24, inputs, seed=1), numbers(4, 8, outputs, seed=2)
-    groups, y = compiled.Groups(tokens), numbers(10, outputs, seed=3)
-    p, before = compiled.project(x, a, groups), y.clone()
-    compiled.expand(p, b, groups, 16, y)
+    groups, y = bindings.Groups(tokens), numbers(10, outputs, seed=3)
+    p, before = bindings.project(x, a, groups), y.clone()
+    bindings.expand(p, b, groups, 16, y)
     for slot, own in enumerate(tokens):
         for token in own:
             wanted = a[slot].double() @ x[token].double()
             torch.testing.assert_close(p[token].double(), wanted, rtol=2**-8 * 1.05, atol=1e-4)
             added = before[token].double() + p[token, 16:].double() @ b[slot].double()
             torch.testing.assert_close(y[token].double(), added, rtol=2**-8 * 1.05, atol=1e-4)
-            alone, single = compiled.Groups([[token] if s == slot else [] for s in range(4)]), before.clone()
-            compiled.expand(compiled.project(x, a, alone), b, alone, 16, single)
+            alone, single = bindings.Groups([[token] if s == slot else [] for s in range(4)]), before.clone()
+            bindings.expand(bindings.project(x, a, alone), b, alone, 16, single)
             assert torch.equal(single[token], y[token])
     assert torch.equal(y[8], before[8])
 
@@ -276,8 +276,8 @@ def test_adapters_by_slot(inputs: int, outputs: int) -> None:
 ANSWERS = """
 import json, torch
 from posttrain.generate.engine import Engine, Request, SamplingSettings
-from posttrain.models.library import library
-from posttrain.models.load import load_base
+from posttrain.kernels.cpu.build import library
+from posttrain.models.base_model import load_base
 from posttrain.models.lora import LoraSettings
 from posttrain.models.segments import Segments, Span
 base = load_base("random:tiny", template="plain", dtype="bfloat16")
@@ -339,7 +339,7 @@ def test_a_compiler_that_fails_leaves_nothing_half_made(tmp_path: Path) -> None:
 
 def load_kernels(cache: Path) -> list[str]:
     """Load them with a cache folder of its own; returns what lies there afterwards."""
-    code = "from posttrain.models import library; assert library.library() is not None"
+    code = "from posttrain.kernels.cpu import build; assert build.library() is not None"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "POSTTRAIN_CACHE": str(cache)})
     return sorted(path.name for path in cache.glob("kernels/*"))
 

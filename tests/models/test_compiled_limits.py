@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.models import compiled
-from posttrain.models.library import FLAGS, NATIVE, library
+from posttrain.kernels.cpu import bindings
+from posttrain.kernels.cpu.build import FLAGS, NATIVE, library
 
 if library() is None:
     pytest.skip("no C compiler here, or POSTTRAIN_COMPILE=0: plain operations decode", allow_module_level=True)
@@ -26,10 +26,10 @@ def test_logits_that_begin_with_tokens_that_cannot_be(tokens: int) -> None:
     """As many as are looked at together, and more of them; of a token that has no other, the sum is zero."""
     logits, head = numbers(300, tokens), numbers(300, 8, seed=1)
     logits[:64, 2], logits[:200, 3], logits[:, 5] = -math.inf, -math.inf, -math.inf
-    total, mean = compiled.head_mean(logits, head, -20.0)
+    total, mean = bindings.head_mean(logits, head, -20.0)
     wanted = torch.logsumexp(logits.double(), 0)
     torch.testing.assert_close(total.double(), wanted, rtol=1e-6, atol=1e-6)
-    assert torch.equal(compiled.log_sum_exp(logits), total)
+    assert torch.equal(bindings.log_sum_exp(logits), total)
     shares = (logits[:, 2].double() - wanted[2]).exp()
     torch.testing.assert_close(mean[2].double(), shares @ head.double(), rtol=2**-7, atol=2e-3)
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from posttrain.data.packing import pack, row_segments, tree_segments
 from posttrain.generate.engine import SamplingSettings, generate
+from posttrain.kernels.cuda.compiled import rms_norm
 from posttrain.models.attention import segment_attention
+from posttrain.models.base_model import BaseModel, load_base
 from posttrain.models.batches import batch_logprobs, pack_trees, to_device
-from posttrain.models.fused import rms_norm
-from posttrain.models.load import BaseModel, load_base
 from posttrain.models.logprobs import target_logprobs
 from posttrain.models.lora import LoraAdapter
 from posttrain.models.recompute import recomputed

@@ -18,9 +18,9 @@ from posttrain.cli import build_parser, main
 from posttrain.data.chat import TEMPLATES, ChatFormat, load_chat_format
 from posttrain.errors import ArtifactError, ModelError
 from posttrain.generate.engine import SamplingSettings, generate
+from posttrain.models.adapter_files import full_state
+from posttrain.models.base_model import BaseModel, load_base, load_tokenizer
 from posttrain.models.export import FORMATS, GO_TEMPLATES, export_target, go_template
-from posttrain.models.files import full_state
-from posttrain.models.load import BaseModel, load_base, load_tokenizer
 from posttrain.models.target import Target, open_target
 from posttrain.models.tokenizer import HuggingFaceTokenizer
 from posttrain.records import Message, Role

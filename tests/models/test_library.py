@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.models.library import library
+from posttrain.kernels.cpu.build import library
 
 if library() is None:
     pytest.skip("no C compiler here, or POSTTRAIN_COMPILE=0: nothing is compiled", allow_module_level=True)
 
-CODE = "from posttrain.models import library; assert library.library() is not None"
+CODE = "from posttrain.kernels.cpu import build as library; assert library.library() is not None"
 
 
 def load_in(cache: Path) -> Path:

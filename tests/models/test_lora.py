@@ -13,12 +13,12 @@ from logits_of import our_logits, plain_logits
 from torch import nn
 
 from posttrain.errors import RecipeError
-from posttrain.models.files import load_adapter, save_adapter
-from posttrain.models.load import BaseModel, load_base
+from posttrain.models.adapter_files import load_adapter, save_adapter
+from posttrain.models.adapter_slots import NarrowAdapters
+from posttrain.models.base_model import BaseModel, load_base
 from posttrain.models.lora import LoraSettings, LoraShape, count_parameters
-from posttrain.models.mixed import TokenAdapters
 from posttrain.models.segments import Segments, Span
-from posttrain.models.slots import NarrowAdapters
+from posttrain.models.token_adapters import TokenAdapters
 
 # PEFT 0.21 asks transformers 5.23 in a way that the latter will drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

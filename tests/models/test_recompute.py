@@ -12,8 +12,8 @@ from bases import CONFIGS, SHAPE, make_base
 from torch import Tensor, nn
 
 from posttrain.errors import AdapterError, ModelError
+from posttrain.models.base_model import BaseModel, load_base
 from posttrain.models.batches import DeviceBatch, batch_logprobs, pack_trees
-from posttrain.models.load import BaseModel, load_base
 from posttrain.models.lora import LoraAdapter, LoraSettings
 from posttrain.models.recompute import decoder_layers, recomputed
 

@@ -12,10 +12,10 @@ from bases import CONFIGS, make_base
 from posttrain.data.prepare import PairRow
 from posttrain.data.rankings import RankedPrompt, rank_prompts
 from posttrain.errors import AdapterError
+from posttrain.models.adapter_files import load_adapter, save_adapter
+from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import pack_trees, row_scores
-from posttrain.models.files import load_adapter, save_adapter
 from posttrain.models.heads import new_head
-from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter
 
 

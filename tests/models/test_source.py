@@ -15,10 +15,11 @@ import torch
 from gguf_files import write_gguf
 from safetensors.torch import load_file, save_file
 
+from posttrain.cache_folder import cache_folder
 from posttrain.cli import main
 from posttrain.errors import ModelError, PosttrainError
-from posttrain.models.load import BaseModel, _new_folder, load_base, load_chat
-from posttrain.models.source import PACKAGES, cache_folder, locate_base
+from posttrain.models.base_model import BaseModel, _new_folder, load_base, load_chat
+from posttrain.models.source import PACKAGES, locate_base
 
 
 @pytest.fixture

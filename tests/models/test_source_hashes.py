@@ -16,7 +16,7 @@ from posttrain.cli import main
 from posttrain.data.sources import read_rows
 from posttrain.errors import ModelError
 from posttrain.models import source
-from posttrain.models.load import BaseModel, load_base
+from posttrain.models.base_model import BaseModel, load_base
 from posttrain.models.source import BaseModelFolder, locate_base, pinned, verify_source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.models import compiled
+from posttrain.kernels.cpu import bindings
 from posttrain.models import logprobs as module
+from posttrain.models.embedding_rows import HeadRows
 from posttrain.models.logprobs import target_logprobs
-from posttrain.models.rows import HeadRows
 
 
 @pytest.fixture(autouse=True, params=["compiled", "plain"])
 def functions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways of a bfloat16 head on a CPU, where there is a compiler."""
     if request.param == "plain":
-        monkeypatch.setattr(compiled, "able", lambda x: False)
+        monkeypatch.setattr(bindings, "able", lambda x: False)
 
 
 class Problem(NamedTuple):

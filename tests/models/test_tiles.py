@@ -6,14 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.models import compiled, products, slots
-from posttrain.models.load import BaseModel, load_base
+from posttrain.kernels.cpu import bindings
+from posttrain.kernels.cpu import linear as cpu_linear
+from posttrain.kernels.cpu.linear import linear
+from posttrain.models import adapter_slots
+from posttrain.models.adapter_slots import NarrowAdapters
+from posttrain.models.base_model import BaseModel, load_base
 from posttrain.models.lora import LoraAdapter, LoraSettings
-from posttrain.models.mixed import TokenAdapters
-from posttrain.models.products import linear
-from posttrain.models.slots import NarrowAdapters
+from posttrain.models.token_adapters import TokenAdapters
 
-pytestmark = pytest.mark.skipif(not compiled.tiles(), reason="this processor has no matrix tiles (AMX)")
+pytestmark = pytest.mark.skipif(not bindings.tiles(), reason="this processor has no matrix tiles (AMX)")
 SHAPES = [(32, 33), (64, 64), (96, 1), (576, 50), (640, 320)]  # inputs, outputs
 # Half of the last place of bfloat16, and sums of float32.
 CLOSE = {"rtol": 2**-8 * 1.01, "atol": 1e-3}
@@ -25,50 +27,50 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 def in_tiles(slot_T: Tensor) -> Tensor:
     order = slot_T.argsort(stable=True).int()
-    return torch.cat([order, torch.full((-len(order) % compiled.LANES,), -1, dtype=torch.int32)])
+    return torch.cat([order, torch.full((-len(order) % bindings.LANES,), -1, dtype=torch.int32)])
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
 def test_products(inputs: int, outputs: int) -> None:
     """Any count of tokens, wherever they stand, gives each the bits that 600 give it: more than one pass of both threads."""
     x, w, bias = numbers(600, inputs), numbers(outputs, inputs, seed=1), numbers(outputs, seed=2)
-    whole, none = compiled.products(x, w, bias)
+    whole, none = bindings.products(x, w, bias)
     assert none is None
     torch.testing.assert_close(whole.double(), x.double() @ w.double().T + bias.double(), **CLOSE)
-    plain, _ = compiled.products(x, w, None)
+    plain, _ = bindings.products(x, w, None)
     torch.testing.assert_close(plain.double(), x.double() @ w.double().T, **CLOSE)
     for count in (1, 2, 15, 16, 17, 31, 33, 100, 599):
         for start in (0, 600 - count):
             part = x[start : start + count]
-            assert torch.equal(compiled.products(part, w, bias)[0], whole[start : start + count])
+            assert torch.equal(bindings.products(part, w, bias)[0], whole[start : start + count])
             turned = numbers(outputs, -(-count // 16) * 16)
-            compiled.turned_products(part, w, turned)
+            bindings.turned_products(part, w, turned)
             assert torch.equal(turned[:, :count].T, plain[start : start + count])
             assert not turned[:, count:].any()
-    assert compiled.products(x[:0], w, bias)[0].shape == (0, outputs)
+    assert bindings.products(x[:0], w, bias)[0].shape == (0, outputs)
     wide = numbers(600, 3 * inputs)
     wide[:, inputs : 2 * inputs] = x
-    assert torch.equal(compiled.products(wide[:, inputs : 2 * inputs], w, bias)[0], whole)
+    assert torch.equal(bindings.products(wide[:, inputs : 2 * inputs], w, bias)[0], whole)
 
 
 @pytest.mark.parametrize(("count", "rank"), [(1, 16), (5, 8), (16, 16), (3, 64), (4, 32), (20, 2)])
 @pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
 def test_adapters_side_by_side(inputs: int, outputs: int, count: int, rank: int) -> None:
     """Each token gets from its slot what it would get if there were no other, in any order of the tokens."""
-    columns = -(-count * rank // compiled.DEEP) * compiled.DEEP
+    columns = -(-count * rank // bindings.DEEP) * bindings.DEEP
     x, w = numbers(300, inputs), numbers(outputs, inputs, seed=1)
     a, b = numbers(columns, inputs, seed=2), numbers(outputs, columns, seed=3)
     slot = torch.randint(-1, count, (300,), generator=torch.Generator().manual_seed(4)).int()
-    y, p = compiled.products(x, w, None, compiled.Slots(a, b, rank, slot, in_tiles(slot)), projected=True)
+    y, p = bindings.products(x, w, None, bindings.Slots(a, b, rank, slot, in_tiles(slot)), projected=True)
     for order in (None, torch.randperm(304, generator=torch.Generator().manual_seed(5)).int()):
         if order is not None:
             order[order >= 300] = -1
-        again, p_again = compiled.products(x, w, None, compiled.Slots(a, b, rank, slot, order), projected=True)
+        again, p_again = bindings.products(x, w, None, bindings.Slots(a, b, rank, slot, order), projected=True)
         assert torch.equal(again, y)
         assert p is not None
         assert p_again is not None
         assert torch.equal(p_again, p)
-    base = compiled.products(x, w, None)[0]
+    base = bindings.products(x, w, None)[0]
     assert torch.equal(y[slot < 0], base[slot < 0])
     for s in range(count):
         own, at = slot == s, slice(s * rank, (s + 1) * rank)
@@ -77,7 +79,7 @@ def test_adapters_side_by_side(inputs: int, outputs: int, count: int, rank: int)
             torch.zeros(outputs, -(-rank // 32) * 32).bfloat16(),
         )
         wide_a[:rank], wide_b[:, :rank] = a[at], b[:, at]
-        alone, p_alone = compiled.products(x[own], w, None, compiled.Slots(wide_a, wide_b, len(wide_a)), projected=True)
+        alone, p_alone = bindings.products(x[own], w, None, bindings.Slots(wide_a, wide_b, len(wide_a)), projected=True)
         assert p_alone is not None
         assert torch.equal(alone, y[own])
         assert torch.equal(p_alone[:, :rank], p[own][:, at])
@@ -91,10 +93,10 @@ def test_what_is_no_number_stays_with_its_token() -> None:
     x, w = numbers(40, 64), numbers(64, 64, seed=1)
     a, b = numbers(32, 64, seed=2), numbers(64, 32, seed=3)
     slot = (torch.arange(40) % 2).int()
-    slots = compiled.Slots(a, b, 16, slot, in_tiles(slot))
-    wanted, _ = compiled.products(x, w, None, slots)
+    slots = bindings.Slots(a, b, 16, slot, in_tiles(slot))
+    wanted, _ = bindings.products(x, w, None, slots)
     x[7, 3], x[20, 5] = math.nan, math.inf
-    found, _ = compiled.products(x, w, None, slots)
+    found, _ = bindings.products(x, w, None, slots)
     whole = [t for t in range(40) if t not in (7, 20)]
     assert torch.equal(found[whole], wanted[whole])
     assert not found[[7, 20]].isfinite().any()
@@ -124,8 +126,8 @@ def ready(base: BaseModel, name: str, seed: int, targets: str | tuple[str, ...],
 @torch.no_grad()
 def test_layers_that_fill_no_tiles_are_computed_beside_those_that_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if 128 inputs were no multiple of 32: those layers are the library's, grouped by slot, in the same engine."""
-    able = products.tileable
-    for module in (products, slots):
+    able = cpu_linear.tileable
+    for module in (cpu_linear, adapter_slots):
         monkeypatch.setattr(module, "tileable", lambda inputs, *kind: inputs != 128 and able(inputs, *kind))
     base = load_base("random:tiny", template="plain", dtype="bfloat16")
     there = [ready(base, "a", 1, "all", 16), ready(base, "b", 2, "all", 3), None]

@@ -11,7 +11,7 @@ import transformers
 
 from posttrain.cli import main
 from posttrain.errors import ModelError
-from posttrain.models.load import BaseModel, load_base, load_chat
+from posttrain.models.base_model import BaseModel, load_base, load_chat
 from posttrain.models.source import locate_base
 from posttrain.models.tokenizer import HuggingFaceTokenizer, byte_tokenizer
 from posttrain.records import Message

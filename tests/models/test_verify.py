@@ -13,8 +13,8 @@ from torch import nn
 
 from posttrain.cli import main
 from posttrain.errors import ModelError
-from posttrain.models.kernels import ROTARY, own_rotary, replace_rotary
-from posttrain.models.load import BaseModel, load_base
+from posttrain.models.base_model import BaseModel, load_base
+from posttrain.models.patch_modules import ROTARY, own_rotary, replace_rotary
 from posttrain.models.source import locate_base
 from posttrain.models.verify import DifferentError, Probe, compare, keep_proof, make_probe, own_logprobs, proof_path
 

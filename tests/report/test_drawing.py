@@ -6,7 +6,7 @@ from pathlib import Path
 from pages import Page
 from written_runs import scores, write_run
 
-from posttrain.report import plots, words
+from posttrain.report import formatting, plots
 from posttrain.report.picture import nodes_of, picture
 from posttrain.report.run import Run, Stage, load_run
 from posttrain.report.training import charts_of, per_iteration, read_series, training
@@ -135,12 +135,18 @@ def test_what_is_measured_once_an_iteration_is_drawn_over_iterations():
 
 
 def test_numbers_as_words():
-    assert words.measured(0.4526, "share") == "45.3\u202f%"
-    assert words.signed(-0.061, "share") == "−6.1"
-    assert words.signed(-0.0001, "share") == "0.0"
-    assert words.signed(0.13249, "nats") == "+0.132"
-    assert words.span({"low": -0.5, "high": 0.25}, "share") == "−50.0 to 25.0"
-    assert [words.duration(s) for s in (2.34, 59.99, 245, 11_520, None)] == ["2.3 s", "60.0 s", "4 min 05 s", "3 h 12 min", "–"]
-    assert words.shorten("abcdefghij", 7) == "abc…hij"
-    assert words.shorten("abcdefg", 7) == "abcdefg"
-    assert words.aligned([("a", "bb"), ("ccc", "d")]) == "a    bb\nccc  d"
+    assert formatting.measured(0.4526, "share") == "45.3\u202f%"
+    assert formatting.signed(-0.061, "share") == "−6.1"
+    assert formatting.signed(-0.0001, "share") == "0.0"
+    assert formatting.signed(0.13249, "nats") == "+0.132"
+    assert formatting.span({"low": -0.5, "high": 0.25}, "share") == "−50.0 to 25.0"
+    assert [formatting.duration(s) for s in (2.34, 59.99, 245, 11_520, None)] == [
+        "2.3 s",
+        "60.0 s",
+        "4 min 05 s",
+        "3 h 12 min",
+        "–",
+    ]
+    assert formatting.shorten("abcdefghij", 7) == "abc…hij"
+    assert formatting.shorten("abcdefg", 7) == "abcdefg"
+    assert formatting.aligned([("a", "bb"), ("ccc", "d")]) == "a    bb\nccc  d"

@@ -8,7 +8,7 @@ from pages import Page
 from written_runs import scores, write_run
 
 from posttrain.evaluate.stats import paired_shares
-from posttrain.report import words
+from posttrain.report import formatting
 from posttrain.report.headline import headline
 from posttrain.report.run import load_run
 from posttrain.report.show import compare, show
@@ -110,7 +110,7 @@ def test_terminal_show_and_compare_tell_the_same_losses(tmp_path: Path, monkeypa
     monkeypatch.setenv("COLUMNS", "120")
     run = three(tmp_path)
     change = paired_shares([1.0] * 32 + [0.0] * 8, [1.0] * 18 + [0.0] * 22)
-    told = f"instructions followed {words.change_words(change._asdict(), 'share')}"
+    told = f"instructions followed {formatting.change_words(change._asdict(), 'share')}"
     assert "−35.0 points (" in told
     table = show(run)[1]
     assert table.splitlines()[0] == "Losses that are shown, each with its 95 % interval:"

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from posttrain.models.files import save_adapter
+from posttrain.models.adapter_files import save_adapter
+from posttrain.models.base_model import BaseModel
 from posttrain.models.heads import new_head
-from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter, LoraSettings
 from posttrain.models.segments import Segments, Span
 

@@ -13,12 +13,12 @@ import httpx
 
 from posttrain.generate.engine import generate
 from posttrain.generate.sampling import SamplingSettings
-from posttrain.models.load import BaseModel
+from posttrain.models.base_model import BaseModel
 from posttrain.records import Message
 from posttrain.serve.app import build_app
-from posttrain.serve.gate import Gate
 from posttrain.serve.keys import KeyFile
 from posttrain.serve.limits import Limits
+from posttrain.serve.middleware import Gate
 from posttrain.serve.run import LOOPBACK, bind, listen
 from posttrain.serve.service import Service
 from posttrain.serve.store import AdapterStore

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from listening import BASE, listening
 
-from posttrain.models.load import BaseModel
+from posttrain.models.base_model import BaseModel
 from posttrain.serve.limits import Limits
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))

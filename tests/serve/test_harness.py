@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from posttrain.generate.engine import generate
 from posttrain.generate.sampling import SamplingSettings
-from posttrain.models.load import BaseModel
+from posttrain.models.base_model import BaseModel
 from posttrain.models.source import locate_base
 
 CONTEXTS = ["Question: What is rain?\nAnswer:", "a", "One two three four five six seven"]

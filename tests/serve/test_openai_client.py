@@ -12,14 +12,14 @@ import pytest
 from listening import BASE, Listening, alone, listening
 
 from posttrain.generate.engine import generate
-from posttrain.generate.rows import Event, TokenScore
+from posttrain.generate.requests import Event, TokenScore
 from posttrain.generate.sampling import SamplingSettings
-from posttrain.models.load import BaseModel
+from posttrain.models.base_model import BaseModel
 from posttrain.records import Message, Rollout
-from posttrain.serve.answers import Choice
-from posttrain.serve.asks import Ask
+from posttrain.serve.answering import Choice
 from posttrain.serve.keys import KeyFile, add_key
 from posttrain.serve.limits import Limits
+from posttrain.serve.parse import Ask
 
 HI: list[Any] = [{"role": "user", "content": "Hi"}]
 

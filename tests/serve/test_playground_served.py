@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from listening import BASE, alone, listening
 
 from browsers import IN_CHROMIUM, until
-from posttrain.models.load import BaseModel
+from posttrain.models.base_model import BaseModel
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

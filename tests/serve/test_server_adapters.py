@@ -14,8 +14,8 @@ from listening import BASE, Listening, alone, chat, listening
 from posttrain.artifacts import hash_file
 from posttrain.cli import main
 from posttrain.errors import ArtifactError, RecipeError
-from posttrain.models.files import load_adapter
-from posttrain.models.load import BaseModel, load_base, load_chat
+from posttrain.models.adapter_files import load_adapter
+from posttrain.models.base_model import BaseModel, load_base, load_chat
 from posttrain.models.source import locate_base
 from posttrain.models.target import open_target
 from posttrain.records import Message

@@ -17,7 +17,7 @@ import httpx
 import pytest
 from listening import BASE, Listening, chat, listening
 
-from posttrain.models.load import BaseModel
+from posttrain.models.base_model import BaseModel
 from posttrain.serve import connections
 from posttrain.serve.keys import KeyFile, add_key
 from posttrain.serve.limits import Limits

@@ -16,10 +16,10 @@ from listening import BASE, Listening, chat, listening
 
 from posttrain.cli import main
 from posttrain.generate.engine import ROWS
-from posttrain.models.load import BaseModel
+from posttrain.models.base_model import BaseModel
 from posttrain.serve.app import page_policy
-from posttrain.serve.gate import ADMIN_PATHS, OPEN_PATHS
 from posttrain.serve.keys import KeyFile, add_key
+from posttrain.serve.middleware import ADMIN_PATHS, OPEN_PATHS
 
 # Every route of the application, with the scope that it needs. A route that is not in here fails the test below.
 ROUTES = {

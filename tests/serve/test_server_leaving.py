@@ -19,9 +19,9 @@ import pytest
 from listening import BASE, chat, listening
 
 from posttrain.generate.engine import Engine
-from posttrain.generate.rows import Event
-from posttrain.generate.serving import FAILURES, Answer
-from posttrain.models.load import BaseModel
+from posttrain.generate.requests import Event
+from posttrain.generate.worker import FAILURES, Answer
+from posttrain.models.base_model import BaseModel
 from posttrain.serve.limits import Limits
 
 CHAT = "/v1/chat/completions"

@@ -15,8 +15,8 @@ import pytest
 from listening import BASE, Listening, chat, listening
 
 from posttrain.generate.engine import ROWS, Engine
-from posttrain.generate.rows import Event
-from posttrain.models.load import BaseModel
+from posttrain.generate.requests import Event
+from posttrain.models.base_model import BaseModel
 from posttrain.serve.limits import Limits
 from posttrain.serve.protocol import BIASES, MESSAGES, STOP_CHARS, STOPS, CompletionRequest
 from posttrain.serve.service import Service

@@ -10,8 +10,8 @@ import pytest
 from listening import BASE, chat, listening
 
 from posttrain.generate.engine import ROWS
-from posttrain.models.load import BaseModel
-from posttrain.serve.answers import Flow
+from posttrain.models.base_model import BaseModel
+from posttrain.serve.answering import Flow
 from posttrain.serve.limits import Limits
 
 CHAT = "/v1/chat/completions"

@@ -17,7 +17,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from posttrain.models.load import BaseModel
+from posttrain.models.base_model import BaseModel
 from posttrain.serve.limits import Limits
 
 CHECKS = [

@@ -17,8 +17,8 @@ from listening import BASE, Listening, chat, listening
 
 from posttrain.errors import BusyError
 from posttrain.generate.engine import ROWS
-from posttrain.generate.waiting import Shares
-from posttrain.models.load import BaseModel
+from posttrain.generate.fair_queue import Shares
+from posttrain.models.base_model import BaseModel
 from posttrain.serve.keys import KeyFile, add_key
 from posttrain.serve.limits import Limits
 from posttrain.serve.turns import TextThreads, Turns

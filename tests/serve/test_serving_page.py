@@ -15,7 +15,7 @@ from adapter_folders import write_adapter
 from listening import BASE, Listening, alone, chat, listening
 
 from posttrain.cli import build_parser
-from posttrain.models.load import BaseModel
+from posttrain.models.base_model import BaseModel
 from posttrain.serve.app import PLAYGROUND, page_policy
 from posttrain.serve.limits import Limits
 from posttrain.serve.protocol import (

@@ -8,7 +8,7 @@ import pytest
 import transformers
 from listening import Listening, listening
 
-from posttrain.models.load import BaseModel, load_base
+from posttrain.models.base_model import BaseModel, load_base
 from spaced_tokenizers import spaced_tokenizer
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"

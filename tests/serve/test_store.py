@@ -12,7 +12,7 @@ from adapter_folders import RANK_4_BYTES, in_memory, logits_of, room_for, write_
 
 from posttrain.artifacts import hash_file
 from posttrain.errors import AdapterError
-from posttrain.models.load import BaseModel
+from posttrain.models.base_model import BaseModel
 from posttrain.serve.store import AdapterStore, Served
 
 

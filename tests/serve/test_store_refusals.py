@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from posttrain.errors import AdapterError
-from posttrain.models.load import BaseModel, load_base
+from posttrain.models.base_model import BaseModel, load_base
 from posttrain.serve.store import AdapterStore
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

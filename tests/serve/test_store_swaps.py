@@ -9,13 +9,13 @@ from adapter_folders import in_memory, room_for, write_adapter
 
 from posttrain.errors import AdapterError
 from posttrain.generate.engine import generate
-from posttrain.generate.rows import Request
+from posttrain.generate.requests import Request
 from posttrain.generate.sampling import SamplingSettings
-from posttrain.generate.serving import Answer, Server, serving
-from posttrain.models.files import load_adapter
-from posttrain.models.load import BaseModel, load_base
+from posttrain.generate.worker import Answer, Server, serving
+from posttrain.models.adapter_files import load_adapter
+from posttrain.models.base_model import BaseModel, load_base
 from posttrain.records import Rollout
-from posttrain.serve.envelope import Refusal
+from posttrain.serve.errors import Refusal
 from posttrain.serve.limits import Limits
 from posttrain.serve.protocol import CompletionRequest
 from posttrain.serve.service import Service

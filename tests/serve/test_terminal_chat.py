@@ -18,9 +18,9 @@ from posttrain.data.formats import read_demonstrations
 from posttrain.errors import ModelError
 from posttrain.generate import engine
 from posttrain.generate.engine import SamplingSettings, generate, stream
-from posttrain.models import load
-from posttrain.models.files import full_state, save_full
-from posttrain.models.load import BaseModel, load_base
+from posttrain.models import base_model
+from posttrain.models.adapter_files import full_state, save_full
+from posttrain.models.base_model import BaseModel, load_base
 from posttrain.models.target import Target, open_target
 from posttrain.recipe import load_recipe, to_toml
 from posttrain.records import Message
@@ -85,7 +85,7 @@ def test_a_system_message_is_part_of_it_and_reset_keeps_it(target: Target):
 
 def test_adapter_switches_without_loading_the_base_again(target: Target, monkeypatch: pytest.MonkeyPatch):
     loads: list[str] = []
-    monkeypatch.setattr(load.transformers.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: loads.append("base"))
+    monkeypatch.setattr(base_model.transformers.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: loads.append("base"))
     text = talk(target, "/adapter base", "Hi", "/adapter sft", "/reset", "Hi", "/adapter dpo", "/reset", "Hi")
     for policy in ("base", "sft", "dpo"):
         assert f"now {policy}\n" in text

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from posttrain.models.files import reload_base
-from posttrain.models.load import BaseModel
+from posttrain.models.adapter_files import reload_base
+from posttrain.models.base_model import BaseModel
 
 
 @pytest.fixture

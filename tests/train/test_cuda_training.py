@@ -10,7 +10,7 @@ from tiny_stages import demonstrations, newest, preferences, rows_of, run_stage
 
 from posttrain.cli import main
 from posttrain.errors import Interrupted
-from posttrain.models.load import load_base
+from posttrain.models.base_model import load_base
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 TINY = Path(__file__).parents[2] / "recipes/tiny.toml"

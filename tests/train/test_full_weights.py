@@ -15,9 +15,9 @@ from tiny_stages import StopAt, demonstrations, digest, preferences, rows_of
 from posttrain.cli import main
 from posttrain.data.prepare import TrainRow
 from posttrain.errors import Interrupted, RecipeError
+from posttrain.models.adapter_files import Policies, reload_base
+from posttrain.models.base_model import BaseModel, load_base
 from posttrain.models.batches import pack_rows, row_scores
-from posttrain.models.files import Policies, reload_base
-from posttrain.models.load import BaseModel, load_base
 from posttrain.pipeline import run_recipe
 from posttrain.recipe import parse_recipe, to_toml
 from posttrain.settings import Recipe

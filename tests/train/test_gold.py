@@ -11,8 +11,8 @@ from tiny_stages import StopAt, digest, preferences, rows_of
 from posttrain.data.prompts import prepare_prompts
 from posttrain.errors import DataError, Interrupted, TrainingError
 from posttrain.evaluate.gain import GOLD, PUBLISHED
-from posttrain.models.files import Policies, load_adapter
-from posttrain.models.load import BaseModel
+from posttrain.models.adapter_files import Policies, load_adapter
+from posttrain.models.base_model import BaseModel
 from posttrain.recipe import parse_recipe
 from posttrain.settings import PpoStage
 from posttrain.train.ppo import train_ppo

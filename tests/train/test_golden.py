@@ -13,7 +13,7 @@ import pytest
 from test_ppo import random_reward_model, run_ppo
 from tiny_stages import demonstrations, digest, preferences, rows_of, run_stage
 
-from posttrain.models.load import BaseModel, load_base
+from posttrain.models.base_model import BaseModel, load_base
 
 GOLDEN = Path(__file__).parent / "golden"
 STEPS = 100

@@ -10,7 +10,7 @@ from test_ppo import random_reward_model, run_ppo
 from tiny_stages import newest, rows_of
 
 from posttrain.errors import Interrupted, NonFiniteError
-from posttrain.models.load import BaseModel
+from posttrain.models.base_model import BaseModel
 from posttrain.settings import PpoStage
 from posttrain.train.checkpoint import load_newest, save_checkpoint
 from posttrain.train.guards import check_sampled, why_ended

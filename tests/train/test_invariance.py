@@ -10,9 +10,9 @@ from torch import Tensor
 from posttrain.data.packing import pack, row_segments
 from posttrain.data.prepare import PairRow, TrainRow
 from posttrain.data.rankings import RankedPrompt, rank_prompts
+from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import batch_logprobs, pack_pairs, pack_rows, sum_by_row, to_device
 from posttrain.models.heads import SCORE_NAME, new_head
-from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraSettings
 from posttrain.settings import DpoStage
 from posttrain.train.dpo import dpo_task

@@ -6,7 +6,7 @@ import pytest
 from tiny_stages import WORDS, preferences, rows_of, run_stage, write_rows
 
 from posttrain.generate.engine import SamplingSettings, generate
-from posttrain.models.load import BaseModel
+from posttrain.models.base_model import BaseModel
 from posttrain.records import Message
 
 LIMIT = 24

@@ -17,7 +17,7 @@ from posttrain.losses.output import LossOutput
 from posttrain.train.checkpoint import load_newest
 from posttrain.train.loop import FitResult, MicroBatch, TrainTask, fit
 from posttrain.train.schedule import LoopSettings
-from posttrain.train.signals import StopSignal
+from posttrain.train.stop import StopSignal
 
 
 def settings(**changes: Any) -> LoopSettings:

@@ -8,9 +8,9 @@ from test_ppo import run_ppo
 from tiny_stages import rows_of
 
 from posttrain.generate.engine import SamplingSettings, generate
-from posttrain.models import compiled
-from posttrain.models.load import BaseModel, load_base
-from posttrain.models.products import packs
+from posttrain.kernels.cpu import bindings
+from posttrain.kernels.cpu.linear import packs
+from posttrain.models.base_model import BaseModel, load_base
 from posttrain.train.memory import MIB, Kept, packed
 
 # Linear layers of the tiny model: 64 inputs and 64 or 32 outputs of attention, an MLP of 128; two layers of rank 4.
@@ -71,9 +71,9 @@ def test_nothing_that_is_counted_stays_in_memory(recompute: bool, base: BaseMode
 def test_weights_that_the_engine_holds_twice(dtype: str, tiles: bool, own_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was really packed while an engine decoded, by the packed tensors' own numbers; float32 packs nothing, and neither
     does a processor with matrix tiles."""
-    if tiles and not compiled.tiles():
+    if tiles and not bindings.tiles():
         pytest.skip("this processor has no matrix tiles")
-    monkeypatch.setattr(compiled, "tiles", lambda: tiles)
+    monkeypatch.setattr(bindings, "tiles", lambda: tiles)
     made: list[torch.Tensor] = []
     reorder = torch.ops.mkldnn._reorder_linear_weight
 

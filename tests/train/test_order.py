@@ -11,7 +11,7 @@ import posttrain.train.dpo
 import posttrain.train.reward
 import posttrain.train.sft
 from posttrain.errors import Interrupted
-from posttrain.models.load import BaseModel
+from posttrain.models.base_model import BaseModel
 from posttrain.train.loop import MicroBatch, TrainTask
 from posttrain.train.stage import StageResult
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from posttrain.data.chat import ChatFormat
 from posttrain.data.prompts import prepare_prompts
 from posttrain.errors import DataError, Interrupted, RecipeError, TrainingError
+from posttrain.models.adapter_files import Policies, load_adapter
+from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import MICRO_TOKENS
-from posttrain.models.files import Policies, load_adapter
 from posttrain.models.heads import new_head
-from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter, LoraSettings
 from posttrain.plan import make_plan
 from posttrain.progress import Tracker
@@ -23,8 +23,8 @@ from posttrain.recipe import parse_recipe
 from posttrain.settings import Recipe
 from posttrain.train.ppo import train_ppo
 from posttrain.train.reward import train_reward
-from posttrain.train.signals import StopSignal
 from posttrain.train.stage import StageContext, StageResult
+from posttrain.train.stop import StopSignal
 from posttrain.train.value import value_source
 
 SMALL: dict[str, Any] = {
@@ -212,7 +212,7 @@ def test_rollouts_that_are_gone_are_told(base: BaseModel, tmp_path: Path) -> Non
 
 def test_a_sampler_that_is_not_the_trainer_is_told(base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sampler whose probabilities are a fifth off: the trainer's own differ by more than a tenth for every token."""
-    import posttrain.train.iterations as module
+    import posttrain.train.rollout_store as module
 
     real = module.generate
 

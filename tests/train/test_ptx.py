@@ -11,8 +11,8 @@ from tiny_stages import WORDS, demonstrations, rows_of, write_rows
 from posttrain.data.prepare import PreparedRows
 from posttrain.data.ptx import prepare_ptx
 from posttrain.errors import DataError
+from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import batch_logprobs, pack_rows
-from posttrain.models.load import BaseModel
 from posttrain.settings import PpoStage, Source
 from posttrain.train.ptx import ptx_batches
 

@@ -14,9 +14,9 @@ from tiny_stages import StopAt, demonstrations, digest, preferences, rows_of, ru
 
 from posttrain.data.prepare import TrainRow
 from posttrain.errors import Interrupted
+from posttrain.models.adapter_files import Policies
+from posttrain.models.base_model import BaseModel, load_base
 from posttrain.models.batches import batch_logprobs, pack_rows
-from posttrain.models.files import Policies
-from posttrain.models.load import BaseModel, load_base
 from posttrain.models.recompute import recomputed
 from posttrain.models.source import locate_base
 from posttrain.settings import Recipe

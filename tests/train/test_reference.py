@@ -10,9 +10,9 @@ from test_ppo import random_adapter, run_ppo
 from tiny_stages import hashes, preferences, rows_of, run_stage
 
 from posttrain.errors import Interrupted, TrainingError
+from posttrain.models.adapter_files import full_state
+from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import batch_logprobs, pack_trees
-from posttrain.models.files import full_state
-from posttrain.models.load import BaseModel
 from posttrain.train.checkpoint import Checkpoint, load_newest, load_step, save_checkpoint
 
 LORA: dict[str, Any] = {}

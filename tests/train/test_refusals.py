@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_stages import demonstrations, hashes, write_rows
 
 from posttrain.cli import main
-from posttrain.models.load import BaseModel
+from posttrain.models.base_model import BaseModel
 from posttrain.train.checkpoint import load_newest
 
 RECIPE = COMMON + ON_ROWS

@@ -8,7 +8,7 @@ import pytest
 from tiny_stages import demonstrations, digest, preferences, run_stage
 
 from posttrain.errors import Interrupted
-from posttrain.models.load import BaseModel
+from posttrain.models.base_model import BaseModel
 
 STEPS = 14  # 12 training rows of 14, four and a half epochs of three or four steps
 CHOICES = {"keep": "best", "patience": 9, "validate_every": 2, "validation": 0.2, "epochs": 4.5, "checkpoint_every": 3}

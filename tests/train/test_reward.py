@@ -12,14 +12,14 @@ from posttrain.data.rankings import rank_prompts
 from posttrain.errors import RecipeError
 from posttrain.evaluate.pairs import measure
 from posttrain.evaluate.reward_model import score_pairs
-from posttrain.models.files import Policies
-from posttrain.models.load import BaseModel
+from posttrain.models.adapter_files import Policies
+from posttrain.models.base_model import BaseModel
 from posttrain.recipe import parse_recipe
 from posttrain.settings import Recipe
 from posttrain.train.reward import mean_score, train_reward
 from posttrain.train.sft import train_sft
-from posttrain.train.signals import StopSignal
 from posttrain.train.stage import StageContext
+from posttrain.train.stop import StopSignal
 
 
 def pairs_of(base: BaseModel, path: Path) -> list:
@@ -74,7 +74,7 @@ def test_scores_are_shifted_to_a_mean_of_zero(init: str, base: BaseModel, tmp_pa
 
 
 def _load(base: BaseModel, folder: Path) -> str:
-    from posttrain.models.files import load_adapter
+    from posttrain.models.adapter_files import load_adapter
 
     return load_adapter(folder, "rm", base).name
 

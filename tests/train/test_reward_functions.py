@@ -13,7 +13,7 @@ from posttrain.cli import main
 from posttrain.errors import Interrupted, RecipeError, TrainingError
 from posttrain.train.function_source import source_hash
 from posttrain.train.functions import FunctionWorker, check_function
-from posttrain.train.signals import StopSignal
+from posttrain.train.stop import StopSignal
 
 
 @pytest.fixture(autouse=True)

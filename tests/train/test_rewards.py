@@ -12,15 +12,15 @@ from test_ppo import SMALL, random_reward_model, recipe_of, run_ppo
 from tiny_stages import StopAt, digest, newest, preferences, rows_of, run_stage
 
 from posttrain.errors import AdapterError, NonFiniteError, RecipeError, TrainingError
+from posttrain.models.adapter_files import Policies, save_adapter
+from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import pack_trees
-from posttrain.models.files import Policies, save_adapter
-from posttrain.models.load import BaseModel
 from posttrain.recipe import parse_recipe
 from posttrain.settings import PpoStage, RewardPart
 from posttrain.train.ppo import train_ppo
 from posttrain.train.rewards import Judge, Texts, combine
-from posttrain.train.signals import StopSignal
 from posttrain.train.stage import StageContext
+from posttrain.train.stop import StopSignal
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ from test_ppo import first_gradient, random_adapter, random_reward_model, run_pp
 from tiny_stages import newest, rows_of
 
 from posttrain.errors import AdapterError
+from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import pack_trees
-from posttrain.models.load import BaseModel
 from posttrain.train.checkpoint import load_step
 
 

@@ -9,15 +9,15 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from posttrain.models.files import Policies, reload_base
-from posttrain.models.load import BaseModel
+from posttrain.models.adapter_files import Policies, reload_base
+from posttrain.models.base_model import BaseModel
 from posttrain.recipe import parse_recipe
 from posttrain.train.checkpoint import Checkpoint, load_newest
 from posttrain.train.dpo import train_dpo
 from posttrain.train.reward import train_reward
 from posttrain.train.sft import train_sft
-from posttrain.train.signals import StopSignal
 from posttrain.train.stage import StageContext, StageResult
+from posttrain.train.stop import StopSignal
 
 WORDS = [
     "red",

@@ -23,7 +23,7 @@ def check(options: argparse.Namespace) -> int:
     """Print a constitution and the exact prompts that it makes. Raises RecipeError for a file that is none."""
     from posttrain.constitution.check import ANSWER, PROMPT, describe
     from posttrain.constitution.principles import load_constitution
-    from posttrain.models.load import load_chat
+    from posttrain.models.base_model import load_chat
     from posttrain.models.source import locate_base
 
     constitution = load_constitution(options.name)

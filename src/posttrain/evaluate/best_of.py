@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from posttrain.evaluate.reward_model import score_completions
 from posttrain.evaluate.stats import mean
 from posttrain.generate.engine import SamplingSettings, generate
-from posttrain.models.load import BaseModel
+from posttrain.models.base_model import BaseModel
 from posttrain.progress import Progress
 from posttrain.records import Rollout
 

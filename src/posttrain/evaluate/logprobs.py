@@ -17,8 +17,8 @@ import torch
 
 from posttrain.data.packing import Segment, pack, row_segments, split_by_tokens, tree_segments
 from posttrain.errors import ModelError
+from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import batch_logprobs, sum_by_row, to_device
-from posttrain.models.load import BaseModel
 
 # Tokens computed at once.
 MICRO_TOKENS = {"cpu": 1024, "cuda": 16384}

@@ -18,8 +18,8 @@ from posttrain.data.rankings import RankedPrompt
 from posttrain.errors import Interrupted
 from posttrain.evaluate.pairs import ScoredPair, measure
 from posttrain.evaluate.run import Stop
+from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import MICRO_TOKENS, pack_trees, row_scores
-from posttrain.models.load import BaseModel
 from posttrain.progress import Progress
 
 

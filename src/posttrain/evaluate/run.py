@@ -18,7 +18,7 @@ from posttrain.evaluate import checks, refusal
 from posttrain.evaluate.logprobs import TextLogprob, choice_logprobs, text_logprobs
 from posttrain.evaluate.suites import Item, Task
 from posttrain.generate.engine import SamplingSettings, generate
-from posttrain.models.load import BaseModel
+from posttrain.models.base_model import BaseModel
 from posttrain.progress import Progress
 from posttrain.records import Message, Rollout, Score
 

@@ -1,9 +1,9 @@
 """The places of the rows in flight, and the one forward that a step needs: decoding rows first, prompts behind them.
 
-A row stands on a shelf (`models/decoding.py`) by what it needs, a power of two of tokens. Rows that leave are replaced by rows
+A row stands on a shelf (`models/cache.py`) by what it needs, a power of two of tokens. Rows that leave are replaced by rows
 that join; where none does, the last rows of the shelf move into the gaps, so that the rows computed are always the first ones.
 On a CPU, whose memory is taken where it is written, most rows share one shelf, the longest first where attention computes by
-blocks of all rows. Where steps are steady (`generate/steady.py`), gaps stay until closing them halves the rows computed.
+blocks of all rows. With graph decoding (`generate/graph_decoding.py`), gaps stay until closing them halves the rows computed.
 
 T: tokens of the forward.
 """
@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from posttrain.generate.rows import Row
+from posttrain.generate.requests import Row
 from posttrain.models.batches import WORTH_SHARING
-from posttrain.models.decoding import BLOCK, CacheStep, Filling, Past, Reading, Shelf
+from posttrain.models.cache import BLOCK, CacheStep, Filling, Past, Reading, Shelf
 from posttrain.models.lora import LoraAdapter
 from posttrain.models.segments import Segments, Span
 

@@ -6,7 +6,7 @@ they end, and any adapters and sampling settings stand side by side. What a row 
 randomness is its own (`generate/sampling.py`).
 
 A prompt longer than a step takes is computed in pieces, so that it does not hold up the rows that decode. For a server, what
-was computed is kept (`generate/prefix.py`), owners take turns (`generate/waiting.py`), and none has more than a share of the
+was computed is kept (`generate/prefix.py`), owners take turns (`generate/fair_queue.py`), and none has more than a share of the
 places and of a step's rows while others want some.
 
 A row that makes a step fail ends with its error, and no other notices (`generate/steps.py`).
@@ -23,16 +23,16 @@ import torch
 from posttrain.errors import ModelError
 from posttrain.generate.batch import Chunk, Places, next_chunks, room_for
 from posttrain.generate.failures import by_halves
+from posttrain.generate.fair_queue import FairQueue, PromptTime, share_of_places
+from posttrain.generate.graph_decoding import SteadyDecoder
 from posttrain.generate.prefix import PrefixCache
-from posttrain.generate.rows import Event, Request, Row
+from posttrain.generate.requests import Event, Request, Row
 from posttrain.generate.sampling import SamplingSettings as SamplingSettings  # callers need no other module
 from posttrain.generate.sampling import check_settings
-from posttrain.generate.steady import SteadyDecoder
 from posttrain.generate.steps import Steps
-from posttrain.generate.waiting import FairQueue, PromptTime, share_of_places
-from posttrain.models.load import BaseModel
+from posttrain.models.adapter_slots import NarrowAdapters
+from posttrain.models.base_model import BaseModel
 from posttrain.models.lora import LoraAdapter
-from posttrain.models.slots import NarrowAdapters
 from posttrain.records import Rollout
 
 # Rows in flight, by device; their logits (rows x vocabulary) are there at once.
@@ -50,7 +50,7 @@ STEADY = {"cpu": False, "cuda": True}
 
 
 class Engine:
-    """Continuous batching over one base. Not for several threads at once; `generate/serving.py` has a face for a server."""
+    """Continuous batching over one base. Not for several threads at once; `generate/worker.py` has a face for a server."""
 
     def __init__(self, base: BaseModel, *, serving: bool = False) -> None:
         self.base = base
@@ -71,7 +71,7 @@ class Engine:
         self._narrow = NarrowAdapters(base.dtype, base.device, quick=self._serving)
         self._steady = SteadyDecoder(base, self._narrow) if steady else None
         self._steps = Steps(base, self._places, self._narrow, self._steady)
-        # Where rows that decode run as a program (`models/programs.py`), which prompts beside them would prevent.
+        # Where rows that decode run as a program (`kernels/cpu/replay.py`), which prompts beside them would prevent.
         self._apart = alone and self._narrow.tiles
         self.prefixes = PrefixCache(self._prefix_bytes)
         # Rows that share a prompt join together.

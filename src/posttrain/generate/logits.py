@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from posttrain.generate.batch import Work, rounded
-from posttrain.generate.rows import Row, TokenScore
+from posttrain.generate.requests import Row, TokenScore
 from posttrain.generate.sampling import token_logprobs, top_tokens
-from posttrain.models.load import BaseModel
+from posttrain.kernels.cpu.linear import EngineProducts
+from posttrain.models.base_model import BaseModel
 from posttrain.models.lora import LoraAdapter
-from posttrain.models.products import EngineProducts
 
 # Tokens of a prompt whose own next tokens are looked up at once: their logits are there at once.
 SCORED_TOKENS = 128

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from posttrain.generate.rows import Row
-from posttrain.models.decoding import BLOCK, Kept, Shapes, Shelf, zeros
+from posttrain.generate.requests import Row
+from posttrain.models.cache import BLOCK, Kept, Shapes, Shelf, zeros
 
 # Bytes that are taken at once, for as many blocks.
 TAKEN = 4 * 2**20

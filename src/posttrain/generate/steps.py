@@ -14,14 +14,14 @@ from torch import Tensor
 
 from posttrain.generate.batch import Chunk, Places, Work, lay_out
 from posttrain.generate.failures import by_halves, release
+from posttrain.generate.graph_decoding import SteadyDecoder
 from posttrain.generate.logits import next_logits, prompt_scores
-from posttrain.generate.rows import Event, Row, Top
+from posttrain.generate.requests import Event, Row, Top
 from posttrain.generate.sampling import Chosen, choose_tokens, draw_numbers, top_tokens
-from posttrain.generate.steady import SteadyDecoder
-from posttrain.models.load import BaseModel
-from posttrain.models.mixed import TokenAdapters
+from posttrain.models.adapter_slots import NarrowAdapters
+from posttrain.models.base_model import BaseModel
 from posttrain.models.segments import Segments, Span
-from posttrain.models.slots import NarrowAdapters
+from posttrain.models.token_adapters import TokenAdapters
 
 
 class Steps:

@@ -15,8 +15,8 @@ import torch
 from posttrain.data.packing import split_by_tokens
 from posttrain.judge.prompts import comparison, grading
 from posttrain.judge.verdict import Comparison, Grading, Reply, Verdict, combine
+from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import MICRO_TOKENS, batch_logprobs, pack_trees, sum_by_row
-from posttrain.models.load import BaseModel
 from posttrain.records import Message
 
 MIN_MASS = 0.05

@@ -10,8 +10,8 @@ import torch
 
 from posttrain.data.packing import split_by_tokens
 from posttrain.judge.verdict import Comparison, Grading, Reply, Verdict
+from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import MICRO_TOKENS, pack_trees, row_scores
-from posttrain.models.load import BaseModel
 from posttrain.records import Message
 
 

@@ -2,7 +2,7 @@
 
 One function is registered with transformers' attention interface, so every causal model that the interface serves works,
 sliding windows included. On a CPU it runs once a segment: no work between segments, no padding, cost the sum of squares.
-On a GPU the same table becomes the sequences of the variable-length flash kernel. With a cache (`models/decoding.py`),
+On a GPU the same table becomes the sequences of the variable-length flash kernel. With a cache (`models/cache.py`),
 the first tokens of the batch are those of decoding rows and see their rows' cached keys. An argument that is not known is
 refused: what it would have changed could not be seen in the result.
 
@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.masking_utils import AttentionMaskInterface
 
-from posttrain.models.attention_cpu import CpuSegmentAttention, gather
-from posttrain.models.attention_cuda import takes, varlen_attention
-from posttrain.models.decoding import Extras, decode, fill, softmax_with_sinks, with_pasts
+from posttrain.kernels.cpu.attention import CpuSegmentAttention, gather
+from posttrain.kernels.cuda.varlen import takes, varlen_attention
+from posttrain.models.cache import Extras, decode, fill, softmax_with_sinks, with_pasts
 from posttrain.models.segments import Segments
 
 ATTENTION_NAME = "posttrain_segments"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from posttrain.data.packing import PackedBatch, Segment, forest_segments, pack, row_segments
 from posttrain.data.prepare import PairRow, TrainRow
-from posttrain.models.load import BaseModel
+from posttrain.models.base_model import BaseModel
 from posttrain.models.segments import Segments, Span
 
 # Tokens computed at once: memory grows with this number. Narrow layers reach their speed on two cores only from about two

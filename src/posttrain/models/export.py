@@ -20,8 +20,8 @@ from posttrain.artifacts import new_folder, write_json
 from posttrain.data.chat import load_chat_format
 from posttrain.errors import ArtifactError, ModelError, PosttrainError
 from posttrain.models.adapter_config import ADAPTER_CONFIG
-from posttrain.models.files import ADAPTER_WEIGHTS, read_adapter, whole_state
-from posttrain.models.load import BaseModel
+from posttrain.models.adapter_files import ADAPTER_WEIGHTS, read_adapter, whole_state
+from posttrain.models.base_model import BaseModel
 from posttrain.models.merge import write_merged, write_tokenizer
 from posttrain.models.target import Target
 from posttrain.records import Message

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from posttrain.models import compiled
-from posttrain.models.fused import log_sum_exp, logit_gradient, probabilities
-from posttrain.models.products import linear, tiled
-from posttrain.models.rows import HeadRows, capped, head_logits
+from posttrain.kernels.cpu import bindings
+from posttrain.kernels.cpu.linear import linear, tiled
+from posttrain.kernels.cuda.compiled import log_sum_exp, logit_gradient, probabilities
+from posttrain.models.embedding_rows import HeadRows, capped, head_logits
 
 # Logits held at once: 32 Mi float32 numbers, 128 MiB; a chunk then still fills the cores at a vocabulary of 262k. On a GPU
 # 512 MiB of bfloat16 fill it.
@@ -108,7 +108,7 @@ def _filtered_chunk(
 
 
 def _compiled(head_VD: Tensor) -> bool:
-    return compiled.able(head_VD) and head_VD.is_contiguous()
+    return bindings.able(head_VD) and head_VD.is_contiguous()
 
 
 def _in_c(
@@ -125,24 +125,24 @@ def _in_c(
     room = head_VD.new_empty(0)  # of all chunks: fresh memory each time would cost a quarter of the product
     for chunk in _chunks(target_N, head_VD):
         target_n = target_N[chunk]
-        size = len(head_VD) * (len(target_n) + -len(target_n) % compiled.LANES)
+        size = len(head_VD) * (len(target_n) + -len(target_n) % bindings.LANES)
         room = room if len(room) >= size else head_VD.new_empty(size)
         logits_Vn = room[:size].view(len(head_VD), -1)
         if tiles:
-            compiled.turned_products(hidden_ND[chunk], head_VD, logits_Vn)
+            bindings.turned_products(hidden_ND[chunk], head_VD, logits_Vn)
             if rows is not None:
                 logits_Vn[rows.ids_K, : len(target_n)] = linear(hidden_ND[chunk], rows.rows_KD).T
         else:
-            turned_Dn = functional.pad(hidden_ND[chunk], (0, 0, 0, -len(target_n) % compiled.LANES)).T.contiguous()
+            turned_Dn = functional.pad(hidden_ND[chunk], (0, 0, 0, -len(target_n) % bindings.LANES)).T.contiguous()
             torch.mm(head_VD, turned_Dn, out=logits_Vn)
             if rows is not None:
                 logits_Vn[rows.ids_K] = rows.rows_KD @ turned_Dn
         if bias_V is not None:
             logits_Vn += bias_V[:, None]
         if slope_ND is None:
-            total_n = compiled.log_sum_exp(logits_Vn)[: len(target_n)]
+            total_n = bindings.log_sum_exp(logits_Vn)[: len(target_n)]
         else:
-            total_n, mean_nD = (x[: len(target_n)] for x in compiled.head_mean(logits_Vn, head_VD, least))
+            total_n, mean_nD = (x[: len(target_n)] for x in bindings.head_mean(logits_Vn, head_VD, least))
             if rows is not None:
                 share_nK = logits_Vn[rows.ids_K].T[: len(target_n)].float() - total_n[:, None]
                 rows.mean_(mean_nD, head_VD, share_nK.exp() * (share_nK > least))

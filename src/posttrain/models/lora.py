@@ -5,7 +5,7 @@
 A starts uniform in +-1/sqrt(inputs), B at zero, so a new adapter is the base exactly. Adapter weights are float32; the
 products run in the type of the activations. Files are PEFT's format to the letter (`adapter_model.safetensors`,
 `adapter_config.json`); the metadata carries the hash of the base, and another base is refused.
-Embedding rows trained beside: `models/rows.py`.
+Embedding rows trained beside: `models/embedding_rows.py`.
 
 T: tokens, R: rank.
 """
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from posttrain.errors import AdapterError, RecipeError
+from posttrain.kernels.cpu.linear import adapted, linear
+from posttrain.models.embedding_rows import TokenRows, replace_rows
 from posttrain.models.heads import SCORE_NAME, ScoreHead
-from posttrain.models.mixed import SlotAdapters, TokenAdapters
-from posttrain.models.products import adapted, linear
-from posttrain.models.rows import TokenRows, replace_rows
+from posttrain.models.token_adapters import SlotAdapters, TokenAdapters
 
 ATTENTION_PARENTS = ("self_attn", "attn", "attention")
 MLP_PARENTS = ("mlp", "feed_forward", "ffn")

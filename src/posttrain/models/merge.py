@@ -23,13 +23,13 @@ from torch import Tensor
 from posttrain.artifacts import new_folder
 from posttrain.data.packing import pack, row_segments
 from posttrain.errors import ArtifactError
+from posttrain.models.adapter_files import FULL_WEIGHTS, read_base, save_tensors, untied, whole_state
+from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import batch_logprobs, to_device
 from posttrain.models.checkpoint import checkpoint_tensors, read_model
-from posttrain.models.files import FULL_WEIGHTS, read_base, save_tensors, untied, whole_state
-from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter
 from posttrain.models.target import Target
-from posttrain.models.tokens import CONVERSATIONS
+from posttrain.models.untrained_tokens import CONVERSATIONS
 
 # Nats, relative where a log-probability is below -1. The first two bound the largest difference over the probe's tokens, the
 # third the mean. In bfloat16 the base alone is off by 0.05 in the mean (gemma-3-270m, SmolLM2-135M), and by 0.01 with random

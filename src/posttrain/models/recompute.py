@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from posttrain.errors import ModelError
-from posttrain.models.load import BaseModel
+from posttrain.models.base_model import BaseModel
 from posttrain.models.lora import Routing
 
 

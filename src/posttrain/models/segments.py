@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from posttrain.models.decoding import CacheStep
+from posttrain.models.cache import CacheStep
 
 
 class Span(NamedTuple):

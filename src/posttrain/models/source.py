@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from posttrain.artifacts import expand_home, hash_file, read_manifest, write_json
+from posttrain.cache_folder import cache_folder
 from posttrain.errors import ArtifactError, ModelError
 
 # PyPI packages that carry a model: the pip name, the module whose folder holds it, and the sha256 of the whole GGUF.
@@ -81,23 +82,6 @@ class BaseModelFolder(NamedTuple):
         text = config.get("text_config")
         found = (text if isinstance(text, dict) else config).get(name)
         return found if isinstance(found, int) else sys.maxsize
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: $POSTTRAIN_CACHE, else the user's cache folder.
-
-    Raises ModelError where neither is known.
-    """
-    explicit = os.environ.get("POSTTRAIN_CACHE")
-    if explicit:
-        return Path(explicit)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "posttrain"
-    except RuntimeError:
-        raise ModelError(
-            "cache folder", "no home folder: HOME is not set, and the user has no entry in passwd",
-            do="set POSTTRAIN_CACHE to a folder for converted models",
-        ) from None  # fmt: skip
 
 
 def locate_base(model: str, *, careful: bool = False) -> BaseModelFolder:
@@ -172,7 +156,7 @@ def _folder_of(model: str) -> Path:
         return path
     hub = _HUB_ID.fullmatch(model)
     if hub is not None and not path.exists():
-        from posttrain.models.load import fetch_from_hub
+        from posttrain.models.base_model import fetch_from_hub
 
         return fetch_from_hub(hub[1], hub[2])
     raise ModelError(
@@ -194,7 +178,7 @@ def _package_folder(model: str, name: str) -> Path:
     target = cache_folder() / "models" / f"{name}-v{CONVERSION_VERSION}"
     if (target / "source.json").exists():
         return target
-    from posttrain.models.load import convert_gguf
+    from posttrain.models.base_model import convert_gguf
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=target.parent) as work:
@@ -231,7 +215,7 @@ def _verified_gguf(model: str, home: Path, whole: Path, sha256: str, pip_name: s
 def _converted(model: str, gguf: Path, sha256: str) -> Path:
     target = cache_folder() / "models" / f"gguf-{sha256[:16]}-v{CONVERSION_VERSION}"
     if not (target / "source.json").exists():
-        from posttrain.models.load import convert_gguf
+        from posttrain.models.base_model import convert_gguf
 
         convert_gguf(gguf, target, model=model)
     return target
@@ -242,7 +226,7 @@ def _random_folder(model: str, name: str) -> Path:
         raise ModelError(f'[base] model = "{model}"', f'no random model "{name}"', allowed="there is: random:tiny")
     target = cache_folder() / "models" / f"random-tiny-v{CONVERSION_VERSION}"
     if not (target / "source.json").exists():
-        from posttrain.models.load import make_random_tiny
+        from posttrain.models.base_model import make_random_tiny
 
         make_random_tiny(target)
     return target

@@ -10,8 +10,8 @@ from typing import NamedTuple
 from posttrain.artifacts import read_manifest, verify_files
 from posttrain.errors import ArtifactError
 from posttrain.models.adapter_config import ADAPTER_CONFIG
-from posttrain.models.files import ADAPTER_WEIGHTS, Policies, load_adapter
-from posttrain.models.load import BaseModel, load_base
+from posttrain.models.adapter_files import ADAPTER_WEIGHTS, Policies, load_adapter
+from posttrain.models.base_model import BaseModel, load_base
 from posttrain.models.source import pinned
 from posttrain.recipe import load_recipe
 from posttrain.settings import Recipe, RewardStage

@@ -30,19 +30,19 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.artifacts import write_json
+from posttrain.cache_folder import cache_folder
 from posttrain.data.chat import ChatFormat
 from posttrain.errors import ArtifactError, ModelError
+from posttrain.models.adapter_slots import NarrowAdapters
 from posttrain.models.architecture import context_of, text_settings
 from posttrain.models.attention import ATTENTION_NAME
-from posttrain.models.decoding import BLOCK, CacheStep, Filling, Past, Reading, Shelf
-from posttrain.models.kernels import own_rotary
-from posttrain.models.mixed import TokenAdapters
+from posttrain.models.cache import BLOCK, CacheStep, Filling, Past, Reading, Shelf
+from posttrain.models.patch_modules import own_rotary
 from posttrain.models.segments import Segments, Span
-from posttrain.models.slots import NarrowAdapters
-from posttrain.models.source import cache_folder
+from posttrain.models.token_adapters import TokenAdapters
 
 if TYPE_CHECKING:
-    from posttrain.models.load import BaseModel
+    from posttrain.models.base_model import BaseModel
 
 # Raise when the comparison changes, or how this program computes a base.
 VERIFICATION_VERSION = 1

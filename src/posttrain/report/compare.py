@@ -23,7 +23,7 @@ from posttrain.evaluate import stats
 from posttrain.evaluate.scorecard import load_scores, measure_values
 from posttrain.evaluate.suites import Measure
 from posttrain.records import Score
-from posttrain.report import words
+from posttrain.report import formatting
 from posttrain.report.run import EVALUATIONS, read_recipe, read_scorecard, stage_names
 
 # Settings of an evaluation that change what an answer can be.
@@ -161,7 +161,7 @@ def _pareto(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def _losses(found: Mapping[str, Any]) -> list[str]:
     rows = [found["measures"][name] for name in found["losses"]]
-    told = [f"▼ {row['title']} {words.change_words(row['change'], row['unit'])}" for row in rows]
+    told = [f"▼ {row['title']} {formatting.change_words(row['change'], row['unit'])}" for row in rows]
     return [f"B lost against A: {'; '.join(told)}", ""] if told else []
 
 
@@ -179,11 +179,12 @@ def _text(found: Mapping[str, Any]) -> str:
         unit, change = row["unit"], row["change"]
         arrow = "↑" if row["better"] == "higher" else "↓"
         cells.append((
-            f"{row['title']} {arrow}", words.measured(row["a"]["value"], unit), words.span(row["a"], unit),
-            words.measured(row["b"]["value"], unit), words.span(row["b"], unit), words.signed(change["value"], unit),
-            words.signed_span(change, unit), f"{words.MARKS[change['verdict']]} {change['verdict']}", str(row["n"]),
+            f"{row['title']} {arrow}", formatting.measured(row["a"]["value"], unit), formatting.span(row["a"], unit),
+            formatting.measured(row["b"]["value"], unit), formatting.span(row["b"], unit),
+            formatting.signed(change["value"], unit),
+            formatting.signed_span(change, unit), f"{formatting.MARKS[change['verdict']]} {change['verdict']}", str(row["n"]),
         ))  # fmt: skip
-    lines = [f"A  {found['a']}", f"B  {found['b']}", "", *_losses(found), words.aligned(cells), "", *found["notes"]]
+    lines = [f"A  {found['a']}", f"B  {found['b']}", "", *_losses(found), formatting.aligned(cells), "", *found["notes"]]
     lines.append("Intervals hold 95 %. A change is paired over the same items; ↑ higher is better, ↓ lower is better.")
     lines.append(f"{found['verdict']}: {_MEANING[found['verdict']]} (length apart).")
     return "\n".join(lines)

@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from posttrain.report import plots, words
+from posttrain.report import formatting, plots
 from posttrain.report.markup import details, el, facts, join, section
 from posttrain.report.run import Run, Stage
 
@@ -59,7 +59,7 @@ def _stage(stage: Stage, report: Mapping[str, Any]) -> Markup:
 
 def _sources(report: Mapping[str, Any]) -> list[tuple[str, Markup]]:
     return [
-        ("source", join([el("strong", str(s.get("path", ""))), f" · {words.plain(s.get('rows'))} rows · ",
+        ("source", join([el("strong", str(s.get("path", ""))), f" · {formatting.plain(s.get('rows'))} rows · ",
                          str(s.get("layout", "")), " · ", el("code", str(s.get("sha256", ""))[:12])]))
         for s in report.get("sources", ())
     ]  # fmt: skip
@@ -107,7 +107,7 @@ def _count(count: int, what: str) -> Markup:
 
 def _other(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
-        (str(k).replace("_", " "), words.plain(v))
+        (str(k).replace("_", " "), formatting.plain(v))
         for k, v in report.items()
         if k not in _TOLD and not isinstance(v, dict | list)
     ]

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from posttrain.evaluate.damage import signs_of_damage
 from posttrain.evaluate.table import damage_words, gain_words
 from posttrain.evaluate.tax import parent_of, shown_losses
-from posttrain.report import words
+from posttrain.report import formatting
 from posttrain.report.markup import el, facts, join
 from posttrain.report.run import Run
 
@@ -35,20 +35,20 @@ class Change(NamedTuple):
         """How much, whichever way: `31.7 points in instructions followed [23.4 to 39.7]`."""
         low, high = sorted((abs(self.change["low"]), abs(self.change["high"])))
         return self._told(
-            words.number(abs(self.change["value"]), self._unit), words.span({"low": low, "high": high}, self._unit)
+            formatting.number(abs(self.change["value"]), self._unit), formatting.span({"low": low, "high": high}, self._unit)
         )
 
     @property
     def signed(self) -> Markup:
         """With its sign, for a change that is not shown: `+1.1 points in facts [−3.0 to +5.2]`."""
-        return self._told(words.signed(self.change["value"], self._unit), words.signed_span(self.change, self._unit))
+        return self._told(formatting.signed(self.change["value"], self._unit), formatting.signed_span(self.change, self._unit))
 
     @property
     def _unit(self) -> str:
         return str(self.entry["unit"])
 
     def _told(self, size: str, span: str) -> Markup:
-        strong = el("strong", f"{size} {words.unit_word(self._unit)}")
+        strong = el("strong", f"{size} {formatting.unit_word(self._unit)}")
         return join([strong, f" in {self.entry['title']} ", el("span.ci", f"[{span}]")])
 
 
@@ -86,9 +86,9 @@ def _loss_line(row: Mapping[str, Any]) -> list[Markup | str]:
     parts: list[Markup | str] = [el("strong", row["stage"]), " against ", el("strong", row["against"]), f"{parent}: "]
     for number, one in enumerate(row["measures"].values()):
         unit = one["unit"]
-        size = el("strong", f"{words.signed(one['value'], unit)} {words.unit_word(unit)}")
-        span = el("span.ci", f"[{words.signed_span(one, unit)}]")
-        parts += ["; " * (number > 0), f"{words.MARKS['worse']} {one['title']} ", size, " ", span]
+        size = el("strong", f"{formatting.signed(one['value'], unit)} {formatting.unit_word(unit)}")
+        span = el("span.ci", f"[{formatting.signed_span(one, unit)}]")
+        parts += ["; " * (number > 0), f"{formatting.MARKS['worse']} {one['title']} ", size, " ", span]
     return parts
 
 
@@ -97,7 +97,7 @@ def changes(run: Run) -> list[Change]:
     stages = run.scorecard["stages"]
     found = []
     for entry in stages[-1]["measures"].values():
-        change = words.change_against(entry, stages[0]["name"])
+        change = formatting.change_against(entry, stages[0]["name"])
         if change is not None:
             found.append(Change(entry, change))
     return found
@@ -130,7 +130,7 @@ def _cost(run: Run, lost: list[Change]) -> list[Markup | str]:
         return [". Its cost was not measured."]
     last, base = run.scorecard["stages"][-1], run.scorecard["stages"][0]["name"]
     parent = parent_of(last, base)
-    if any(words.is_worse(e, parent) for e in last["measures"].values() if e.get("role") == "capability"):
+    if any(formatting.is_worse(e, parent) for e in last["measures"].values() if e.get("role") == "capability"):
         return [f". It lost some of the capability that {parent} had (above)."]
     if capability.change["verdict"] == "better":
         return [", and lost no capability: it gained ", capability.size, " too."]
@@ -138,7 +138,11 @@ def _cost(run: Run, lost: list[Change]) -> list[Markup | str]:
     # What the interval leaves open is part of the finding: "not shown" of few items is no good news.
     worst = max(-end if capability.entry["better"] == "higher" else end for end in ends)
     unit = capability.entry["unit"]
-    left_open = f"; a loss of up to {words.number(worst, unit)} {words.unit_word(unit)} is not excluded." if worst > 0 else "."
+    left_open = (
+        f"; a loss of up to {formatting.number(worst, unit)} {formatting.unit_word(unit)} is not excluded."
+        if worst > 0
+        else "."
+    )
     return [f". No loss of capability is shown against {base}: ", capability.signed, left_open]
 
 
@@ -164,7 +168,7 @@ def _also(run: Run) -> Markup:
     """What else is better than the base, outside of gain and capability, unless the parent was better still."""
     base, last = run.scorecard["stages"][0]["name"], run.scorecard["stages"][-1]
     better = [c for c in _of(run, "", "better") if c.entry["unit"] != "tokens"]
-    better = [c for c in better if not words.is_worse(c.entry, parent_of(last, base))]
+    better = [c for c in better if not formatting.is_worse(c.entry, parent_of(last, base))]
     parts = [f"Also better against {base}: ", _list(better), ". "] if better else []
     if not changes(run):
         return Markup("")
@@ -210,14 +214,16 @@ def _tile_names(measures: Mapping[str, Any], lost: Sequence[str]) -> list[str]:
 def _tile(before: Mapping[str, Mapping[str, Any] | None], entry: Mapping[str, Any]) -> Markup:
     """`before` are the entries of the base and the parent, by name. A tile is green only where nothing was lost."""
     unit = entry["unit"]
-    changes = {name: change for name in reversed(list(before)) if (change := words.change_against(entry, name)) is not None}
+    changes = {
+        name: change for name in reversed(list(before)) if (change := formatting.change_against(entry, name)) is not None
+    }
     was = [
-        el("span.was", words.measured(found["value"], unit), el("span.to", "→"), attrs={"title": name})
+        el("span.was", formatting.measured(found["value"], unit), el("span.to", "→"), attrs={"title": name})
         for name, found in before.items() if found is not None and name in changes
     ]  # fmt: skip
     marks = [el("p.against", verdict_badge(change, unit), el("span.small", f"vs {name}")) for name, change in changes.items()]
-    value = el("p.value", *was, el("span.now", words.measured(entry["value"], unit)))
-    return el(_tile_class(changes), el("p.what", entry["title"]), value, *(marks or [el("p", words.span(entry, unit))]))
+    value = el("p.value", *was, el("span.now", formatting.measured(entry["value"], unit)))
+    return el(_tile_class(changes), el("p.what", entry["title"]), value, *(marks or [el("p", formatting.span(entry, unit))]))
 
 
 def _tile_class(changes: Mapping[str, Mapping[str, Any]]) -> str:
@@ -229,8 +235,8 @@ def _tile_class(changes: Mapping[str, Mapping[str, Any]]) -> str:
 def verdict_badge(change: Mapping[str, Any], unit: str) -> Markup:
     """`▲ better +36.0`: sign, word and colour say the same."""
     kind = change["verdict"].replace(" ", "-")
-    text = f"{words.MARKS.get(change['verdict'], '')} {change['verdict']} {words.signed(change['value'], unit)}"
-    about = f"{words.change_words(change, unit)}; 95 % interval of the paired change"
+    text = f"{formatting.MARKS.get(change['verdict'], '')} {change['verdict']} {formatting.signed(change['value'], unit)}"
+    about = f"{formatting.change_words(change, unit)}; 95 % interval of the paired change"
     return el(f"span.badge.{kind}", text, attrs={"title": about})
 
 
@@ -243,7 +249,7 @@ def _made_of(run: Run) -> Markup:
     rows: list[tuple[str, str]] = [("base model", run.base)]
     rows += [("adapter", adapter)] if adapter else []
     rows += [("tokens trained", f"{tokens:,}")] if tokens else []
-    rows += [("time, all stages", words.duration(seconds))] if manifests else []
+    rows += [("time, all stages", formatting.duration(seconds))] if manifests else []
     rows += [("device", f"{any_one.get('device', '–')} · {any_one.get('dtype', '–')}")] if manifests else []
     return facts(rows)
 

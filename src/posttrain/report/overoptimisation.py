@@ -16,7 +16,7 @@ from posttrain.evaluate import stats
 from posttrain.evaluate.gain import published_gain
 from posttrain.evaluate.overoptimisation import Law, at_distance, distance, fit_laws, law_at, table
 from posttrain.evaluate.table import change_numbers
-from posttrain.report import plots, words
+from posttrain.report import formatting, plots
 from posttrain.report.markup import Content, el, join, scroll, section
 from posttrain.report.run import Run, Stage
 
@@ -72,7 +72,7 @@ def _gained(stage: Stage, found: _Gold) -> Markup:
 def _change(change: Mapping[str, Any]) -> Markup:
     value, low, high = change_numbers(change)
     kind = change["verdict"].replace(" ", "-")
-    badge = el(f"span.badge.{kind}", f"{words.MARKS[change['verdict']]} {change['verdict']} {value}")
+    badge = el(f"span.badge.{kind}", f"{formatting.MARKS[change['verdict']]} {change['verdict']} {value}")
     return join([badge, el("span.small", f"{low} to {high}")])
 
 
@@ -177,5 +177,5 @@ def _row(row: dict[str, Any], found: _Gold) -> tuple[str, ...]:
         return (*before, "it was never that far", "–", "")
     change = stats.mean([a - b for a, b in zip(row["gold_B"], own_B.tolist(), strict=True)])
     verdict = stats.verdict(change, "higher", "nats")
-    shown = f"{words.MARKS[verdict]} {verdict}"
+    shown = f"{formatting.MARKS[verdict]} {verdict}"
     return (*before, _number(float(own_B.mean())), _span(change.value, change.low, change.high), shown)

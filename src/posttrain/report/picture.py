@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from posttrain.report import words
+from posttrain.report import formatting
 from posttrain.report.markup import el, join, section
 from posttrain.report.run import Run, Stage
 
@@ -74,7 +74,7 @@ def _node(stage: Stage, parent: Node, depth: int, lane: int, found: dict[str, No
     settings = manifest.get("settings", {}).get("stage", {})
     inputs = [(_role(settings, name), name) for name in manifest.get("inputs", {}) if name != stage.init and name in found]
     work = [f"{manifest['tokens']:,} tokens"] if "tokens" in manifest else []
-    work += [words.duration(manifest.get("seconds"))] if manifest else [stage.status]
+    work += [formatting.duration(manifest.get("seconds"))] if manifest else [stage.status]
     hashes, rows = manifest.get("data", {}), manifest.get("rows", {})
     data = []
     for path in stage.data:
@@ -165,7 +165,7 @@ def _box(n: Node, x: float, y: float) -> list[Markup]:
             f"rect.box{'.root' if not n.depth else ''}{state}",
             attrs={"x": x, "y": y, "width": _WIDE, "height": _box_high(n), "rx": 9},
         ),
-        _text(x + 13, y + 25, words.shorten(n.name, _letters(n)), "t.strong", title=n.name),
+        _text(x + 13, y + 25, formatting.shorten(n.name, _letters(n)), "t.strong", title=n.name),
         _text(x + _WIDE - 12, y + 25, _kind(n), "t.soft.end"),
         _text(x + 13, y + 44, n.work or "base, frozen", "t.soft"),
         _text(x + 13, y + 62, n.mark, "t.mono"),
@@ -175,12 +175,12 @@ def _box(n: Node, x: float, y: float) -> list[Markup]:
 
 def _input_words(given: tuple[str, str]) -> str:
     role, name = given
-    return words.shorten(f"{role}: {name}", 28)
+    return formatting.shorten(f"{role}: {name}", 28)
 
 
 def _kind(n: Node) -> str:
     """The kind as it stands in a box's corner; the base says it in the line below."""
-    return words.shorten(n.kind, 10) if n.depth else ""
+    return formatting.shorten(n.kind, 10) if n.depth else ""
 
 
 def _letters(n: Node) -> int:
@@ -201,7 +201,7 @@ def _data_box(n: Node, x: float, y: float) -> list[Markup]:
     for i, (path, told) in enumerate(n.data):
         line = top + 20 + 2 * _LINE * i
         parts += [
-            _text(x + 13, line, words.shorten(path, 26), "t", title=path),
+            _text(x + 13, line, formatting.shorten(path, 26), "t", title=path),
             _text(x + 13, line + _LINE - 1, told, "t.soft"),
         ]
     return parts
@@ -226,7 +226,7 @@ def _down(nodes: list[Node], about: str) -> Markup:
         parts.append(
             el(f"rect.box{root}{state}", attrs={"x": left, "y": y, "width": _NARROW - left - 4, "height": high, "rx": 9})
         )
-        parts.append(_text(left + 12, y + 24, words.shorten(n.name, 22), "t.strong", title=n.name))
+        parts.append(_text(left + 12, y + 24, formatting.shorten(n.name, 22), "t.strong", title=n.name))
         parts.append(_text(_NARROW - 16, y + 24, _kind(n), "t.soft.end"))
         parts += [_text(left + 12, y + 43 + _LINE * i, text, kind, title=whole) for i, (text, kind, whole) in enumerate(lines)]
         if n.parent:
@@ -258,7 +258,7 @@ def _lines(n: Node) -> list[tuple[str, str, str]]:
     found = [(n.work or "base, frozen", "t.soft", "")]
     found += [(_input_words(one), "t.soft", "") for one in n.inputs]
     for path, told in n.data:
-        found += [(words.shorten(path, 40), "t", path)] + ([(told, "t.soft", "")] if told else [])
+        found += [(formatting.shorten(path, 40), "t", path)] + ([(told, "t.soft", "")] if told else [])
     return [*found, (n.mark, "t.mono", "")] if n.mark else found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from posttrain.report import words
+from posttrain.report import formatting
 from posttrain.report.markup import Content, details, el, facts, scroll, section
 from posttrain.report.run import Run
 
@@ -37,7 +37,7 @@ def _order(run: Run, name: str) -> tuple[int, bool]:
 def _times(everything: list[tuple[str, dict[str, Any]]]) -> Markup:
     head = el("tr", *(el("th", title) for title in ("step", "kind", "time", "steps", "tokens", "tokens/s", "fingerprint")))
     rows = [el("tr", *(el("td", cell) for cell in _time_row(name, manifest))) for name, manifest in everything]
-    total = words.duration(sum(m.get("seconds", 0.0) for _, m in everything))
+    total = formatting.duration(sum(m.get("seconds", 0.0) for _, m in everything))
     foot = el("tr", el("td", "together"), el("td", ""), el("td", total), *(el("td", "") for _ in range(4)))
     return scroll(el("table.times", el("thead", head), el("tbody", *rows, foot)), label="time and tokens")
 
@@ -46,14 +46,17 @@ def _time_row(name: str, manifest: Mapping[str, Any]) -> list[Content]:
     tokens, seconds = manifest.get("tokens"), manifest.get("train_seconds")
     rate = f"{tokens / seconds:,.0f}" if tokens and seconds else "–"
     return [
-        name, str(manifest.get("stage", "")), words.duration(manifest.get("seconds")), words.plain(manifest.get("steps")),
-        words.plain(tokens), rate, el("code", manifest["fingerprint"]),
+        name, str(manifest.get("stage", "")), formatting.duration(manifest.get("seconds")),
+        formatting.plain(manifest.get("steps")),
+        formatting.plain(tokens), rate, el("code", manifest["fingerprint"]),
     ]  # fmt: skip
 
 
 def _manifest(name: str, manifest: Mapping[str, Any]) -> Markup:
     plain = [
-        (key, words.plain(value)) for key, value in manifest.items() if key not in _APART and not isinstance(value, dict | list)
+        (key, formatting.plain(value))
+        for key, value in manifest.items()
+        if key not in _APART and not isinstance(value, dict | list)
     ]
     groups: list[Content] = [_group("artifact", plain)]
     for key in ("settings", "base", "inputs", "data", "rows", "libraries", "metrics", "files"):
@@ -72,5 +75,7 @@ def flat(value: Any, path: str = "") -> list[tuple[str, str]]:
     if isinstance(value, dict):
         return [row for key, one in value.items() for row in flat(one, f"{path}.{key}".lstrip("."))]
     if isinstance(value, list):
-        return [(path, ", ".join(words.plain(one) if not isinstance(one, dict | list) else str(one) for one in value) or "–")]
-    return [(path, words.plain(value))]
+        return [
+            (path, ", ".join(formatting.plain(one) if not isinstance(one, dict | list) else str(one) for one in value) or "–")
+        ]
+    return [(path, formatting.plain(value))]

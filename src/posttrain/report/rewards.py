@@ -12,7 +12,7 @@ from typing import Any
 from markupsafe import Markup
 
 from posttrain.evaluate.pairs import ScoredPair, agreement, calibration_words, error_if_perfect
-from posttrain.report import plots, words
+from posttrain.report import formatting, plots
 from posttrain.report.markup import Content, details, el, facts, scroll, section
 from posttrain.report.run import RewardModel, Run
 
@@ -73,8 +73,8 @@ def _slices(found: Mapping[str, Any]) -> Markup:
     """Accuracy by length, by size of the gap and by category."""
     parts = (("chosen is", "by_length"), ("gap is in the", "by_margin"), ("category is", "by_category"))
     rows = [
-        el("tr", el("td", f"{before} {name}"), el("td", words.measured(one["value"], "share")),
-           el("td", words.span(one, "share")), el("td", f"{one['n']:,}"))
+        el("tr", el("td", f"{before} {name}"), el("td", formatting.measured(one["value"], "share")),
+           el("td", formatting.span(one, "share")), el("td", f"{one['n']:,}"))
         for before, key in parts for name, one in found.get(key, {}).items()
     ]  # fmt: skip
     if not rows:
@@ -127,4 +127,4 @@ def _number(value: float | None) -> str:
 def _share(entry: Mapping[str, Any] | None) -> str:
     if entry is None:
         return "no such pair"
-    return f"{words.measured(entry['value'], 'share')} of {entry['n']:,} pairs ({words.span(entry, 'share')})"
+    return f"{formatting.measured(entry['value'], 'share')} of {entry['n']:,} pairs ({formatting.span(entry, 'share')})"

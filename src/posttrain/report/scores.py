@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from posttrain.evaluate.tax import parent_of
-from posttrain.report import plots, words
+from posttrain.report import formatting, plots
 from posttrain.report.headline import verdict_badge
 from posttrain.report.markup import Content, el, scroll, section
 from posttrain.report.run import Run
@@ -74,15 +74,15 @@ def _cell(stage: Mapping[str, Any], name: str, extent: tuple[float, float], base
         return el("td", el("span.small", "not measured"))
     unit = entry["unit"]
     parts: list[Content] = [
-        el("span.value", words.measured(entry["value"], unit)),
-        el("span.small", words.span(entry, unit)),
+        el("span.value", formatting.measured(entry["value"], unit)),
+        el("span.small", formatting.span(entry, unit)),
         _strip(entry, extent),
     ]
     changes = entry.get("changes", ())
     # Against the base once more only where the parent is another policy.
     for change in changes[:2]:
         label = "vs base" if change["against"] == base else f"vs {change['against']}"
-        span = el("span.small", words.signed_span(change, unit))
+        span = el("span.small", formatting.signed_span(change, unit))
         parts.append(el("span.change", el("span.small", label), verdict_badge(change, unit), span))
     return el("td", *parts)
 
@@ -159,7 +159,7 @@ def _chart(run: Run, gain: tuple[str, Mapping[str, Any]], cost: tuple[str, Mappi
         if x is not None and y is not None:
             parent = parent_of(stage, base)
             points.append(plots.Point(stage["name"], colour(order, stage["name"]), parent, x, y))
-    labels = tuple(f"change, {words.unit_word(entry['unit'])}" for _, entry in (gain, cost))
+    labels = tuple(f"change, {formatting.unit_word(entry['unit'])}" for _, entry in (gain, cost))
     lower = tuple(entry["better"] == "lower" for _, entry in (gain, cost))
     svg = plots.capability_and_gain(points, base=base, labels=labels, lower=lower)
     caption = el("figcaption", el("strong", cost[1]["title"]), " (up) against ", el("strong", gain[1]["title"]), " (right)")
@@ -170,10 +170,10 @@ def _chart(run: Run, gain: tuple[str, Mapping[str, Any]], cost: tuple[str, Mappi
 def _against(stage: Mapping[str, Any], name: str, base: str) -> tuple[float, float, float] | None:
     """A measure's change against the base with its interval, as it is shown."""
     entry = stage["measures"].get(name)
-    change = words.change_against(entry, base) if entry else None
+    change = formatting.change_against(entry, base) if entry else None
     if entry is None or change is None:
         return None
-    factor = words.scale(entry["unit"])
+    factor = formatting.scale(entry["unit"])
     return change["value"] * factor, change["low"] * factor, change["high"] * factor
 
 
@@ -192,8 +192,8 @@ def _change_table(run: Run, entries: Mapping[str, Any], columns: Sequence[tuple[
 
 
 def _change_cell(entry: Mapping[str, Any] | None, against: str) -> Markup:
-    change = words.change_against(entry, against) if entry else None
+    change = formatting.change_against(entry, against) if entry else None
     if entry is None or change is None:
         return el("td", el("span.small", "not measured"))
-    span = f"{words.signed_span(change, entry['unit'])} {words.unit_word(entry['unit'])}"
+    span = f"{formatting.signed_span(change, entry['unit'])} {formatting.unit_word(entry['unit'])}"
     return el("td", verdict_badge(change, entry["unit"]), el("span.small", span))

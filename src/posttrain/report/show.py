@@ -13,7 +13,7 @@ from posttrain.artifacts import lineage, read_manifest
 from posttrain.errors import ArtifactError
 from posttrain.evaluate.table import format_table, loss_words
 from posttrain.evaluate.tax import shown_losses
-from posttrain.report import words
+from posttrain.report import formatting
 from posttrain.report.compare import compare
 from posttrain.report.provenance import flat
 from posttrain.report.run import EVALUATIONS, read_recipe, read_scorecard, read_stages, stage_names
@@ -56,10 +56,11 @@ def _stage_table(stages: Sequence[Mapping[str, Any]]) -> str:
     head = ("stage", "kind", "from", "status", "evaluated", "steps", "tokens", "time", "fingerprint")
     rows = [
         (str(s["name"]), str(s["kind"]), str(s["init"]), str(s["status"]), "yes" if s["evaluated"] else "no",
-         words.plain(s["steps"]), words.plain(s["tokens"]), words.duration(s["seconds"]), str(s["fingerprint"] or "–"))
+         formatting.plain(s["steps"]), formatting.plain(s["tokens"]),
+         formatting.duration(s["seconds"]), str(s["fingerprint"] or "–"))
         for s in stages
     ]  # fmt: skip
-    return words.aligned([head, *rows])
+    return formatting.aligned([head, *rows])
 
 
 def _show_stage(run: Path, name: str) -> tuple[dict[str, Any], str]:
@@ -94,12 +95,12 @@ def _summary(manifest: Mapping[str, Any]) -> list[str]:
     rows = [
         ("artifact", f"{manifest.get('kind', '?')} {manifest['fingerprint']}"),
         ("stage", f"{manifest.get('name', '?')} ({manifest.get('stage', '?')})"),
-        ("work", f"{words.plain(manifest.get('steps'))} steps, {words.plain(manifest.get('tokens'))} tokens, "
-                 f"{words.duration(manifest.get('seconds'))}"),
+        ("work", f"{formatting.plain(manifest.get('steps'))} steps, {formatting.plain(manifest.get('tokens'))} tokens, "
+                 f"{formatting.duration(manifest.get('seconds'))}"),
         ("made with", f"posttrain {manifest.get('version', '?')} ({manifest.get('commit') or 'no commit'}), "
                       f"python {manifest.get('python', '?')}, {manifest.get('device', '?')}, {manifest.get('dtype', '?')}"),
         ("libraries", ", ".join(f"{name} {number}" for name, number in manifest.get("libraries", {}).items())),
-        ("seed", words.plain(manifest.get("seed"))),
+        ("seed", formatting.plain(manifest.get("seed"))),
     ]  # fmt: skip
     return [f"{name:<{_NAME}}{value}" for name, value in rows]
 
@@ -120,7 +121,7 @@ def _lineage(chain: Sequence[Mapping[str, Any]], base: Mapping[str, Any]) -> lis
         )
         for path, digest in manifest.get("data", {}).items():
             rows = manifest.get("rows", {}).get(path)
-            lines.append(f"    data {path}: {words.plain(rows)} rows, sha256 {digest}")
+            lines.append(f"    data {path}: {formatting.plain(rows)} rows, sha256 {digest}")
         older = [name for name, mark in inputs.items() if name in known and known[name] != mark]
         lines += [f"    made from an earlier {name}: {inputs[name]}" for name in older]
     return [*lines, f"  base {base.get('model', '?')}: weights {base.get('weights_hash', '?')}"]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from posttrain.report import plots, words
+from posttrain.report import formatting, plots
 from posttrain.report.markup import details, el, section
 from posttrain.report.run import Run, Stage
 
@@ -110,7 +110,7 @@ def _stage(stage: Stage) -> Markup:
     parts = [(name, name.removeprefix(_MEMORY)) for name in found if name.startswith(_MEMORY)]
     work = [f"{manifest['steps']:,} steps"] if "steps" in manifest else []
     work += [f"{manifest['tokens']:,} tokens"] if "tokens" in manifest else []
-    work += [words.duration(manifest.get("train_seconds", manifest.get("seconds")))]
+    work += [formatting.duration(manifest.get("train_seconds", manifest.get("seconds")))]
     work += (
         [f"memory: {', '.join(f'{part} {max(y for _, y in found[name]):,.1f}' for name, part in parts)} MiB"] if parts else []
     )
@@ -192,7 +192,7 @@ def _figure(stage: Stage, chart: _Chart, found: Found) -> Markup:
         series.append(
             plots.Series(_label(name, held_out), 2 if held_out else number if number < 2 else number + 1, xs, ys, held_out)
         )
-    last = [f"{s.label if len(series) > 1 else 'last'} {words.plain(float(s.ys[-1]))}" for s in series]
+    last = [f"{s.label if len(series) > 1 else 'last'} {formatting.plain(float(s.ys[-1]))}" for s in series]
     legend = [el("span.key", el(f"i.c{s.colour % plots.COLOURS}"), text) for s, text in zip(series, last)]
     each = stage.kind == "ppo" and all(n in _EACH_ITERATION or n.startswith(tuple(_PARTS)) for n in chart.names)
     drawing = plots.curves(series, f"{stage.name}, {chart.title}", over="iteration" if each else "step")

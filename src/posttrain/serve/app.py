@@ -20,13 +20,12 @@ from starlette.exceptions import HTTPException
 
 from posttrain import __version__
 from posttrain.errors import PosttrainError
-from posttrain.serve.asks import tokenize
 from posttrain.serve.connections import connection_limit
-from posttrain.serve.envelope import Refusal, encode, refusal
-from posttrain.serve.events import LEFT, answer_of, chunks_of, server_sent
-from posttrain.serve.gate import OWNER, Gate
+from posttrain.serve.errors import Refusal, encode, refusal
 from posttrain.serve.keys import KeyFile
 from posttrain.serve.metrics import CONTENT_TYPE, UNKNOWN
+from posttrain.serve.middleware import OWNER, Gate
+from posttrain.serve.parse import tokenize
 from posttrain.serve.protocol import (
     MESSAGE_REFUSED,
     REFUSED,
@@ -37,8 +36,7 @@ from posttrain.serve.protocol import (
     TokenizeRequest,
     UnloadAdapterRequest,
 )
-from posttrain.serve.service import Service
-from posttrain.serve.shapes import (
+from posttrain.serve.responses import (
     ChatCompletion,
     Completion,
     Detokenized,
@@ -48,6 +46,8 @@ from posttrain.serve.shapes import (
     Status,
     Tokens,
 )
+from posttrain.serve.service import Service
+from posttrain.serve.streaming import LEFT, answer_of, chunks_of, server_sent
 from posttrain.serve.turns import in_turn
 
 PLAYGROUND = files("posttrain") / "serve" / "playground.html"

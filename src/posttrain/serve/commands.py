@@ -73,8 +73,8 @@ def serve(options: argparse.Namespace) -> int:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise RecipeError("posttrain serve", f"{', '.join(missing)} not installed", do='pip install "posttrain[serve]"')
-    from posttrain.generate.apart import apart
-    from posttrain.models.library import advice
+    from posttrain.generate.short_threads import apart
+    from posttrain.kernels.cpu.build import advice
     from posttrain.serve.keys import KeyFile
     from posttrain.serve.limits import Limits
     from posttrain.serve.run import check_host, open_service

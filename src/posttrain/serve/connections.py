@@ -26,8 +26,8 @@ from typing import Any, cast
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from posttrain.serve.envelope import Refusal, encode
-from posttrain.serve.gate import HOLDS, OWNER
+from posttrain.serve.errors import Refusal, encode
+from posttrain.serve.middleware import HOLDS, OWNER
 
 # Connections at most, and the largest file limit that is asked for.
 CONNECTIONS, FILES = 4096, 65_536

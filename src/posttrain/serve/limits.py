@@ -5,7 +5,7 @@ Lengths of fields that no server needs longer (stop strings, logit biases, messa
 
 from typing import NamedTuple
 
-from posttrain.serve.envelope import Refusal
+from posttrain.serve.errors import Refusal
 
 
 class Limits(NamedTuple):

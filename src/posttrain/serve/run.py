@@ -20,13 +20,13 @@ import uvicorn
 from posttrain.artifacts import read_manifest, verify_files
 from posttrain.errors import RecipeError
 from posttrain.models.adapter_config import ADAPTER_CONFIG
-from posttrain.models.files import ADAPTER_WEIGHTS, FULL_WEIGHTS
+from posttrain.models.adapter_files import ADAPTER_WEIGHTS, FULL_WEIGHTS
 from posttrain.models.target import Target, open_target
 from posttrain.serve.app import build_app
 from posttrain.serve.connections import ACCEPTED_AT_ONCE, Connections, connection_limit, quiet
-from posttrain.serve.gate import Gate
 from posttrain.serve.keys import KeyFile
 from posttrain.serve.limits import Limits
+from posttrain.serve.middleware import Gate
 from posttrain.serve.service import Service
 from posttrain.serve.store import AdapterStore
 

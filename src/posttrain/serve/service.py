@@ -10,15 +10,15 @@ from contextlib import asynccontextmanager
 
 from posttrain.errors import AdapterError, BusyError
 from posttrain.generate.engine import ROWS
-from posttrain.generate.serving import Server, serving
-from posttrain.models.load import BaseModel
-from posttrain.serve.answers import Flow
-from posttrain.serve.asks import chat_ask, completion_ask
-from posttrain.serve.envelope import Refusal
+from posttrain.generate.worker import Server, serving
+from posttrain.models.base_model import BaseModel
+from posttrain.serve.answering import Flow
+from posttrain.serve.errors import Refusal
 from posttrain.serve.limits import Limits
 from posttrain.serve.metrics import UNKNOWN, Metrics
+from posttrain.serve.parse import chat_ask, completion_ask
 from posttrain.serve.protocol import ChatRequest, CompletionRequest, LoadAdapterRequest
-from posttrain.serve.shapes import ModelCard
+from posttrain.serve.responses import ModelCard
 from posttrain.serve.store import AdapterStore, Served
 
 

@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from posttrain.errors import AdapterError
-from posttrain.generate.apart import beside
+from posttrain.generate.short_threads import beside
 from posttrain.models.adapter_config import ADAPTER_CONFIG
-from posttrain.models.files import ADAPTER_WEIGHTS, AdapterFiles, make_adapter, read_adapter
-from posttrain.models.load import BaseModel
+from posttrain.models.adapter_files import ADAPTER_WEIGHTS, AdapterFiles, make_adapter, read_adapter
+from posttrain.models.adapter_slots import SlotShape, slot_bytes
+from posttrain.models.base_model import BaseModel
 from posttrain.models.lora import LoraAdapter
-from posttrain.models.slots import SlotShape, slot_bytes
 from posttrain.serve.turns import Turns, owner
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

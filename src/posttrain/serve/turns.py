@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import ParamSpec, TypeVar
 
-from posttrain.serve.envelope import Refusal
+from posttrain.serve.errors import Refusal
 
 P = ParamSpec("P")
 T = TypeVar("T")

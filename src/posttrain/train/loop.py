@@ -21,7 +21,7 @@ from posttrain.losses.output import LossOutput
 from posttrain.progress import Metrics, Progress, Tracker
 from posttrain.train.checkpoint import CHECKPOINTS, Checkpoint, Owner, load_newest, save_checkpoint, step_name
 from posttrain.train.schedule import LoopSettings, epochs_seen, learning_rate, step_rows, total_steps, validation_interval
-from posttrain.train.signals import StopSignal
+from posttrain.train.stop import StopSignal
 
 ADAM_EPSILON = 1e-8
 NONFINITE = "nonfinite.json"

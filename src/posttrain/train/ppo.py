@@ -29,12 +29,12 @@ from posttrain.models.batches import DeviceBatch, pack_trees
 from posttrain.settings import PpoStage, reward_parts
 from posttrain.train.gold import open_gold
 from posttrain.train.guards import why_ended
-from posttrain.train.iterations import Iterations
 from posttrain.train.loop import MicroBatch, TrainTask
 from posttrain.train.memory import Kept, held
 from posttrain.train.ptx import PtxBatch, ptx_batches, ptx_loss
 from posttrain.train.rewards import Judge
 from posttrain.train.roles import Roles
+from posttrain.train.rollout_store import Iterations
 from posttrain.train.rollouts import Rollouts
 from posttrain.train.stage import StageContext, StageResult, TrainedPolicy, fit_stage, seed_of, start_policy
 from posttrain.train.value import start_value, value_name

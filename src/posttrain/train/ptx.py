@@ -15,8 +15,8 @@ from posttrain.data.packing import split_by_tokens
 from posttrain.data.prepare import TrainRow
 from posttrain.losses.output import LossOutput
 from posttrain.losses.sft import sft_loss
+from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import MICRO_TOKENS, DeviceBatch, batch_logprobs, pack_rows
-from posttrain.models.load import BaseModel
 from posttrain.train.loop import MicroBatch
 from posttrain.train.schedule import rows_between
 

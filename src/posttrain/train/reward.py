@@ -21,10 +21,10 @@ from posttrain.data.rankings import RankedPrompt, rank_prompts
 from posttrain.data.sources import refuse_changed
 from posttrain.losses.output import LossOutput
 from posttrain.losses.reward import ScoredPairs, reward_loss
+from posttrain.models.adapter_files import save_adapter, save_full
+from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import MICRO_TOKENS, DeviceBatch, pack_rows, pack_trees, row_scores
-from posttrain.models.files import save_adapter, save_full
 from posttrain.models.heads import new_head
-from posttrain.models.load import BaseModel
 from posttrain.models.lora import LoraAdapter
 from posttrain.settings import RewardStage, SftStage
 from posttrain.train.loop import MicroBatch, TrainTask

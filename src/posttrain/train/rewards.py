@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from posttrain.errors import Interrupted
+from posttrain.models.adapter_files import Policies
 from posttrain.models.batches import DeviceBatch, row_scores
-from posttrain.models.files import Policies
 from posttrain.settings import RewardPart, part_name
 from posttrain.train.functions import FunctionWorker, Stop
 

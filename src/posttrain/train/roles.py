@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import DeviceBatch
-from posttrain.models.load import BaseModel
 from posttrain.train.gold import GoldMeasure
 from posttrain.train.rewards import Judge
 from posttrain.train.value import ValueFunction

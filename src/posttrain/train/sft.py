@@ -9,8 +9,8 @@ from posttrain.data.packing import split_by_tokens
 from posttrain.data.prepare import TrainRow, prepare_demonstrations
 from posttrain.losses.output import LossOutput
 from posttrain.losses.sft import sft_loss
+from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import MICRO_TOKENS, batch_logprobs, pack_rows
-from posttrain.models.load import BaseModel
 from posttrain.settings import SftStage
 from posttrain.train.loop import MicroBatch, TrainTask
 from posttrain.train.stage import StageContext, StageResult, TrainedPolicy, fit_stage, start_policy

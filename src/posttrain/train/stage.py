@@ -8,17 +8,17 @@ from torch import nn
 
 from posttrain.artifacts import write_json
 from posttrain.data.sources import hashes_in, refuse_changed
-from posttrain.models.files import Policies, full_state, save_adapter, save_full
-from posttrain.models.load import BaseModel
+from posttrain.models.adapter_files import Policies, full_state, save_adapter, save_full
+from posttrain.models.base_model import BaseModel
 from posttrain.models.lora import LoraAdapter, LoraSettings
 from posttrain.models.recompute import recomputed
-from posttrain.models.tokens import token_ids
+from posttrain.models.untrained_tokens import token_ids
 from posttrain.progress import Tracker
 from posttrain.settings import PpoStage, Recipe, Stage
 from posttrain.train.checkpoint import Owner
 from posttrain.train.loop import FitResult, TrainTask, fit
 from posttrain.train.schedule import LoopSettings
-from posttrain.train.signals import StopSignal
+from posttrain.train.stop import StopSignal
 
 
 class StageContext(NamedTuple):

@@ -1,0 +1,23 @@
+"""Where converted models, compiled kernels and the verdicts of checked bases are kept."""
+
+import os
+from pathlib import Path
+
+from posttrain.errors import ModelError
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $POSTTRAIN_CACHE, else the user's cache folder.
+
+    Raises ModelError where neither is known.
+    """
+    explicit = os.environ.get("POSTTRAIN_CACHE")
+    if explicit:
+        return Path(explicit)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "posttrain"
+    except RuntimeError:
+        raise ModelError(
+            "cache folder", "no home folder: HOME is not set, and the user has no entry in passwd",
+            do="set POSTTRAIN_CACHE to a folder for converted models",
+        ) from None  # fmt: skip

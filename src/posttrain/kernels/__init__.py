@@ -1,0 +1,1 @@
+"""Every fast path, each beside the plain PyTorch that says what it computes."""

@@ -1,0 +1,137 @@
+"""Products with the weights of linear layers.
+
+Where the processor has matrix tiles (AMX), a product of the library adds up in an order that depends on how many tokens it has.
+There training and decoding use our own (`c/tiles.c`), whose sums have one order; elsewhere the library's have one too.
+
+A decoding step reads each weight for a few tokens, and wants it in the order in which the processor's products read it. Ours
+read it as it lies. The library's would turn it at each call, a third of a step's time, so for them an engine
+keeps a packed copy, as large as the weights, as long as it lives; but where a server has one or two tokens, whose products are
+compiled ones (`kernels/cpu/bindings.py`).
+
+T: tokens, R: rank, C: columns of the slots of adapters.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from posttrain.kernels.cpu import bindings
+
+# From so many tokens on a plain product is as fast as a packed one.
+MOST_TOKENS = 512
+
+
+def tiled(x: Tensor, weight: Tensor) -> bool:
+    """Whether our own products compute W x: bfloat16 on a CPU with matrix tiles, and inputs that fill them."""
+    return x.dtype == weight.dtype and weight.is_contiguous() and tileable(weight.shape[1], x.dtype, x.device)
+
+
+def tileable(inputs: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """The same, before there is a weight."""
+    return dtype == torch.bfloat16 and device.type == "cpu" and inputs % bindings.DEEP == 0 and bindings.tiles()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., inputs], weight [outputs, inputs] -> [..., outputs], differentiable."""
+    if not tiled(x, weight):
+        return functional.linear(x, weight, bias)
+    if not torch.is_grad_enabled():
+        return bindings.products(x.reshape(-1, x.shape[-1]), weight, bias)[0].view(*x.shape[:-1], -1)
+    return _Product.apply(x, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Product(torch.autograd.Function):
+    """The backward's products are the library's: no sampler has to agree with them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        ctx.save_for_backward(flat if ctx.needs_input_grad[1] else None, weight)
+        ctx.shape = x.shape
+        return bindings.products(flat, weight, bias)[0].view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        flat, weight = ctx.saved_tensors
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        grad_x = (grad @ weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        grad_weight = grad.T @ flat if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, grad.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def adapted(x_TI: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """W x + bias + scale B A x [T, outputs], and A x [T, R], in the type of x; a [R, inputs], b [outputs, R], float32."""
+    rank = len(a)
+    if tiled(x_TI, weight):
+        columns = -(-rank // bindings.DEEP) * bindings.DEEP
+        wide_a, wide_b = x_TI.new_zeros(columns, a.shape[1]), x_TI.new_zeros(len(b), columns)
+        wide_a[:rank], wide_b[:, :rank] = a, b * scale
+        y, p_TC = bindings.products(x_TI, weight, bias, bindings.Slots(wide_a, wide_b, columns), projected=True)
+        assert p_TC is not None
+        return y, p_TC[:, :rank].contiguous()
+    p_TR = x_TI @ a.to(x_TI.dtype).T
+    y = functional.linear(x_TI, weight, bias)
+    return y.addmm_(p_TR, b.to(x_TI.dtype).T, alpha=scale), p_TR
+
+
+class EngineProducts:
+    """Products with weights that stay as they are, as an engine has them."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, *, quick: bool = False) -> None:
+        """`quick` lets few rows be computed as they are quickest, with last bits that differ from those of many."""
+        self.quick = quick
+        self._packs = _packing(dtype, device)
+        # The weight itself is kept too: no other can then have its identity.
+        self._packed: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self._room: Tensor | None = None
+
+    def logits(self, x_RD: Tensor, head_VD: Tensor) -> Tensor:
+        """Logits [R, V], valid until the next ones: where the products are ours they lie in memory that is kept, since fresh
+        memory for so many numbers takes half as long as the product."""
+        if not tiled(x_RD, head_VD):
+            return self(x_RD, head_VD)
+        size = len(x_RD) * len(head_VD)
+        if self._room is None or len(self._room) < size:
+            self._room = x_RD.new_empty(size)
+        return bindings.products(x_RD, head_VD, None, into=self._room[:size].view(len(x_RD), -1))[0]
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., T, inputs], weight [outputs, inputs] -> [..., T, outputs]. A weight of another type is narrowed each time."""
+        if tiled(x, weight):
+            return linear(x, weight, bias)
+        if not self._packs or x.shape[-2] > MOST_TOKENS or weight.dtype != x.dtype:
+            return functional.linear(x, weight.to(x.dtype), bias)
+        if self.quick and x.numel() <= bindings.FEW_ROWS * x.shape[-1] and weight.is_contiguous() and bindings.able(x):
+            return bindings.multiply(x, weight, bias)
+        kept = self._packed.get(id(weight))
+        if kept is None or kept[1] != weight._version:
+            # Packed at its first use.
+            kept = weight, weight._version, torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+            self._packed[id(weight)] = kept
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, kept[2], bias, "none", [], "")
+        return y
+
+
+def packs(inputs: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether engines that compute in this type keep a packed copy of a weight."""
+    return _packing(dtype, device) and not tileable(inputs, dtype, device)
+
+
+def _packing(dtype: torch.dtype, device: torch.device) -> bool:
+    return device.type == "cpu" and dtype == torch.bfloat16 and _packing_works()
+
+
+@functools.cache
+def _packing_works() -> bool:
+    """Whether this build of torch has the operations, and this processor products in bfloat16."""
+    try:
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        x, weight = torch.ones(2, 32, dtype=torch.bfloat16), torch.eye(32, dtype=torch.bfloat16)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        return torch.equal(torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""), x)
+    except (AttributeError, RuntimeError):
+        return False

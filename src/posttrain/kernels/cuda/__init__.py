@@ -1,0 +1,1 @@
+"""The fast paths for CUDA devices: varlen attention, compiled regions, recorded graphs."""

@@ -1,0 +1,379 @@
+"""Base models in memory; the only file that imports transformers.
+
+A base is loaded from safetensors, frozen, its linear layers wrapped so that adapters can be named per segment, and its
+attention replaced by the packed-segment function of `models/attention.py`. Remote code is never run, pickles are never
+read. Full logits never exist in training: `hidden` stops before the head, `models/logprobs.py` goes on from there.
+
+T: packed tokens, D: width, V: vocabulary.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from posttrain.artifacts import disk_error, fsync_tree, set_usual_modes, write_json
+from posttrain.data.chat import ChatFormat, load_chat_format
+from posttrain.errors import ArtifactError, ModelError
+from posttrain.kernels.cpu.linear import EngineProducts, linear
+from posttrain.kernels.cpu.norms import replace_norms
+from posttrain.kernels.cpu.replay import Programs
+from posttrain.models.architecture import context_of, head_scale, text_settings
+from posttrain.models.attention import ATTENTION_NAME, register_attention
+from posttrain.models.cache import attends_alone, bytes_per_token
+from posttrain.models.checkpoint import check_round_trip, refuse_missing
+from posttrain.models.embedding_rows import HeadRows, RowGradient, TokenRows, capped, head_logits, head_rows
+from posttrain.models.logprobs import target_logprobs
+from posttrain.models.lora import AdapterSet, LoraAdapter, LoraShape
+from posttrain.models.mixed_precision import NarrowWeights
+from posttrain.models.patch_modules import replace_mlps, replace_rotary
+from posttrain.models.segments import Segments
+from posttrain.models.source import BaseModelFolder, locate_base, verify_source
+from posttrain.models.tokenizer import HuggingFaceTokenizer, byte_tokenizer, refuse_beyond
+from posttrain.models.verify import by_itself, compare, first_line, keep_proof, proof_path, refusal
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+def load_tokenizer(folder: Path) -> HuggingFaceTokenizer:
+    """A model's own."""
+    return HuggingFaceTokenizer(
+        transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    )
+
+
+class BaseModel:
+    """One frozen base with named adapters in memory."""
+
+    def __init__(
+        self, source: BaseModelFolder, model: Any, tokenizer: HuggingFaceTokenizer, chat: ChatFormat,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        self.source, self.model, self.tokenizer, self.chat = source, model, tokenizer, chat
+        weight = next(model.parameters())
+        self.device: torch.device = weight.device
+        # What products are computed in. Wider weights are narrowed anew for each forward, and their gradients widened.
+        self.dtype: torch.dtype = dtype or weight.dtype
+        self.narrow = NarrowWeights(model.base_model, self.dtype) if self.dtype != weight.dtype else None
+        self.adapters = AdapterSet(model)
+        # What the weights in memory are known by: those of a full stage may take their place. None while they change.
+        self.weights_hash: str | None = source.weights_hash
+        self.vocabulary: int = len(model.get_output_embeddings().weight)
+        self.tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        self.settings = text_settings(model.config)
+        self.head_scale, self.softcap = head_scale(self.settings), self.settings.get("final_logit_softcapping")
+        self.context: int = context_of(self.settings)
+        self.cache_bytes: int = bytes_per_token(self.settings, self.dtype)
+        sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
+        # Whether attention reads each cached row by itself.
+        self.attends_alone = not sinks and attends_alone(self.settings, self.dtype, self.device)
+        self.programs = Programs(model, self.forward)
+
+    @property
+    def head_VD(self) -> Tensor:
+        """Weight of the language-model head."""
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight.to(self.dtype)
+
+    @property
+    def head_bias_V(self) -> Tensor | None:
+        """Bias of the language-model head, where it has one."""
+        bias: Tensor | None = self.model.get_output_embeddings().bias
+        return None if bias is None else bias.to(self.dtype)
+
+    def _scaled(self, hidden_ND: Tensor) -> Tensor:
+        """Hidden states as the head takes them: z = s W h is computed as W (s h)."""
+        return hidden_ND if self.head_scale == 1 else hidden_ND * self.head_scale
+
+    def logits(self, hidden_ND: Tensor, policy: str) -> Tensor:
+        """Logits [N, V] under a policy: with its trained rows, where head and embedding are one weight."""
+        rows = self._head_rows(policy)
+        return capped(head_logits(self._scaled(hidden_ND), self.head_VD, rows, self.head_bias_V), self.softcap)
+
+    def _head_tokens(self, policy: str) -> TokenRows | None:
+        return self.adapters.get(policy).tokens if self.tied and policy != "base" else None
+
+    def _head_rows(self, policy: str) -> HeadRows | None:
+        tokens = self._head_tokens(policy)
+        return None if tokens is None else head_rows(tokens, self.head_VD)
+
+    def logprobs(self, hidden_ND: Tensor, target_N: Tensor, policy: str) -> Tensor:
+        """log p of each target [N] under a policy, float32, differentiable in whatever of it is trained."""
+        head_VD, tokens, rows = self.head_VD, self._head_tokens(policy), self._head_rows(policy)
+        hidden_ND, bias_V = self._scaled(hidden_ND), self.head_bias_V
+        logprobs_N = target_logprobs(hidden_ND, head_VD, target_N, softcap=self.softcap, rows=rows, bias_V=bias_V)
+        if tokens is None or rows is None or not tokens.rows.requires_grad or not torch.is_grad_enabled():
+            return logprobs_N
+        found: Tensor = RowGradient.apply(  # type: ignore[no-untyped-call]
+            logprobs_N, hidden_ND, head_VD, tokens.rows, rows.ids_K, target_N, self.softcap, bias_V
+        )
+        return found
+
+    def row_logits(self, hidden_RD: Tensor, adapters: Sequence[LoraAdapter | None], product: EngineProducts) -> Tensor:
+        """Logits [R, V] of rows with adapters of their own, soft-capped where the model is, without gradient, valid
+        until the next ones."""
+        hidden_RD, bias_V = self._scaled(hidden_RD), self.head_bias_V
+        logits_RV = product.logits(hidden_RD, self.model.get_output_embeddings().weight)
+        for adapter in dict.fromkeys(adapters):
+            if adapter is not None and adapter.tokens is not None and self.tied:
+                own = torch.tensor([r for r, a in enumerate(adapters) if a is adapter], device=logits_RV.device)
+                rows = head_rows(adapter.tokens, self.head_VD)
+                logits_RV[own[:, None], rows.ids_K] = linear(hidden_RD[own], rows.rows_KD)
+        if bias_V is not None:
+            logits_RV += bias_V
+        return logits_RV if self.softcap is None else capped(logits_RV.float(), self.softcap)
+
+    def scores(self, hidden_ND: Tensor, adapter: str) -> Tensor:
+        """The score of each completion [N] by the head of a reward model's adapter, float32."""
+        head = self.adapters.get(adapter).head
+        assert head is not None, f"{adapter} has no head"
+        return head.score(hidden_ND)
+
+    def hidden(self, ids_T: Tensor, positions_T: Tensor, segments: Segments, adapter: str) -> Tensor:
+        """Last hidden states [T, D] of a packed batch, all segments with one adapter ("base" for none)."""
+        with self.adapters.use(adapter):
+            return self.forward(ids_T, positions_T, segments)
+
+    def forward(self, ids_T: Tensor, positions_T: Tensor, segments: Segments) -> Tensor:
+        """Last hidden states [T, D] with whatever adapter routing is in force."""
+        run = self.model.base_model if self.narrow is None else self.narrow
+        ids, positions = ids_T[None].to(self.device), positions_T[None].to(self.device)
+        out = run(input_ids=ids, position_ids=positions, use_cache=False, segments=segments)
+        hidden: Tensor = out.last_hidden_state[0]
+        return hidden
+
+    def identity(self) -> dict[str, str]:
+        """What a manifest says about the base."""
+        return {
+            "model": self.source.model,
+            "weights_hash": self.source.weights_hash,
+            "tokenizer_hash": self.source.tokenizer_hash,
+            "template": self.chat.template_name,
+            "template_hash": self.chat.fingerprint,
+            **({"revision": self.source.revision} if self.source.revision else {}),
+        }
+
+
+def native_bfloat16() -> bool:
+    """Whether this processor multiplies bf16 matrices in hardware (AVX512-BF16, AMX or ARM BF16)."""
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device a recipe asks for. Raises ModelError for cuda where there is none."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ModelError('[base] device = "cuda"', "no CUDA device here", allowed="auto or cpu")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def load_base(
+    model: str, *, template: str = "auto", dtype: str = "auto", device: str = "auto", full: bool = False
+) -> BaseModel:
+    """Load a base model, frozen, with its renderer. `full` keeps float32 weights that can be trained; on a GPU products are
+    still computed in the dtype that is asked for.
+
+    Raises ModelError for anything that cannot be loaded, naming what to do.
+    """
+    source = locate_base(model, careful=True)
+    where = f'[base] model = "{model}"'
+    _refuse_remote_code(source.folder, where)
+    register_attention()
+    kind = choose_device(device)
+    weights_dtype = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and native_bfloat16()) else torch.float32
+    products_dtype = weights_dtype
+    if full:
+        weights_dtype = torch.float32
+        products_dtype = products_dtype if kind.type == "cuda" else torch.float32
+    try:
+        inner, info = transformers.AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=weights_dtype, attn_implementation=ATTENTION_NAME, trust_remote_code=False,
+            use_safetensors=True, local_files_only=True, output_loading_info=True,
+        )  # fmt: skip
+        tokenizer = load_tokenizer(source.folder)
+    except Exception as error:  # noqa: BLE001 - damaged files break their readers anywhere
+        if error.args[:1] == (ATTENTION_NAME,):  # a table of attention classes, as older architectures have
+            raise refusal(where, source.folder, NotImplementedError("its attention cannot be replaced")) from None
+        if "Unrecognized configuration class" in str(error):
+            raise refusal(where, source.folder, NotImplementedError("it is no causal text model")) from None
+        raise ModelError(where, f"cannot be loaded: {first_line(error)}", do="check that the files are whole") from None
+    refuse_missing(info, where)
+    verify_source(source, careful=False)
+    if full:
+        check_round_trip(inner, where)
+    inner.requires_grad_(False)
+    inner.eval()
+    chat = load_chat_format(tokenizer, template)
+    refuse_beyond(tokenizer, {*chat.template_ids, *chat.end_ids}, len(inner.get_input_embeddings().weight), where)
+    proof = proof_path(source.weights_hash, products_dtype, kind, full=full)
+    try:
+        own = None if proof.exists() else by_itself(inner, chat, kind)
+        # On a CPU a trained weight needs the gradient of the model's own module.
+        if not full or kind.type == "cuda":
+            replace_norms(inner, text_settings(inner.config).get("rms_norm_eps"))
+        replace_mlps(inner)
+        replace_rotary(inner)
+        inner.to(kind)
+        base = BaseModel(source, inner, tokenizer, chat, products_dtype)
+        if own is not None:
+            compare(base, *own)
+    except Exception as error:  # noqa: BLE001 - an architecture that does not fit breaks anywhere
+        raise refusal(where, source.folder, error) from None
+    if own is not None:
+        keep_proof(proof, type(inner).__name__, products_dtype)
+    return base
+
+
+def load_chat(source: BaseModelFolder, template: str) -> ChatFormat:
+    """Only the renderer of a base, without its weights: enough to check data. Raises ModelError."""
+    where = f'[base] model = "{source.model}"'
+    _refuse_remote_code(source.folder, where)
+    try:
+        tokenizer = load_tokenizer(source.folder)
+    except Exception as error:  # noqa: BLE001 - damaged files break their readers anywhere
+        raise ModelError(where, f"the tokenizer cannot be loaded: {first_line(error)}", do="fetch the model again") from None
+    chat = load_chat_format(tokenizer, template)
+    refuse_beyond(tokenizer, {*chat.template_ids, *chat.end_ids}, source.vocabulary(), where)
+    return chat
+
+
+def _refuse_remote_code(folder: Path, where: str) -> None:
+    for name in ("config.json", "tokenizer_config.json"):
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            settings = None
+        if not isinstance(settings, dict):
+            raise ModelError(where, f"{name} is not readable as JSON", do="fetch the model again")
+        if "auto_map" in settings:
+            raise ModelError(
+                where,
+                f"{name} asks for code of its own (auto_map)",
+                allowed="architectures that transformers has",
+                do="remove auto_map if the architecture is a standard one",
+            )
+
+
+def lora_shape(model: BaseModel, targets: Any) -> dict[str, tuple[int, int]]:
+    """Names and (inputs, outputs) of the linear layers that `targets` selects."""
+    return LoraShape.select(model.model, targets)
+
+
+def convert_gguf(gguf: Path, target: Path, *, model: str) -> None:
+    """Turn a GGUF into a folder with bf16 safetensors, config and tokenizer; whole or not at all.
+
+    Quantised blocks are expanded to float32 and stored in bfloat16, so that every machine starts from the same weights.
+    Raises ModelError for a file that cannot be read.
+    """
+    where = f'[base] model = "{model}"'
+    for needed in ("gguf", "accelerate"):  # transformers needs them and says so badly
+        if importlib.util.find_spec(needed) is None:
+            raise ModelError(where, f"the package {needed} is not installed", do='pip install "posttrain[quickstart]"')
+    with _new_folder(target) as partial:
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, local_files_only=True, trust_remote_code=False
+            )
+            # Saving what came out of a GGUF directly is refused; the same weights in a model made from the config are not.
+            # The config must not say any more that the weights are quantised, or other tools take them for packed blocks.
+            settings = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
+            rebuilt = type(loaded)(type(loaded.config).from_dict(settings)).to(torch.bfloat16)
+            rebuilt.load_state_dict(loaded.state_dict())
+        except Exception as error:  # noqa: BLE001 - damaged files break their readers anywhere
+            raise ModelError(
+                where,
+                f"the GGUF cannot be read: {first_line(error)[:200]}",
+                do="check that the file is whole and of a supported architecture",
+            ) from None
+        rebuilt.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        write_json(partial / "source.json", {"model": model, "file": gguf.name})
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `target` when it is whole; of several processes that make it, the first one wins.
+
+    Raises ArtifactError where the disk refuses.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as work:
+            partial = Path(work) / target.name
+            partial.mkdir()
+            yield partial
+            set_usual_modes(partial)
+            fsync_tree(partial)
+            try:
+                os.rename(partial, target)
+            except OSError:
+                if not (target / "source.json").exists():  # not another process's work, but rubbish
+                    shutil.rmtree(target)
+                    os.rename(partial, target)
+    except OSError as error:
+        raise disk_error(target, error) from error
+    except SafetensorError as error:  # it tells what the disk said only in words
+        raise ArtifactError(str(target), str(error)[:200], do="make room, or set POSTTRAIN_CACHE to another folder") from None
+
+
+def fetch_from_hub(model: str, revision: str | None = None) -> Path:
+    """A snapshot of safetensors, config and tokenizer of a hub id, in a folder that is named by its commit.
+
+    Raises ModelError where the hub cannot be reached, or has no such revision.
+    """
+    import huggingface_hub
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            model, revision=revision,
+            allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"],
+            ignore_patterns=["original/*", "onnx/*", "consolidated*"],
+        )  # fmt: skip
+    except Exception as error:  # noqa: BLE001 - the hub's errors have no common ancestor
+        raise ModelError(
+            f'[base] model = "{model}{f"@{revision}" if revision else ""}"',
+            f"cannot be fetched from the hub ({type(error).__name__})",
+            do="check the name and the network, or give a folder, a .gguf file or a package",
+        ) from None  # fmt: skip
+    return Path(folder)
+
+
+def make_random_tiny(target: Path) -> None:
+    """A tiny Llama with random weights and a byte-level vocabulary, for tests and dry runs; always the same weights."""
+    inner = byte_tokenizer(["<pad>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>"])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
+    config = transformers.LlamaConfig(
+        vocab_size=inner.get_vocab_size(), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.08)
+    torch.set_rng_state(state)
+    with _new_folder(target) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        write_json(partial / "source.json", {"model": "random:tiny"})
