@@ -22,7 +22,7 @@ def train(race: str, folder: Path, dtype: str) -> dict[str, Any]:
     from posttrain.data.rankings import rank_prompts
     from posttrain.models.adapter_files import load_adapter
     from posttrain.models.base_model import load_base
-    from posttrain.settings import DpoStage
+    from posttrain.stages.dpo import DpoStage
     from posttrain.train.dpo import dpo_task, reference_logprobs
     from posttrain.train.loop import fit
     from posttrain.train.reward import reward_task

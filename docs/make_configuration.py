@@ -1,7 +1,7 @@
 """Writes docs/configuration.md from the recipe models and from the command's parser: `make docs`.
 
-What stands there is read off `settings.py` (names, types, limits, defaults, the text under each field) and `cli.py`, so the
-page cannot say anything else than the program does. `tests/test_docs.py` fails where the page on disk is another.
+The page is read off `settings.py` and `stages/` (names, types, limits, defaults, the text under each field) and `cli.py`, so
+it says what the program does. `tests/test_docs.py` fails where the page on disk is another.
 """
 
 import argparse
@@ -13,47 +13,50 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from posttrain import settings
 from posttrain.cli import build_parser
+from posttrain.recipe import Recipe
+from posttrain.settings import Adapter, Base, Evaluation, Source
+from posttrain.stages import KINDS
+from posttrain.stages.reward_parts import RewardPart
+from posttrain.stages.shared_settings import TrainingSettings
 
 PAGE = Path(__file__).parent / "configuration.md"
 # Heading, model, the text between them, and fields that another table holds.
 Section = tuple[str, type[BaseModel], str, frozenset[str]]
-_TRAINING = frozenset(settings.SftStage.model_fields) - {"kind"}
+_SHARED = TrainingSettings.model_fields
+
+
+def _kind(name: str) -> Section:
+    """The settings that only this kind has, and those whose default is another."""
+    model = KINDS[name].settings
+    same = {
+        field
+        for field, info in model.model_fields.items()
+        if field == "kind" or (field in _SHARED and info.default == _SHARED[field].default)
+    }
+    again = [f"`{field}`" for field in model.model_fields if field in _SHARED and field not in same]
+    text = f"Again because the default is another: {', '.join(again)}." if again else ""
+    if missing := [f"`{field}`" for field in _SHARED if field not in model.model_fields]:
+        text += f" Not there: {', '.join(missing)}."
+    return f'`[[stage]]` with `kind = "{name}"`', model, text.strip(), frozenset(same)
+
+
 SECTIONS: tuple[Section, ...] = (
-    ("Top level", settings.Recipe, "Above the first table of the recipe.", frozenset()),
-    ("`[base]`", settings.Base, "", frozenset()),
-    ("`[adapter]`", settings.Adapter, "", frozenset()),
-    ("`[[stage]]`, every kind", settings.SftStage, "One table a stage, in order.", frozenset({"kind"})),
-    ('`[[stage]]` with `kind = "sft"`', settings.SftStage, "", _TRAINING),
-    (
-        '`[[stage]]` with `kind = "dpo"`',
-        settings.DpoStage,
-        "`learning_rate` stands here again because its default is another.",
-        _TRAINING - {"learning_rate"},
-    ),
-    (
-        '`[[stage]]` with `kind = "reward"`',
-        settings.RewardStage,
-        "`learning_rate` and `validation` stand here again because their defaults are others.",
-        _TRAINING - {"learning_rate", "validation"},
-    ),
-    (
-        '`[[stage]]` with `kind = "ppo"`',
-        settings.PpoStage,
-        "Of the settings of every kind: `name`, `init`, `data`, `warmup`, `weight_decay`, `clip` and those of checkpoints.",
-        frozenset(settings.SftStage.model_fields) - {"learning_rate", "schedule", "validation"},
-    ),
+    ("Top level", Recipe, "Above the first table of the recipe.", frozenset()),
+    ("`[base]`", Base, "", frozenset()),
+    ("`[adapter]`", Adapter, "", frozenset()),
+    ("`[[stage]]`, every kind", TrainingSettings, "One table a stage, in order.", frozenset()),
+    *map(_kind, KINDS),
     (
         "A part of `reward` or `gold`",
-        settings.RewardPart,
+        RewardPart,
         'For example `reward = [{models = ["rm1", "rm2"], combine = "min"}, {function = "my_rewards:short", weight = 0.1}]`.',
         frozenset(),
     ),
-    ("A source in `data`", settings.Source, 'For mixing: `data = [{path = "a.jsonl", weight = 0.5}, …]`.', frozenset()),
-    ("`[evaluation]`", settings.Evaluation, "", frozenset()),
+    ("A source in `data`", Source, 'For mixing: `data = ["b.jsonl", {path = "a.jsonl", weight = 0.5}, …]`.', frozenset()),
+    ("`[evaluation]`", Evaluation, "", frozenset()),
 )
-HEAD = """<!-- written by docs/make_configuration.py: change settings.py or cli.py and run `make docs` -->
+HEAD = """<!-- written by docs/make_configuration.py: change settings.py, stages/ or cli.py and run `make docs` -->
 # Configuration
 
 A recipe is a TOML file. Every setting of it stands below; a setting that does not is an error, and so is a reference to
@@ -77,6 +80,8 @@ def _section(section: Section) -> str:
     rows = [_row(name, schema, model) for name in model.model_fields if name not in hidden]
     about = model.__doc__ or ""
     lines = [f"## {heading}", about if "every kind" not in heading else "", text]
+    if not rows:
+        return "\n".join([*(line for line in lines if line), "No settings beside those of every kind.", ""])
     head = ["| setting | type | default | meaning |", "|---|---|---|---|"]
     return "\n".join(["\n".join(line for line in lines if line), "", *head, *rows, ""])
 

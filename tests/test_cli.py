@@ -157,7 +157,7 @@ data check starter/none.jsonl|no such starter file · there is: starter/demonstr
 data check starter/../LICENSE|no such starter file
 data check starter/demonstrations.jsonl --stage sft|--stage · "sft" of no recipe · give --recipe as well
 data check starter/demonstrations.jsonl --recipe none.toml|none.toml · there is no file
-data check starter/demonstrations.jsonl --recipe TINY --stage dpo|--stage · "dpo" for this sft data · there is: sft
+data check starter/demonstrations.jsonl --recipe TINY --stage dpo|--stage · "dpo" for a file of demonstrations · there is: sft
 data check starter/demonstrations.jsonl --model none|neither a folder
 keys|
 keys look|

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
 
 from posttrain import recipe as recipe_module
 from posttrain.cli import main
 from posttrain.data.chat import TEMPLATES
-from posttrain.recipe import RESERVED_NAMES, load_recipe, parse_recipe, to_toml
-from posttrain.settings import STAGE_KINDS, Base
+from posttrain.recipe import RESERVED_NAMES, Recipe, load_recipe, parse_recipe, to_toml
+from posttrain.settings import Adapter, Base, Evaluation, Source
+from posttrain.stages import KINDS
+from posttrain.stages.reward_parts import RewardPart
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 GOOD = """
@@ -30,8 +31,8 @@ init = "sft"
 data = "starter/preferences.jsonl"
 """
 SFT_SETTINGS = (
-    "name, init, data, learning_rate, schedule, warmup, weight_decay, clip, checkpoint_every, checkpoint_minutes, seed, "
-    "epochs, batch, max_tokens, validation, keep, patience, validate_every, allow_dropped, kind"
+    "kind, name, init, data, learning_rate, schedule, warmup, weight_decay, clip, checkpoint_every, checkpoint_minutes, seed, "
+    "epochs, batch, max_tokens, validation, keep, patience, validate_every, allow_dropped"
 )
 
 # (what is replaced, by what, the whole message)
@@ -193,7 +194,7 @@ def test_a_mistake_is_told_by_the_formula_and_nothing_is_written(
         (b'name = "x"\nbase.model = "random:tiny"\nstage = []\n', "no stage · add a [[stage]] table"),
         (
             b'name = "x"\nbase.model = "random:tiny"\n[stage]\nkind = "sft"\n',
-            "stage is no list of tables · write [[stage]], with two brackets, above each stage",
+            "`stage` must be an array of tables · write [[stage]], with two brackets, above each stage",
         ),
         (b'name = "x"\nstage = [3]\nbase = 3\n', "base = 3 (and 1 more) · a table"),
     ],
@@ -285,7 +286,7 @@ def test_a_stage_cannot_take_a_name_that_a_run_needs(in_folder: Path, name: str)
 
 
 def test_every_setting_has_a_docstring():
-    models = [m for m in vars(recipe_module).values() if isinstance(m, type) and issubclass(m, BaseModel) and m.model_fields]
+    models = [Recipe, Base, Adapter, Evaluation, Source, RewardPart, *(kind.settings for kind in KINDS.values())]
     fields = [(m.__name__, name, field) for m in models for name, field in m.model_fields.items()]
     missing = [f"{m}.{name}" for m, name, field in fields if not field.description]
     assert len(fields) > 50
@@ -295,4 +296,4 @@ def test_every_setting_has_a_docstring():
 def test_templates_and_kinds_named_in_the_recipe_are_those_there_are():
     choices = Base.model_json_schema()["properties"]["template"]["enum"]
     assert choices == ["auto", *TEMPLATES]
-    assert all(model.model_fields["kind"].annotation.__args__ == (kind,) for kind, model in STAGE_KINDS.items())
+    assert all(kind.settings.model_fields["kind"].annotation.__args__ == (name,) for name, kind in KINDS.items())

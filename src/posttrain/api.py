@@ -21,11 +21,11 @@ from posttrain.artifacts import read_manifest
 from posttrain.errors import ArtifactError, RecipeError
 from posttrain.evaluate.table import format_table
 from posttrain.pipeline import run_folder, run_recipe
-from posttrain.recipe import load_recipe, parse_recipe, to_toml
+from posttrain.recipe import Recipe, load_recipe, parse_recipe, to_toml
 from posttrain.records import ROLES, Message, Rollout
 from posttrain.report.compare import compare as compare_stages
 from posttrain.report.run import EVALUATIONS, read_scorecard
-from posttrain.settings import Recipe
+from posttrain.stages import makes
 
 if TYPE_CHECKING:
     from posttrain.models.target import Target
@@ -96,7 +96,7 @@ class Run:
     @property
     def policies(self) -> tuple[str, ...]:
         """What can generate: the base and every finished stage that is a policy."""
-        return ("base", *(s.name for s in self.stages if s.manifest is not None and s.kind != "reward"))
+        return ("base", *(s.name for s in self.stages if s.manifest is not None and makes(s.kind) == "policy"))
 
     @property
     def report(self) -> Path:

@@ -15,6 +15,9 @@
 `Interrupted` is no mistake: SIGTERM or Ctrl-C came, the state was saved, the exit code is 0.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class PosttrainError(Exception):
     """A user's mistake, told by one formula so that it can be acted on. Exit code 2."""
@@ -66,3 +69,9 @@ class NonFiniteError(TrainingError):
 
 class Interrupted(Exception):
     """The run was asked to stop; everything done so far is on disk."""
+
+
+def nearest(name: str, there: Iterable[str]) -> str:
+    """What to do about a misspelt name, or nothing where no name is near."""
+    close = difflib.get_close_matches(name, list(there), 1)
+    return f'did you mean "{close[0]}"?' if close else ""

@@ -15,7 +15,7 @@ Left out: attention, loading and the report. So it is a lower bound, with a fact
 import json
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -24,20 +24,13 @@ from posttrain.data.doctor import prepare_stage
 from posttrain.evaluate.suites import sample_prompts
 from posttrain.models.base_model import choose_device, load_chat, native_bfloat16
 from posttrain.plan import Plan, make_plan
+from posttrain.recipe import Recipe
 from posttrain.records import Message
-from posttrain.settings import PpoStage, Recipe, Stage, reward_parts
+from posttrain.stages import KINDS, Stage, row_stages
+from posttrain.stages.kind import Preparation, Sizes, Work
 
 # Share of the measured product speed that a whole step reached in the benchmarks.
 EFFICIENCY = 0.55
-
-
-class Work(NamedTuple):
-    """What one step will compute."""
-
-    rows: int
-    tokens: int
-    targets: int
-    operations: float
 
 
 def describe(recipe: Recipe, run: Path, *, until: str | None = None) -> tuple[dict[str, Any], str]:
@@ -47,11 +40,14 @@ def describe(recipe: Recipe, run: Path, *, until: str | None = None) -> tuple[di
     body, head = _parameters(plan)
     evaluation = _evaluation(plan, chat, body, head)
     speed = _speed(recipe)
-    rows = []
+    rows, due = [], {step.name for step in plan.due}
     for step in plan.steps:
         entry: dict[str, Any] = {"step": step.name, "kind": step.kind, "status": step.status, "why": step.why}
-        if step.status != "done" and step.kind != "measure":  # scoring a few pairs takes no time worth telling
-            work = _training(plan, step.stage, chat, body, head) if step.stage else evaluation
+        unmade = due & set(row_stages(step.stage)) if step.stage is not None else set()
+        if unmade:
+            entry["unknown"] = f"its rows are made by {', '.join(sorted(unmade))}"
+        elif step.status != "done" and step.kind != "measure":  # scoring a few pairs takes no time worth showing
+            work = _stage_work(plan, step.stage, chat, body, head) if step.stage is not None else evaluation
             entry |= {
                 "rows": work.rows,
                 "tokens": work.tokens,
@@ -100,48 +96,12 @@ def _speed(recipe: Recipe) -> float:
     return 2 * 1024**3 / best * EFFICIENCY
 
 
-def _training(plan: Plan, stage: Stage, chat: ChatFormat, body: int, head: int) -> Work:
-    report = prepare_stage(
-        stage, chat, seed=plan.recipe.seed, evaluation_prompts=plan.evaluation_prompts, context=plan.source.context()
-    ).report
+def _stage_work(plan: Plan, stage: Stage, chat: ChatFormat, body: int, head: int) -> Work:
+    report = prepare_stage(stage, chat, Preparation(plan.recipe.seed, plan.evaluation_prompts, plan.source.context())).report
     full = plan.recipe.adapter.kind == "full"
     a_token, a_target = (6 * body, 6 * head) if full else (4 * body, 4 * head)
     a_token += 2 * body * plan.recipe.base.recompute
-    if isinstance(stage, PpoStage):
-        own_value = stage.estimator == "gae" and stage.value != "shared" and not full
-        return _ppo(stage, report, body, head, trained=(a_token, a_target), own_value=own_value)
-    tokens, targets = round(report["tokens"] * stage.epochs), round(report["trained_tokens"] * stage.epochs)
-    operations: float = tokens * a_token + (targets * a_target if stage.kind != "reward" else 0)
-    if stage.kind == "dpo":  # the reference is computed once for each pair that is seen
-        seen = min(1.0, stage.epochs)
-        operations += seen * (report["tokens"] * 2 * body + report["trained_tokens"] * 2 * head)
-    return Work(round(report["train_rows"] * stage.epochs), tokens, targets, operations)
-
-
-def _ppo(
-    stage: PpoStage, report: dict[str, Any], body: int, head: int, *, trained: tuple[int, int], own_value: bool
-) -> Work:  # fmt: skip
-    """Sampling, forwards to judge (policy, reference, value, reward models), the passes of policy and value, and gold.
-
-    `trained` are the operations of a token and of a target in training; `own_value` says whether a value function has an
-    adapter, and so a forward and passes, of its own.
-    """
-    a_token, a_target = trained
-    models = sum(len(part.models) for part in reward_parts(stage.reward))
-    rows = stage.iterations * min(stage.prompts, report["train_rows"]) * stage.completions
-    targets = rows * stage.max_new_tokens
-    tokens = round(rows * report["tokens"] / report["train_rows"]) + targets
-    a_pass = tokens * a_token * (1 + own_value) + targets * a_target
-    operations = tokens * 2.0 * (3 + own_value + models) * body + targets * 6 * head + stage.ppo_epochs * a_pass
-    if "ptx" in report:  # as many rows as the passes see prompts
-        seen = stage.ppo_epochs * rows / stage.completions / report["ptx"]["rows"]
-        operations += seen * (report["ptx"]["tokens"] * a_token + report["ptx"]["trained_tokens"] * a_target)
-    if stage.gold:
-        # One evaluation before the first step, and two on fresh answers at the end.
-        answers = min(stage.gold_prompts, report["validation_rows"]) * (stage.iterations // stage.gold_every + 3)
-        models += sum(len(part.models) for part in reward_parts(stage.gold))
-        operations += answers * (tokens * 2.0 * (3 + models) * body + targets * 6 * head) / rows
-    return Work(rows, tokens, targets, operations)
+    return KINDS[stage.kind].estimate(stage, report, Sizes(body, head, a_token, a_target, full))
 
 
 def _evaluation(plan: Plan, chat: ChatFormat, body: int, head: int) -> Work:
@@ -171,7 +131,8 @@ def _text(found: dict[str, Any]) -> str:
         numbers = f"{'':>7} {'':>9} {'':>7}"
         if "rows" in entry:
             numbers = f"{entry['rows']:>7,} {entry['tokens']:>9,} {_clock(entry['seconds']):>7}"
-        lines.append(f"{entry['step']:<18} {_WORD[entry['status']]:<7} {numbers}  {entry['why']}")
+        why = f"{entry['why']}; {entry['unknown']}" if "unknown" in entry else entry["why"]
+        lines.append(f"{entry['step']:<18} {_WORD[entry['status']]:<7} {numbers}  {why}")
     time_needed = f"about {_clock(found['seconds'])}" if found["seconds"] else "under a second"
     lines += ["", f"{time_needed} of computing on this machine; nothing was changed"]
     return "\n".join(lines)

@@ -32,20 +32,20 @@ from posttrain.artifacts import (
     write_json,
     write_jsonl,
 )
-from posttrain.errors import ArtifactError, Interrupted, ModelError, MovedError, RecipeError
+from posttrain.errors import ArtifactError, Interrupted, ModelError, MovedError, RecipeError, nearest
 from posttrain.evaluate.gain import published_gains
 from posttrain.evaluate.scorecard import StageScores, build_scorecard, load_scores
 from posttrain.locks import HeldFolder, run_lock
-from posttrain.plan import EVALUATIONS, WORKING_ON, Plan, Step, make_plan, parts_of, unfinished
-from posttrain.recipe import nearest
-from posttrain.settings import Recipe, Stage
+from posttrain.plan import EVALUATIONS, WORKING_ON, Plan, Step, make_plan, unfinished
+from posttrain.recipe import Recipe
+from posttrain.stages import KINDS, ROWS_FILE, Stage, row_stages
+from posttrain.stages.kind import Outcome, Preparation, load_function
 from posttrain.terminal import say
 from posttrain.train.stop import StopSignal
 from posttrain.waiting_threads import sleep_while_waiting
 
 if TYPE_CHECKING:
     from posttrain.models.adapter_files import Policies
-    from posttrain.train.stage import StageContext, StageResult
 
 # What a stage needs only while it works: not part of the artifact.
 SCRATCH = ("checkpoints", WORKING_ON)
@@ -158,7 +158,7 @@ def _do(plan: Plan, step: Step, policies: "Policies", stop: StopSignal, held: He
     held.check()
     folder = _open_partial(step)
     if step.stage is not None:
-        extra = _train(plan, step, folder, policies, stop)
+        extra = _run_stage(plan, step, folder, policies, stop)
     else:
         work = _measure if step.kind == "measure" else _evaluate
         extra = work(plan, step, folder, policies, stop)
@@ -185,31 +185,29 @@ def _check_data(plan: Plan) -> None:
         return
     say("checking the data")
     from posttrain.data.doctor import prepare_stage
-    from posttrain.data.prompts import PreparedPrompts, check_room
     from posttrain.data.sources import hashes_in, refuse_changed
     from posttrain.models.base_model import load_chat
     from posttrain.train.functions import check_function
-    from posttrain.train.gold import gold_that_pays
 
     chat = load_chat(plan.source, plan.recipe.base.template)
+    due = {step.name for step in plan.due}
     for step in plan.due:
         if step.stage is None:
             continue
-        found = prepare_stage(
-            step.stage, chat, seed=plan.recipe.seed, evaluation_prompts=plan.evaluation_prompts, context=plan.source.context()
-        )
-        refuse_changed(hashes_in(found.report), step.data)
-        for warning in found.report["warnings"]:
-            say(f"warning: {step.name}: {warning}")
-        if isinstance(found, PreparedPrompts) and step.stage.kind == "ppo":
-            room, where = step.stage.max_new_tokens, f'stage "{step.name}"'
-            check_room([*found.train, *found.validation], max_new_tokens=room, context=plan.source.context(), where=where)
-            for warning in gold_that_pays(step.stage):
+        kind = KINDS[step.stage.kind]
+        if not due & set(row_stages(step.stage)):  # rows that this run makes first are checked when they are there
+            report = prepare_stage(step.stage, chat, preparation(plan)).report
+            refuse_changed(hashes_in(report), step.data)
+            for warning in (*report["warnings"], *kind.warnings(step.stage)):
                 say(f"warning: {step.name}: {warning}")
-        for part in parts_of(step.stage):
-            if part.function:
-                planned = step.settings["functions"][part.function]
-                check_function(part.function, timeout=part.timeout, where=f'stage "{step.name}"', planned=planned)
+        for function in kind.reads(step.stage).functions:
+            planned = step.settings["functions"][function.name]
+            check_function(function.name, timeout=function.timeout, where=f'stage "{step.name}"', planned=planned)
+
+
+def preparation(plan: Plan) -> Preparation:
+    """How the data of this run is rendered."""
+    return Preparation(plan.recipe.seed, plan.evaluation_prompts, plan.source.context())
 
 
 def _open_partial(step: Step) -> Path:
@@ -223,8 +221,8 @@ def _open_partial(step: Step) -> Path:
     return folder
 
 
-def _train(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: StopSignal) -> dict[str, Any]:
-    """Train one stage; returns what its manifest says beyond the plan."""
+def _run_stage(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: StopSignal) -> dict[str, Any]:
+    """Do the work of one stage; returns what its manifest says beyond the plan."""
     from posttrain.progress import open_trackers
     from posttrain.train.checkpoint import Owner
     from posttrain.train.stage import StageContext
@@ -232,6 +230,8 @@ def _train(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: Sto
     stage = step.stage
     assert stage is not None
     say(f"{step.name}: {step.why}")
+    for name in row_stages(stage):
+        verify_files(plan.run / name, (ROWS_FILE,))
     trackers = open_trackers(
         plan.recipe.trackers, folder=plan.run, run=plan.recipe.name, stage=step.name, settings=step.settings
     )
@@ -240,26 +240,10 @@ def _train(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: Sto
             policies.base, policies, plan.recipe, folder, stop, trackers, plan.evaluation_prompts, Owner(step.work, held),
             step.settings.get("functions", {}), plan.data,
         )  # fmt: skip
-        result = _train_kind(context, stage)
-    for warning in result.warnings:
+        outcome: Outcome = load_function(KINDS[stage.kind].run)(context, stage)
+    for warning in outcome.warnings:
         say(f"warning: {warning}")
-    return {
-        "steps": result.fit.steps, "tokens": result.fit.tokens, "train_seconds": round(result.fit.seconds, 1),
-        "metrics": result.fit.metrics, "warnings": list(result.warnings),
-    }  # fmt: skip
-
-
-def _train_kind(context: "StageContext", stage: Stage) -> "StageResult":
-    from posttrain.train.dpo import train_dpo
-    from posttrain.train.ppo import train_ppo
-    from posttrain.train.reward import train_reward
-    from posttrain.train.sft import train_sft
-
-    if stage.kind == "sft":
-        return train_sft(context, stage)
-    if stage.kind == "dpo":
-        return train_dpo(context, stage)
-    return train_reward(context, stage) if stage.kind == "reward" else train_ppo(context, stage)
+    return {**outcome.manifest, "warnings": list(outcome.warnings)}
 
 
 def _evaluate(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: StopSignal) -> dict[str, Any]:
@@ -282,7 +266,7 @@ def _evaluate(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: 
 
 
 def _measure(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: StopSignal) -> dict[str, Any]:
-    """Score the held-out pairs of a reward stage."""
+    """Score the pairs that a reward model was not trained on."""
     from posttrain.data.doctor import prepare_stage
     from posttrain.data.prepare import PreparedPairs
     from posttrain.data.rankings import rank_prompts
@@ -290,11 +274,9 @@ def _measure(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: S
     from posttrain.evaluate.pairs import describe
     from posttrain.evaluate.reward_model import measure_reward_model, write_measured
 
-    (stage,) = (s for s in plan.recipe.stage if s.name == step.policy)
+    (stage,) = (entry.stage for entry in plan.steps if entry.stage is not None and entry.name == step.policy)
     base = policies.base
-    prepared = prepare_stage(
-        stage, base.chat, seed=plan.recipe.seed, evaluation_prompts=plan.evaluation_prompts, context=base.context
-    )
+    prepared = prepare_stage(stage, base.chat, preparation(plan))
     assert isinstance(prepared, PreparedPairs)
     refuse_changed(hashes_in(prepared.report), plan.data)
     adapter = policies.activate(step.policy)
@@ -313,18 +295,25 @@ def sample_prompts(plan: Plan) -> tuple[str, ...]:
 
 
 def _manifest(plan: Plan, step: Step, policies: "Policies", extra: dict[str, Any], seconds: float) -> dict[str, Any]:
-    trained = "weights" if plan.recipe.adapter.kind == "full" else "adapter"
-    kind = {"evaluate": "scores", "measure": "scores", "reward": "reward"}.get(step.kind, trained)
+    kind = "scores" if step.stage is None else artifact_kind(step.stage, full=plan.recipe.adapter.kind == "full")
     report = partial_folder(step.folder) / "data_report.json"
     found = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
     sources = [*found.get("sources", []), *found.get("ptx", {}).get("sources", [])]
     rows = {source["path"]: source["rows"] for source in sources}
+    # What is planned lacks the rows that earlier stages made.
+    read = {source["path"]: source["sha256"] for source in sources}
     base = policies.base
     return {
         "kind": kind, "name": step.name, "stage": step.kind, "policy": step.policy, "fingerprint": step.fingerprint,
-        "settings": step.settings, "inputs": step.inputs, "base": base.identity(), "data": step.data, "rows": rows,
+        "settings": step.settings, "inputs": step.inputs, "base": base.identity(), "data": {**read, **step.data}, "rows": rows,
         **environment(base.device.type, str(base.dtype)), "seed": plan.recipe.seed, "seconds": round(seconds, 1), **extra,
     }  # fmt: skip
+
+
+def artifact_kind(stage: Stage, *, full: bool) -> str:
+    """The word of a manifest for what a stage leaves."""
+    words = {"policy": "weights" if full else "adapter", "reward model": "reward", "rows": "rows"}
+    return words[KINDS[stage.kind].makes]
 
 
 def environment(device: str, dtype: str) -> dict[str, Any]:
@@ -362,7 +351,7 @@ def _finish(plan: Plan) -> RunOutcome:
     marks = [step.fingerprint for step in plan.steps]
     scorecard = _read_scorecard(path)
     if worked or scorecard is None or scorecard.get("fingerprints") != marks:
-        gains = published_gains(step.folder for step in plan.steps if step.kind == "ppo")
+        gains = published_gains(step.folder for step in plan.steps if step.stage is not None)
         scorecard = {**build_scorecard(plan.recipe.name, stages, plan.tasks, gains), "fingerprints": marks}
         report.unlink(missing_ok=True)  # first: a report must never be older than the scorecard beside it
         write_json(path, scorecard)

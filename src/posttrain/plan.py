@@ -14,11 +14,12 @@ from posttrain.data.chat import TEMPLATES
 from posttrain.data.sources import data_hashes
 from posttrain.evaluate.suites import Task, evaluation_prompts, first_items, load_suites, suite_fingerprint
 from posttrain.models.source import BaseModelFolder, locate_base, pinned
-from posttrain.settings import VALUE_WORDS, DpoStage, PpoStage, Recipe, RewardPart, RewardStage, Stage, reward_parts
+from posttrain.recipe import Recipe
+from posttrain.stages import KINDS, Stage, data_of, row_stages, with_rows_of
 from posttrain.train.function_source import source_hash
 
-# Raise a number when the code of that kind of step would make something else of the same input.
-CODE_VERSION = {"sft": 1, "dpo": 1, "reward": 1, "ppo": 2, "evaluate": 1, "measure": 2}
+# Raise a number when the code of that step would make something else of the same input; stages have their own (`stages/`).
+CODE_VERSION = {"evaluate": 1, "measure": 2}
 EVALUATIONS = "evaluate"
 # In a partial folder: what it is being built for.
 WORKING_ON = "working_on.json"
@@ -29,7 +30,7 @@ Status = Literal["done", "resume", "due"]
 
 
 class Step(NamedTuple):
-    """One artifact to make: a policy, or the scores of one."""
+    """One artifact to make: what a stage makes, or the scores of a policy or reward model."""
 
     name: str
     kind: str
@@ -84,15 +85,16 @@ def make_plan(recipe: Recipe, run: Path, *, until: str | None = None) -> Plan:
     hashes: dict[str, str] = {}
     steps = [_evaluation_step(recipe, run, suites, "base", base_print)]
     later = False
-    for stage in recipe.stage:
-        step = _training_step(recipe, run, stage, known, asked, hashes)
+    for written in recipe.stage:
+        stage = with_rows_of(written, run)
+        step = _stage_step(recipe, run, stage, known, asked, hashes)
         known[stage.name] = step.fingerprint
-        if isinstance(stage, RewardStage):
-            after = _measuring_step(run, stage, step.fingerprint)
-        else:
-            after = _evaluation_step(recipe, run, suites, stage.name, step.fingerprint)
-        both = (step, after)
-        steps += [one for one in both if not later or both[0].status == one.status == "done"]
+        made = [step]
+        if KINDS[stage.kind].makes == "policy":
+            made.append(_evaluation_step(recipe, run, suites, stage.name, step.fingerprint))
+        elif KINDS[stage.kind].makes == "reward model":
+            made.append(_measuring_step(run, stage, step.fingerprint))
+        steps += [entry for entry in made if not later or step.status == entry.status == "done"]
         later |= stage.name == until
     return Plan(run, recipe, source, tasks, prompts, tuple(steps))
 
@@ -104,36 +106,28 @@ def _base_identity(recipe: Recipe, source: BaseModelFolder) -> list[str]:
     return [source.weights_hash, source.tokenizer_hash, base.template, template, base.dtype]
 
 
-def _training_step(recipe: Recipe, run: Path, stage: Stage, known: dict[str, str], asked: str, hashes: dict[str, str]) -> Step:
-    """`known` has fingerprints of what comes before, `asked` is that of the evaluation's prompts; `hashes` of data are kept."""
-    names = {stage.init}
-    if isinstance(stage, PpoStage):
-        names |= {name for part in parts_of(stage) for name in part.models} | set(stage.gold_compare)
-        names |= {stage.value_init} - VALUE_WORDS
-    if isinstance(stage, DpoStage | PpoStage):
-        names.add(stage.init if stage.reference == "init" else stage.reference)
-    inputs = {name: known[name] for name in sorted(names)}
-    data = data_hashes(stage.data, hashes)
-    if isinstance(stage, PpoStage) and stage.ptx_data:
-        data |= data_hashes(stage.ptx_data, hashes)
+def _stage_step(recipe: Recipe, run: Path, stage: Stage, known: dict[str, str], asked: str, hashes: dict[str, str]) -> Step:
+    """`known` has the fingerprints of what comes before, `asked` that of the evaluations' prompts; hashes of data are cached in
+    `hashes`."""
+    kind = KINDS[stage.kind]
+    reads = kind.reads(stage)
+    inputs = {name: known[name] for name in sorted({*reads.policies, *reads.reward_models, *row_stages(stage)})}
+    data: dict[str, str] = {}
+    for sources in data_of(stage).values():
+        data |= data_hashes(sources, hashes)
     settings = {
         "stage": stage.model_dump(mode="json", exclude=set(_NO_EFFECT), exclude_none=True),
         "adapter": recipe.adapter.model_dump(mode="json"),
         "seed": recipe.seed,
         "evaluation_prompts": asked,
-        "code": CODE_VERSION[stage.kind],
+        "code": kind.code,
     }
     work = fingerprint({"settings": settings, "inputs": {**inputs, "base": known["base"]}, "data": data})
-    functions = [part.function for part in parts_of(stage) if part.function]
-    settings |= {"functions": {name: source_hash(name) for name in sorted(functions)}} if functions else {}
+    functions = sorted(function.name for function in reads.functions)
+    settings |= {"functions": {name: source_hash(name) for name in functions}} if functions else {}
     mark = fingerprint({"settings": settings, "inputs": {**inputs, "base": known["base"]}, "data": data})
     status, why = _status(run / stage.name, mark, settings, inputs, data, work)
     return Step(stage.name, stage.kind, stage.name, stage, run / stage.name, mark, inputs, data, settings, status, why, work)
-
-
-def parts_of(stage: Stage | None) -> tuple[RewardPart, ...]:
-    """What a stage is paid and measured by."""
-    return reward_parts(stage.reward) + reward_parts(stage.gold) if isinstance(stage, PpoStage) else ()
 
 
 def _evaluation_step(recipe: Recipe, run: Path, suites: str, policy: str, policy_print: str) -> Step:
@@ -152,7 +146,7 @@ def _evaluation_step(recipe: Recipe, run: Path, suites: str, policy: str, policy
     return Step(f"evaluate {policy}", "evaluate", policy, None, folder, mark, inputs, {}, settings, status, why, mark)
 
 
-def _measuring_step(run: Path, stage: RewardStage, mark_of_stage: str) -> Step:
+def _measuring_step(run: Path, stage: Stage, mark_of_stage: str) -> Step:
     """A reward model is measured on the pairs that its stage held out."""
     settings = {"code": CODE_VERSION["measure"]}
     mark = fingerprint({"settings": settings, "reward": mark_of_stage})

@@ -142,8 +142,16 @@ def test_a_row_that_the_starter_suite_asks_is_named(tmp_path: Path, check):
         ("good.jsonl", ["--template", "llama3"], "templates that fit: gemma, chatml, plain"),
         ("good.jsonl", ["--model", "random:big"], 'no random model "big"'),
         ("good.jsonl", ["--recipe", "gone.toml"], "gone.toml"),
-        ("good.jsonl", ["--recipe", "r.toml", "--stage", "rl"], '--stage · "rl" for this sft data · there is: short, long'),
-        ("pairs.jsonl", ["--recipe", "r.toml"], "no dpo stage in the recipe for this dpo data · there is: no dpo stage"),
+        (
+            "good.jsonl",
+            ["--recipe", "r.toml", "--stage", "rl"],
+            '--stage · "rl" for a file of demonstrations · there is: short, long',
+        ),
+        (
+            "pairs.jsonl",
+            ["--recipe", "r.toml"],
+            "no dpo or reward stage in the recipe for a file of preference pairs · there is: no dpo or reward stage",
+        ),
     ],
 )
 def test_a_mistake_exits_with_2(tmp_path: Path, monkeypatch, check, file: str, options: list[str], message: str):

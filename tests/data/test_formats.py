@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from posttrain.data.formats import Problem, kind_of, read_demonstrations, read_preferences
+from posttrain.data.formats import Problem, content_of, read_demonstrations, read_preferences
 from posttrain.errors import DataError
 from posttrain.records import Message
 from posttrain.settings import Source
@@ -55,7 +55,7 @@ def test_demonstrations_of_any_layout(tmp_path: Path, name: str):
     read = read_demonstrations(write(tmp_path, [row]), seed=0)
     assert [r.messages for r in read.records] == [(USER, SAID)]
     assert (read.sources[0].layout, read.problems) == (layout, ())
-    assert kind_of(row) == "sft"
+    assert content_of(row) == "demonstrations"
 
 
 def test_an_alpaca_input_follows_its_instruction(tmp_path: Path):
@@ -105,7 +105,7 @@ def test_preferences_of_any_layout(tmp_path: Path, name: str):
     (pair,) = read.records
     assert (pair.prompt, pair.chosen, pair.rejected) == ((USER,), (SAID,), (Message("assistant", "5"),))
     assert (read.sources[0].layout, pair.reason) == (layout, "sums")
-    assert kind_of(row) == "dpo"
+    assert content_of(row) == "preferences"
 
 
 def test_an_implicit_text_prompt_ends_with_a_whole_word(tmp_path: Path):
@@ -222,7 +222,11 @@ def test_no_value_of_any_column_ends_in_a_traceback(tmp_path: Path):
     for layout in layouts:
         rows = [{**layout, column: value} for column in (*layout, *further) for value in values]
         path = write(tmp_path, [layout, *rows])
-        read = read_preferences(path, seed=0, margins=True) if kind_of(layout) == "dpo" else read_demonstrations(path, seed=0)
+        read = (
+            read_preferences(path, seed=0, margins=True)
+            if content_of(layout) == "preferences"
+            else read_demonstrations(path, seed=0)
+        )
         assert len(read.records) + len(read.problems) == len(rows) + 1
         json.dumps([repr(r) for r in read.records], ensure_ascii=False).encode()  # no half of a character is left
 

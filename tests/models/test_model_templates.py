@@ -12,8 +12,8 @@ from posttrain.errors import ModelError
 from posttrain.models.base_model import fetch_from_hub, load_chat, load_tokenizer
 from posttrain.models.source import BaseModelFolder, locate_base
 from posttrain.plan import _base_identity
+from posttrain.recipe import Recipe
 from posttrain.records import Message
-from posttrain.settings import Recipe
 
 OWN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 ASK = [Message("user", "Hello")]

@@ -10,6 +10,7 @@ from posttrain.report import formatting, plots
 from posttrain.report.picture import nodes_of, picture
 from posttrain.report.run import Run, Stage, load_run
 from posttrain.report.training import charts_of, per_iteration, read_series, training
+from posttrain.stages import KINDS
 
 BASE = scores("base", follows=4, facts=20)
 
@@ -51,7 +52,7 @@ def test_each_metric_is_drawn_once_and_validation_beside_training():
         {"step": 2, "dpo/loss": 0.6, "dpo/validation_loss": 0.65},
     ]  # fmt: skip
     found = read_series(rows)
-    charts = charts_of(found)
+    charts = charts_of(found, KINDS["dpo"].charts)
     drawn = [name for chart in charts for name in chart.names]
     assert sorted(drawn) == sorted(found) == sorted(set(drawn))
     assert "dpo/nothing" not in found
@@ -65,7 +66,7 @@ def test_each_metric_is_drawn_once_and_validation_beside_training():
 def test_a_kl_is_named_by_what_it_is_counted_over():
     titles = {}
     for kind in ("dpo", "ppo"):
-        (chart,) = charts_of(read_series([{"step": 1, f"{kind}/kl": 0.5}]))
+        (chart,) = charts_of(read_series([{"step": 1, f"{kind}/kl": 0.5}]), KINDS[kind].charts)
         titles[kind] = chart.title
     assert titles == {"dpo": "KL to the reference, nats a token", "ppo": "KL to the reference, nats a completion"}
 
@@ -120,7 +121,7 @@ def test_what_is_measured_once_an_iteration_is_drawn_over_iterations():
         for step in range(6)
     ]
     rows[2]["ppo/gold"], rows[5]["ppo/gold"] = 0.5, 0.7
-    found = per_iteration(rows)
+    found = per_iteration(rows, KINDS["ppo"].iterations)
     assert found == {
         "ppo/score": [(1.0, 0.0), (2.0, 1.0)], "ppo/kl": [(1.0, 0.0), (2.0, 0.1)], "ppo/score/rm": [(1.0, 1.0), (2.0, 1.0)],
         "ppo/gold": [(1.0, 0.5), (2.0, 0.7)],

@@ -19,8 +19,7 @@ from posttrain.models.adapter_files import Policies, reload_base
 from posttrain.models.base_model import BaseModel, load_base
 from posttrain.models.batches import pack_rows, row_scores
 from posttrain.pipeline import run_recipe
-from posttrain.recipe import parse_recipe, to_toml
-from posttrain.settings import Recipe
+from posttrain.recipe import Recipe, parse_recipe, to_toml
 from posttrain.train.ppo import train_ppo
 from posttrain.train.reward import train_reward
 from posttrain.train.stage import StageContext

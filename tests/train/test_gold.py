@@ -14,7 +14,7 @@ from posttrain.evaluate.gain import GOLD, PUBLISHED
 from posttrain.models.adapter_files import Policies, load_adapter
 from posttrain.models.base_model import BaseModel
 from posttrain.recipe import parse_recipe
-from posttrain.settings import PpoStage
+from posttrain.stages.ppo import PpoStage
 from posttrain.train.ppo import train_ppo
 from posttrain.train.stage import StageContext, StageResult
 

@@ -11,7 +11,7 @@ from tiny_stages import newest, rows_of
 
 from posttrain.errors import Interrupted, NonFiniteError
 from posttrain.models.base_model import BaseModel
-from posttrain.settings import PpoStage
+from posttrain.stages.ppo import PpoStage
 from posttrain.train.checkpoint import load_newest, save_checkpoint
 from posttrain.train.guards import check_sampled, why_ended
 from posttrain.train.rollouts import Sampled

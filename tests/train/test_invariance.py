@@ -14,7 +14,7 @@ from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import batch_logprobs, pack_pairs, pack_rows, sum_by_row, to_device
 from posttrain.models.heads import SCORE_NAME, new_head
 from posttrain.models.lora import LoraSettings
-from posttrain.settings import DpoStage
+from posttrain.stages.dpo import DpoStage
 from posttrain.train.dpo import dpo_task
 from posttrain.train.loop import MicroBatch, TrainTask
 from posttrain.train.reward import reward_task

@@ -19,8 +19,7 @@ from posttrain.models.heads import new_head
 from posttrain.models.lora import LoraAdapter, LoraSettings
 from posttrain.plan import make_plan
 from posttrain.progress import Tracker
-from posttrain.recipe import parse_recipe
-from posttrain.settings import Recipe
+from posttrain.recipe import Recipe, parse_recipe
 from posttrain.train.ppo import train_ppo
 from posttrain.train.reward import train_reward
 from posttrain.train.stage import StageContext, StageResult

@@ -13,7 +13,8 @@ from posttrain.data.ptx import prepare_ptx
 from posttrain.errors import DataError
 from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import batch_logprobs, pack_rows
-from posttrain.settings import PpoStage, Source
+from posttrain.settings import Source
+from posttrain.stages.ppo import PpoStage
 from posttrain.train.ptx import ptx_batches
 
 

@@ -19,7 +19,7 @@ from posttrain.models.base_model import BaseModel, load_base
 from posttrain.models.batches import batch_logprobs, pack_rows
 from posttrain.models.recompute import recomputed
 from posttrain.models.source import locate_base
-from posttrain.settings import Recipe
+from posttrain.recipe import Recipe
 from posttrain.train.memory import MIB, Kept
 from posttrain.train.ppo import train_ppo
 from posttrain.train.reward import train_reward

@@ -14,8 +14,7 @@ from posttrain.evaluate.pairs import measure
 from posttrain.evaluate.reward_model import score_pairs
 from posttrain.models.adapter_files import Policies
 from posttrain.models.base_model import BaseModel
-from posttrain.recipe import parse_recipe
-from posttrain.settings import Recipe
+from posttrain.recipe import Recipe, parse_recipe
 from posttrain.train.reward import mean_score, train_reward
 from posttrain.train.sft import train_sft
 from posttrain.train.stage import StageContext

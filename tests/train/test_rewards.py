@@ -16,7 +16,8 @@ from posttrain.models.adapter_files import Policies, save_adapter
 from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import pack_trees
 from posttrain.recipe import parse_recipe
-from posttrain.settings import PpoStage, RewardPart
+from posttrain.stages.ppo import PpoStage
+from posttrain.stages.reward_parts import RewardPart
 from posttrain.train.ppo import train_ppo
 from posttrain.train.rewards import Judge, Texts, combine
 from posttrain.train.stage import StageContext

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.settings import PpoStage
+from posttrain.stages.ppo import PpoStage
 from posttrain.train.rollouts import Sampled, from_tensors, judge_rollouts, repetition, to_tensors
 
 

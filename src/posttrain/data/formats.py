@@ -33,7 +33,8 @@ from posttrain.data.sources import Loaded, RawRow, load
 from posttrain.errors import DataError
 from posttrain.reading import SURROGATE
 from posttrain.records import Conversation, Message, PreferencePair
-from posttrain.settings import Source
+from posttrain.settings import Data, Source
+from posttrain.stages.kind import Content
 
 DEMONSTRATION_LAYOUTS = "messages · prompt+completion · conversations (ShareGPT) · instruction+output (Alpaca)"
 _ALPACA = "Alpaca"
@@ -102,16 +103,16 @@ class Texts(NamedTuple):
     sources: tuple[SourceInfo, ...]
 
 
-def kind_of(columns: Iterable[str]) -> str | None:
-    """ "dpo" for preferences, "sft" for demonstrations, None for neither, by the names of the columns."""
+def content_of(columns: Iterable[str]) -> Content | None:
+    """What the rows of a file hold by the names of its columns, or None."""
     names = set(columns)
     if {"chosen", "rejected"} <= names or names >= _LLMBAR:
-        return "dpo"
+        return "preferences"
     known = ({"messages"}, {"prompt", "completion"}, {"conversations"}, {"instruction", "output"})
-    return "sft" if any(wanted <= names for wanted in known) else None
+    return "demonstrations" if any(wanted <= names for wanted in known) else None
 
 
-def read_demonstrations(data: str | tuple[Source, ...] | Loaded, *, seed: int) -> Demonstrations:
+def read_demonstrations(data: Data | Loaded, *, seed: int) -> Demonstrations:
     """Conversations of all sources, mixed by weight. Raises DataError for files and layouts that cannot be read."""
 
     def layout_of(path: str, rows: list[RawRow]) -> tuple[str, Callable[[dict[str, Any], str], Conversation]]:
@@ -121,7 +122,7 @@ def read_demonstrations(data: str | tuple[Source, ...] | Loaded, *, seed: int) -
     return Demonstrations(*_read(data, seed, layout_of))
 
 
-def read_preferences(data: str | tuple[Source, ...] | Loaded, *, seed: int, margins: bool = False) -> Preferences:
+def read_preferences(data: Data | Loaded, *, seed: int, margins: bool = False) -> Preferences:
     """Pairs of all sources, mixed by weight; with `margins` their margin and probability too, which reward models read.
 
     Raises DataError for files and layouts that cannot be read.
@@ -133,7 +134,7 @@ def read_preferences(data: str | tuple[Source, ...] | Loaded, *, seed: int, marg
     return Preferences(*_read(data, seed, layout_of))
 
 
-def read_texts(data: str | tuple[Source, ...] | Loaded, *, seed: int) -> Texts:
+def read_texts(data: Data | Loaded, *, seed: int) -> Texts:
     """Plain texts (the column `text`) of all sources, mixed by weight. Raises DataError for files that cannot be read."""
 
     def layout_of(path: str, _: list[RawRow]) -> tuple[str, Callable[[dict[str, Any], str], PlainText]]:
@@ -143,7 +144,7 @@ def read_texts(data: str | tuple[Source, ...] | Loaded, *, seed: int) -> Texts:
 
 
 def _read(
-    data: str | tuple[Source, ...] | Loaded, seed: int,
+    data: Data | Loaded, seed: int,
     layout_of: Callable[[str, list[RawRow]], tuple[str, Callable[[dict[str, Any], str], R]]],
 ) -> tuple[tuple[R, ...], tuple[Problem, ...], tuple[SourceInfo, ...]]:  # fmt: skip
     """The records of all sources, mixed by weight, the rows that are none, and what each source is."""
@@ -299,7 +300,11 @@ def _preference_layout(path: str, rows: list[RawRow]) -> str:
     if set(first) >= _LLMBAR:
         return "input+output_1+output_2+label (LLMBar)"
     if not {"chosen", "rejected"} <= set(first):
-        hint = "this is a demonstration file: use it in an sft stage" if kind_of(first) == "sft" else "rename the columns"
+        hint = (
+            "this is a demonstration file: use it in an sft stage"
+            if content_of(first) == "demonstrations"
+            else "rename the columns"
+        )
         raise DataError(f'data "{path}"', f"columns {', '.join(sorted(first))}", allowed=PREFERENCE_LAYOUTS, do=hint)
     if "prompt" in first:
         return "prompt+chosen+rejected" + (" (messages)" if isinstance(first["chosen"], list) else " (text)")

@@ -9,13 +9,13 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from posttrain.data.chat import ChatFormat
-from posttrain.data.formats import Demonstrations, Preferences, Problem, kind_of, read_demonstrations, read_preferences
+from posttrain.data.formats import Demonstrations, Preferences, Problem, content_of, read_demonstrations, read_preferences
 from posttrain.data.prepare import SHOWN, Contamination, in_validation, reasons, unread_warnings
 from posttrain.data.report import describe_rows
 from posttrain.data.sources import load
 from posttrain.errors import DataError
 from posttrain.records import Message
-from posttrain.settings import Source
+from posttrain.settings import Data
 
 # Share of the rows that may give no prompt without a warning.
 ALLOW_DROPPED = 0.01
@@ -38,13 +38,17 @@ class PreparedPrompts(NamedTuple):
 
 
 def prepare_prompts(
-    data: str | tuple[Source, ...], chat: ChatFormat, *, seed: int, max_prompt_tokens: int,
+    data: Data, chat: ChatFormat, *, seed: int, max_prompt_tokens: int,
     evaluation_prompts: Collection[str], validation: float = 0.0,
 ) -> PreparedPrompts:  # fmt: skip
     """Render prompts; a share may be held out. Raises DataError for files that cannot be read, and where no prompt is left."""
     loaded = load(data)
     read: Demonstrations | Preferences
-    read = read_preferences(loaded, seed=seed) if kind_of(loaded.columns) == "dpo" else read_demonstrations(loaded, seed=seed)
+    read = (
+        read_preferences(loaded, seed=seed)
+        if content_of(loaded.columns) == "preferences"
+        else read_demonstrations(loaded, seed=seed)
+    )
     problems = list(read.problems)
     contamination = Contamination(evaluation_prompts)
     found: dict[tuple[int, ...], PromptRow] = {}

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from typing import Any
 
 from posttrain.data.chat import ChatFormat
-from posttrain.data.formats import Texts, kind_of, read_demonstrations, read_texts
+from posttrain.data.formats import Texts, content_of, read_demonstrations, read_texts
 from posttrain.data.prepare import (
     Contamination,
     PreparedRows,
@@ -20,9 +20,10 @@ from posttrain.data.prepare import (
     refuse,
     unread_warnings,
 )
-from posttrain.data.sources import as_sources, load
+from posttrain.data.sources import load
 from posttrain.records import Message
-from posttrain.settings import PpoStage
+from posttrain.settings import as_sources
+from posttrain.stages.ppo import PpoStage
 
 # Share of the rows that may be dropped before it is an error, as an sft stage has it by default.
 ALLOW_DROPPED = 0.01
@@ -37,7 +38,7 @@ def prepare_ptx(
     reports: list[dict[str, Any]] = []
     for source in as_sources(stage.ptx_data):
         loaded = load((source,))
-        if "text" in loaded.columns and kind_of(loaded.columns) != "sft":
+        if "text" in loaded.columns and content_of(loaded.columns) != "demonstrations":
             texts = read_texts(loaded, seed=seed)
             found = prepare_texts(
                 texts, chat, max_tokens=min(stage.ptx_max_tokens, context), allow_dropped=allow_dropped,

@@ -17,7 +17,7 @@ from posttrain.artifacts import expand_home, hash_file
 from posttrain.data import meaning
 from posttrain.errors import DataError
 from posttrain.reading import Unreadable, decode_text, json_lines, parse_json
-from posttrain.settings import Source
+from posttrain.settings import ROWS_OF, Data, Source, as_sources
 
 STARTER = Path(posttrain.__file__).parent / "starter"
 MAX_FIELD_BYTES = 10 * 2**20
@@ -56,11 +56,6 @@ class Loaded(NamedTuple):
         return list(self.sources[0][1].rows[0].value)
 
 
-def as_sources(data: str | tuple[Source, ...]) -> tuple[Source, ...]:
-    """The recipe's `data` as a list of sources."""
-    return (Source(path=data),) if isinstance(data, str) else data
-
-
 def locate(path: str) -> Path | None:
     """The file or folder that a path names; None for a hub id. Raises DataError where there is neither."""
     if path.startswith("starter/"):
@@ -69,6 +64,8 @@ def locate(path: str) -> Path | None:
             there = ", ".join(sorted(f"starter/{p.name}" for p in STARTER.glob("*.jsonl")))
             raise DataError(f'data "{path}"', "no such starter file", allowed=f"there is: {there}")
         return found
+    if path.startswith(ROWS_OF):
+        raise DataError(f'data "{path}"', "rows of a stage outside of its run", do="name the file rows.jsonl in the run folder")
     local = expand_home(path)
     if local.exists():
         return local
@@ -80,13 +77,14 @@ def locate(path: str) -> Path | None:
     return None
 
 
-def data_hashes(data: str | tuple[Source, ...], known: dict[str, str] | None = None) -> dict[str, str]:
+def data_hashes(data: Data, known: dict[str, str] | None = None) -> dict[str, str]:
     """sha256 of every source's bytes by path; a hub id stands for itself, since its bytes are not here yet.
+    Rows of an earlier stage are left out: the fingerprint of that stage stands for them.
 
     What is in `known` is not hashed again; the rest is added to it. Raises DataError for a file that cannot be opened.
     """
     found = {} if known is None else known
-    paths = [source.path for source in as_sources(data)]
+    paths = [source.path for source in as_sources(data) if source.stage is None]
     for path in paths:
         if path not in found:
             found[path] = _hash(path, locate(path))
@@ -122,9 +120,9 @@ def refuse_changed(read: Mapping[str, str], planned: Mapping[str, str]) -> None:
             )  # fmt: skip
 
 
-def load(data: str | tuple[Source, ...]) -> Loaded:
+def load(data: Data) -> Loaded:
     """Every source of a stage, read once. Raises DataError, with the place, for whatever cannot be read."""
-    return Loaded(tuple((source, read_source(source.path)) for source in as_sources(data)))
+    return Loaded(tuple((source, read_source(source.path, file=source.file)) for source in as_sources(data)))
 
 
 def read_rows(path: str) -> list[RawRow]:
@@ -132,12 +130,12 @@ def read_rows(path: str) -> list[RawRow]:
     return read_source(path).rows
 
 
-def read_source(path: str) -> SourceRows:
-    """Every row of one source, with the hash of the bytes that they were read from.
+def read_source(path: str, *, file: Path | None = None) -> SourceRows:
+    """Every row of one source, with the hash of the bytes that they were read from. `file` is what `stage:NAME` stands for.
 
     Raises DataError, with the place, for whatever cannot be read.
     """
-    place = locate(path)
+    place = locate(path) if file is None else file
     digest = _hash(path, None)
     if place is None:
         rows = _from_hub(path)

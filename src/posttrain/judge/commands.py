@@ -41,10 +41,11 @@ def open_judge(name: str, *, template: str = "auto") -> "Judge":
     from posttrain.judge.scorer import RewardJudge
     from posttrain.models.target import open_reward_model, open_target
     from posttrain.recipe import load_recipe
+    from posttrain.stages import makes
 
     path = Path(name)
     recipe = path.parent / "recipe.toml"
-    if recipe.is_file() and any(s.name == path.name and s.kind == "reward" for s in load_recipe(recipe).stage):
+    if recipe.is_file() and any(s.name == path.name and makes(s.kind) == "reward model" for s in load_recipe(recipe).stage):
         scorer = open_reward_model(name)
         return RewardJudge(scorer.base, scorer.adapter, name)
     target = open_target(name, template=template)

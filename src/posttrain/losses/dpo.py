@@ -1,15 +1,8 @@
 """Direct preference optimisation and its close relatives; log-probabilities are sums over a completion's tokens, in nats.
 
-    h = [log pi(chosen) - log ref(chosen)] - [log pi(rejected) - log ref(rejected)],   margin m = beta h,   e: smoothing
+    h = [log pi(chosen) - log ref(chosen)] - [log pi(rejected) - log ref(rejected)],   margin m = beta h
 
-    sigmoid   -(1 - e) log s(m) - e log s(-m)               DPO, Rafailov et al. 2023 eq. 7; e > 0: cDPO, Mitchell 2023
-    robust    [-(1 - e) log s(m) + e log s(-m)] / (1 - 2 e) rDPO, Chowdhury et al. 2024 eq. 9: unbiased under flips
-    ipo       (h - 1 / (2 beta))^2                          IPO, Azar et al. 2023 eq. 17
-    hinge     max(0, 1 - m)                                 SLiC-HF, Zhao et al. 2023, on log-ratios
-
-IPO takes the summed h of the paper and of its derivation: 1 / (2 beta) is then a gap in nats of whole completions.
-Libraries that average h per token (TRL does) solve another problem with another beta; a beta does not carry over.
-TRL reads label smoothing for `robust` only and drops it for `sigmoid`; here it is applied to both.
+`dpo_variants.py` has what each variant makes of h.
 
 B: preference pairs.
 """
@@ -18,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
+from posttrain.losses.dpo_variants import VARIANTS, Gaps
 from posttrain.losses.kl import k3
 from posttrain.losses.output import LossOutput
 
@@ -42,21 +35,10 @@ def dpo_loss(
     Metrics are sums over the micro-batch's pairs.
     """
     gap_B = (pairs.chosen_B - pairs.reference_chosen_B) - (pairs.rejected_B - pairs.reference_rejected_B)
-    margin_B = beta * gap_B
-    loss_B = _losses(margin_B, gap_B, beta=beta, loss=loss, smoothing=label_smoothing)
-    return LossOutput(loss_B.sum() / (step_pairs or len(loss_B)), _metrics(pairs, margin_B, loss_B))
-
-
-def _losses(margin_B: Tensor, gap_B: Tensor, *, beta: float, loss: str, smoothing: float) -> Tensor:
-    assert not smoothing or loss in ("sigmoid", "robust"), "label smoothing has no meaning here"
-    if loss == "sigmoid":
-        return -(1 - smoothing) * logsigmoid(margin_B) - smoothing * logsigmoid(-margin_B)
-    if loss == "robust":
-        return (-(1 - smoothing) * logsigmoid(margin_B) + smoothing * logsigmoid(-margin_B)) / (1 - 2 * smoothing)
-    if loss == "ipo":
-        return (gap_B - 1 / (2 * beta)) ** 2
-    assert loss == "hinge", loss
-    return torch.relu(1 - margin_B)
+    variant, gaps = VARIANTS[loss], Gaps(gap_B, beta, label_smoothing)
+    assert not label_smoothing or variant.smoothing != "none", "label smoothing has no meaning here"
+    loss_B = variant.loss(gaps)
+    return LossOutput(loss_B.sum() / (step_pairs or len(loss_B)), _metrics(pairs, gaps.margin_B, loss_B))
 
 
 def _metrics(pairs: PairLogprobs, margin_B: Tensor, loss_B: Tensor) -> dict[str, Tensor]:

@@ -13,8 +13,9 @@ from posttrain.models.adapter_config import ADAPTER_CONFIG
 from posttrain.models.adapter_files import ADAPTER_WEIGHTS, Policies, load_adapter
 from posttrain.models.base_model import BaseModel, load_base
 from posttrain.models.source import pinned
-from posttrain.recipe import load_recipe
-from posttrain.settings import Recipe, RewardStage
+from posttrain.recipe import Recipe, load_recipe
+from posttrain.stages import makes
+from posttrain.stages.shared_settings import TrainingSettings
 
 
 class Target(NamedTuple):
@@ -40,7 +41,7 @@ def split_target(target: str) -> tuple[Path, str] | None:
         names = _finished(path.parent, recipe)
         if path.name not in (s.name for s in recipe.stage) and (path / "config.json").is_file():
             return None  # a model that somebody put beside the stages
-        if path.name in (s.name for s in recipe.stage if isinstance(s, RewardStage)):
+        if path.name in (s.name for s in recipe.stage if makes(s.kind) == "reward model"):
             raise ArtifactError(
                 str(path), "is a reward model: it scores answers and writes none", allowed=f"there is: {', '.join(names)}",
                 do="measure it with `posttrain evaluate RUN/STAGE --pairs FILE`",
@@ -61,7 +62,7 @@ def finished_policies(run: Path) -> list[str]:
 
 
 def _finished(run: Path, recipe: Recipe) -> list[str]:
-    stages = [s.name for s in recipe.stage if not isinstance(s, RewardStage)]
+    stages = [s.name for s in recipe.stage if makes(s.kind) == "policy"]
     return ["base", *(name for name in stages if read_manifest(run / name) is not None)]
 
 
@@ -71,7 +72,7 @@ class RewardTarget(NamedTuple):
     base: BaseModel
     adapter: str
     recipe: Recipe
-    stage: RewardStage
+    stage: TrainingSettings
 
 
 def open_reward_model(target: str) -> RewardTarget:
@@ -103,12 +104,13 @@ def reward_model_on(base: BaseModel, target: str) -> str:
     return name
 
 
-def _reward_stage(target: str) -> tuple[Recipe, RewardStage]:
+def _reward_stage(target: str) -> tuple[Recipe, TrainingSettings]:
     path = Path(target)
     if not (path.parent / "recipe.toml").is_file():
         raise ArtifactError(target, "not a reward stage of a run", do="give RUN/STAGE")
     recipe = load_recipe(path.parent / "recipe.toml")
-    stages = {s.name: s for s in recipe.stage if isinstance(s, RewardStage) and read_manifest(path.parent / s.name) is not None}
+    made = [s for s in recipe.stage if makes(s.kind) == "reward model" and read_manifest(path.parent / s.name) is not None]
+    stages = {s.name: s for s in made if isinstance(s, TrainingSettings)}
     if path.name not in stages:
         there = f"there is: {', '.join(stages)}" if stages else "this run has none"
         raise ArtifactError(target, "not a finished reward stage", allowed=there)

@@ -15,21 +15,20 @@ from posttrain.artifacts import write_bytes
 from posttrain.report.data import data
 from posttrain.report.headline import headline
 from posttrain.report.markup import el, join
-from posttrain.report.overoptimisation import overoptimisation
 from posttrain.report.picture import picture
 from posttrain.report.provenance import provenance
-from posttrain.report.rewards import rewards
 from posttrain.report.run import Run, load_run
 from posttrain.report.samples import samples
 from posttrain.report.scores import scorecard, tax
 from posttrain.report.training import training
+from posttrain.stages import KINDS
+from posttrain.stages.kind import load_function
 
 SECTIONS: tuple[tuple[str, str, Callable[[Run], Markup]], ...] = (
     ("pipeline", "Pipeline", picture),
     ("scorecard", "Scorecard", scorecard),
     ("tax", "Tax and gain", tax),
-    ("reward", "Reward model", rewards),
-    ("gold", "Over-optimisation", overoptimisation),
+    *((s.anchor, s.title, load_function(s.render)) for kind in KINDS.values() for s in kind.sections),
     ("samples", "Answers", samples),
     ("training", "Training", training),
     ("data", "Data", data),

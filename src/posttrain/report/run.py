@@ -16,10 +16,12 @@ from posttrain.artifacts import partial_folder, read_jsonl, read_manifest
 from posttrain.errors import ArtifactError
 from posttrain.evaluate.gain import GOLD, PUBLISHED
 from posttrain.file_types import check_metrics, check_scorecard
+from posttrain.stages import makes
 
 EVALUATIONS = "evaluate"
 # Where `posttrain evaluate --best-of … --out RUN/best-of/NAME` leaves what the report draws.
 BEST_OF = "best-of"
+_BEST_OF_KEYS = frozenset(["prompts", "samples", "policy", "reward"])
 _PAIR = {"id", "chosen_score", "rejected_score", "chosen_tokens", "rejected_tokens"}
 _AGAIN = "run the recipe again"
 # What an evaluation by gold has of every prompt, and the mean and standard error of.
@@ -84,8 +86,8 @@ def load_run(folder: Path) -> Run:
     recipe, text = read_recipe(folder)
     scorecard = read_scorecard(folder)
     stages = read_stages(folder, recipe)
-    names = ["base", *(stage.name for stage in stages if stage.kind != "reward")]
-    models = [stage.name for stage in stages if stage.kind == "reward"]
+    names = ["base", *(stage.name for stage in stages if makes(stage.kind) == "policy")]
+    models = [stage.name for stage in stages if makes(stage.kind) == "reward model"]
     policies = tuple(policy for name in names if (policy := _policy(folder / EVALUATIONS / name, name)) is not None)
     rewards = tuple(found for name in models if (found := _reward(folder / EVALUATIONS / name, name)) is not None)
     notes = _notes(scorecard, stages, policies)
@@ -184,7 +186,7 @@ def _reward(folder: Path, name: str) -> RewardModel | None:
 
 def _best_of(path: Path) -> dict[str, Any]:
     found = _read_json(path)
-    if not found.get("best_of") or not found.keys() >= {"prompts", "samples", "policy", "reward"}:
+    if not found.get("best_of") or not found.keys() >= _BEST_OF_KEYS:
         raise ArtifactError(str(path), "not best-of-n", do="measure it again with `posttrain evaluate … --best-of`")
     return found
 

@@ -6,66 +6,23 @@ stage that this version does not know is drawn too.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from markupsafe import Markup
 
 from posttrain.report import formatting, plots
 from posttrain.report.markup import details, el, section
 from posttrain.report.run import Run, Stage
+from posttrain.stages import KINDS
+from posttrain.stages.kind import Chart, Iterations
 
-
-class _Chart(NamedTuple):
-    title: str
-    names: tuple[str, ...]
-    open: bool = True
-
-
-# By a metric's whole name, or by the part of it after the slash.
+# Beside the charts of each kind of stage; and those of a kind that this version does not know.
 _CHARTS = (
-    _Chart("score", ("score",)),
-    _Chart("KL to the reference, nats a completion", ("ppo/kl",)),
-    _Chart("gold on held-out prompts", ("gold",)),
-    _Chart("mean of each part of the score", ("score part",)),
-    _Chart("how far an ensemble's members disagree", ("ensemble part",)),
-    _Chart("loss", ("loss",)),
-    _Chart("margin", ("margin",)),
-    _Chart("accuracy", ("accuracy",)),
-    _Chart("log-ratio to the reference, nats", ("chosen_log_ratio", "rejected_log_ratio")),
-    _Chart("KL to the reference, nats a token", ("dpo/kl",)),
-    _Chart("score less KL and penalty", ("reward",)),
-    _Chart("tokens a completion", ("length",)),
-    _Chart("share that ended", ("ended",)),
-    _Chart("repeated runs of four tokens", ("repetition",), False),
-    _Chart("scores of both sides", ("chosen_score", "rejected_score"), False),
-    _Chart("middle of a pair's scores", ("center",), False),
-    _Chart("standard deviation of the scores", ("score_spread",), False),
-    _Chart("policy loss", ("policy_loss",), False),
-    _Chart("value loss", ("value_loss",), False),
-    _Chart("loss of the pretraining mix, nats a token", ("ptx_loss",), False),
-    _Chart("advantages before whitening", ("advantage", "advantage_spread"), False),
-    _Chart("explained variance of the returns", ("explained_variance",), False),
-    _Chart("share of clipped tokens", ("clip_fraction",), False),
-    _Chart("share of clipped values", ("value_clip_fraction",), False),
-    _Chart("ratio to the policy that sampled", ("ratio",), False),
-    _Chart("approximate KL to the policy that sampled", ("approximate_kl",), False),
-    _Chart("the same KL by k3, nats a completion", ("positive_kl",), False),
-    _Chart("KL coefficient", ("kl_coef",), False),
-    _Chart("entropy, nats a token", ("entropy",), False),
-    _Chart("score on held-out prompts", ("gold_score",), False),
-    _Chart("KL to the start on held-out prompts", ("gold_kl",), False),
-    _Chart("standard error of gold", ("gold_se",), False),
-    _Chart("standard error of the score on held-out prompts", ("gold_score_se",), False),
-    _Chart("tokens the sampler saw otherwise", ("mismatch",), False),
-    _Chart("log-probability, nats", ("chosen_logprob", "rejected_logprob"), False),
-    _Chart("ranks chosen above rejected", ("ranking_accuracy",), False),
-    _Chart("gradient weight", ("gradient_weight",), False),
-    _Chart("trained tokens a step", ("targets",), False),
-    _Chart("learning rate", ("learning_rate",), False),
-    _Chart("gradient norm before clipping", ("grad_norm",), False),
-    _Chart("tokens a second", ("tokens_per_second",), False),
-    _Chart("tokens a second of sampling and judging", ("rollout_tokens_per_second",), False),
-    _Chart("tokens a second of the update", ("update_tokens_per_second",), False),
+    Chart("loss", ("loss",)),
+    Chart("learning rate", ("learning_rate",), False),
+    Chart("gradient norm before clipping", ("grad_norm",), False),
+    Chart("tokens a second", ("tokens_per_second",), False),
+    Chart("tokens a second of sampling and judging", ("rollout_tokens_per_second",), False),
+    Chart("tokens a second of the update", ("update_tokens_per_second",), False),
 )
 # Not worth a chart: the x axis in other units, and the inverse of tokens a second.
 _NOT_DRAWN = frozenset({"step", "train/epoch", "time/step", "time/rollout"})
@@ -73,17 +30,8 @@ _GENERAL = frozenset({"train", "time"})
 _VALIDATION = "validation_"
 # Told beside the stage's name: the parts hardly change from step to step.
 _MEMORY = "memory/"
-# Metrics that end in a name of the recipe's.
-_PARTS = {"ppo/score/": "score part", "ppo/ensemble_spread/": "ensemble part"}
 # What a row of charts is filled up with where a stage has few.
 _ROW, _FILLING = 3, ("learning rate", "gradient norm before clipping")
-# What tells the rollouts of one iteration from those of another, and all that is measured once an iteration.
-_ROLLOUTS = ("ppo/score", "ppo/kl", "ppo/entropy", "ppo/length", "time/rollout")
-_EACH_ITERATION = frozenset((
-    "ppo/score", "ppo/reward", "ppo/kl", "ppo/positive_kl", "ppo/kl_coef", "ppo/entropy", "ppo/length", "ppo/ended",
-    "ppo/mismatch", "ppo/score_spread", "ppo/advantage", "ppo/advantage_spread", "ppo/repetition", "ppo/explained_variance",
-    "ppo/gold", "ppo/gold_se", "ppo/gold_score", "ppo/gold_score_se", "ppo/gold_kl", "time/rollout_tokens_per_second",
-))  # fmt: skip
 Found = dict[str, list[tuple[float, float]]]
 
 
@@ -100,12 +48,14 @@ def training(run: Run) -> Markup:
 
 
 def _stage(stage: Stage) -> Markup:
-    found = read_series(stage.metrics)
-    found |= per_iteration(stage.metrics) if stage.kind == "ppo" else {}
-    charts = charts_of({name: points for name, points in found.items() if not name.startswith(_MEMORY)})
+    kind = KINDS.get(stage.kind)
+    iterations = kind.iterations if kind is not None else Iterations()
+    found = read_series(stage.metrics) | per_iteration(stage.metrics, iterations)
+    drawn = {name: points for name, points in found.items() if not name.startswith(_MEMORY)}
+    charts = charts_of(drawn, kind.charts if kind is not None else (), iterations.parts)
     shown = [chart for chart in charts if chart.open]
     shown += [chart for chart in charts if not chart.open and chart.title in _FILLING][: max(0, _ROW - len(shown))]
-    behind = [_figure(stage, chart, found) for chart in charts if chart not in shown]
+    behind = [_figure(stage, chart, found, iterations) for chart in charts if chart not in shown]
     manifest = stage.manifest or {}
     parts = [(name, name.removeprefix(_MEMORY)) for name in found if name.startswith(_MEMORY)]
     work = [f"{manifest['steps']:,} steps"] if "steps" in manifest else []
@@ -116,7 +66,7 @@ def _stage(stage: Stage) -> Markup:
     )
     more = details(f"{len(behind)} more curves of {stage.name}", el("div.plots", *behind)) if behind else ""
     head = el("h3", stage.name, " ", el("span.kind", stage.kind), el("span.small", " · ".join(work)))
-    return el("div.stage", head, el("div.plots", *(_figure(stage, chart, found) for chart in shown)), more)
+    return el("div.stage", head, el("div.plots", *(_figure(stage, chart, found, iterations) for chart in shown)), more)
 
 
 def read_series(rows: Sequence[Mapping[str, object]]) -> Found:
@@ -130,51 +80,55 @@ def read_series(rows: Sequence[Mapping[str, object]]) -> Found:
     return found
 
 
-def per_iteration(rows: Sequence[Mapping[str, object]]) -> Found:
-    """Of a ppo stage what is one figure an iteration, though its rows are steps: values by metric, as (iteration, value).
-
-    A new iteration begins where the figures of its rollouts change.
-    """
+def per_iteration(rows: Sequence[Mapping[str, object]], iterations: Iterations) -> Found:
+    """What is measured once an iteration, though rows are steps: values by metric, as (iteration, value)."""
     found: Found = {}
     iteration, before = 0, None
     for row in rows:
-        rollouts = [row.get(name) for name in _ROLLOUTS]
-        iteration += rollouts != before
-        before = rollouts
+        marks = [row.get(name) for name in iterations.marks]
+        iteration += marks != before
+        before = marks
         for name, value in row.items():
-            if (name in _EACH_ITERATION or name.startswith(tuple(_PARTS))) and isinstance(value, int | float):
+            if _is_once(name, iterations) and isinstance(value, int | float):
                 points = found.setdefault(name, [])
                 if not points or points[-1][0] != iteration:
                     points.append((float(iteration), float(value)))
     return found
 
 
-def charts_of(found: Found) -> list[_Chart]:
-    """Every chart that these metrics make, with their full names; each metric once."""
+def _is_once(name: str, iterations: Iterations) -> bool:
+    return name in iterations.once or name.startswith(tuple(iterations.parts))
+
+
+def charts_of(found: Found, of_kind: Sequence[Chart] = (), parts: Mapping[str, str] = {}) -> list[Chart]:
+    """Every chart that these metrics make, with their full names; each metric once. Those of the stage's kind come first.
+
+    Metrics that begin with a key of `parts` share the chart that its value names.
+    """
     left = dict.fromkeys(found)
     charts = []
-    for chart in _CHARTS:
-        names = [name for name in left if name in chart.names or _plain(name) in chart.names]
+    for chart in (*of_kind, *_CHARTS):
+        names = [name for name in left if name in chart.names or _plain(name, parts) in chart.names]
         if names:
-            charts.append(chart._replace(names=_ordered(names, chart.names)))
+            charts.append(chart._replace(names=_ordered(names, chart.names, parts)))
             for name in names:
                 del left[name]
     while left:
         first = next(iter(left))
         names = [name for name in left if _without_validation(name) == _without_validation(first)]
         is_open = first.split("/")[0] not in _GENERAL
-        charts.append(_Chart(_without_validation(first).split("/")[-1].replace("_", " "), tuple(names), is_open))
+        charts.append(Chart(_without_validation(first).split("/")[-1].replace("_", " "), tuple(names), is_open))
         for name in names:
             del left[name]
     return charts
 
 
-def _ordered(names: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
-    return tuple(sorted(names, key=lambda name: wanted.index(name if name in wanted else _plain(name))))
+def _ordered(names: Sequence[str], wanted: Sequence[str], parts: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(sorted(names, key=lambda name: wanted.index(name if name in wanted else _plain(name, parts))))
 
 
-def _plain(name: str) -> str:
-    for start, plain in _PARTS.items():
+def _plain(name: str, parts: Mapping[str, str]) -> str:
+    for start, plain in parts.items():
         if name.startswith(start):
             return plain
     return name.split("/")[-1].removeprefix(_VALIDATION)
@@ -184,24 +138,30 @@ def _without_validation(name: str) -> str:
     return name.replace(f"/{_VALIDATION}", "/")
 
 
-def _figure(stage: Stage, chart: _Chart, found: Found) -> Markup:
+def _figure(stage: Stage, chart: Chart, found: Found, iterations: Iterations) -> Markup:
     series = []
     for number, name in enumerate(chart.names, 1):
         held_out = name.split("/")[-1].startswith(_VALIDATION)
         xs, ys = zip(*found[name])
         series.append(
-            plots.Series(_label(name, held_out), 2 if held_out else number if number < 2 else number + 1, xs, ys, held_out)
+            plots.Series(
+                _label(name, held_out, iterations.parts),
+                2 if held_out else number if number < 2 else number + 1,
+                xs,
+                ys,
+                held_out,
+            )
         )
     last = [f"{s.label if len(series) > 1 else 'last'} {formatting.plain(float(s.ys[-1]))}" for s in series]
     legend = [el("span.key", el(f"i.c{s.colour % plots.COLOURS}"), text) for s, text in zip(series, last)]
-    each = stage.kind == "ppo" and all(n in _EACH_ITERATION or n.startswith(tuple(_PARTS)) for n in chart.names)
+    each = all(_is_once(name, iterations) for name in chart.names)
     drawing = plots.curves(series, f"{stage.name}, {chart.title}", over="iteration" if each else "step")
     return el("figure", el("figcaption", el("strong", chart.title), el("span.legend", *legend)), drawing)
 
 
-def _label(name: str, held_out: bool) -> str:
+def _label(name: str, held_out: bool, parts: Mapping[str, str]) -> str:
     short = name.split("/")[-1]
-    if _plain(name) in _PARTS.values():
+    if _plain(name, parts) in parts.values():
         return short
     for word in ("chosen", "rejected"):
         if short.startswith(f"{word}_"):

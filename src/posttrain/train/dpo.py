@@ -23,7 +23,7 @@ from posttrain.losses.output import LossOutput
 from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import MICRO_TOKENS, DeviceBatch, batch_logprobs, pack_pairs, sum_by_row
 from posttrain.progress import Progress
-from posttrain.settings import DpoStage
+from posttrain.stages.dpo import DpoStage
 from posttrain.train.checkpoint import CHECKPOINTS, Checkpoint, Owner, load_newest, save_checkpoint
 from posttrain.train.loop import MicroBatch, TrainTask
 from posttrain.train.schedule import run_order

@@ -30,7 +30,8 @@ from posttrain.generate.engine import SamplingSettings, generate
 from posttrain.losses.kl import k1
 from posttrain.models.batches import MICRO_TOKENS, DeviceBatch, pack_trees, sum_by_row
 from posttrain.progress import Progress
-from posttrain.settings import PpoStage, reward_parts
+from posttrain.stages.ppo import PpoStage, gold_that_pays
+from posttrain.stages.reward_parts import reward_parts
 from posttrain.train.rewards import Judge, Texts
 from posttrain.train.stage import StageContext
 
@@ -49,16 +50,6 @@ def open_gold(context: StageContext, stage: PpoStage, prompts: Sequence[PromptRo
     judge = Judge(reward_parts(stage.gold), context.policies, where=score.where, stop=context.stop, sources=context.sources)
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(context.recipe.seed)).tolist()
     return GoldMeasure(context, stage, [prompts[i] for i in sorted(order[: stage.gold_prompts])], score, judge)
-
-
-def gold_that_pays(stage: PpoStage) -> tuple[str, ...]:
-    """A warning where gold, or a part of it, is what the policy is paid by as well."""
-    paid, gold = (
-        {name for part in reward_parts(written) for name in (*part.models, part.function) if name}
-        for written in (stage.reward, stage.gold)
-    )
-    both = ", ".join(sorted(paid & gold))
-    return (f"gold pays as well: {both}; it cannot show what is wrong with the score, so give another one",) if both else ()
 
 
 class GoldMeasure:

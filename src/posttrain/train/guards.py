@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from posttrain.errors import NonFiniteError, TrainingError
-from posttrain.settings import PpoStage
+from posttrain.stages.ppo import PpoStage
 from posttrain.train.rollouts import Sampled
 
 # Rows that an error names.

@@ -25,7 +25,7 @@ from posttrain.generate.batch import room_for
 from posttrain.generate.engine import ROWS
 from posttrain.kernels.cpu.linear import packs
 from posttrain.models.base_model import BaseModel
-from posttrain.settings import PpoStage
+from posttrain.stages.ppo import PpoStage
 from posttrain.train.roles import Roles
 
 MIB = 2**20

@@ -26,7 +26,8 @@ from posttrain.losses.kl import k3
 from posttrain.losses.output import LossOutput
 from posttrain.losses.ppo import PolicyTokens, ValueTokens, policy_loss, value_loss
 from posttrain.models.batches import DeviceBatch, pack_trees
-from posttrain.settings import PpoStage, reward_parts
+from posttrain.stages.ppo import PpoStage
+from posttrain.stages.reward_parts import reward_parts
 from posttrain.train.gold import open_gold
 from posttrain.train.guards import why_ended
 from posttrain.train.loop import MicroBatch, TrainTask

@@ -26,7 +26,8 @@ from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import MICRO_TOKENS, DeviceBatch, pack_rows, pack_trees, row_scores
 from posttrain.models.heads import new_head
 from posttrain.models.lora import LoraAdapter
-from posttrain.settings import RewardStage, SftStage
+from posttrain.stages.reward import RewardStage
+from posttrain.stages.sft import SftStage
 from posttrain.train.loop import MicroBatch, TrainTask
 from posttrain.train.stage import StageContext, StageResult, TrainedPolicy, fit_stage, seed_of, start_adapter, start_policy
 

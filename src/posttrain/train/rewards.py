@@ -20,7 +20,7 @@ from torch import Tensor
 from posttrain.errors import Interrupted
 from posttrain.models.adapter_files import Policies
 from posttrain.models.batches import DeviceBatch, row_scores
-from posttrain.settings import RewardPart, part_name
+from posttrain.stages.reward_parts import RewardPart, part_name
 from posttrain.train.functions import FunctionWorker, Stop
 
 

@@ -22,7 +22,7 @@ from posttrain.losses.kl import adapted
 from posttrain.models.batches import MICRO_TOKENS, DeviceBatch, pack_trees
 from posttrain.progress import Progress
 from posttrain.records import Rollout
-from posttrain.settings import PpoStage
+from posttrain.stages.ppo import PpoStage
 from posttrain.train.checkpoint import CHECKPOINTS, Checkpoint, load_newest, load_step, oldest_step, save_checkpoint
 from posttrain.train.guards import check_figures, check_sampled, check_sampler
 from posttrain.train.memory import cache, packed

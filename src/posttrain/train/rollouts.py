@@ -15,7 +15,7 @@ from torch import Tensor
 
 from posttrain.losses import gae as estimators
 from posttrain.losses.kl import k1, k3
-from posttrain.settings import PpoStage
+from posttrain.stages.ppo import PpoStage
 
 
 class Rollouts(NamedTuple):

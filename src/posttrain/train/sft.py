@@ -11,7 +11,7 @@ from posttrain.losses.output import LossOutput
 from posttrain.losses.sft import sft_loss
 from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import MICRO_TOKENS, batch_logprobs, pack_rows
-from posttrain.settings import SftStage
+from posttrain.stages.sft import SftStage
 from posttrain.train.loop import MicroBatch, TrainTask
 from posttrain.train.stage import StageContext, StageResult, TrainedPolicy, fit_stage, start_policy
 

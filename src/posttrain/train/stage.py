@@ -14,7 +14,9 @@ from posttrain.models.lora import LoraAdapter, LoraSettings
 from posttrain.models.recompute import recomputed
 from posttrain.models.untrained_tokens import token_ids
 from posttrain.progress import Tracker
-from posttrain.settings import PpoStage, Recipe, Stage
+from posttrain.recipe import Recipe
+from posttrain.stages.ppo import PpoStage
+from posttrain.stages.shared_settings import OptimisedSettings, TrainingSettings
 from posttrain.train.checkpoint import Owner
 from posttrain.train.loop import FitResult, TrainTask, fit
 from posttrain.train.schedule import LoopSettings
@@ -46,6 +48,12 @@ class StageResult(NamedTuple):
     data_report: dict[str, Any]
     warnings: tuple[str, ...] = ()
 
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What the manifest says of the training: steps, tokens, seconds, the last metrics."""
+        fit = self.fit
+        return {"steps": fit.steps, "tokens": fit.tokens, "train_seconds": round(fit.seconds, 1), "metrics": fit.metrics}
+
 
 class TrainedPolicy(NamedTuple):
     """The policy in training: the name to route to, its parameters, and how it is written."""
@@ -61,12 +69,12 @@ def lora_settings(recipe: Recipe) -> LoraSettings:
     return LoraSettings(adapter.rank, adapter.alpha, adapter.dropout, adapter.targets, adapter.scaling)
 
 
-def seed_of(stage: Stage, recipe: Recipe) -> int:
+def seed_of(stage: OptimisedSettings, recipe: Recipe) -> int:
     """The stage's own seed, so that several make an ensemble or repetitions; else the recipe's, which also reads the data."""
     return recipe.seed if stage.seed is None else stage.seed
 
 
-def start_policy(context: StageContext, stage: Stage) -> TrainedPolicy:
+def start_policy(context: StageContext, stage: OptimisedSettings) -> TrainedPolicy:
     """The init policy as something to train: a fresh adapter, a copy of one, or the whole model in place."""
     base = context.base
     if context.recipe.adapter.kind == "full":
@@ -90,7 +98,7 @@ def start_adapter(context: StageContext, init: str, name: str, *, seed: int) -> 
 
 
 def fit_stage(
-    context: StageContext, stage: Stage, policy: TrainedPolicy, task: TrainTask, report: dict[str, Any],
+    context: StageContext, stage: OptimisedSettings, policy: TrainedPolicy, task: TrainTask, report: dict[str, Any],
     check: Callable[[dict[str, float]], tuple[str, ...]] | None = None,
 ) -> StageResult:  # fmt: skip
     """Train, then write the policy into the stage's folder. `check` may turn the final metrics into warnings.
@@ -120,14 +128,14 @@ def fit_stage(
     return StageResult(result, report, (*report["warnings"], *warnings, *_without_validation(stage, task)))
 
 
-def _without_validation(stage: Stage, task: TrainTask) -> tuple[str, ...]:
+def _without_validation(stage: OptimisedSettings, task: TrainTask) -> tuple[str, ...]:
     """Settings that a stage without held-out rows cannot follow."""
-    if task.validate is not None or isinstance(stage, PpoStage) or not (stage.patience or stage.keep == "best"):
+    if task.validate is not None or not isinstance(stage, TrainingSettings) or not (stage.patience or stage.keep == "best"):
         return ()
     return ('no row is held out for validation, so keep = "best" and patience did nothing; raise validation',)
 
 
-def loop_settings(stage: Stage, seed: int) -> LoopSettings:
+def loop_settings(stage: OptimisedSettings, seed: int) -> LoopSettings:
     """The loop's settings from a stage's. The rows of a ppo stage are its steps, each seen once."""
     if isinstance(stage, PpoStage):
         return LoopSettings(
@@ -135,6 +143,7 @@ def loop_settings(stage: Stage, seed: int) -> LoopSettings:
             weight_decay=stage.weight_decay, clip=stage.clip, keep="best" if stage.gold else "last", patience=0,
             validate_every=0, checkpoint_every=stage.checkpoint_every, checkpoint_minutes=stage.checkpoint_minutes, seed=seed,
         )  # fmt: skip
+    assert isinstance(stage, TrainingSettings)
     return LoopSettings(
         epochs=stage.epochs, batch=stage.batch, learning_rate=stage.learning_rate, schedule=stage.schedule,
         warmup=stage.warmup, weight_decay=stage.weight_decay, clip=stage.clip, keep=stage.keep, patience=stage.patience,

@@ -12,7 +12,8 @@ from torch import nn
 
 from posttrain.errors import AdapterError
 from posttrain.models.heads import ScoreHead, zero_head
-from posttrain.settings import PpoStage, reward_parts
+from posttrain.stages.ppo import PpoStage
+from posttrain.stages.reward_parts import reward_parts
 from posttrain.train.stage import StageContext, seed_of, start_adapter
 
 

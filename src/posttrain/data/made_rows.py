@@ -1,0 +1,27 @@
+"""Rows that a stage makes: rows.jsonl in its folder, which later stages name as `stage:NAME`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain.artifacts import write_json, write_jsonl
+from posttrain.data.sources import hashes_in, refuse_changed
+from posttrain.errors import DataError
+from posttrain.stages import ROWS_FILE
+from posttrain.stages.kind import Result
+
+
+def write_made_rows(
+    folder: Path, rows: Sequence[Mapping[str, Any]], report: dict[str, Any], *, planned: Mapping[str, str], where: str
+) -> Result:
+    """Write the rows into a stage's folder, with the report of the data that they were made from.
+
+    `planned` has the hashes of the data when the run was planned. Raises DataError where there is no row, or the data
+    was changed.
+    """
+    refuse_changed(hashes_in(report), planned)
+    if not rows:
+        raise DataError(where, "no row was made", do="give other data, or change the stage's settings")
+    write_jsonl(folder / ROWS_FILE, [dict(row) for row in rows])
+    write_json(folder / "data_report.json", report)
+    return Result({"items": len(rows)}, tuple(report["warnings"]))

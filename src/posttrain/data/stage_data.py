@@ -1,0 +1,49 @@
+"""The data of each kind of stage, rendered as it will be trained on: what `stages/` names as `prepare`."""
+
+from typing import Any
+
+from posttrain.data.chat import ChatFormat
+from posttrain.data.formats import read_demonstrations, read_preferences
+from posttrain.data.prepare import PreparedPairs, PreparedRows, prepare_demonstrations, prepare_pairs
+from posttrain.data.prompts import PreparedPrompts, check_room, prepare_prompts
+from posttrain.data.ptx import prepare_ptx, with_ptx
+from posttrain.stages.kind import Preparation
+from posttrain.stages.ppo import PpoStage
+from posttrain.stages.shared_settings import TrainingSettings
+
+
+def sft_rows(stage: TrainingSettings, chat: ChatFormat, how: Preparation) -> PreparedRows:
+    """Demonstrations. Raises DataError as the stage would."""
+    return prepare_demonstrations(read_demonstrations(stage.data, seed=how.seed), chat, **_limits(stage, how))
+
+
+def preference_rows(stage: TrainingSettings, chat: ChatFormat, how: Preparation) -> PreparedPairs:
+    """Preference pairs. Raises DataError as the stage would."""
+    return prepare_pairs(read_preferences(stage.data, seed=how.seed), chat, **_limits(stage, how))
+
+
+def preference_rows_with_margins(stage: TrainingSettings, chat: ChatFormat, how: Preparation) -> PreparedPairs:
+    """Preference pairs with their margins and probabilities. Raises DataError as the stage would."""
+    return prepare_pairs(read_preferences(stage.data, seed=how.seed, margins=True), chat, **_limits(stage, how))
+
+
+def ppo_prompts(stage: PpoStage, chat: ChatFormat, how: Preparation) -> PreparedPrompts:
+    """Prompts with room for their completions, and the report of the rows that are mixed in. Raises DataError as the stage
+    would."""
+    prompts = prepare_prompts(
+        stage.data, chat, seed=how.seed, max_prompt_tokens=stage.max_prompt_tokens,
+        evaluation_prompts=how.evaluation_prompts, validation=stage.validation if stage.gold else 0.0,
+    )  # fmt: skip
+    everything = [*prompts.train, *prompts.validation]
+    check_room(everything, max_new_tokens=stage.max_new_tokens, context=how.context, where=f'stage "{stage.name}"')
+    if not stage.ptx_data:
+        return prompts
+    mix = prepare_ptx(stage, chat, seed=how.seed, evaluation_prompts=how.evaluation_prompts, context=how.context).report
+    return prompts._replace(report=with_ptx(prompts.report, mix))
+
+
+def _limits(stage: TrainingSettings, how: Preparation) -> dict[str, Any]:
+    return {
+        "max_tokens": stage.max_tokens, "validation": stage.validation, "evaluation_prompts": how.evaluation_prompts,
+        "allow_dropped": stage.allow_dropped if how.allow_dropped is None else how.allow_dropped, "context": how.context,
+    }  # fmt: skip

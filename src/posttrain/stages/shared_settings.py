@@ -1,0 +1,63 @@
+"""Settings that several kinds of stage share."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from posttrain.settings import Data, Name, Settings
+
+
+class StageSettings(Settings):
+    """What every stage has."""
+
+    kind: str
+    """Stage kind."""
+    name: Name
+    """Name of the stage, its folder and its policy."""
+    init: Name | Literal["base"] = "base"
+    """The policy that training starts from: `base` or an earlier stage."""
+    data: Data
+    """A data file, or a list of files or `{path, weight}` to mix."""
+
+
+class OptimisedSettings(StageSettings):
+    """What every stage that trains has."""
+
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
+    """Peak learning rate. LoRA wants about ten times the rate of full fine-tuning."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up (cosine and linear end at a tenth of the peak)."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the steps in which the learning rate rises from zero."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay."""
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest norm of the whole gradient; 0 turns clipping off."""
+    checkpoint_every: Annotated[int, Field(ge=0)] = 0
+    """Optimiser steps between checkpoints; 0 leaves it to `checkpoint_minutes`."""
+    checkpoint_minutes: Annotated[float, Field(gt=0)] = 2.0
+    """Minutes between checkpoints."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """Seed of a new adapter or head, of dropout, of the order of the data and of samples; none takes the recipe's. Members of
+    an ensemble, and repetitions of a stage, differ in it."""
+
+
+class TrainingSettings(OptimisedSettings):
+    """What every stage has that trains on fixed rows."""
+
+    epochs: Annotated[float, Field(gt=0, le=1e9)] = 1.0
+    """Passes over the data; fractions are allowed."""
+    batch: Annotated[int, Field(ge=1)] = 16
+    """Rows (conversations or pairs) of one optimiser step."""
+    max_tokens: Annotated[int, Field(ge=8)] = 1024
+    """Longest row in tokens; longer rows are cut (SFT) or dropped (pairs), counted and shown."""
+    validation: Annotated[float, Field(ge=0, lt=0.5)] = 0.05
+    """Share of the prompts (by a hash of the first user turn) that is kept for the validation loss."""
+    keep: Literal["best", "last"] = "last"
+    """Which weights are published: of the lowest validation loss, or of the last step."""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Stop after so many validations without a new best; 0 never stops early."""
+    validate_every: Annotated[int, Field(ge=0)] = 0
+    """Optimiser steps between validations; 0 validates at the end only (with patience: four times an epoch)."""
+    allow_dropped: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of the rows that may be dropped (too long, empty, duplicate sides) before it is an error."""
