@@ -39,8 +39,8 @@ from posttrain.locks import HeldFolder, run_lock
 from posttrain.plan import EVALUATIONS, WORKING_ON, Plan, Step, make_plan, parts_of, unfinished
 from posttrain.recipe import nearest
 from posttrain.settings import Recipe, Stage
+from posttrain.stop import StopSignal
 from posttrain.terminal import say
-from posttrain.train.stop import StopSignal
 from posttrain.waiting_threads import sleep_while_waiting
 
 if TYPE_CHECKING:

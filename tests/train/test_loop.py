@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from posttrain.errors import Interrupted, NonFiniteError
 from posttrain.losses.dpo import PairLogprobs, dpo_loss
 from posttrain.losses.output import LossOutput
+from posttrain.stop import StopSignal
 from posttrain.train.checkpoint import load_newest
 from posttrain.train.loop import FitResult, MicroBatch, TrainTask, fit
 from posttrain.train.schedule import LoopSettings
-from posttrain.train.stop import StopSignal
 
 
 def settings(**changes: Any) -> LoopSettings:

@@ -21,10 +21,10 @@ from posttrain.plan import make_plan
 from posttrain.progress import Tracker
 from posttrain.recipe import parse_recipe
 from posttrain.settings import Recipe
+from posttrain.stop import StopSignal
 from posttrain.train.ppo import train_ppo
 from posttrain.train.reward import train_reward
 from posttrain.train.stage import StageContext, StageResult
-from posttrain.train.stop import StopSignal
 from posttrain.train.value import value_source
 
 SMALL: dict[str, Any] = {

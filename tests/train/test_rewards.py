@@ -17,10 +17,10 @@ from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import pack_trees
 from posttrain.recipe import parse_recipe
 from posttrain.settings import PpoStage, RewardPart
+from posttrain.stop import StopSignal
 from posttrain.train.ppo import train_ppo
-from posttrain.train.rewards import Judge, Texts, combine
+from posttrain.train.rewards import CompletionTexts, RewardScorer, combine
 from posttrain.train.stage import StageContext
-from posttrain.train.stop import StopSignal
 
 
 @pytest.fixture(autouse=True)
@@ -48,12 +48,12 @@ def test_parts_are_weighted_and_added(base: BaseModel, tmp_path: Path) -> None:
         RewardPart(models=("rm1", "rm2"), combine="min", weight=2.0), RewardPart(function="planted_rewards:short", weight=-0.5),
         RewardPart(models=("rm3",)),
     ]  # fmt: skip
-    judge = Judge(parts, Policies(base, tmp_path), where="here", stop=StopSignal())
+    judge = RewardScorer(parts, Policies(base, tmp_path), where="here", stop=StopSignal())
     ids = [5, 6, 7], [[8, 9], [10, 11, 12]]
     with torch.no_grad():
         model_MB = judge.model_scores([pack_trees([ids], base.device)])
     try:
-        found = judge.judge(model_MB, Texts(["p", "p"], ["ab", "abc"]), when="now")
+        found = judge.judge(model_MB, CompletionTexts(["p", "p"], ["ab", "abc"]), when="now")
     finally:
         judge.close()
     worst_B = torch.minimum(model_MB[0], model_MB[1])

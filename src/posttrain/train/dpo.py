@@ -17,18 +17,18 @@ from torch import Tensor
 from posttrain.data.formats import read_preferences
 from posttrain.data.packing import split_by_tokens
 from posttrain.data.prepare import PairRow, prepare_pairs
-from posttrain.errors import Interrupted, TrainingError
+from posttrain.errors import TrainingError
 from posttrain.losses.dpo import PairLogprobs, dpo_loss, log_ratio_divergence
 from posttrain.losses.output import LossOutput
 from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import MICRO_TOKENS, DeviceBatch, batch_logprobs, pack_pairs, sum_by_row
 from posttrain.progress import Progress
 from posttrain.settings import DpoStage
+from posttrain.stop import StopSignal
 from posttrain.train.checkpoint import CHECKPOINTS, Checkpoint, Owner, load_newest, save_checkpoint
 from posttrain.train.loop import MicroBatch, TrainTask
 from posttrain.train.schedule import run_order
 from posttrain.train.stage import StageContext, StageResult, TrainedPolicy, fit_stage, loop_settings, seed_of, start_policy
-from posttrain.train.stop import StopSignal
 
 # Nats a token by which a policy at its reference may differ from it: the two are packed into other batches.
 START_DIVERGENCE = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
@@ -152,8 +152,7 @@ def reference_logprobs(
         parts = torch.split(batch_logprobs(base, batch, policy).cpu(), lengths)
         found |= {p.id: part.clone() for p, part in zip(chosen, parts, strict=True)}
         progress.update(len(chosen), tokens=batch.tokens)
-        if stop.asked:
-            raise Interrupted("stopped while computing the reference; run the same command to go on")
+        stop.check("computing the reference")
     save_checkpoint(kept, 0, Checkpoint(found, {"policy": policy}), owner=owner)
     return found
 

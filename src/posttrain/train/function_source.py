@@ -1,6 +1,6 @@
 """The source of a reward function: which files it is made of, their hash, and an import of the very bytes that were hashed.
 
-Where it stands: `plan.py` puts the hash into the fingerprint of a stage, `reward_worker.py` imports by `import_kept`. A
+Where it stands: `plan.py` puts the hash into the fingerprint of a stage, `reward_worker.py` imports by `import_source`. A
 function is made of its module, the packages around it, and what these import from the folder beside them, by statements that
 can be read without running anything. Of an installed package only the module itself counts: its version does not change by
 itself. Left out: modules that are imported by a computed name, and data files that a function reads.
@@ -24,7 +24,7 @@ from posttrain.artifacts import fingerprint
 _INSTALLED = {"site-packages", "dist-packages", Path(sysconfig.get_path("stdlib")).name}
 
 
-class Source(NamedTuple):
+class FunctionSource(NamedTuple):
     """Files of a function by the name of their module, each with the bytes that were read."""
 
     files: dict[str, tuple[Path, bytes]]
@@ -35,13 +35,13 @@ class Source(NamedTuple):
         return next(iter(hashes.values()), "") if len(hashes) < 2 else fingerprint(hashes)
 
 
-def read_source(reference: str) -> Source:
+def read_source(reference: str) -> FunctionSource:
     """The files of the function `package.module:function`, none where there is no such module. Nothing of them is run."""
     module = reference.partition(":")[0]
     origins = _origins(module, [os.getcwd(), *sys.path])
     files: dict[str, tuple[Path, bytes]] = {}
     if module not in origins:
-        return Source(files)
+        return FunctionSource(files)
     own = origins[module]
     depth = module.count(".") + (own.name == "__init__.py")
     root = own.parents[depth]
@@ -57,7 +57,7 @@ def read_source(reference: str) -> Source:
             package = name if path.name == "__init__.py" else name.rpartition(".")[0]
             for imported in _imports(files[name][1], package):
                 pending |= {k: v for k, v in _origins(imported, [str(root)]).items() if k not in files}
-    return Source(dict(sorted(files.items())))
+    return FunctionSource(dict(sorted(files.items())))
 
 
 def source_hash(reference: str) -> str:
@@ -97,7 +97,7 @@ def _imports(source: bytes, package: str) -> Iterator[str]:
                 yield from (f"{start}.{alias.name}" for alias in node.names)
 
 
-class _KeptLoader(SourceFileLoader):
+class _SourceLoader(SourceFileLoader):
     """Compiles the bytes that were kept. Compiled files on disk are left alone: they may be of another text."""
 
     def __init__(self, name: str, path: str, data: bytes) -> None:
@@ -111,21 +111,21 @@ class _KeptLoader(SourceFileLoader):
         return self._data
 
 
-class _KeptFinder:
+class _SourceFinder:
     """Finds the modules of a source, before any other finder does."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: FunctionSource) -> None:
         self._files = source.files
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         spec = PathFinder.find_spec(name, path, target) if name in self._files else None
         if spec is None or spec.origin is None or Path(spec.origin).resolve() != self._files[name][0].resolve():
             return None
-        spec.loader = _KeptLoader(name, spec.origin, self._files[name][1])
+        spec.loader = _SourceLoader(name, spec.origin, self._files[name][1])
         return spec
 
 
-def import_kept(reference: str, source: Source) -> ModuleType:
+def import_source(reference: str, source: FunctionSource) -> ModuleType:
     """Import the module of a reference; now and later, what is in `source` is imported from the bytes in it."""
-    sys.meta_path.insert(0, _KeptFinder(source))
+    sys.meta_path.insert(0, _SourceFinder(source))
     return importlib.import_module(reference.partition(":")[0])

@@ -19,9 +19,10 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from posttrain.errors import Interrupted, RecipeError, TrainingError
+from posttrain.stop import StopSignal
 
 WORKER = "posttrain.train.reward_worker"
 # Seconds between looks at whether the run was asked to stop.
@@ -35,26 +36,16 @@ MESSAGE_BYTES, NUMBER_BYTES = 1 << 14, 40
 FOREIGN = "wrote something else into the pipe that its answers go through"
 
 
-class Stop(Protocol):
-    """Whoever may ask a long call to end."""
-
-    asked: bool
-
-
-class _NeverAsked:
-    asked = False
-
-
 class FunctionWorker:
     """A reward function in its process. Usable until `close`."""
 
     def __init__(
-        self, reference: str, *, timeout: float, where: str, stop: Stop | None = None, planned: str | None = None
+        self, reference: str, *, timeout: float, where: str, stop: StopSignal | None = None, planned: str | None = None
     ) -> None:
         """Start it and import the function. Raises RecipeError where that fails, takes longer than `timeout` seconds, or where
         the source that was imported has another hash than the one that was `planned`.
         """
-        self.reference, self.timeout, self.stop = reference, timeout, stop or _NeverAsked()
+        self.reference, self.timeout, self.stop = reference, timeout, stop or StopSignal()
         self._process = subprocess.Popen(
             [sys.executable, "-m", WORKER, reference], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
             start_new_session=True,

@@ -23,7 +23,7 @@ from torch import Tensor
 from posttrain.artifacts import read_jsonl, write_jsonl
 from posttrain.data.packing import split_by_tokens
 from posttrain.data.prompts import PromptRow
-from posttrain.errors import DataError, Interrupted, TrainingError
+from posttrain.errors import DataError, TrainingError
 from posttrain.evaluate.gain import GOLD, PUBLISHED
 from posttrain.evaluate.overoptimisation import Fallen, overoptimised, table
 from posttrain.generate.engine import SamplingSettings, generate
@@ -31,7 +31,7 @@ from posttrain.losses.kl import k1
 from posttrain.models.batches import MICRO_TOKENS, DeviceBatch, pack_trees, sum_by_row
 from posttrain.progress import Progress
 from posttrain.settings import PpoStage, reward_parts
-from posttrain.train.rewards import Judge, Texts
+from posttrain.train.rewards import CompletionTexts, RewardScorer
 from posttrain.train.stage import StageContext
 
 # Added to the seed of the evaluations that choose, for the answers that are reported.
@@ -39,14 +39,16 @@ FRESH = 500_000_003
 Logprobs = Callable[[DeviceBatch, str], Tensor]
 
 
-def open_gold(context: StageContext, stage: PpoStage, prompts: Sequence[PromptRow], score: Judge) -> "GoldMeasure":
+def open_gold(context: StageContext, stage: PpoStage, prompts: Sequence[PromptRow], score: RewardScorer) -> "GoldMeasure":
     """Gold of a stage. Raises DataError where fewer than two prompts are held out."""
     if len(prompts) < 2:
         raise DataError(
             f'stage "{stage.name}"', f"{len(prompts)} prompts held out for gold", allowed="at least 2",
             do="raise validation, or give more prompts",
         )  # fmt: skip
-    judge = Judge(reward_parts(stage.gold), context.policies, where=score.where, stop=context.stop, sources=context.sources)
+    judge = RewardScorer(
+        reward_parts(stage.gold), context.policies, where=score.where, stop=context.stop, sources=context.sources
+    )
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(context.recipe.seed)).tolist()
     return GoldMeasure(context, stage, [prompts[i] for i in sorted(order[: stage.gold_prompts])], score, judge)
 
@@ -65,7 +67,7 @@ class GoldMeasure:
     """The held-out prompts, and who judges the answers to them."""
 
     def __init__(
-        self, context: StageContext, stage: PpoStage, prompts: Sequence[PromptRow], score: Judge, judge: Judge
+        self, context: StageContext, stage: PpoStage, prompts: Sequence[PromptRow], score: RewardScorer, judge: RewardScorer
     ) -> None:
         self.base, self.policies, self.stage, self.stop = context.base, context.policies, stage, context.stop
         self.prompts, self.score, self.judge = prompts, score, judge
@@ -106,7 +108,7 @@ class GoldMeasure:
         own = [logprobs(batch, policy) for batch in batches]
         with self.policies.instead(stage.init) as init:
             kl = [sum_by_row(k1(own_N, logprobs(b, init)), b).cpu() for own_N, b in zip(own, batches, strict=True)]
-        texts = Texts([p.text for p in self.prompts], [a.text for a in answers])
+        texts = CompletionTexts([p.text for p in self.prompts], [a.text for a in answers])
         found = {
             "kl": torch.cat(kl), "score": self.score.judge(self.score.model_scores(batches), texts, when=when).score_B,
             "gold": self.judge.judge(self.judge.model_scores(batches), texts, when=when).score_B,
@@ -119,8 +121,7 @@ class GoldMeasure:
     def _advance(self, progress: Progress) -> Callable[[int, int], None]:
         def advance(rows: int, tokens: int) -> None:
             progress.update(rows, tokens=tokens)
-            if self.stop.asked:
-                raise Interrupted("stopped while measuring gold; run the same command to go on")
+            self.stop.check("measuring gold")
 
         return advance
 

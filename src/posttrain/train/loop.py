@@ -19,9 +19,9 @@ from posttrain.artifacts import write_json
 from posttrain.errors import Interrupted, NonFiniteError, TrainingError
 from posttrain.losses.output import LossOutput
 from posttrain.progress import Metrics, Progress, Tracker
+from posttrain.stop import StopSignal
 from posttrain.train.checkpoint import CHECKPOINTS, Checkpoint, Owner, load_newest, save_checkpoint, step_name
 from posttrain.train.schedule import LoopSettings, epochs_seen, learning_rate, step_rows, total_steps, validation_interval
-from posttrain.train.stop import StopSignal
 
 ADAM_EPSILON = 1e-8
 NONFINITE = "nonfinite.json"

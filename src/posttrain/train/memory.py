@@ -31,7 +31,7 @@ from posttrain.train.roles import Roles
 MIB = 2**20
 
 
-def held(roles: Roles, stage: PpoStage, trained: Iterable[nn.Parameter]) -> dict[str, float]:
+def fixed_memory(roles: Roles, stage: PpoStage, trained: Iterable[nn.Parameter]) -> dict[str, float]:
     """What is there from the first step to the last, by the names of the metrics."""
     base = roles.base
     names = {roles.policy, roles.reference, stage.init, *roles.judge.models}
@@ -44,20 +44,20 @@ def held(roles: Roles, stage: PpoStage, trained: Iterable[nn.Parameter]) -> dict
     }  # fmt: skip
 
 
-def cache(base: BaseModel, prompts: Sequence[Sequence[int]], stage: PpoStage) -> float:
+def cache_memory(base: BaseModel, prompts: Sequence[Sequence[int]], stage: PpoStage) -> float:
     """Room for the completions of these prompts that are sampled at once: as many as the engine takes, the largest."""
     kind = base.device.type
     rooms = [room_for(len(ids) + stage.max_new_tokens - 1, kind) for ids in prompts for _ in range(stage.completions)]
     return sum(sorted(rooms)[-ROWS[kind] :]) * base.cache_bytes / MIB
 
 
-def packed(base: BaseModel) -> float:
+def packed_memory(base: BaseModel) -> float:
     """The weights that the engine holds a second time while it samples (`kernels/cpu/linear.py`)."""
     weights = (base.head_VD, *(layer.weight for layer in base.model.modules() if isinstance(layer, nn.Linear)))
     return _mib(weight for weight in weights if packs(weight.shape[1], base.dtype, base.device))
 
 
-class Kept:
+class ActivationCounter:
     """The largest sum of bytes that one of the forwards inside of `counted` kept for its backward."""
 
     def __init__(self, base: BaseModel) -> None:

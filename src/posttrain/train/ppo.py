@@ -30,9 +30,9 @@ from posttrain.settings import PpoStage, reward_parts
 from posttrain.train.gold import open_gold
 from posttrain.train.guards import why_ended
 from posttrain.train.loop import MicroBatch, TrainTask
-from posttrain.train.memory import Kept, held
+from posttrain.train.memory import ActivationCounter, fixed_memory
 from posttrain.train.ptx import PtxBatch, ptx_batches, ptx_loss
-from posttrain.train.rewards import Judge
+from posttrain.train.rewards import RewardScorer
 from posttrain.train.roles import Roles
 from posttrain.train.rollout_store import Iterations
 from posttrain.train.rollouts import Rollouts
@@ -70,7 +70,7 @@ def train_ppo(context: StageContext, stage: PpoStage) -> StageResult:
         report, ptx = with_ptx(report, found.report), found.train
     reference = stage.init if stage.reference == "init" else stage.reference
     context.policies.activate(reference)  # one that cannot be read is told before anything is sampled
-    judge = Judge(reward_parts(stage.reward), context.policies, where=where, stop=context.stop, sources=context.sources)
+    judge = RewardScorer(reward_parts(stage.reward), context.policies, where=where, stop=context.stop, sources=context.sources)
     gold = open_gold(context, stage, prepared.validation, judge) if stage.gold else None
     policy = start_policy(context, stage)
     if policy.routing != "base":
@@ -103,14 +103,14 @@ class _Update:
     def __init__(self, stage: PpoStage, roles: Roles, iterations: Iterations, ptx: Sequence[TrainRow], seed: int) -> None:
         self.stage, self.roles, self.iterations, self.ptx, self.seed = stage, roles, iterations, ptx, seed
         self.base, self.policy, self.gold, self.steps = roles.base, roles.policy, roles.gold, iterations.steps
-        self.begun, self.tokens, self.kept = 0.0, 0, Kept(roles.base)  # of the step in hand
+        self.begun, self.tokens, self.kept = 0.0, 0, ActivationCounter(roles.base)  # of the step in hand
         self.memory: dict[str, float] = {}
 
     def task(self, parameters: dict[str, nn.Parameter]) -> TrainTask:
         """PPO as the loop sees it; a row is an optimiser step."""
         steps, faster = self.stage.iterations * self.steps, self.stage.value_learning_rate / self.stage.learning_rate
         value = self.roles.value.parameters if self.roles.value else {}
-        self.memory = held(self.roles, self.stage, parameters.values())
+        self.memory = fixed_memory(self.roles, self.stage, parameters.values())
         task = TrainTask(
             steps, parameters, self.batches_at, self._loss, self._summarise, None, "ppo/score", by_step=True,
             next_step=self.next_step if self.stage.max_update_kl else None, rates=dict.fromkeys(value, faster),
@@ -167,7 +167,7 @@ class _Update:
         if self.roles.value is not None and not self.roles.shared:
             micros += [MicroBatch(m.payload._replace(own_value=True), 0, m.row_ids) for m in micros]
         micros += ptx_batches(self.base, self.ptx, step, size=self.stage.minibatch, seed=self.seed)
-        self.begun, self.tokens, self.kept = time.monotonic(), sum(m.tokens for m in micros), Kept(self.base)
+        self.begun, self.tokens, self.kept = time.monotonic(), sum(m.tokens for m in micros), ActivationCounter(self.base)
         return micros
 
     def _measure(self, iteration: int) -> dict[str, float]:

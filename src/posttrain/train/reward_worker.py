@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 from posttrain.streams import keep_writing
-from posttrain.train.function_source import import_kept, read_source
+from posttrain.train.function_source import import_source, read_source
 from posttrain.train.functions import PIPES_GONE
 from posttrain.train.reward_guard import start_guarded
 
@@ -87,7 +87,7 @@ def main(reference: str) -> None:
     keep_writing()
     try:
         source = read_source(reference)
-        function = load(reference, import_kept(reference, source))
+        function = load(reference, import_source(reference, source))
     except BaseException as error:  # noqa: BLE001 - what somebody's import raises is not ours to know
         pipes.say({"error": _import_words(reference, error), "index": None})
         return

@@ -5,8 +5,8 @@
 
 (Coste et al. 2024: worst case and uncertainty-weighted optimisation; var is that of the members, divided by M.)
 
-Where it stands: the ppo stage asks a `Judge` for the scores of an iteration's rollouts, `gold.py` asks two of them for those
-of held-out answers. Models are adapters on the one base, so their scores come batch by batch; functions get all at once.
+The ppo stage scores an iteration's rollouts with a `RewardScorer`; `gold.py` scores the answers to held-out prompts with two.
+Models are adapters on the one base, so their scores come batch by batch. A function gets all completions at once.
 
 M: models, B: completions.
 """
@@ -17,21 +17,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from posttrain.errors import Interrupted
 from posttrain.models.adapter_files import Policies
 from posttrain.models.batches import DeviceBatch, row_scores
 from posttrain.settings import RewardPart, part_name
-from posttrain.train.functions import FunctionWorker, Stop
+from posttrain.stop import StopSignal
+from posttrain.train.functions import FunctionWorker
 
 
-class Texts(NamedTuple):
+class CompletionTexts(NamedTuple):
     """Prompts and completions as a function gets them, one of each a row [B]."""
 
     prompts: list[str]
     completions: list[str]
 
 
-class Judged(NamedTuple):
+class RewardScores(NamedTuple):
     """Scores [B], the mean of each part by its name, and of each ensemble how far its members disagree."""
 
     score_B: Tensor
@@ -44,11 +44,11 @@ class Judged(NamedTuple):
         return shown | {f"ppo/ensemble_spread/{name}": value for name, value in self.spread.items()}
 
 
-class Judge:
+class RewardScorer:
     """The parts of a reward, ready to score. Its functions live in processes, from the first score to `close`."""
 
     def __init__(
-        self, parts: Sequence[RewardPart], policies: Policies, *, where: str, stop: Stop, sources: Mapping[str, str] = {}
+        self, parts: Sequence[RewardPart], policies: Policies, *, where: str, stop: StopSignal, sources: Mapping[str, str] = {}
     ) -> None:
         """`sources` has the planned hash of each function's source. Raises AdapterError where a reward model was trained on
         another base.
@@ -70,11 +70,10 @@ class Judge:
         return torch.stack(found) if found else torch.empty(0, sum(batch.rows for batch in batches))
 
     def _scores(self, batch: DeviceBatch, adapter: str) -> Tensor:
-        if self.stop.asked:
-            raise Interrupted("stopped while scoring; run the same command to go on")
+        self.stop.check("scoring")
         return row_scores(self.policies.base, batch, adapter).cpu()
 
-    def judge(self, model_MB: Tensor, texts: Texts, *, when: str) -> Judged:
+    def judge(self, model_MB: Tensor, texts: CompletionTexts, *, when: str) -> RewardScores:
         """The score of every completion. Raises TrainingError naming `when` where a function fails."""
         total_B = torch.zeros(len(texts.completions))
         parts, spread = {}, {}
@@ -91,7 +90,7 @@ class Judge:
                     spread[name] = float(member_MB.std(0, correction=0).mean())
             parts[name] = float(score_B.mean())
             total_B += part.weight * score_B
-        return Judged(total_B, parts, spread)
+        return RewardScores(total_B, parts, spread)
 
     def _worker(self, part: RewardPart) -> FunctionWorker:
         if part.function not in self._workers:

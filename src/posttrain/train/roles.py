@@ -12,7 +12,7 @@ from torch import Tensor
 from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import DeviceBatch
 from posttrain.train.gold import GoldMeasure
-from posttrain.train.rewards import Judge
+from posttrain.train.rewards import RewardScorer
 from posttrain.train.value import ValueFunction
 
 
@@ -23,7 +23,7 @@ class Roles(NamedTuple):
     temperature: float
     policy: str
     reference: str
-    judge: Judge
+    judge: RewardScorer
     value: ValueFunction | None
     gold: GoldMeasure | None
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from posttrain.artifacts import read_jsonl, write_jsonl
 from posttrain.data.packing import split_by_tokens
 from posttrain.data.prompts import PromptRow
-from posttrain.errors import Interrupted, TrainingError
+from posttrain.errors import TrainingError
 from posttrain.generate.engine import SamplingSettings, generate
 from posttrain.losses.kl import adapted
 from posttrain.models.batches import MICRO_TOKENS, DeviceBatch, pack_trees
@@ -25,8 +25,8 @@ from posttrain.records import Rollout
 from posttrain.settings import PpoStage
 from posttrain.train.checkpoint import CHECKPOINTS, Checkpoint, load_newest, load_step, oldest_step, save_checkpoint
 from posttrain.train.guards import check_figures, check_sampled, check_sampler
-from posttrain.train.memory import cache, packed
-from posttrain.train.rewards import Judged, Texts
+from posttrain.train.memory import cache_memory, packed_memory
+from posttrain.train.rewards import CompletionTexts, RewardScores
 from posttrain.train.roles import Roles
 from posttrain.train.rollouts import Rollouts, Sampled, from_tensors, judge_rollouts, to_tensors
 from posttrain.train.stage import StageContext, seed_of
@@ -69,7 +69,7 @@ class Iterations:
         check_sampler(rollouts.stats["ppo/mismatch"], self.stage)
         seconds = time.monotonic() - started
         speed = {"time/rollout": seconds, "time/rollout_tokens_per_second": len(rollouts.old_N) / seconds}
-        room = {"memory/cache": cache(self.base, sampled.prompts, self.stage), "memory/packed": packed(self.base)}
+        room = {"memory/cache": cache_memory(self.base, sampled.prompts, self.stage), "memory/packed": packed_memory(self.base)}
         rollouts = rollouts._replace(stats={**rollouts.stats, **judged.metrics(), **room, **speed})
         # As far back as the oldest checkpoint goes, and the iteration before it, whose KL moves the coefficient.
         oldest = oldest_step(self.folder / CHECKPOINTS) // self.steps
@@ -119,7 +119,7 @@ class Iterations:
         kl, target = before.stats["ppo/kl"], stage.target_kl
         return adapted(before.stats["ppo/kl_coef"], kl=kl, target=target, completions=completions, horizon=stage.kl_horizon)
 
-    def _sample(self, iteration: int) -> tuple[Sampled, list[Rollout], Judged]:
+    def _sample(self, iteration: int) -> tuple[Sampled, list[Rollout], RewardScores]:
         stage, base = self.stage, self.base
         chosen = self.asked(iteration)
         settings = SamplingSettings(stage.max_new_tokens, stage.temperature, 1.0, self.seed * 1009 + iteration)
@@ -131,7 +131,7 @@ class Iterations:
             for k in range(0, len(answers), stage.completions)
         ]
         old_N, reference_N, value_N, model_MB = self._judged(prompts, completions)
-        texts = Texts([row.text for row in chosen for _ in range(stage.completions)], [a.text for a in answers])
+        texts = CompletionTexts([row.text for row in chosen for _ in range(stage.completions)], [a.text for a in answers])
         judged = self.roles.judge.judge(model_MB, texts, when=f"iteration {iteration + 1}")
         sampler_N = torch.tensor([p for a in answers for p in a.logprobs])
         ended_B = torch.tensor([a.ended for a in answers])
@@ -162,16 +162,14 @@ class Iterations:
     def _unless_stopped(self, batches: Sequence[DeviceBatch]) -> Iterator[DeviceBatch]:
         for batch in batches:
             yield batch
-            if self.stop.asked:
-                raise Interrupted("stopped while sampling; run the same command to go on")
+            self.stop.check("sampling")
 
     def _watch(self, total: int, iteration: int) -> Callable[[int, int], None]:
         progress = Progress(f"{self.stage.name} rollouts {iteration + 1}", total)
 
         def advance(rows: int, tokens: int) -> None:
             progress.update(rows, tokens=tokens)
-            if self.stop.asked:
-                raise Interrupted("stopped while sampling; run the same command to go on")
+            self.stop.check("sampling")
 
         return advance
 

@@ -15,10 +15,10 @@ from posttrain.models.recompute import recomputed
 from posttrain.models.untrained_tokens import token_ids
 from posttrain.progress import Tracker
 from posttrain.settings import PpoStage, Recipe, Stage
+from posttrain.stop import StopSignal
 from posttrain.train.checkpoint import Owner
 from posttrain.train.loop import FitResult, TrainTask, fit
 from posttrain.train.schedule import LoopSettings
-from posttrain.train.stop import StopSignal
 
 
 class StageContext(NamedTuple):
