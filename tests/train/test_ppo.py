@@ -212,7 +212,7 @@ def test_rollouts_that_are_gone_are_told(base: BaseModel, tmp_path: Path) -> Non
 
 def test_a_sampler_that_is_not_the_trainer_is_told(base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sampler whose probabilities are a fifth off: the trainer's own differ by more than a tenth for every token."""
-    import posttrain.train.rollout_store as module
+    import posttrain.train.sampling as module
 
     real = module.generate
 
