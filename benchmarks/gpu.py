@@ -75,10 +75,10 @@ def run(name: str, steps: int, folder: Path, *, recompute: bool) -> dict[str, An
     from posttrain.data.prepare import TrainRow
     from posttrain.models.base_model import load_base
     from posttrain.models.recompute import recomputed
+    from posttrain.stop import StopSignal
     from posttrain.train.loop import fit
     from posttrain.train.schedule import LoopSettings
     from posttrain.train.sft import sft_task
-    from posttrain.train.stop import StopSignal
 
     race = RACES[name]
     make_model(race["shape"], folder / "model")

@@ -23,13 +23,13 @@ def train(race: str, folder: Path, dtype: str) -> dict[str, Any]:
     from posttrain.models.adapter_files import load_adapter
     from posttrain.models.base_model import load_base
     from posttrain.stages.dpo import DpoStage
+    from posttrain.stop import StopSignal
     from posttrain.train.dpo import dpo_task, reference_logprobs
     from posttrain.train.loop import fit
     from posttrain.train.reward import reward_task
     from posttrain.train.schedule import LoopSettings, step_rows
     from posttrain.train.sft import sft_task
     from posttrain.train.stage import TrainedPolicy
-    from posttrain.train.stop import StopSignal
 
     work = json.loads((folder / "workload.json").read_text())
     base = load_base(MODEL, dtype=dtype)

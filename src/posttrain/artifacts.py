@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Collection, Iterable, Iterator
@@ -84,6 +85,12 @@ _DISK_REASONS = {
 def is_disk_error(error: OSError) -> bool:
     """Whether the file system refused, rather than this package asking for what cannot be."""
     return error.errno in _DISK_REASONS
+
+
+def os_error_in(message: str) -> OSError | None:
+    """The OSError that a library in Rust, such as safetensors, reports only in its message ("… os error 28 …"), if any."""
+    number = re.search(r"os error (\d+)", message)
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
 
 
 def disk_error(path: Path, error: OSError) -> ArtifactError:

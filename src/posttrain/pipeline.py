@@ -40,8 +40,8 @@ from posttrain.plan import EVALUATIONS, WORKING_ON, Plan, Step, make_plan, unfin
 from posttrain.recipe import Recipe
 from posttrain.stages import KINDS, ROWS_FILE, Stage, row_stages
 from posttrain.stages.kind import Outcome, Preparation, load_function
+from posttrain.stop import StopSignal
 from posttrain.terminal import say
-from posttrain.train.stop import StopSignal
 from posttrain.waiting_threads import sleep_while_waiting
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from posttrain.evaluate.run import answer_samples, evaluate_policy, write_scores
 from posttrain.evaluate.scorecard import StageScores, build_scorecard, load_scores
 from posttrain.evaluate.suites import load_suites, sample_prompts
 from posttrain.models.base_model import BaseModel, load_base
+from posttrain.stop import StopSignal
 
 TASKS = load_suites(("starter",), limit=2)
 QUESTIONS = [
@@ -115,11 +116,10 @@ def test_a_damaged_scores_file_is_named(tmp_path: Path):
 
 
 def test_a_stop_ends_the_evaluation(base: BaseModel):
-    class Asked:
-        asked = True
-
+    stop = StopSignal()
+    stop.asked = True
     with pytest.raises(Interrupted, match="while evaluating"):
-        evaluate_policy(base, "base", "base", TASKS, max_new_tokens=4, seed=0, label="evaluate base", stop=Asked())
+        evaluate_policy(base, "base", "base", TASKS, max_new_tokens=4, seed=0, label="evaluate base", stop=stop)
 
 
 def test_samples_answer_each_prompt_in_order(base: BaseModel):

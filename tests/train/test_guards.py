@@ -14,7 +14,7 @@ from posttrain.models.base_model import BaseModel
 from posttrain.stages.ppo import PpoStage
 from posttrain.train.checkpoint import load_newest, save_checkpoint
 from posttrain.train.guards import check_sampled, why_ended
-from posttrain.train.rollouts import Sampled
+from posttrain.train.rollouts import ScoredSamples
 
 FAST: dict[str, Any] = {"iterations": 9, "learning_rate": 2e-2}
 
@@ -89,7 +89,7 @@ def test_guards_that_are_turned_off_end_nothing() -> None:
 def test_a_number_that_is_none_names_its_prompt(what: str, place: int, told: str, number: float) -> None:
     """Completions of 2, 2 and 2 tokens."""
     flat, whole = torch.zeros(6), torch.zeros(3)
-    sampled = Sampled([[1], [1], [1]], [[[3, 4]], [[3, 4]], [[3, 4]]], whole, whole, flat, flat, flat, flat)
+    sampled = ScoredSamples([[1], [1], [1]], [[[3, 4]], [[3, 4]], [[3, 4]]], whole, whole, flat, flat, flat, flat)
     check_sampled(sampled, ("a", "b", "c"), where="x")
     bad = getattr(sampled, what).clone()
     bad[place] = number

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from posttrain.errors import Interrupted, NonFiniteError
 from posttrain.losses.dpo import PairLogprobs, dpo_loss
 from posttrain.losses.output import LossOutput
+from posttrain.stop import StopSignal
 from posttrain.train.checkpoint import load_newest
-from posttrain.train.loop import FitResult, MicroBatch, TrainTask, fit
+from posttrain.train.loop import MicroBatch, TrainTask, fit
 from posttrain.train.schedule import LoopSettings
-from posttrain.train.stop import StopSignal
+from posttrain.train.step import FitResult, TrainingSteps
 
 
 def settings(**changes: Any) -> LoopSettings:
@@ -74,8 +75,16 @@ def test_parameters_with_a_rate_of_their_own_are_clipped_by_themselves(tmp_path:
     """Norms 5 and 50, each clipped to 1; Adam's first step is the rate times the sign, here 0.1 and five times that."""
     weight, value = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     slope = torch.tensor([3.0, 4.0])
-    toy = task(weight, lambda _: weight @ slope - 10 * (value @ slope), 1)
-    run(toy._replace(parameters={"weight": weight, "value": value}, rates={"value": 5.0}), settings(clip=1.0), tmp_path)
+    steps = TrainingSteps(
+        {"weight": weight, "value": value}, settings(clip=1.0), tmp_path, steps=1, label="toy", stop=StopSignal(),
+        rates={"value": 5.0},
+    )  # fmt: skip
+    with steps.resumed():
+        loss = weight @ slope - 10 * (value @ slope)
+        steps.backward(LossOutput(loss, {"sum": loss.detach()}), ("row-0",))
+        taken = steps.optimise(tokens=1)
+        steps.record(taken, {"toy/loss": taken.sums["sum"]})
+    assert steps.finished
     saved = load_newest(tmp_path / "checkpoints")
     assert saved is not None
     assert saved.tensors["adam/exp_avg/weight"].tolist() == pytest.approx([0.06, 0.08])
@@ -188,6 +197,19 @@ def test_a_validation_that_is_not_finite_publishes_nothing(tmp_path: Path):
     weight = nn.Parameter(torch.tensor([1.0]))
     with pytest.raises(NonFiniteError, match="validation after step 1 · toy/validation_loss is not finite"):
         run(task(weight, lambda _: weight.sum(), 4, scripted([math.inf])), settings(), tmp_path)
+
+
+def test_a_validation_that_fails_keeps_the_steps_before_it(tmp_path: Path):
+    """The same command repeats the validation and no step."""
+    weight = nn.Parameter(torch.tensor([1.0]))
+    with pytest.raises(NonFiniteError):
+        run(task(weight, lambda _: weight.sum(), 8, scripted([3.0, math.inf])), settings(validate_every=1), tmp_path)
+    assert [r["step"] for r in rows_of(tmp_path)] == [1]
+    again = nn.Parameter(torch.tensor([77.0]))
+    fitted = run(task(again, lambda _: 1 / (again.sum() * 0), 8, scripted([2.0])), settings(validate_every=1), tmp_path)
+    assert fitted.steps == 2
+    assert torch.equal(weight, again)
+    assert [r["toy/validation_loss"] for r in rows_of(tmp_path)] == [3.0, 2.0]
 
 
 def test_the_note_of_an_earlier_stop_does_not_stay(tmp_path: Path):

@@ -11,7 +11,7 @@ from posttrain.generate.engine import SamplingSettings, generate
 from posttrain.kernels.cpu import bindings
 from posttrain.kernels.cpu.linear import packs
 from posttrain.models.base_model import BaseModel, load_base
-from posttrain.train.memory import MIB, Kept, packed
+from posttrain.train.memory import MIB, ActivationCounter, packed_memory
 
 # Linear layers of the tiny model: 64 inputs and 64 or 32 outputs of attention, an MLP of 128; two layers of rank 4.
 INPUTS_OUTPUTS = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]
@@ -47,7 +47,7 @@ def test_activations_grow_with_what_is_computed_at_once(base: BaseModel, tmp_pat
 
 def test_what_a_forward_drops_again_is_not_counted(base: BaseModel) -> None:
     """Its memory is given to something else, and the count would depend on to what."""
-    kept = Kept(base)
+    kept = ActivationCounter(base)
     with kept.counted():
         y = torch.ones(1000, requires_grad=True).mul(2).square()
         for size in (3000, 2000):
@@ -85,6 +85,6 @@ def test_weights_that_the_engine_holds_twice(dtype: str, tiles: bool, own_cache:
     able = packs(64, base.dtype, base.device)  # tries it once
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", noted)
     generate(base, [[1, 50, 60], [1, 70]], SamplingSettings(4, 1.0, 1.0, 0), "base")
-    assert packed(base) * MIB == sum(weight.nbytes for weight in made)
+    assert packed_memory(base) * MIB == sum(weight.nbytes for weight in made)
     assert bool(made) == able
     assert able == (dtype == "bfloat16" and not tiles and torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -20,10 +20,10 @@ from posttrain.models.lora import LoraAdapter, LoraSettings
 from posttrain.plan import make_plan
 from posttrain.progress import Tracker
 from posttrain.recipe import Recipe, parse_recipe
+from posttrain.stop import StopSignal
 from posttrain.train.ppo import train_ppo
 from posttrain.train.reward import train_reward
 from posttrain.train.stage import StageContext, StageResult
-from posttrain.train.stop import StopSignal
 from posttrain.train.value import value_source
 
 SMALL: dict[str, Any] = {
@@ -211,7 +211,7 @@ def test_rollouts_that_are_gone_are_told(base: BaseModel, tmp_path: Path) -> Non
 
 def test_a_sampler_that_is_not_the_trainer_is_told(base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sampler whose probabilities are a fifth off: the trainer's own differ by more than a tenth for every token."""
-    import posttrain.train.rollout_store as module
+    import posttrain.train.sampling as module
 
     real = module.generate
 

@@ -16,7 +16,7 @@ from test_ppo import random_adapter, random_reward_model, run_ppo
 from tiny_stages import newest, rows_of, write_rows
 from torch import Tensor
 
-import posttrain.train.rollout_store as stage_module
+import posttrain.train.sampling as stage_module
 from posttrain.errors import Interrupted
 from posttrain.models.base_model import BaseModel
 from posttrain.records import Rollout

@@ -20,7 +20,7 @@ from posttrain.models.batches import batch_logprobs, pack_rows
 from posttrain.models.recompute import recomputed
 from posttrain.models.source import locate_base
 from posttrain.recipe import Recipe
-from posttrain.train.memory import MIB, Kept
+from posttrain.train.memory import MIB, ActivationCounter
 from posttrain.train.ppo import train_ppo
 from posttrain.train.reward import train_reward
 from posttrain.train.stage import StageContext
@@ -140,7 +140,7 @@ def test_what_is_kept_is_the_layers_inputs_and_what_lies_outside(deep: BaseModel
     """Counted by hand: hidden states of T tokens before each layer and behind the last, the rotations, one target's slope."""
     random_adapter(deep, "a").requires_grad_(True)
     batch = pack_rows([TrainRow("r", list(range(10, 138)), [False] * 127 + [True])], deep.device)
-    kept = Kept(deep)
+    kept = ActivationCounter(deep)
     with recomputed(deep), kept.counted():
         out = batch_logprobs(deep, batch, "a")
     tokens, rotations = len(batch.ids_T), 2 * WIDTH // 4

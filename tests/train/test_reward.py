@@ -15,10 +15,10 @@ from posttrain.evaluate.reward_model import score_pairs
 from posttrain.models.adapter_files import Policies
 from posttrain.models.base_model import BaseModel
 from posttrain.recipe import Recipe, parse_recipe
+from posttrain.stop import StopSignal
 from posttrain.train.reward import mean_score, train_reward
 from posttrain.train.sft import train_sft
 from posttrain.train.stage import StageContext
-from posttrain.train.stop import StopSignal
 
 
 def pairs_of(base: BaseModel, path: Path) -> list:

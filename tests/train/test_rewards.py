@@ -18,10 +18,10 @@ from posttrain.models.batches import pack_trees
 from posttrain.recipe import parse_recipe
 from posttrain.stages.ppo import PpoStage
 from posttrain.stages.reward_parts import RewardPart
+from posttrain.stop import StopSignal
 from posttrain.train.ppo import train_ppo
-from posttrain.train.rewards import Judge, Texts, combine
+from posttrain.train.rewards import CompletionTexts, RewardScorer, combine
 from posttrain.train.stage import StageContext
-from posttrain.train.stop import StopSignal
 
 
 @pytest.fixture(autouse=True)
@@ -49,14 +49,14 @@ def test_parts_are_weighted_and_added(base: BaseModel, tmp_path: Path) -> None:
         RewardPart(models=("rm1", "rm2"), combine="min", weight=2.0), RewardPart(function="planted_rewards:short", weight=-0.5),
         RewardPart(models=("rm3",)),
     ]  # fmt: skip
-    judge = Judge(parts, Policies(base, tmp_path), where="here", stop=StopSignal())
+    scorer = RewardScorer(parts, Policies(base, tmp_path), where="here", stop=StopSignal())
     ids = [5, 6, 7], [[8, 9], [10, 11, 12]]
     with torch.no_grad():
-        model_MB = judge.model_scores([pack_trees([ids], base.device)])
+        model_MB = scorer.model_scores([pack_trees([ids], base.device)])
     try:
-        found = judge.judge(model_MB, Texts(["p", "p"], ["ab", "abc"]), when="now")
+        found = scorer.score(model_MB, CompletionTexts(["p", "p"], ["ab", "abc"]), when="now")
     finally:
-        judge.close()
+        scorer.close()
     worst_B = torch.minimum(model_MB[0], model_MB[1])
     torch.testing.assert_close(found.score_B, 2 * worst_B + torch.tensor([1.0, 1.5]) + model_MB[2])
     assert found.metrics() == pytest.approx({

@@ -12,12 +12,12 @@ from torch import Tensor
 from posttrain.models.adapter_files import Policies, reload_base
 from posttrain.models.base_model import BaseModel
 from posttrain.recipe import parse_recipe
+from posttrain.stop import StopSignal
 from posttrain.train.checkpoint import Checkpoint, load_newest
 from posttrain.train.dpo import train_dpo
 from posttrain.train.reward import train_reward
 from posttrain.train.sft import train_sft
 from posttrain.train.stage import StageContext, StageResult
-from posttrain.train.stop import StopSignal
 
 WORDS = [
     "red",

@@ -21,7 +21,7 @@ from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import batch_logprobs, sum_by_row, to_device
 
 # Tokens computed at once.
-MICRO_TOKENS = {"cpu": 1024, "cuda": 16384}
+TEXT_MICRO_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
 class TextLogprob(NamedTuple):
@@ -78,7 +78,7 @@ def _ids(base: BaseModel, text: str) -> list[int]:
 
 @torch.no_grad()
 def _tree_logprobs(base: BaseModel, adapter: str, trees: Sequence[_Tree]) -> Iterator[list[TextLogprob]]:
-    for group in split_by_tokens([tree.tokens for tree in trees], MICRO_TOKENS[base.device.type]):
+    for group in split_by_tokens([tree.tokens for tree in trees], TEXT_MICRO_TOKENS[base.device.type]):
         chosen = [trees[index] for index in group]
         segments: list[Segment] = []
         rows = 0

@@ -15,12 +15,11 @@ import torch
 from posttrain.artifacts import write_json, write_jsonl
 from posttrain.data.packing import split_by_tokens
 from posttrain.data.rankings import RankedPrompt
-from posttrain.errors import Interrupted
 from posttrain.evaluate.pairs import ScoredPair, measure
-from posttrain.evaluate.run import Stop
 from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import MICRO_TOKENS, pack_trees, row_scores
 from posttrain.progress import Progress
+from posttrain.stop import StopSignal
 
 
 class Measured(NamedTuple):
@@ -31,7 +30,7 @@ class Measured(NamedTuple):
 
 
 def measure_reward_model(
-    base: BaseModel, adapter: str, prompts: Sequence[RankedPrompt], *, label: str, stop: Stop | None = None
+    base: BaseModel, adapter: str, prompts: Sequence[RankedPrompt], *, label: str, stop: StopSignal | None = None
 ) -> Measured:
     """Score the pairs of prompts and measure; without a pair there is nothing but their number."""
     pairs = score_pairs(base, adapter, prompts, label=label, stop=stop) if prompts else []
@@ -46,7 +45,7 @@ def write_measured(folder: Path, measured: Measured) -> None:
 
 @torch.no_grad()
 def score_pairs(
-    base: BaseModel, adapter: str, prompts: Sequence[RankedPrompt], *, label: str, stop: Stop | None = None
+    base: BaseModel, adapter: str, prompts: Sequence[RankedPrompt], *, label: str, stop: StopSignal | None = None
 ) -> list[ScoredPair]:
     """Scores of all pairs of prompts, in their order. Raises Interrupted when `stop` asks."""
     progress = Progress(label, len(prompts))
@@ -63,8 +62,8 @@ def score_pairs(
                 for p in prompt.pairs
             ]
         progress.update(len(chosen), tokens=batch.tokens)
-        if stop is not None and stop.asked:
-            raise Interrupted("stopped while measuring the reward model; run the same command to go on")
+        if stop is not None:
+            stop.check("measuring the reward model")
     return found
 
 

@@ -10,10 +10,9 @@ Left out: sampling several answers an item. Greedy answers of one policy to one 
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from posttrain.artifacts import write_jsonl
-from posttrain.errors import Interrupted
 from posttrain.evaluate import checks, refusal
 from posttrain.evaluate.logprobs import TextLogprob, choice_logprobs, text_logprobs
 from posttrain.evaluate.suites import Item, Task
@@ -21,30 +20,25 @@ from posttrain.generate.engine import SamplingSettings, generate
 from posttrain.models.base_model import BaseModel
 from posttrain.progress import Progress
 from posttrain.records import Message, Rollout, Score
-
-
-class Stop(Protocol):
-    """Somebody who may ask the evaluation to end."""
-
-    asked: bool
+from posttrain.stop import StopSignal
 
 
 class _Work:
     """Progress of one evaluation, and the place where it notices that it should stop."""
 
-    def __init__(self, label: str, items: int, stop: Stop | None) -> None:
+    def __init__(self, label: str, items: int, stop: StopSignal | None) -> None:
         self._progress, self._stop = Progress(label, items), stop
 
     def advance(self, items: int, tokens: int) -> None:
         """Say what is done. Raises Interrupted when asked to stop: an evaluation is short and starts again."""
         self._progress.update(items, tokens=tokens)
-        if self._stop is not None and self._stop.asked:
-            raise Interrupted("stopped while evaluating; run the same command to go on")
+        if self._stop is not None:
+            self._stop.check("evaluating")
 
 
 def evaluate_policy(
     base: BaseModel, adapter: str, policy: str, tasks: Sequence[Task], *, max_new_tokens: int, seed: int, label: str,
-    stop: Stop | None = None,
+    stop: StopSignal | None = None,
 ) -> list[Score]:  # fmt: skip
     """Scores of one policy, in the order of the tasks and their items.
 

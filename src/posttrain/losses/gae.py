@@ -1,4 +1,4 @@
-"""Advantages: how much better a sampled token, or a whole completion, was than expected.
+"""Advantages: how much better a sampled token, or a whole completion, is than expected.
 
     gae    delta_t = r_t + gamma V_{t+1} - V_t,   A_t = sum_k (gamma lambda)^k delta_{t+k},   return_t = A_t + V_t
            (Schulman et al. 2016, eq. 11 and 16); after the last real token V is 0

@@ -1,4 +1,4 @@
-"""How far a policy went from its reference, from samples of the policy (Schulman 2020), and what that costs in PPO's reward.
+"""KL between policy and reference, from samples of the policy (Schulman 2020), and its coefficient in PPO's reward.
 
     d = log pi - log ref                   of a sampled token
     k1 = d                                 unbiased for KL(pi || ref); what the reward subtracts
@@ -28,6 +28,6 @@ def k3(policy_N: Tensor, reference_N: Tensor) -> Tensor:
 
 
 def adapted(coefficient: float, *, kl: float, target: float, completions: int, horizon: int) -> float:
-    """The KL coefficient after an iteration of so many completions whose sequences went `kl` nats on average."""
+    """The KL coefficient after an iteration of so many completions with a mean KL of `kl` nats."""
     error = min(max(kl / target - 1, -LARGEST_ERROR), LARGEST_ERROR)
     return coefficient * (1 + error * completions / horizon)

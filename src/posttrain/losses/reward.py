@@ -1,11 +1,11 @@
-"""Reward modelling: a score for a completion, learned from which of two completions of one prompt was preferred.
+"""Reward modelling: a score for completions, learned from pairs of completions of a prompt of which one was preferred.
 
     p(a over b) = s(r_a - r_b - m)                          Bradley and Terry 1952; margin m: Touvron et al. 2023 eq. 2
-    L_pair = -q log p - (1 - q) log(1 - p)                  q: how sure the label is (1 for people's choices; Bai et al. 2022)
+    L_pair = -q log p - (1 - q) log(1 - p)                  q: probability of the label (1 for human choices; Bai et al. 2022)
     L = mean over prompts of the mean of L_pair over the prompt's pairs       Ouyang et al. 2022 eq. 1, K completions a prompt
         + c mean over prompts of the mean of (r_a + r_b)^2                    centring, Eisenstein et al. 2023
 
-All pairs of a prompt weigh together as much as one pair of another, so a ranking of nine completions does not drown the rest.
+All pairs of a prompt together have the weight of a single pair, so a ranking of nine completions does not dominate the loss.
 
 B: pairs.
 """
@@ -19,7 +19,7 @@ from posttrain.losses.output import LossOutput
 
 
 class ScoredPairs(NamedTuple):
-    """Scores of both completions of each pair, the margin asked for, how sure the label is, and the pair's share of its
+    """Scores of both completions of each pair, the required margin, the probability of the label, and the pair's share of its
     prompt (1 / pairs of that prompt), all [B]."""
 
     chosen_B: Tensor

@@ -2,8 +2,8 @@
 
     L = - (1 / N) sum_i log p(t_i),   N = targets of the whole optimiser step, over all its micro-batches
 
-The normaliser belongs to the step, not to the micro-batch: a mean of means would weight a token by how its batch was
-cut. TRL's SFTTrainer has the same normaliser (`num_items_in_batch`); its DFT weight is left out.
+The normaliser belongs to the step, not to the micro-batch: a mean of means would weight a token by the size of its
+micro-batch. TRL's SFTTrainer has the same normaliser (`num_items_in_batch`); its DFT weight is left out.
 
 N: targets.
 """

@@ -1,1 +1,1 @@
-"""Training stages over one optimiser loop."""
+"""The training stages, and the optimiser step that they share."""

@@ -1,8 +1,8 @@
-"""The dpo stage: preference pairs in, a policy out, held to a fixed reference.
+"""The dpo stage: preference pairs in, a policy out, trained against a fixed reference.
 
-Both completions of a pair hang below one prompt, which is computed once. The reference's log-probabilities are computed
-before the first step, when policy and reference are at rest, and kept beside the checkpoints: the reference cannot move,
-and full fine-tuning needs no second model. Where the policy starts at its reference, the two must agree before any step.
+Both completions of a pair share one prompt, which is computed once. The reference's log-probabilities are computed before the
+first step and stored beside the checkpoints, so full fine-tuning needs no second model. Where the policy starts at its
+reference, both must give the same log-probabilities before the first step.
 
 B: pairs, N: targets.
 """
@@ -17,20 +17,20 @@ from torch import Tensor
 from posttrain.data.formats import read_preferences
 from posttrain.data.packing import split_by_tokens
 from posttrain.data.prepare import PairRow, prepare_pairs
-from posttrain.errors import Interrupted, TrainingError
+from posttrain.errors import TrainingError
 from posttrain.losses.dpo import PairLogprobs, dpo_loss, log_ratio_divergence
 from posttrain.losses.output import LossOutput
 from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import MICRO_TOKENS, DeviceBatch, batch_logprobs, pack_pairs, sum_by_row
 from posttrain.progress import Progress
 from posttrain.stages.dpo import DpoStage
+from posttrain.stop import StopSignal
 from posttrain.train.checkpoint import CHECKPOINTS, Checkpoint, Owner, load_newest, save_checkpoint
 from posttrain.train.loop import MicroBatch, TrainTask
 from posttrain.train.schedule import run_order
 from posttrain.train.stage import StageContext, StageResult, TrainedPolicy, fit_stage, loop_settings, seed_of, start_policy
-from posttrain.train.stop import StopSignal
 
-# Nats a token by which a policy at its reference may differ from it: the two are packed into other batches.
+# Nats a token by which a policy at its reference may differ from it.
 START_DIVERGENCE = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
 # Nats by which the chosen completions may fall below the reference before the stage warns of displacement.
 DISPLACEMENT_NATS = 1.0
@@ -52,7 +52,7 @@ def train_dpo(context: StageContext, stage: DpoStage) -> StageResult:
         evaluation_prompts=context.evaluation_prompts, context=base.context,
     )  # fmt: skip
     name = stage.init if stage.reference == "init" else stage.reference
-    # Below one epoch the reference need not answer for pairs that no step sees.
+    # With less than one epoch the reference is not needed for pairs that no step sees.
     settings = loop_settings(stage, seed_of(stage, context.recipe))
     seen = {index for step in run_order(len(prepared.train), settings) for index in step}
     rows = [*(prepared.train[index] for index in sorted(seen)), *prepared.validation]
@@ -62,14 +62,14 @@ def train_dpo(context: StageContext, stage: DpoStage) -> StageResult:
     if name == stage.init:
         check_start(base, policy.routing, rows, reference, where=f'stage "{stage.name}"')
     task = dpo_task(base, policy, stage, prepared.train, prepared.validation, reference)
-    return fit_stage(context, stage, policy, task, prepared.report, check=_displacement)
+    return fit_stage(context, stage, policy, task, settings, prepared.report, check=_displacement)
 
 
 def dpo_task(
     base: BaseModel, policy: TrainedPolicy, stage: DpoStage, train: Sequence[PairRow], held_out: Sequence[PairRow],
     reference: dict[str, Tensor],
 ) -> TrainTask:  # fmt: skip
-    """DPO as the loop sees it."""
+    """What DPO learns from pairs."""
 
     def micro_batches(indices: Sequence[int]) -> list[MicroBatch]:
         return _micro_batches(base, [train[i] for i in indices], reference)
@@ -96,8 +96,8 @@ def dpo_task(
         for micro in _micro_batches(base, held_out, reference):
             for key, value in pair_loss(micro, len(held_out)).metrics.items():
                 sums[key] = sums.get(key, 0.0) + float(value)
-        found = summarise(sums)
-        return {f"dpo/validation_{k[4:]}": found[k] for k in ("dpo/loss", "dpo/accuracy", "dpo/margin")}
+        means = summarise(sums)
+        return {f"dpo/validation_{k[4:]}": means[k] for k in ("dpo/loss", "dpo/accuracy", "dpo/margin")}
 
     return TrainTask(
         len(train),
@@ -111,7 +111,7 @@ def dpo_task(
 
 
 def summarise(sums: dict[str, float]) -> dict[str, float]:
-    """Means of a step: the KL a token, everything else a pair."""
+    """Means of a step: of the KL over tokens, of everything else over pairs."""
     means = {k: v / sums["pairs"] for k, v in sums.items() if k.startswith("dpo/") and k != "dpo/kl"}
     return {**means, "dpo/kl": sums["dpo/kl"] / sums["tokens"]}
 
@@ -136,38 +136,37 @@ def reference_logprobs(
 ) -> dict[str, Tensor]:
     """The reference's log-probability of every target of every pair: id -> [chosen tokens, then rejected tokens].
 
-    Kept in the stage's folder, so that a resumed stage reads what it trained against.
+    Stored in the stage's folder, so that a resumed stage reads the numbers that it trained against.
     """
-    kept = folder / CHECKPOINTS / "reference"
-    kept.parent.mkdir(parents=owner is None, exist_ok=True)
-    saved = load_newest(kept, owner)
+    store = folder / CHECKPOINTS / "reference"
+    store.parent.mkdir(parents=owner is None, exist_ok=True)
+    saved = load_newest(store, owner)
     if saved is not None and saved.tensors.keys() >= {p.id for p in pairs}:
         return saved.tensors
-    found: dict[str, Tensor] = {}
+    logprobs: dict[str, Tensor] = {}
     progress = Progress("reference", len(pairs))
     for group in split_by_tokens([_length(p) for p in pairs], MICRO_TOKENS[base.device.type]):
         chosen = [pairs[i] for i in group]
         batch = pack_pairs(chosen, base.device)
         lengths = [len(p.chosen_ids) + len(p.rejected_ids) for p in chosen]
         parts = torch.split(batch_logprobs(base, batch, policy).cpu(), lengths)
-        found |= {p.id: part.clone() for p, part in zip(chosen, parts, strict=True)}
+        logprobs |= {p.id: part.clone() for p, part in zip(chosen, parts, strict=True)}
         progress.update(len(chosen), tokens=batch.tokens)
-        if stop.asked:
-            raise Interrupted("stopped while computing the reference; run the same command to go on")
-    save_checkpoint(kept, 0, Checkpoint(found, {"policy": policy}), owner=owner)
-    return found
+        stop.check("computing the reference")
+    save_checkpoint(store, 0, Checkpoint(logprobs, {"policy": policy}), owner=owner)
+    return logprobs
 
 
 @torch.no_grad()
 def check_start(
     base: BaseModel, policy: str, pairs: Sequence[PairRow], reference: dict[str, Tensor], *, where: str
 ) -> None:  # fmt: skip
-    """A policy that starts at its reference agrees with it on the first micro-batch. Raises TrainingError.
+    """Check that a policy that starts at its reference agrees with it on the first micro-batch. Raises TrainingError.
 
-    A resumed run is checked too, before its weights are restored: a reference that was computed in another precision or
-    on another device would bend every log-ratio from there on.
+    A resumed run is checked too, before its weights are restored: a reference that was computed in another precision or on
+    another device would make every later log-ratio wrong.
     """
-    # The very batch that the reference came from: in bfloat16 another packing would already differ.
+    # The batch that the reference was computed in: in bfloat16 another packing gives other numbers.
     first = split_by_tokens([_length(p) for p in pairs], MICRO_TOKENS[base.device.type])[0]
     batch, reference_N = _micro_batches(base, [pairs[i] for i in first], reference)[0].payload
     logprobs_N = batch_logprobs(base, batch, policy)

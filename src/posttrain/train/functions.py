@@ -1,12 +1,11 @@
-"""Reward functions of the user: found, started in a process of their own, called with a time limit, and told of by name.
+"""Reward functions of the user, each in a process of its own and called with a time limit.
 
     def reward(prompts: list[str], completions: list[str]) -> list[float]:     one finite number a completion
 
-Where it stands: `plan.py` hashes a function's source, `pipeline.py` checks that it can be imported before a weight is read,
-`rewards.py` calls it. A process of its own, because a function that hangs can then be ended, and one that crashes takes
-nothing with it. Calls are numbered, and an answer that is not this call's is refused. It is no sandbox: the function may do
-whatever the user may. A function is called with keyword arguments, the names that users of TRL know; further columns of the
-data are not passed.
+`plan.py` hashes a function's source, `pipeline.py` checks that it can be imported before a weight is read, `rewards.py` calls
+it. In a process of its own a function that hangs can be ended, and one that crashes does not end the run. Calls are numbered,
+and the answer to another call is refused. The process is no sandbox: the function may do whatever the user may. A function is
+called with the keyword arguments that TRL uses; further columns of the data are not passed.
 """
 
 import contextlib
@@ -19,79 +18,70 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from posttrain.errors import Interrupted, RecipeError, TrainingError
+from posttrain.stop import StopSignal
 
 WORKER = "posttrain.train.reward_worker"
-# Seconds between looks at whether the run was asked to stop.
-LOOK = 0.2
-# Seconds for the processes of a function to go; its guard kills them.
-PATIENCE = 10.0
+# Seconds between checks whether the run was asked to stop.
+POLL_INTERVAL = 0.2
+# Seconds that the processes of a function have to end; its guard kills them.
+CLOSE_TIMEOUT = 10.0
 # Exit code of a worker whose pipes were closed or replaced by the function.
 PIPES_GONE = 117
-# A message is no longer than this and so much a score.
+# The longest message: so many bytes, and so many a score.
 MESSAGE_BYTES, NUMBER_BYTES = 1 << 14, 40
 FOREIGN = "wrote something else into the pipe that its answers go through"
-
-
-class Stop(Protocol):
-    """Whoever may ask a long call to end."""
-
-    asked: bool
-
-
-class _NeverAsked:
-    asked = False
 
 
 class FunctionWorker:
     """A reward function in its process. Usable until `close`."""
 
     def __init__(
-        self, reference: str, *, timeout: float, where: str, stop: Stop | None = None, planned: str | None = None
+        self, reference: str, *, timeout: float, where: str, stop: StopSignal | None = None, planned: str | None = None
     ) -> None:
         """Start it and import the function. Raises RecipeError where that fails, takes longer than `timeout` seconds, or where
         the source that was imported has another hash than the one that was `planned`.
         """
-        self.reference, self.timeout, self.stop = reference, timeout, stop or _NeverAsked()
+        self.reference, self.timeout, self.stop = reference, timeout, stop or StopSignal()
         self._process = subprocess.Popen(
             [sys.executable, "-m", WORKER, reference], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
             start_new_session=True,
         )  # fmt: skip
         self._pending, self._calls = b"", 0
-        found = self._receive()
+        message = self._receive()
         do = "modules are looked for in the current folder, in PYTHONPATH and among the installed packages"
-        if "ready" in found and planned is not None and found.get("source") != planned:
-            found, do = {"error": "its source was edited after this run was planned"}, "run the same command again"
-        if "ready" not in found:
+        if "ready" in message and planned is not None and message.get("source") != planned:
+            message, do = {"error": "its source was edited after this run was planned"}, "run the same command again"
+        if "ready" not in message:
             self.close()
-            raise RecipeError(where, f'the reward function "{reference}": {found["error"]}', do=do)
+            raise RecipeError(where, f'the reward function "{reference}": {message["error"]}', do=do)
 
     def score(self, prompts: Sequence[str], completions: Sequence[str], *, where: str) -> list[float]:
-        """One score a completion. Raises TrainingError naming `where` and the first completion that went wrong."""
+        """One score a completion. Raises TrainingError naming `where` and the first completion that failed."""
         self._calls += 1
         request = json.dumps({"call": self._calls, "prompts": list(prompts), "completions": list(completions)})
         threading.Thread(target=self._send, args=(request.encode() + b"\n",), daemon=True).start()
-        found = self._receive(len(completions))
-        if "scores" in found:
-            return [float(score) for score in found["scores"]]
+        message = self._receive(len(completions))
+        if "scores" in message:
+            return [float(score) for score in message["scores"]]
         self.close()
-        index = found.get("index")
+        index = message.get("index")
         which = f", first at completion {index + 1} of {len(completions)}" if index is not None else ""
         raise TrainingError(
-            where, f'the reward function "{self.reference}" {found["error"]}{which}',
+            where, f'the reward function "{self.reference}" {message["error"]}{which}',
             allowed="one finite number a completion, in time", do="mend it and run the same command to go on",
         )  # fmt: skip
 
     def _send(self, request: bytes) -> None:
         assert self._process.stdin is not None
-        with contextlib.suppress(OSError, ValueError):  # the process has ended: `_receive` tells
+        with contextlib.suppress(OSError, ValueError):  # the process has ended: `_receive` reports it
             while request:
                 request = request[self._process.stdin.write(request) :]
 
     def _receive(self, count: int = 0) -> dict[str, Any]:
-        """The next message, checked, or what stands for it when none comes in time. `count`: completions of the call."""
+        """The next message, checked, or an error message where none comes in time. `count`: completions of the call."""
         assert self._process.stdout is not None
         descriptor, until = self._process.stdout.fileno(), time.monotonic() + self.timeout
         while b"\n" not in self._pending:
@@ -101,7 +91,7 @@ class FunctionWorker:
             left = until - time.monotonic()
             if left <= 0:
                 return {"error": f"took longer than timeout = {self.timeout:g} seconds"}
-            if select.select([descriptor], [], [], min(left, LOOK))[0]:
+            if select.select([descriptor], [], [], min(left, POLL_INTERVAL))[0]:
                 read = os.read(descriptor, 1 << 16)
                 if not read:
                     return {"error": self._ended()}
@@ -112,22 +102,22 @@ class FunctionWorker:
         return {"error": FOREIGN} if self._pending else self._checked(line, count)
 
     def _checked(self, line: bytes, count: int) -> dict[str, Any]:
-        """A message where it is one, and the answer to this call."""
+        """The message of a line, or an error message where it is none, or not the answer to this call."""
         try:
-            found = json.loads(line)
+            message = json.loads(line)
         except (ValueError, RecursionError):
             return {"error": FOREIGN}
-        if not isinstance(found, dict) or not found.keys() & {"ready", "scores", "error"}:
+        if not isinstance(message, dict) or not message.keys() & {"ready", "scores", "error"}:
             return {"error": FOREIGN}
-        called = (found.get("call", 0), found.get("count", 0))
-        if called != (self._calls, count) or ("scores" in found and len(found["scores"]) != count):
+        called = (message.get("call", 0), message.get("count", 0))
+        if called != (self._calls, count) or ("scores" in message and len(message["scores"]) != count):
             return {"error": f"answered call {called[0]!s:.20} of {called[1]!s:.20} completions instead of this one"}
-        return found
+        return message
 
     def _ended(self) -> str:
-        """What to say of a process that answers no more."""
+        """How the process ended, for the error."""
         try:
-            code = self._process.wait(timeout=LOOK)
+            code = self._process.wait(timeout=POLL_INTERVAL)
         except subprocess.TimeoutExpired:
             code = PIPES_GONE
         if code == PIPES_GONE:
@@ -136,12 +126,12 @@ class FunctionWorker:
         return f"ended its process ({how})"
 
     def close(self) -> None:
-        """End the process and whatever it started."""
+        """End the process and all processes that it started."""
         if self._process.poll() is None:
             self._process.terminate()
             self._process.send_signal(signal.SIGCONT)
             try:
-                self._process.wait(timeout=PATIENCE)
+                self._process.wait(timeout=CLOSE_TIMEOUT)
             except subprocess.TimeoutExpired:
                 self._process.kill()
         self._process.wait()
@@ -152,5 +142,5 @@ class FunctionWorker:
 
 
 def check_function(reference: str, *, timeout: float, where: str, planned: str | None = None) -> None:
-    """Import a function in a process of its own, and no more. Raises RecipeError, also where its source is not as planned."""
+    """Import a function in a process of its own without calling it. Raises RecipeError as `FunctionWorker` does."""
     FunctionWorker(reference, timeout=timeout, where=where, planned=planned).close()

@@ -1,13 +1,12 @@
-"""Gold: what the policy should be good at, measured on held-out prompts while it is trained on something else, the score.
+"""Gold: what the policy should be good at, measured on held-out prompts while it is trained on another score.
 
-Where it stands: the optimiser loop asks for it before the first step and after every `gold_every` iterations, as its
-validation: the weights of the highest gold are kept in the checkpoints and published. Each evaluation is a row of `gold.jsonl`,
-with the KL to the init policy, score and gold of every prompt. The rule of `evaluate/overoptimisation.py` reads these rows, so
-a resumed run stops where an undisturbed one would. All evaluations sample the same prompts with the same random numbers: they
-are compared pair by pair.
+It is the validation of the ppo stage: it is measured before the first step and after every `gold_every` iterations, and the
+weights of the highest gold are published. Each evaluation is a row of `gold.jsonl`, with the KL to the init policy, the score
+and the gold of every prompt. The rule of `evaluate/overoptimisation.py` reads these rows, so a resumed run stops where an
+uninterrupted one would. All evaluations sample the same prompts with the same random numbers and are compared pair by pair.
 
-The highest of several gold values is too high on average, since luck helped to choose it. So the start and the published policy
-answer the prompts once more, with other random numbers (`gold_published.jsonl`); what is reported comes from these answers.
+The highest of several gold values is too high on average. The start and the published policy therefore answer the prompts again
+with other random numbers (`gold_published.jsonl`), and the report uses these answers.
 
 N: tokens, B: prompts.
 """
@@ -23,7 +22,7 @@ from torch import Tensor
 from posttrain.artifacts import read_jsonl, write_jsonl
 from posttrain.data.packing import split_by_tokens
 from posttrain.data.prompts import PromptRow
-from posttrain.errors import DataError, Interrupted, TrainingError
+from posttrain.errors import DataError, TrainingError
 from posttrain.evaluate.gain import GOLD, PUBLISHED
 from posttrain.evaluate.overoptimisation import Fallen, overoptimised, table
 from posttrain.generate.engine import SamplingSettings, generate
@@ -32,45 +31,53 @@ from posttrain.models.batches import MICRO_TOKENS, DeviceBatch, pack_trees, sum_
 from posttrain.progress import Progress
 from posttrain.stages.ppo import PpoStage, gold_that_pays
 from posttrain.stages.reward_parts import reward_parts
-from posttrain.train.rewards import Judge, Texts
+from posttrain.train.rewards import CompletionTexts, RewardScorer
 from posttrain.train.stage import StageContext
 
-# Added to the seed of the evaluations that choose, for the answers that are reported.
+# Added to the seed of the evaluations that choose the weights, for the answers that are reported.
 FRESH = 500_000_003
 Logprobs = Callable[[DeviceBatch, str], Tensor]
 
 
-def open_gold(context: StageContext, stage: PpoStage, prompts: Sequence[PromptRow], score: Judge) -> "GoldMeasure":
+def open_gold(
+    context: StageContext, stage: PpoStage, prompts: Sequence[PromptRow], reward_scorer: RewardScorer
+) -> "GoldMeasure":
     """Gold of a stage. Raises DataError where fewer than two prompts are held out."""
     if len(prompts) < 2:
         raise DataError(
             f'stage "{stage.name}"', f"{len(prompts)} prompts held out for gold", allowed="at least 2",
             do="raise validation, or give more prompts",
         )  # fmt: skip
-    judge = Judge(reward_parts(stage.gold), context.policies, where=score.where, stop=context.stop, sources=context.sources)
+    gold_scorer = RewardScorer(
+        reward_parts(stage.gold), context.policies, where=reward_scorer.where, stop=context.stop, sources=context.sources
+    )
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(context.recipe.seed)).tolist()
-    return GoldMeasure(context, stage, [prompts[i] for i in sorted(order[: stage.gold_prompts])], score, judge)
+    return GoldMeasure(context, stage, [prompts[i] for i in sorted(order[: stage.gold_prompts])], reward_scorer, gold_scorer)
 
 
 class GoldMeasure:
-    """The held-out prompts, and who judges the answers to them."""
+    """The held-out prompts, and what scores the answers to them."""
 
     def __init__(
-        self, context: StageContext, stage: PpoStage, prompts: Sequence[PromptRow], score: Judge, judge: Judge
+        self,
+        context: StageContext,
+        stage: PpoStage,
+        prompts: Sequence[PromptRow],
+        reward_scorer: RewardScorer,
+        gold_scorer: RewardScorer,
     ) -> None:
         self.base, self.policies, self.stage, self.stop = context.base, context.policies, stage, context.stop
-        self.prompts, self.score, self.judge = prompts, score, judge
+        self.prompts, self.reward_scorer, self.gold_scorer = prompts, reward_scorer, gold_scorer
         self.path, self.seed = context.folder / GOLD, context.recipe.seed * 1009 + 1008
         self.due = sorted({*range(0, stage.iterations + 1, stage.gold_every), stage.iterations})
 
     def measure(self, policy: str, iteration: int, logprobs: Logprobs) -> dict[str, float]:
-        """Evaluate the policy as it is after so many iterations; later rows, from before a stop, go."""
+        """Evaluate the policy after so many iterations. Rows of this and later iterations, from before a stop, are replaced."""
         rows = [row for row in self._rows() if row["iteration"] < iteration]
         row = self._row(self.stage.name, policy, iteration, logprobs, seed=self.seed)
-        others = self.stage.gold_compare if iteration == 0 else ()
-        for name in others:
-            with self.policies.instead(name) as other:
-                rows.append(self._row(name, other, 0, logprobs, seed=self.seed))
+        for name in self.stage.gold_compare if iteration == 0 else ():
+            with self.policies.instead(name) as compared:
+                rows.append(self._row(name, compared, 0, logprobs, seed=self.seed))
         write_jsonl(self.path, [*rows, row])
         return _metrics(row)
 
@@ -94,37 +101,39 @@ class GoldMeasure:
         trees = [(p.ids, [list(a.completion_ids)]) for p, a in zip(self.prompts, answers, strict=True)]
         groups = split_by_tokens(lengths, MICRO_TOKENS[self.base.device.type])
         batches = [pack_trees((trees[i] for i in group), self.base.device) for group in groups]
-        own = [logprobs(batch, policy) for batch in batches]
+        policy_logprobs = [logprobs(batch, policy) for batch in batches]
         with self.policies.instead(stage.init) as init:
-            kl = [sum_by_row(k1(own_N, logprobs(b, init)), b).cpu() for own_N, b in zip(own, batches, strict=True)]
-        texts = Texts([p.text for p in self.prompts], [a.text for a in answers])
-        found = {
-            "kl": torch.cat(kl), "score": self.score.judge(self.score.model_scores(batches), texts, when=when).score_B,
-            "gold": self.judge.judge(self.judge.model_scores(batches), texts, when=when).score_B,
+            kl = [
+                sum_by_row(k1(policy_N, logprobs(batch, init)), batch).cpu()
+                for policy_N, batch in zip(policy_logprobs, batches, strict=True)
+            ]
+        texts = CompletionTexts([p.text for p in self.prompts], [a.text for a in answers])
+        figures = {
+            "kl": torch.cat(kl), "score": self.reward_scorer.score_batches(batches, texts, when=when).score_B,
+            "gold": self.gold_scorer.score_batches(batches, texts, when=when).score_B,
         }  # fmt: skip
         row: dict[str, Any] = {"policy": name, "iteration": iteration}
-        for key, value_B in found.items():
+        for key, value_B in figures.items():
             row |= {key: float(value_B.double().mean()), f"{key}_se": _standard_error(value_B)}
-        return row | {f"{key}_B": value_B.tolist() for key, value_B in found.items()}
+        return row | {f"{key}_B": value_B.tolist() for key, value_B in figures.items()}
 
     def _advance(self, progress: Progress) -> Callable[[int, int], None]:
         def advance(rows: int, tokens: int) -> None:
             progress.update(rows, tokens=tokens)
-            if self.stop.asked:
-                raise Interrupted("stopped while measuring gold; run the same command to go on")
+            self.stop.check("measuring gold")
 
         return advance
 
     def stops(self, iteration: int) -> bool:
-        """Whether the rule ends the run before this iteration."""
-        found = self._verdict(iteration)
-        return found is not None and found.stop
+        """Whether the over-optimisation rule ends the run before this iteration."""
+        fall = self._fall(iteration)
+        return fall is not None and fall.stop
 
-    def _verdict(self, iteration: int) -> Fallen | None:
+    def _fall(self, iteration: int) -> Fallen | None:
         rows = [r for r in self._rows() if r["policy"] == self.stage.name and r["iteration"] <= iteration]
         if [row["iteration"] for row in rows] != [due for due in self.due if due <= iteration]:
             raise TrainingError(
-                self.score.where,
+                self.reward_scorer.where,
                 f"rows of {self.path.name} are missing",
                 do="remove the stage's unfinished folder to begin it again",
             )
@@ -132,19 +141,19 @@ class GoldMeasure:
         return overoptimised(gold_EB, score_EB, patience=self.stage.gold_patience, planned=len(self.due))
 
     def warnings(self) -> tuple[str, ...]:
-        """What the manifest says: of gold that pays, and of a run that the rule stopped, or would have stopped at its end."""
+        """Warnings of gold that is part of the reward, and of over-optimisation, also where the run ended before the rule."""
         pays, rows = gold_that_pays(self.stage), [row for row in self._rows() if row["policy"] == self.stage.name]
         if not rows:
             return pays
-        found = self._verdict(rows[-1]["iteration"])
-        if found is None or not found.stop:
+        fall = self._fall(rows[-1]["iteration"])
+        if fall is None or not fall.stop:
             return pays
-        gold, score, last = found.gold, found.score, rows[-1]["iteration"]
+        gold, score, last = fall.gold, fall.score, rows[-1]["iteration"]
         stopped = f"stopped after iteration {last}" if last < self.stage.iterations else "at the end"
         return (
             *pays,
             f"over-optimisation: gold fell by {-gold[0]:.3g} ± {gold[1]:.2g} while the score rose by {score[0]:.3g} ± "
-            f"{score[1]:.2g}; {stopped}, published is the policy after iteration {rows[found.best]['iteration']}",
+            f"{score[1]:.2g}; {stopped}, published is the policy after iteration {rows[fall.best]['iteration']}",
         )
 
     def _rows(self) -> list[dict[str, Any]]:

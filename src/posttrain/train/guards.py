@@ -1,8 +1,8 @@
-"""What ends a ppo stage before its last iteration, and what must not go on at all.
+"""Checks of a ppo stage: what ends it before its last iteration, and what is an error.
 
-A policy that went too far from its reference, or whose samples are all the same, ends the stage before it learns from that
-iteration: what it has is published, and the manifest says why. A number that is not finite, or a sampler that is not the policy
-in training, is an error. Both are functions of what lies on disk, so a resumed stage decides the same.
+A policy that is too far from its reference, or whose samples are all the same, ends the stage before it learns from that
+iteration: the policy so far is published, and the manifest says why. A number that is not finite, or a sampler that differs
+from the policy in training, is an error. Both depend on what is on disk alone, so a resumed stage decides the same.
 """
 
 import math
@@ -12,9 +12,9 @@ import torch
 
 from posttrain.errors import NonFiniteError, TrainingError
 from posttrain.stages.ppo import PpoStage
-from posttrain.train.rollouts import Sampled
+from posttrain.train.rollouts import ScoredSamples
 
-# Rows that an error names.
+# Prompts that an error names.
 SHOWN = 8
 
 
@@ -28,15 +28,15 @@ def why_ended(stats: dict[str, float], stage: PpoStage) -> str:
     return ""
 
 
-def check_sampled(sampled: Sampled, names: Sequence[str], *, where: str) -> None:
-    """Refuse rollouts with a number that is not finite; `names` are of the prompts of all completions.
+def check_sampled(samples: ScoredSamples, names: Sequence[str], *, where: str) -> None:
+    """Refuse rollouts with a number that is not finite. `names`: the prompt of every completion.
 
     Raises NonFiniteError before anything is learned or written.
     """
-    lengths = torch.tensor([len(completion) for group in sampled.completions for completion in group])
+    lengths = torch.tensor([len(completion) for group in samples.completions for completion in group])
     row_N = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    bad = {"score": (~sampled.score_B.isfinite()).nonzero().flatten()}
-    of_tokens = {"log-probability": sampled.old_N, "reference's log-probability": sampled.reference_N, "value": sampled.value_N}
+    bad = {"score": (~samples.score_B.isfinite()).nonzero().flatten()}
+    of_tokens = {"log-probability": samples.old_N, "reference's log-probability": samples.reference_N, "value": samples.value_N}
     bad |= {what: torch.unique(row_N[~values_N.isfinite()]) for what, values_N in of_tokens.items()}
     for what, rows in bad.items():
         if len(rows):
@@ -50,7 +50,7 @@ def check_sampled(sampled: Sampled, names: Sequence[str], *, where: str) -> None
 
 
 def check_figures(stats: dict[str, float], *, where: str) -> None:
-    """Refuse an iteration whose figures are not finite, as where the squares of its scores leave float32.
+    """Refuse an iteration whose statistics are not finite, as where the squares of its scores overflow float32.
 
     Raises NonFiniteError before anything is learned or written.
     """
@@ -63,7 +63,7 @@ def check_figures(stats: dict[str, float], *, where: str) -> None:
 
 
 def check_sampler(mismatch: float, stage: PpoStage) -> None:
-    """Refuse rollouts of a sampler whose probabilities are not those of the policy in training. Raises TrainingError."""
+    """Refuse rollouts of a sampler whose probabilities differ from those of the policy in training. Raises TrainingError."""
     if mismatch > stage.max_mismatch:
         raise TrainingError(
             f'stage "{stage.name}"', f"{mismatch:.1%} of the sampled tokens have another probability in training",

@@ -1,230 +1,230 @@
-"""The ppo stage: a policy samples, reward models or functions score, and the policy moves towards what scored more.
+"""The ppo stage: a policy samples completions, rewards score them, and the policy moves towards those that scored more.
 
-An iteration samples completions of prompts with the policy as it stands, scores them, and takes `ppo_epochs` passes over them
-in minibatches. Policy, reference, reward model and value function are adapters on one base. An iteration's rollouts lie on disk
-before its first step, so a stage that is stopped in the middle of an iteration goes on with the very same tokens. Everything an
-iteration draws is a function of (seed, iteration).
+    for iteration:  sample; judge; advantages; for epoch: for minibatch: step            `PpoLoop.learn`
 
-Before the first step of an iteration policy and sampler are the same: ratio 1 and approximate KL 0 exactly, or the stage ends.
-
-N: tokens, B: completions.
+Policy, reference, reward models and value function are adapters on one base. An iteration's rollouts are on disk before the
+first step on them, and everything an iteration draws is a function of (seed, iteration), so a stage that was stopped in the
+middle of an iteration goes on with the same tokens. Before the first step of an iteration policy and sampler are the same: the
+ratio is 1 and the approximate KL 0 exactly, or the stage ends with an error.
 """
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from posttrain.data.prepare import TrainRow
-from posttrain.data.prompts import check_room, prepare_prompts
+from posttrain.data.prompts import PreparedPrompts, check_room, prepare_prompts
 from posttrain.data.ptx import prepare_ptx, with_ptx
-from posttrain.errors import TrainingError
-from posttrain.losses.kl import k3
-from posttrain.losses.output import LossOutput
-from posttrain.losses.ppo import PolicyTokens, ValueTokens, policy_loss, value_loss
-from posttrain.models.batches import DeviceBatch, pack_trees
+from posttrain.losses.kl import adapted, k3
 from posttrain.stages.ppo import PpoStage
 from posttrain.stages.reward_parts import reward_parts
 from posttrain.train.gold import open_gold
-from posttrain.train.guards import why_ended
-from posttrain.train.loop import MicroBatch, TrainTask
-from posttrain.train.memory import Kept, held
-from posttrain.train.ptx import PtxBatch, ptx_batches, ptx_loss
-from posttrain.train.rewards import Judge
+from posttrain.train.guards import check_figures, check_sampler, why_ended
+from posttrain.train.memory import cache_memory, fixed_memory, packed_memory
+from posttrain.train.ppo_schedule import PpoSchedule
+from posttrain.train.ppo_update import PpoUpdate
+from posttrain.train.rewards import RewardScorer
 from posttrain.train.roles import Roles
-from posttrain.train.rollout_store import Iterations
-from posttrain.train.rollouts import Rollouts
-from posttrain.train.stage import StageContext, StageResult, TrainedPolicy, fit_stage, seed_of, start_policy
+from posttrain.train.rollout_store import RolloutStore
+from posttrain.train.rollouts import Rollouts, estimate_advantages, pack_prompts
+from posttrain.train.sampling import JudgedSamples, PpoSampler, Samples
+from posttrain.train.schedule import LoopSettings
+from posttrain.train.stage import StageContext, StageResult, TrainedPolicy, seed_of, start_policy, training_stage
+from posttrain.train.step import TrainingSteps
+from posttrain.train.validation import Validation
 from posttrain.train.value import start_value, value_name
 
 
-class PpoBatch(NamedTuple):
-    """A packed batch of prompts with completions, and what each of its tokens was worth [N]."""
+class PpoData(NamedTuple):
+    """Prompts to train on and to measure gold on, the rows of the pretraining mix, and the report on both."""
 
-    batch: DeviceBatch
-    old_N: Tensor
-    advantage_N: Tensor
-    value_N: Tensor
-    return_N: Tensor
-    first: bool
-    # For a value function with an adapter of its own, so that the activations of both are never there at once.
-    own_value: bool = False
+    prompts: PreparedPrompts
+    ptx: list[TrainRow]
+    report: dict[str, Any]
 
 
 def train_ppo(context: StageContext, stage: PpoStage) -> StageResult:
     """Train towards what scores. Raises DataError for prompts that cannot be used, TrainingError where PPO cannot go on."""
-    base, seed = context.base, seed_of(stage, context.recipe)
-    prepared = prepare_prompts(
-        stage.data, base.chat, seed=context.recipe.seed, max_prompt_tokens=stage.max_prompt_tokens,
-        evaluation_prompts=context.evaluation_prompts, validation=stage.validation if stage.gold else 0.0,
-    )  # fmt: skip
-    where = f'stage "{stage.name}"'
-    check_room([*prepared.train, *prepared.validation], max_new_tokens=stage.max_new_tokens, context=base.context, where=where)
-    report, ptx = prepared.report, []
-    if stage.ptx_data:
-        found = prepare_ptx(
-            stage, base.chat, seed=context.recipe.seed, evaluation_prompts=context.evaluation_prompts, context=base.context
-        )
-        report, ptx = with_ptx(report, found.report), found.train
+    base, where = context.base, f'stage "{stage.name}"'
+    data = _read_data(context, stage)
     reference = stage.init if stage.reference == "init" else stage.reference
-    context.policies.activate(reference)  # one that cannot be read is told before anything is sampled
-    judge = Judge(reward_parts(stage.reward), context.policies, where=where, stop=context.stop, sources=context.sources)
-    gold = open_gold(context, stage, prepared.validation, judge) if stage.gold else None
+    context.policies.activate(reference)  # a reference that cannot be read fails here, before anything is sampled
+    scorer = RewardScorer(
+        reward_parts(stage.reward), context.policies, where=where, stop=context.stop, sources=context.sources
+    )  # fmt: skip
+    gold = open_gold(context, stage, data.prompts.validation, scorer) if stage.gold else None
     policy = start_policy(context, stage)
     if policy.routing != "base":
         base.adapters.get(policy.routing).without_dropout()
     value = start_value(context, stage, policy.routing)
-    roles = Roles(base, stage.temperature, policy.routing, reference, judge, value, gold)
-    run = _Update(stage, roles, Iterations(context, stage, prepared.train, roles), ptx, seed)
-    fresh: dict[str, float] = {}
+    roles = Roles(base, stage.temperature, policy.routing, reference, scorer, value, gold)
+    trained = policy.parameters | (value.parameters if value is not None else {})
+    published: dict[str, float] = {}
 
-    def publish(folder: Path) -> None:
+    def save(folder: Path) -> None:
+        # The gold that chose the weights is the highest of several and so too high; the gold of fresh answers is not.
         if gold is not None:
-            fresh.update(gold.measure_published(policy.routing, roles.logprobs))
+            published.update(gold.measure_published(policy.routing, roles.logprobs))
         policy.save(folder)
 
-    trained = TrainedPolicy(policy.routing, policy.parameters | (value.parameters if value else {}), publish)
+    loop = PpoLoop(context, stage, roles, data, trained)
     try:
-        result = fit_stage(context, stage, trained, run.task(trained.parameters), report, check=run.warnings)
-        # Gold of the step that was published is the highest of several; of the fresh answers it is not.
-        return result._replace(fit=result.fit._replace(metrics=result.fit.metrics | fresh))
+        with training_stage(context, TrainedPolicy(policy.routing, trained, save), data.report):
+            training = _training_steps(context, stage, roles, loop.schedule, trained)
+            with training.resumed():
+                if not training.finished:
+                    loop.learn(training)
+            fit = training.publish()
+        result = fit._replace(metrics=fit.metrics | published)
+        return StageResult(result, data.report, (*data.report["warnings"], *loop.warnings()))
     finally:
         base.adapters.remove(value_name(stage))
-        judge.close()
+        scorer.close()
         if gold is not None:
-            gold.judge.close()
+            gold.gold_scorer.close()
 
 
-class _Update:
-    """What is learned from the iterations; all of its state is on disk or a function of the step."""
+def _read_data(context: StageContext, stage: PpoStage) -> PpoData:
+    base, seed = context.base, context.recipe.seed
+    prompts = prepare_prompts(
+        stage.data, base.chat, seed=seed, max_prompt_tokens=stage.max_prompt_tokens,
+        evaluation_prompts=context.evaluation_prompts, validation=stage.validation if stage.gold else 0.0,
+    )  # fmt: skip
+    check_room(
+        [*prompts.train, *prompts.validation], max_new_tokens=stage.max_new_tokens, context=base.context,
+        where=f'stage "{stage.name}"',
+    )  # fmt: skip
+    if not stage.ptx_data:
+        return PpoData(prompts, [], prompts.report)
+    ptx = prepare_ptx(stage, base.chat, seed=seed, evaluation_prompts=context.evaluation_prompts, context=base.context)
+    return PpoData(prompts, ptx.train, with_ptx(prompts.report, ptx.report))
 
-    def __init__(self, stage: PpoStage, roles: Roles, iterations: Iterations, ptx: Sequence[TrainRow], seed: int) -> None:
-        self.stage, self.roles, self.iterations, self.ptx, self.seed = stage, roles, iterations, ptx, seed
-        self.base, self.policy, self.gold, self.steps = roles.base, roles.policy, roles.gold, iterations.steps
-        self.begun, self.tokens, self.kept = 0.0, 0, Kept(roles.base)  # of the step in hand
-        self.memory: dict[str, float] = {}
 
-    def task(self, parameters: dict[str, nn.Parameter]) -> TrainTask:
-        """PPO as the loop sees it; a row is an optimiser step."""
-        steps, faster = self.stage.iterations * self.steps, self.stage.value_learning_rate / self.stage.learning_rate
-        value = self.roles.value.parameters if self.roles.value else {}
-        self.memory = held(self.roles, self.stage, parameters.values())
-        task = TrainTask(
-            steps, parameters, self.batches_at, self._loss, self._summarise, None, "ppo/score", by_step=True,
-            next_step=self.next_step if self.stage.max_update_kl else None, rates=dict.fromkeys(value, faster),
+def ppo_settings(stage: PpoStage, seed: int) -> LoopSettings:
+    """The optimiser's settings. A ppo stage has no rows: `PpoSchedule` says how many steps it takes."""
+    return LoopSettings(
+        epochs=1, batch=1, learning_rate=stage.learning_rate, schedule=stage.schedule, warmup=stage.warmup,
+        weight_decay=stage.weight_decay, clip=stage.clip, keep="best" if stage.gold else "last", patience=0,
+        validate_every=0, checkpoint_every=stage.checkpoint_every, checkpoint_minutes=stage.checkpoint_minutes, seed=seed,
+    )  # fmt: skip
+
+
+class PpoLoop:
+    """The iterations of a stage. Its state is on disk or a function of the number of the optimiser step."""
+
+    def __init__(
+        self, context: StageContext, stage: PpoStage, roles: Roles, data: PpoData, parameters: dict[str, nn.Parameter]
+    ) -> None:
+        self.base, self.stage, self.roles, self.gold = context.base, stage, roles, roles.gold
+        self.where, self.seed = f'stage "{stage.name}"', seed_of(stage, context.recipe)
+        self.schedule = PpoSchedule(stage, data.prompts.train, self.seed)
+        self.sampler = PpoSampler(context, stage, self.schedule, roles, self.seed)
+        self.store = RolloutStore(context.folder, context.owner, steps=self.schedule.steps, where=self.where)
+        self.update = PpoUpdate(stage, roles, data.ptx, self.seed)
+        self.memory = fixed_memory(roles, stage, parameters.values())
+
+    def learn(self, training: TrainingSteps) -> None:
+        """Sample, judge, estimate advantages and update, from the step that the stage was stopped at."""
+        stage, schedule = self.stage, self.schedule
+        for iteration in range(training.step // schedule.steps, stage.iterations):
+            first_step = iteration * schedule.steps
+            with training.saved_on_failure():
+                if training.step > first_step:  # the stage was stopped in the middle of this iteration
+                    rollouts = self.store.load(iteration)
+                elif self.gold is not None and self.gold.stops(iteration):
+                    break
+                else:
+                    samples = self.sampler.sample(iteration)
+                    judged = self.sampler.judge(samples)
+                    rollouts = self.advantages(samples, judged)
+                    self.store.save(iteration, rollouts)
+                    self.sampler.write_samples(samples, judged.samples.score_B)
+            if why_ended(rollouts.stats, stage):
+                break
+            names = [f"{row.id} (iteration {iteration + 1})" for row in schedule.prompts_of(iteration)]
+            for epoch in range(stage.ppo_epochs):
+                for minibatch, chosen in enumerate(schedule.minibatches_of(iteration, epoch)):
+                    step = first_step + epoch * schedule.minibatches + minibatch
+                    if step < training.step:  # taken before the stage was stopped, or left out
+                        continue
+                    taken, metrics = self.update.step(training, rollouts, chosen, names, first=step == first_step)
+                    metrics |= rollouts.stats | self.memory | {"train/epoch": (step + 1) / schedule.total_steps}
+                    training.record(taken, metrics, left_out=self.left_out(step, rollouts))
+        if not training.finished:
+            training.finish()
+
+    def advantages(self, samples: Samples, judged: JudgedSamples) -> Rollouts:
+        """Rewards, advantages and statistics of an iteration.
+
+        Raises NonFiniteError where a statistic is not finite, TrainingError where the sampler is not the policy in training.
+        """
+        rollouts = estimate_advantages(judged.samples, self.stage, self.kl_coefficient(samples.iteration))
+        check_figures(rollouts.stats, where=f"{self.where} · iteration {samples.iteration + 1}")
+        check_sampler(rollouts.stats["ppo/mismatch"], self.stage)
+        seconds = time.monotonic() - samples.started
+        speed = {"time/rollout": seconds, "time/rollout_tokens_per_second": len(rollouts.old_N) / seconds}
+        memory = {
+            "memory/cache": cache_memory(self.base, rollouts.prompts, self.stage),
+            "memory/packed": packed_memory(self.base),
+        }
+        return rollouts._replace(stats={**rollouts.stats, **judged.scores.metrics(), **memory, **speed})
+
+    def kl_coefficient(self, iteration: int) -> float:
+        """What a nat of KL costs: `kl_coef`, or with `target_kl` the coefficient adapted to the KL of the iteration before."""
+        stage = self.stage
+        if not stage.target_kl or iteration == 0:
+            return stage.kl_coef
+        before = self.store.load(iteration - 1).stats
+        return adapted(
+            before["ppo/kl_coef"], kl=before["ppo/kl"], target=stage.target_kl,
+            completions=self.schedule.count * stage.completions, horizon=stage.kl_horizon,
         )  # fmt: skip
-        if self.gold is None:
-            return task
-        return task._replace(
-            validate_at=lambda step: self._measure(step // self.steps), validate_every=self.steps * self.stage.gold_every,
-            validation_metric="ppo/gold", higher_is_better=True,
-        )  # fmt: skip
 
-    def warnings(self, _: dict[str, float]) -> tuple[str, ...]:
-        """Why the stage ended before its last iteration, where it did."""
-        why = why_ended(self.iterations.newest().stats, self.stage)
-        after = f"ended after {self.iterations.number} of {self.stage.iterations} iterations"
-        ended = (f"{after}: {why}; lower learning_rate or raise kl_coef",) if why else ()
-        return ended + (self.gold.warnings() if self.gold is not None else ())
-
-    def next_step(self, step: int) -> int:
-        """The step itself, or the first of the next iteration where the passes so far moved the policy by `max_update_kl`."""
-        iteration, inside = divmod(step, self.steps)
-        if inside % self.iterations.minibatches or not inside:
-            return step
-        return (iteration + 1) * self.steps if self._moved(self.iterations.at(iteration)) > self.stage.max_update_kl else step
+    def left_out(self, step: int, rollouts: Rollouts) -> int:
+        """Steps after this one that the iteration leaves out: those of its remaining passes where a pass has just ended and the
+        passes so far moved the policy by more than `max_update_kl`.
+        """
+        inside = (step + 1) % self.schedule.steps
+        if not self.stage.max_update_kl or not inside or inside % self.schedule.minibatches:
+            return 0
+        return self.schedule.steps - inside if self.update_kl(rollouts) > self.stage.max_update_kl else 0
 
     @torch.no_grad()
-    def _moved(self, rollouts: Rollouts) -> float:
+    def update_kl(self, rollouts: Rollouts) -> float:
         """Approximate KL from the policy that sampled to the policy now, over all of the iteration's tokens, nats a token."""
         total, start = 0.0, 0
-        for group in self.iterations.groups(rollouts.prompts, rollouts.completions, range(len(rollouts.prompts))):
-            batch = pack_trees(((rollouts.prompts[i], rollouts.completions[i]) for i in group), self.base.device)
-            logprobs_N = self.roles.logprobs(batch, self.policy).cpu()
-            total += float(k3(rollouts.old_N[start : start + len(logprobs_N)], logprobs_N).double().sum())
+        positions = range(len(rollouts.prompts))
+        for _, batch in pack_prompts(rollouts.prompts, rollouts.completions, positions, self.base.device):
+            logprobs_N = self.roles.logprobs(batch, self.roles.policy).cpu()
+            old_N = rollouts.old_N[start : start + len(logprobs_N)]
+            total += float(k3(old_N, logprobs_N).double().sum())
             start += len(logprobs_N)
         return total / start
 
-    def batches_at(self, steps: Sequence[int]) -> list[MicroBatch]:
-        """The micro-batches of one step; none where the KL ceiling was passed, which ends the stage."""
-        (step,) = steps
-        iteration, inside = divmod(step, self.steps)
-        epoch, minibatch = divmod(inside, self.iterations.minibatches)
-        if inside == 0:
-            if self.gold is not None and self.gold.stops(iteration):
-                return []
-            self.iterations.roll(iteration)
-        rollouts = self.iterations.at(iteration)
-        if why_ended(rollouts.stats, self.stage):
-            return []
-        order = list(range(len(rollouts.prompts)))
-        if epoch:  # the first pass is packed as the log-probabilities were
-            order = torch.randperm(len(order), generator=self.iterations.generator(iteration, epoch)).tolist()
-        chosen = order[minibatch * self.stage.minibatch : (minibatch + 1) * self.stage.minibatch]
-        micros = self._micros(rollouts, chosen, first=inside == 0)
-        if self.roles.value is not None and not self.roles.shared:
-            micros += [MicroBatch(m.payload._replace(own_value=True), 0, m.row_ids) for m in micros]
-        micros += ptx_batches(self.base, self.ptx, step, size=self.stage.minibatch, seed=self.seed)
-        self.begun, self.tokens, self.kept = time.monotonic(), sum(m.tokens for m in micros), Kept(self.base)
-        return micros
+    def warnings(self) -> tuple[str, ...]:
+        """Why the stage ended before its last iteration, where it did, and what gold says."""
+        iteration, rollouts = self.store.newest()
+        why = why_ended(rollouts.stats, self.stage)
+        ended = f"ended after {iteration} of {self.stage.iterations} iterations: {why}; lower learning_rate or raise kl_coef"
+        return (*([ended] if why else []), *(self.gold.warnings() if self.gold is not None else ()))
 
-    def _measure(self, iteration: int) -> dict[str, float]:
-        assert self.gold is not None
-        return self.gold.measure(self.policy, iteration, self.roles.logprobs)
 
-    def _micros(self, rollouts: Rollouts, chosen: Sequence[int], *, first: bool) -> list[MicroBatch]:
-        """Prompts of one step with their completions, as many at once as fit."""
-        places, asked = rollouts.tokens_of(), self.iterations.asked(self.iterations.number)
-        flat = (rollouts.old_N, rollouts.advantage_N, rollouts.value_N, rollouts.return_N)
-        found = []
-        for group in self.iterations.groups(rollouts.prompts, rollouts.completions, chosen):
-            batch = pack_trees(((rollouts.prompts[i], rollouts.completions[i]) for i in group), self.base.device)
-            tokens = torch.cat([torch.arange(start, stop) for i in group for start, stop in places[i]])
-            parts = [x[tokens].to(self.base.device) for x in flat]
-            payload = PpoBatch(batch, parts[0], parts[1], parts[2], parts[3], first)
-            names = tuple(f"{asked[i].id} (iteration {self.iterations.number + 1})" for i in group)
-            found.append(MicroBatch(payload, batch.tokens, names))
-        return found
-
-    def _loss(self, micro: MicroBatch, step: Sequence[MicroBatch]) -> LossOutput:
-        with self.kept.counted():
-            return self._learned(micro, step)
-
-    def _learned(self, micro: MicroBatch, step: Sequence[MicroBatch]) -> LossOutput:
-        if isinstance(micro.payload, PtxBatch):
-            return ptx_loss(self.base, self.policy, micro, step, coef=self.stage.ptx_coef)
-        payload: PpoBatch = micro.payload
-        total = sum(len(m.payload.old_N) for m in step if isinstance(m.payload, PpoBatch) and not m.payload.own_value)
-        if payload.own_value:
-            return self._value_loss(payload, self.roles.own_values(payload.batch), total)
-        logprobs_N, value_N = self.roles.outputs(payload.batch)
-        tokens = PolicyTokens(logprobs_N, payload.old_N, payload.advantage_N)
-        out = policy_loss(tokens, clip=self.stage.clip_range, step_tokens=total, entropy_coef=self.stage.entropy_coef)
-        if payload.first and float(out.metrics["ppo/approximate_kl"]) != 0:
-            raise TrainingError(
-                f'stage "{self.stage.name}"', "the policy is not the one that sampled, before the first step of an iteration",
-                do="this is a defect of posttrain, or of the machine: two equal computations differ",
-            )  # fmt: skip
-        loss, metrics = out.loss, {**out.metrics, "tokens": torch.tensor(len(logprobs_N))}
-        if value_N is not None:
-            learned = self._value_loss(payload, value_N, total)
-            loss, metrics = loss + learned.loss, metrics | learned.metrics
-        return LossOutput(loss, metrics)
-
-    def _value_loss(self, payload: PpoBatch, value_N: Tensor, total: int) -> LossOutput:
-        values = ValueTokens(value_N, payload.value_N, payload.return_N)
-        out = value_loss(values, clip=self.stage.value_clip, step_tokens=total)
-        return LossOutput(self.stage.value_coef * out.loss, out.metrics)
-
-    def _summarise(self, sums: dict[str, float]) -> dict[str, float]:
-        means = {name: value / sums["tokens"] for name, value in sums.items() if name.startswith("ppo/")}
-        loss = means["ppo/policy_loss"] + self.stage.value_coef * means.get("ppo/value_loss", 0.0)
-        if "ptx/nll" in sums:
-            means["ppo/ptx_loss"] = sums["ptx/nll"] / sums["ptx/targets"]
-            loss += self.stage.ptx_coef * means["ppo/ptx_loss"]
-        speed = {"time/update_tokens_per_second": self.tokens / (time.monotonic() - self.begun)}
-        memory = {**self.memory, "memory/activations": self.kept.largest}
-        return {"ppo/loss": loss, **means, **self.iterations.newest().stats, **memory, **speed}
+def _training_steps(
+    context: StageContext, stage: PpoStage, roles: Roles, schedule: PpoSchedule, parameters: dict[str, nn.Parameter]
+) -> TrainingSteps:
+    """The optimiser steps of the stage. The value function has a learning rate of its own; gold, if any, is the validation."""
+    gold, value_rate = roles.gold, stage.value_learning_rate / stage.learning_rate
+    validation = None
+    if gold is not None:
+        validation = Validation(
+            lambda step: gold.measure(roles.policy, step // schedule.steps, roles.logprobs), "ppo/gold",
+            every=schedule.steps * stage.gold_every, higher_is_better=True, at_start=True,
+        )  # fmt: skip
+    return TrainingSteps(
+        parameters, ppo_settings(stage, seed_of(stage, context.recipe)), context.folder, steps=schedule.total_steps,
+        label=stage.name, stop=context.stop, trackers=context.trackers, owner=context.owner, validation=validation,
+        rates=dict.fromkeys(roles.value.parameters, value_rate) if roles.value is not None else {},
+    )  # fmt: skip

@@ -1,8 +1,8 @@
 """The reward stage: preference pairs in, a reward model out: an adapter with a scalar head, started from a policy.
 
-All completions of one prompt hang below it in one tree and all pairs of it are trained on in one step, so a ranking of several
-completions is computed once a completion and not once a pair. A score is read at the last real token of its completion. After
-training the scores are shifted so that the demonstrations have mean 0 (Ouyang et al. 2022, section 3.5).
+All completions of a prompt share it in one tree, and all pairs of a prompt are trained on in one step, so each completion of a
+ranking is computed once and not once a pair. A score is read at the last token of its completion. After training the scores
+are shifted so that the demonstrations have mean 0 (Ouyang et al. 2022, section 3.5).
 
 C: completions, P: pairs.
 """
@@ -29,14 +29,23 @@ from posttrain.models.lora import LoraAdapter
 from posttrain.stages.reward import RewardStage
 from posttrain.stages.sft import SftStage
 from posttrain.train.loop import MicroBatch, TrainTask
-from posttrain.train.stage import StageContext, StageResult, TrainedPolicy, fit_stage, seed_of, start_adapter, start_policy
+from posttrain.train.stage import (
+    StageContext,
+    StageResult,
+    TrainedPolicy,
+    fit_stage,
+    loop_settings,
+    seed_of,
+    start_adapter,
+    start_policy,
+)
 
-# Demonstrations that the shift is taken over; the standard error of their mean is a tenth of the scores' spread.
+# Demonstrations that the shift is measured on; the standard error of their mean is a tenth of the scores' spread.
 SHIFT_ROWS = 100
 
 
 class PairBatch(NamedTuple):
-    """A packed batch and its pairs [P]: which completions, the margin, how sure the label is, the share of the prompt."""
+    """A packed batch and its pairs [P]: their completions, margin, label probability and share of the prompt's weight."""
 
     batch: DeviceBatch
     chosen_P: Tensor
@@ -60,7 +69,7 @@ def train_reward(context: StageContext, stage: RewardStage) -> StageResult:
 
     def save(folder: Path) -> None:
         assert adapter.head is not None
-        shift = mean_score(base, adapter.name, _measured_against(context, stage, train))
+        shift = mean_score(base, adapter.name, _shift_rows(context, stage, train))
         adapter.head = adapter.head._replace(shift=shift)
         if adapter.weights:
             save_adapter(folder, adapter, base)
@@ -69,29 +78,33 @@ def train_reward(context: StageContext, stage: RewardStage) -> StageResult:
 
     policy = TrainedPolicy(adapter.name, parameters, save)
     task = reward_task(base, policy, train, held_out, center=stage.center)
-    return fit_stage(context, stage, policy, task, {**prepared.report, "kind": "reward", "prompts": len(train)})
+    settings = loop_settings(stage, seed_of(stage, context.recipe))
+    return fit_stage(context, stage, policy, task, settings, {**prepared.report, "kind": "reward", "prompts": len(train)})
 
 
 def _start(context: StageContext, stage: RewardStage) -> tuple[LoraAdapter, dict[str, nn.Parameter]]:
-    """A copy of the init policy's adapter, or a new one, or its full weights in place; with a new head. And what is trained."""
+    """The reward model before training, with a new head, and its trained parameters.
+
+    It is a copy of the init policy's adapter, a new adapter, or the full weights in place.
+    """
     base, name, seed = context.base, f"{stage.name} in training", seed_of(stage, context.recipe)
     width = base.model.get_input_embeddings().weight.shape[1]
     head = new_head(width, seed=seed, device=base.device)
     if context.recipe.adapter.kind == "full":
-        whole = start_policy(context, stage).parameters
+        full_weights = start_policy(context, stage).parameters
         adapter = base.adapters.add_head(name, head)
     else:
-        whole = {}
+        full_weights = {}
         adapter = start_adapter(context, stage.init, name, seed=seed)
         adapter.head = head
     adapter.requires_grad_(True)
-    return adapter, whole | adapter.parameters()
+    return adapter, full_weights | adapter.parameters()
 
 
 def reward_task(
     base: BaseModel, policy: TrainedPolicy, train: Sequence[RankedPrompt], held_out: Sequence[RankedPrompt], *, center: float
 ) -> TrainTask:
-    """Reward modelling as the loop sees it; its rows are prompts."""
+    """What a reward model learns from pairs; its rows are prompts."""
 
     def prompt_loss(micro: MicroBatch, step_prompts: int) -> LossOutput:
         batch: PairBatch = micro.payload
@@ -110,8 +123,8 @@ def reward_task(
         for micro in micro_batches(base, held_out):
             for key, value in prompt_loss(micro, len(held_out)).metrics.items():
                 sums[key] = sums.get(key, 0.0) + float(value)
-        found = summarise(sums)
-        return {f"reward/validation_{k[7:]}": found[k] for k in ("reward/loss", "reward/accuracy", "reward/gap")}
+        means = summarise(sums)
+        return {f"reward/validation_{k[7:]}": means[k] for k in ("reward/loss", "reward/accuracy", "reward/gap")}
 
     return TrainTask(
         len(train), policy.parameters, lambda indices: micro_batches(base, [train[i] for i in indices]), loss, summarise,
@@ -136,38 +149,38 @@ def micro_batches(base: BaseModel, prompts: Sequence[RankedPrompt]) -> list[Micr
 
 def _pair_batch(prompts: Sequence[RankedPrompt], device: torch.device) -> PairBatch:
     chosen, rejected, margin, probability, share = [], [], [], [], []
-    before = 0
+    first = 0  # the number of the prompt's first completion in the batch
     for prompt in prompts:
         for pair in prompt.pairs:
-            chosen.append(before + pair.chosen)
-            rejected.append(before + pair.rejected)
+            chosen.append(first + pair.chosen)
+            rejected.append(first + pair.rejected)
             margin.append(pair.margin)
             probability.append(pair.probability)
             share.append(1 / len(prompt.pairs))
-        before += len(prompt.completions)
+        first += len(prompt.completions)
     places = [torch.tensor(x, device=device) for x in (chosen, rejected)]
     numbers = [torch.tensor(x, device=device) for x in (margin, probability, share)]
     batch = pack_trees((prompt.tree for prompt in prompts), device)
     return PairBatch(batch, places[0], places[1], numbers[0], numbers[1], numbers[2], len(prompts))
 
 
-def _measured_against(context: StageContext, stage: RewardStage, train: Sequence[RankedPrompt]) -> list[TrainRow]:
-    """Rows whose mean score is to be 0: the demonstrations of the nearest sft stage behind, else chosen completions."""
+def _shift_rows(context: StageContext, stage: RewardStage, train: Sequence[RankedPrompt]) -> list[TrainRow]:
+    """Rows whose mean score becomes 0: demonstrations of the nearest earlier sft stage, else chosen completions."""
     stages = {s.name: s for s in context.recipe.stage}
     name = stage.init
     while name in stages and not isinstance(stages[name], SftStage):
         name = stages[name].init
-    behind = stages.get(name)
-    if isinstance(behind, SftStage):
-        read = read_demonstrations(behind.data, seed=context.recipe.seed)
+    sft = stages.get(name)
+    if isinstance(sft, SftStage):
+        read = read_demonstrations(sft.data, seed=context.recipe.seed)
         rows = prepare_demonstrations(
-            read, context.base.chat, max_tokens=behind.max_tokens, validation=0.0, allow_dropped=1.0,
+            read, context.base.chat, max_tokens=sft.max_tokens, validation=0.0, allow_dropped=1.0,
             evaluation_prompts=context.evaluation_prompts, context=context.base.context,
         ).train  # fmt: skip
         refuse_changed({source.path: source.sha256 for source in read.sources}, context.data)
         return rows[:SHIFT_ROWS]
-    whole = [[*p.prompt_ids, *p.completions[p.pairs[0].chosen]] for p in train[:SHIFT_ROWS]]
-    return [TrainRow("", ids, [False] * len(ids)) for ids in whole]
+    full_rows = [[*p.prompt_ids, *p.completions[p.pairs[0].chosen]] for p in train[:SHIFT_ROWS]]
+    return [TrainRow("", ids, [False] * len(ids)) for ids in full_rows]
 
 
 @torch.no_grad()

@@ -1,11 +1,11 @@
-"""What ends the processes of a reward function: a small process between the run and the function's own.
+"""Ends the processes of a reward function: a small process between the run and the worker.
 
-    run ── guard ── worker (a session of its own) ── whatever the function starts
+    run ── guard ── worker (a session of its own) ── processes that the function starts
 
-The guard does nothing but wait. When the run is gone (its end of the pipe closes, also after a kill -9), when the run sends
-SIGTERM, or when the worker has ended, it kills the worker's process group and every process that the function left, and ends as
-the worker did. On Linux it adopts orphans of the function, so that a daemon that left the group is ended too; a guard that was
-stopped is woken when the run dies, and the worker dies with the guard. Elsewhere the process group alone is killed.
+The guard waits. When the run has ended (its end of the pipe closes, also after a kill -9), when the run sends SIGTERM, or when
+the worker has ended, it kills the worker's process group and every process that the function left, and ends with the worker's
+exit status. On Linux it adopts orphans of the function, so that a daemon that left the group is ended too; a stopped guard is
+woken when the run dies, and the worker dies with the guard. On other systems only the process group is killed.
 """
 
 import ctypes
@@ -18,11 +18,11 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-# Of <linux/prctl.h>.
+# From <linux/prctl.h>.
 PARENT_DEATH_SIGNAL, ADOPT_ORPHANS = 1, 36
-# Seconds for killed processes to go.
-PATIENCE = 5.0
-_ASKS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Seconds that killed processes have to end.
+KILL_TIMEOUT = 5.0
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def _prctl(option: int, value: int) -> None:
@@ -33,7 +33,7 @@ def _prctl(option: int, value: int) -> None:
 def start_guarded(calls: int) -> None:
     """Fork: the child returns, as the worker in a session of its own; the parent guards it and never returns.
 
-    `calls` is the descriptor of the pipe that the run writes into: it is watched for its end and not read.
+    `calls` is the descriptor of the pipe that the run writes into. The guard polls it for its end and does not read it.
     """
     _prctl(PARENT_DEATH_SIGNAL, signal.SIGCONT)
     _prctl(ADOPT_ORPHANS, 1)
@@ -41,14 +41,14 @@ def start_guarded(calls: int) -> None:
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     asked: list[int] = []
-    for number in _ASKS:
+    for number in _STOP_SIGNALS:
         signal.signal(number, lambda n, _: asked.append(n))
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     worker = os.fork()
     if worker == 0:
         signal.set_wakeup_fd(-1)
-        for number in (*_ASKS, signal.SIGCHLD):
+        for number in (*_STOP_SIGNALS, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         os.close(woken)
         os.close(wake)
@@ -57,16 +57,16 @@ def start_guarded(calls: int) -> None:
         if os.getppid() != guard:
             os._exit(0)
         return
-    os.closerange(1, 3)  # the pipe of answers has to end with the worker
+    os.closerange(1, 3)  # the pipe of answers must end with the worker
     status = _wait(worker, calls, woken, asked)
     _end_all(worker)
     _end_as(status)
 
 
 def _wait(worker: int, calls: int, woken: int, asked: list[int]) -> int:
-    """Until the worker has ended, whose wait status is returned, or is to end: 0."""
+    """Wait until the worker has ended, and return its wait status; 0 where it is to be ended."""
     events = select.poll()
-    events.register(calls, 0)  # its end is always reported
+    events.register(calls, 0)  # poll always reports its end
     events.register(woken, select.POLLIN)
     while not asked:
         with suppress(ChildProcessError):
@@ -81,8 +81,8 @@ def _wait(worker: int, calls: int, woken: int, asked: list[int]) -> int:
 
 
 def _end_all(worker: int) -> None:
-    """Kill the worker's group and all that is left below this process, again and again until nothing is."""
-    until = time.monotonic() + PATIENCE
+    """Kill the worker's group and all children of this process, repeatedly until none is left."""
+    until = time.monotonic() + KILL_TIMEOUT
     children = Path(f"/proc/self/task/{os.getpid()}/children")
     while time.monotonic() < until:
         with suppress(OSError):
@@ -99,11 +99,11 @@ def _end_all(worker: int) -> None:
 
 
 def _end_as(status: int) -> None:
-    """End with the exit code or by the signal that ended the worker."""
+    """End with the worker's exit code, or by the signal that ended it."""
     code = os.waitstatus_to_exitcode(status)
     if code < 0:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        with suppress(OSError):  # not all have a handler that may be changed
+        with suppress(OSError):  # some signals have a handler that cannot be changed
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code if code >= 0 else 1)

@@ -1,12 +1,12 @@
-"""What a completion scores: reward models, ensembles of them, functions of the user, and weighted sums of all three.
+"""The score of a completion: reward models, ensembles of them, functions of the user, and weighted sums of all three.
 
     score = sum over parts of weight * s_part
     s_part = f(prompt, completion), or of an ensemble's scores r_1 .. r_M:   mean r,   min r,   mean r - variance_weight * var r
 
 (Coste et al. 2024: worst case and uncertainty-weighted optimisation; var is that of the members, divided by M.)
 
-Where it stands: the ppo stage asks a `Judge` for the scores of an iteration's rollouts, `gold.py` asks two of them for those
-of held-out answers. Models are adapters on the one base, so their scores come batch by batch; functions get all at once.
+The ppo stage scores an iteration's rollouts with a `RewardScorer`; `gold.py` scores the answers to held-out prompts with two.
+Models are adapters on the one base, so their scores come batch by batch. A function gets all completions at once.
 
 M: models, B: completions.
 """
@@ -17,22 +17,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from posttrain.errors import Interrupted
 from posttrain.models.adapter_files import Policies
 from posttrain.models.batches import DeviceBatch, row_scores
 from posttrain.stages.reward_parts import RewardPart, part_name
-from posttrain.train.functions import FunctionWorker, Stop
+from posttrain.stop import StopSignal
+from posttrain.train.functions import FunctionWorker
 
 
-class Texts(NamedTuple):
-    """Prompts and completions as a function gets them, one of each a row [B]."""
+class CompletionTexts(NamedTuple):
+    """Prompts and completions as texts, as a reward function gets them; one of each a row [B]."""
 
     prompts: list[str]
     completions: list[str]
 
 
-class Judged(NamedTuple):
-    """Scores [B], the mean of each part by its name, and of each ensemble how far its members disagree."""
+class RewardScores(NamedTuple):
+    """Scores [B], the mean of each part by its name, and the standard deviation among the members of each ensemble."""
 
     score_B: Tensor
     parts: dict[str, float]
@@ -40,15 +40,15 @@ class Judged(NamedTuple):
 
     def metrics(self) -> dict[str, float]:
         """Means of the parts where there are several, and the spread of ensembles."""
-        shown = {f"ppo/score/{name}": value for name, value in self.parts.items()} if len(self.parts) > 1 else {}
-        return shown | {f"ppo/ensemble_spread/{name}": value for name, value in self.spread.items()}
+        parts = {f"ppo/score/{name}": value for name, value in self.parts.items()} if len(self.parts) > 1 else {}
+        return parts | {f"ppo/ensemble_spread/{name}": value for name, value in self.spread.items()}
 
 
-class Judge:
-    """The parts of a reward, ready to score. Its functions live in processes, from the first score to `close`."""
+class RewardScorer:
+    """The parts of a reward, ready to score. Functions run in processes from the first score until `close`."""
 
     def __init__(
-        self, parts: Sequence[RewardPart], policies: Policies, *, where: str, stop: Stop, sources: Mapping[str, str] = {}
+        self, parts: Sequence[RewardPart], policies: Policies, *, where: str, stop: StopSignal, sources: Mapping[str, str] = {}
     ) -> None:
         """`sources` has the planned hash of each function's source. Raises AdapterError where a reward model was trained on
         another base.
@@ -63,18 +63,17 @@ class Judge:
     @torch.no_grad()
     def model_scores(self, batches: Sequence[DeviceBatch]) -> Tensor:
         """Scores of packed batches by every model [M, B], on the CPU. Raises Interrupted when asked to stop."""
-        found = []
+        scores = []
         for model in self.models:
             with self.policies.instead(model) as name:
-                found.append(torch.cat([self._scores(batch, name) for batch in batches]))
-        return torch.stack(found) if found else torch.empty(0, sum(batch.rows for batch in batches))
+                scores.append(torch.cat([self._model_scores(batch, name) for batch in batches]))
+        return torch.stack(scores) if scores else torch.empty(0, sum(batch.rows for batch in batches))
 
-    def _scores(self, batch: DeviceBatch, adapter: str) -> Tensor:
-        if self.stop.asked:
-            raise Interrupted("stopped while scoring; run the same command to go on")
+    def _model_scores(self, batch: DeviceBatch, adapter: str) -> Tensor:
+        self.stop.check("scoring")
         return row_scores(self.policies.base, batch, adapter).cpu()
 
-    def judge(self, model_MB: Tensor, texts: Texts, *, when: str) -> Judged:
+    def score(self, model_MB: Tensor, texts: CompletionTexts, *, when: str) -> RewardScores:
         """The score of every completion. Raises TrainingError naming `when` where a function fails."""
         total_B = torch.zeros(len(texts.completions))
         parts, spread = {}, {}
@@ -82,8 +81,7 @@ class Judge:
         for part in self.parts:
             name = part_name(part)
             if part.function:
-                found = self._worker(part).score(*texts, where=f"{self.where}, {when}")
-                score_B = torch.tensor(found)
+                score_B = torch.tensor(self._worker(part).score(*texts, where=f"{self.where}, {when}"))
             else:
                 member_MB = model_MB[first : first + len(part.models)]
                 score_B, first = combine(member_MB, part), first + len(part.models)
@@ -91,7 +89,11 @@ class Judge:
                     spread[name] = float(member_MB.std(0, correction=0).mean())
             parts[name] = float(score_B.mean())
             total_B += part.weight * score_B
-        return Judged(total_B, parts, spread)
+        return RewardScores(total_B, parts, spread)
+
+    def score_batches(self, batches: Sequence[DeviceBatch], texts: CompletionTexts, *, when: str) -> RewardScores:
+        """The score of every completion of packed batches, whose texts are in the same order. Raises as `score` does."""
+        return self.score(self.model_scores(batches), texts, when=when)
 
     def _worker(self, part: RewardPart) -> FunctionWorker:
         if part.function not in self._workers:
@@ -108,7 +110,7 @@ class Judge:
 
 
 def combine(member_MB: Tensor, part: RewardPart) -> Tensor:
-    """One score of an ensemble's [B]. A single model's comes through as it is."""
+    """An ensemble's scores as one [B]. The scores of a single model are unchanged."""
     if part.combine == "min":
         return member_MB.amin(0)
     mean_B = member_MB.mean(0)

@@ -1,6 +1,6 @@
-"""Who takes part in PPO, and what each says of a packed batch: log-probabilities, values, scores.
+"""The models of PPO and their outputs for a packed batch: log-probabilities, values, scores.
 
-Policy, reference, reward models and value function are adapters on one base, or full weights that take its place in turn.
+Policy, reference, reward models and value function are adapters on one base, or full weights that are loaded into it in turn.
 
 N: tokens of the completions, D: width.
 """
@@ -12,23 +12,23 @@ from torch import Tensor
 from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import DeviceBatch
 from posttrain.train.gold import GoldMeasure
-from posttrain.train.rewards import Judge
+from posttrain.train.rewards import RewardScorer
 from posttrain.train.value import ValueFunction
 
 
 class Roles(NamedTuple):
-    """Who samples (an adapter), who it is held to (a stage), who scores, who says what to expect, and who knows better."""
+    """The policy (an adapter), its reference (a stage), the reward, the value function and gold."""
 
     base: BaseModel
     temperature: float
     policy: str
     reference: str
-    judge: Judge
+    scorer: RewardScorer
     value: ValueFunction | None
     gold: GoldMeasure | None
 
     def _hidden(self, batch: DeviceBatch, adapter: str) -> Tensor:
-        """What each token of the completions is predicted from [N, D]."""
+        """The hidden state that each token of the completions is predicted from [N, D]."""
         return self.base.hidden(batch.ids_T, batch.positions_T, batch.segments, adapter)[batch.source_N]
 
     def logprobs(self, batch: DeviceBatch, adapter: str) -> Tensor:
@@ -39,7 +39,7 @@ class Roles(NamedTuple):
         return self.base.logprobs(hidden_ND / self.temperature, batch.target_N, adapter)
 
     def outputs(self, batch: DeviceBatch) -> tuple[Tensor, Tensor | None]:
-        """Of every token of the completions [N]: its log p under the policy, and the value by a head on the policy, if any."""
+        """Policy log-probabilities of the completions' tokens [N], and their values [N] where the value function is shared."""
         hidden_ND = self._hidden(batch, self.policy)
         logprobs_N = self._predict(hidden_ND, batch, self.policy)
         return logprobs_N, self.value.head.score(hidden_ND) if self.value is not None and self.shared else None
@@ -50,6 +50,6 @@ class Roles(NamedTuple):
         return self.value is not None and self.value.adapter == self.policy
 
     def own_values(self, batch: DeviceBatch) -> Tensor:
-        """The value before every token of the completions [N], by an adapter of its own."""
+        """The value before every token of the completions [N], where the value function has an adapter of its own."""
         assert self.value is not None
         return self.value.head.score(self._hidden(batch, self.value.adapter))

@@ -1,7 +1,7 @@
-"""Which rows a step sees and how fast it learns: pure functions of the step number, so that resuming needs no state.
+"""Which rows a step sees and its learning rate: pure functions of the step number, so that resuming needs no state.
 
-Epochs are seeded permutations laid end to end and cut into steps; the end of the run cuts the last step short. Every row
-is seen once an epoch, whatever kills and resumes lie between.
+Epochs are seeded permutations laid end to end and cut into steps; the last step of the run may be shorter. Every row is seen
+once an epoch, however often the run is stopped and resumed.
 
     rate(s) = peak (s + 1) / W                                   for s < W = ceil(warmup S), steps counted from 0
     rate(s) = peak (F + (1 - F) fall((s - W) / (S - W)))         after it, F = FINAL_RATE
@@ -19,7 +19,7 @@ FINAL_RATE = 0.1  # of the peak, where cosine and linear schedules end
 
 
 class LoopSettings(NamedTuple):
-    """The optimiser's settings; see recipe.py for what each means."""
+    """The optimiser's settings; `settings.py` says what each means."""
 
     epochs: float
     batch: int
@@ -64,14 +64,14 @@ def run_order(rows: int, settings: LoopSettings) -> Iterator[list[int]]:
     return (step_rows(step, rows, settings) for step in range(total_steps(rows, settings)))
 
 
-@lru_cache(maxsize=2)  # the epoch in hand and, in a step that spans two, the next
+@lru_cache(maxsize=2)  # the current epoch and, in a step that spans two, the next
 def _permutation(epoch: int, rows: int, seed: int) -> tuple[int, ...]:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return tuple(torch.randperm(rows, generator=generator).tolist())
 
 
 def validation_interval(rows: int, settings: LoopSettings) -> int:
-    """Steps between validations; 0 is only at the end. Choosing the best or stopping early needs several an epoch."""
+    """Steps between validations; 0 validates at the end only. `keep = "best"` and `patience` need several an epoch."""
     if settings.validate_every:
         return settings.validate_every
     wants_many = settings.patience > 0 or settings.keep == "best"
@@ -90,6 +90,6 @@ def learning_rate(step: int, steps: int, settings: LoopSettings) -> float:
         return settings.learning_rate * (step + 1) / warmup
     if settings.schedule == "constant":
         return settings.learning_rate
-    done = (step - warmup) / max(1, steps - warmup)
-    fall = 0.5 * (1 + math.cos(math.pi * done)) if settings.schedule == "cosine" else 1 - done
+    share = (step - warmup) / max(1, steps - warmup)
+    fall = 0.5 * (1 + math.cos(math.pi * share)) if settings.schedule == "cosine" else 1 - share
     return settings.learning_rate * (FINAL_RATE + (1 - FINAL_RATE) * fall)

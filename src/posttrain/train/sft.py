@@ -1,4 +1,4 @@
-"""The sft stage: demonstrations in, a policy out. Only assistant turns are learned from, their end token included."""
+"""The sft stage: demonstrations in, a policy out. It trains on assistant turns only, with their end token."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import MICRO_TOKENS, batch_logprobs, pack_rows
 from posttrain.stages.sft import SftStage
 from posttrain.train.loop import MicroBatch, TrainTask
-from posttrain.train.stage import StageContext, StageResult, TrainedPolicy, fit_stage, start_policy
+from posttrain.train.stage import StageContext, StageResult, TrainedPolicy, fit_stage, loop_settings, seed_of, start_policy
 
 
 def train_sft(context: StageContext, stage: SftStage) -> StageResult:
@@ -24,12 +24,13 @@ def train_sft(context: StageContext, stage: SftStage) -> StageResult:
         allow_dropped=stage.allow_dropped, evaluation_prompts=context.evaluation_prompts, context=context.base.context,
     )  # fmt: skip
     policy = start_policy(context, stage)
+    settings = loop_settings(stage, seed_of(stage, context.recipe))
     task = sft_task(context.base, policy, prepared.train, prepared.validation)
-    return fit_stage(context, stage, policy, task, prepared.report)
+    return fit_stage(context, stage, policy, task, settings, prepared.report)
 
 
 def sft_task(base: BaseModel, policy: TrainedPolicy, train: Sequence[TrainRow], held_out: Sequence[TrainRow]) -> TrainTask:
-    """SFT as the loop sees it."""
+    """What SFT learns from demonstrations."""
 
     def micro_batches(indices: Sequence[int]) -> list[MicroBatch]:
         return _micro_batches(base, [train[i] for i in indices])

@@ -1,6 +1,7 @@
-"""What all training stages share: where the policy starts, how it is trained, and what is left on disk."""
+"""What all training stages share: the policy at its start, the frame around its training, and the files of the stage."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,16 +16,16 @@ from posttrain.models.recompute import recomputed
 from posttrain.models.untrained_tokens import token_ids
 from posttrain.progress import Tracker
 from posttrain.recipe import Recipe
-from posttrain.stages.ppo import PpoStage
 from posttrain.stages.shared_settings import OptimisedSettings, TrainingSettings
+from posttrain.stop import StopSignal
 from posttrain.train.checkpoint import Owner
-from posttrain.train.loop import FitResult, TrainTask, fit
+from posttrain.train.loop import TrainTask, fit
 from posttrain.train.schedule import LoopSettings
-from posttrain.train.stop import StopSignal
+from posttrain.train.step import FitResult
 
 
 class StageContext(NamedTuple):
-    """All that a training stage may touch."""
+    """What a training stage may use."""
 
     base: BaseModel
     policies: Policies
@@ -33,16 +34,16 @@ class StageContext(NamedTuple):
     stop: StopSignal
     trackers: tuple[Tracker, ...] = ()
     evaluation_prompts: Collection[str] = ()
-    # Whose the checkpoints are.
+    # The stage that the checkpoints belong to.
     owner: Owner | None = None
-    # Of each reward function the hash of its source when the run was planned.
+    # The hash of the source of each reward function when the run was planned.
     sources: Mapping[str, str] = {}
-    # sha256 of every source of the run, as it was planned.
+    # sha256 of every data file when the run was planned.
     data: Mapping[str, str] = {}
 
 
 class StageResult(NamedTuple):
-    """What the manifest says of a finished stage."""
+    """A finished stage, for its manifest."""
 
     fit: FitResult
     data_report: dict[str, Any]
@@ -56,7 +57,7 @@ class StageResult(NamedTuple):
 
 
 class TrainedPolicy(NamedTuple):
-    """The policy in training: the name to route to, its parameters, and how it is written."""
+    """The policy in training: its name for routing, its trained parameters, and how it is saved."""
 
     routing: str
     parameters: dict[str, nn.Parameter]
@@ -70,12 +71,12 @@ def lora_settings(recipe: Recipe) -> LoraSettings:
 
 
 def seed_of(stage: OptimisedSettings, recipe: Recipe) -> int:
-    """The stage's own seed, so that several make an ensemble or repetitions; else the recipe's, which also reads the data."""
+    """The stage's own seed, as members of an ensemble and repetitions have; else the recipe's, which always reads the data."""
     return recipe.seed if stage.seed is None else stage.seed
 
 
 def start_policy(context: StageContext, stage: OptimisedSettings) -> TrainedPolicy:
-    """The init policy as something to train: a fresh adapter, a copy of one, or the whole model in place."""
+    """The init policy, ready to train: a new adapter, a copy of an adapter, or the full weights in place."""
     base = context.base
     if context.recipe.adapter.kind == "full":
         context.policies.activate(stage.init)
@@ -87,7 +88,7 @@ def start_policy(context: StageContext, stage: OptimisedSettings) -> TrainedPoli
 
 
 def start_adapter(context: StageContext, init: str, name: str, *, seed: int) -> LoraAdapter:
-    """A new adapter, or a copy of a policy's, under a name of its own."""
+    """A new adapter, or a copy of a policy's adapter, under the given name."""
     base, recipe = context.base, context.recipe
     if init == "base":
         ids = token_ids(base, recipe.adapter.train_tokens)
@@ -97,11 +98,9 @@ def start_adapter(context: StageContext, init: str, name: str, *, seed: int) -> 
     return adapter
 
 
-def fit_stage(
-    context: StageContext, stage: OptimisedSettings, policy: TrainedPolicy, task: TrainTask, report: dict[str, Any],
-    check: Callable[[dict[str, float]], tuple[str, ...]] | None = None,
-) -> StageResult:  # fmt: skip
-    """Train, then write the policy into the stage's folder. `check` may turn the final metrics into warnings.
+@contextmanager
+def training_stage(context: StageContext, policy: TrainedPolicy, report: dict[str, Any]) -> Iterator[None]:
+    """Train the policy inside; at the end it is written into the stage's folder, and the base is frozen again.
 
     Raises DataError where the rows that `report` is about were read from other bytes than the run was planned with.
     """
@@ -109,41 +108,40 @@ def fit_stage(
     write_json(context.folder / "data_report.json", report)
     try:
         with recomputed(context.base, context.recipe.base.recompute):
-            result = fit(
-                task,
-                loop_settings(stage, seed_of(stage, context.recipe)),
-                context.folder,
-                label=stage.name,
-                stop=context.stop,
-                trackers=context.trackers,
-                owner=context.owner,
-            )
+            yield
         policy.save(context.folder)
     finally:
         context.base.model.requires_grad_(False)
         context.policies.forget(policy.routing)
         if context.recipe.adapter.kind == "full":
             context.policies.forget("base")
+
+
+def fit_stage(
+    context: StageContext, stage: OptimisedSettings, policy: TrainedPolicy, task: TrainTask, settings: LoopSettings,
+    report: dict[str, Any], check: Callable[[dict[str, float]], tuple[str, ...]] | None = None,
+) -> StageResult:  # fmt: skip
+    """Train on rows, then write the policy into the stage's folder. `check` may turn the final metrics into warnings.
+
+    Raises DataError where the rows that `report` is about were read from other bytes than the run was planned with.
+    """
+    with training_stage(context, policy, report):
+        result = fit(
+            task, settings, context.folder, label=stage.name, stop=context.stop, trackers=context.trackers, owner=context.owner
+        )
     warnings = check(result.metrics) if check else ()
-    return StageResult(result, report, (*report["warnings"], *warnings, *_without_validation(stage, task)))
+    return StageResult(result, report, (*report["warnings"], *warnings, *_without_validation(task, settings)))
 
 
-def _without_validation(stage: OptimisedSettings, task: TrainTask) -> tuple[str, ...]:
-    """Settings that a stage without held-out rows cannot follow."""
-    if task.validate is not None or not isinstance(stage, TrainingSettings) or not (stage.patience or stage.keep == "best"):
+def _without_validation(task: TrainTask, settings: LoopSettings) -> tuple[str, ...]:
+    """A warning of settings that need held-out rows where there are none."""
+    if task.validate is not None or not (settings.patience or settings.keep == "best"):
         return ()
     return ('no row is held out for validation, so keep = "best" and patience did nothing; raise validation',)
 
 
-def loop_settings(stage: OptimisedSettings, seed: int) -> LoopSettings:
-    """The loop's settings from a stage's. The rows of a ppo stage are its steps, each seen once."""
-    if isinstance(stage, PpoStage):
-        return LoopSettings(
-            epochs=1, batch=1, learning_rate=stage.learning_rate, schedule=stage.schedule, warmup=stage.warmup,
-            weight_decay=stage.weight_decay, clip=stage.clip, keep="best" if stage.gold else "last", patience=0,
-            validate_every=0, checkpoint_every=stage.checkpoint_every, checkpoint_minutes=stage.checkpoint_minutes, seed=seed,
-        )  # fmt: skip
-    assert isinstance(stage, TrainingSettings)
+def loop_settings(stage: TrainingSettings, seed: int) -> LoopSettings:
+    """The optimiser's settings of a stage that learns from rows."""
     return LoopSettings(
         epochs=stage.epochs, batch=stage.batch, learning_rate=stage.learning_rate, schedule=stage.schedule,
         warmup=stage.warmup, weight_decay=stage.weight_decay, clip=stage.clip, keep=stage.keep, patience=stage.patience,

@@ -1,9 +1,10 @@
-"""Where PPO's value function starts, and what it stands on: an adapter of its own, or a head on the policy's adapter.
+"""PPO's value function: an adapter of its own with a head, or a head on the policy's adapter.
 
     V(state) = w . h - shift,   h: the last hidden state before a token
 
-`value = "own"` has an adapter that starts as a reward model's, with its head, or as the init policy's, with a head of zeros.
-`value = "shared"` has a head of zeros on the policy's adapter, or on its full weights: no second forward, and one gradient.
+With `value = "own"` its adapter starts as a copy of a reward model's, with that head, or of the init policy's, with a head of
+zeros. With `value = "shared"` it is a head of zeros on the policy's adapter, or on its full weights: no second forward pass,
+and one gradient.
 """
 
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from posttrain.train.stage import StageContext, seed_of, start_adapter
 
 
 class ValueFunction(NamedTuple):
-    """The adapter whose hidden states are read, the head that reads them, and what is trained of both."""
+    """The adapter whose hidden states it reads, the head that reads them, and the trained parameters of both."""
 
     adapter: str
     head: ScoreHead
@@ -26,7 +27,10 @@ class ValueFunction(NamedTuple):
 
 
 def start_value(context: StageContext, stage: PpoStage, policy: str) -> ValueFunction | None:
-    """The value function at the first step, frozen dropout; None for estimators without one. Raises AdapterError."""
+    """The value function at the first step, without dropout; None for estimators that need none.
+
+    Raises AdapterError where `value_init` names an adapter without a head.
+    """
     base = context.base
     if stage.estimator != "gae":
         return None
@@ -48,12 +52,12 @@ def start_value(context: StageContext, stage: PpoStage, policy: str) -> ValueFun
 
 
 def value_name(stage: PpoStage) -> str:
-    """The name of an adapter of its own while it is trained."""
+    """The name of the value function's own adapter while it is trained."""
     return f"{stage.name} value in training"
 
 
 def value_source(stage: PpoStage) -> str:
-    """The reward stage that the value function starts as a copy of, or "policy" where functions alone pay."""
+    """The reward stage that the value function starts as a copy of, or "policy" where the reward has no model."""
     if stage.value_init in ("auto", "reward"):
         return next((name for part in reward_parts(stage.reward) for name in part.models), "policy")
     return stage.value_init
