@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from bases import ADDITIONS, ALL, CONFIGS, eager, make_base
 from logits_of import our_logits, plain_logits
 from torch import Tensor
 
+from bases import ADDITIONS, ALL, CONFIGS, eager, make_base
 from posttrain.data.packing import Segment, pack, row_segments, tree_segments
 from posttrain.generate import engine as engine_module
 from posttrain.generate.engine import Engine, SamplingSettings, generate

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import transformers
-from bases import CONFIGS, SHAPE
 from torch import nn
 
+from bases import CONFIGS, SHAPE
 from posttrain.models.patch_modules import GatedMlp, replace_mlps, replace_rotary
 
 GATED = [name for name in CONFIGS if not name.startswith("phi3")]  # phi3 keeps gate and up in one matrix

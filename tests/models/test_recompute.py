@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from bases import CONFIGS, SHAPE, make_base
 from torch import Tensor, nn
 
+from bases import CONFIGS, SHAPE, make_base
 from posttrain.errors import AdapterError, ModelError
 from posttrain.models.base_model import BaseModel, load_base
 from posttrain.models.batches import DeviceBatch, batch_logprobs, pack_trees

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from bases import SHAPE, make_base
 from torch import nn
 
+from bases import SHAPE, make_base
 from posttrain.cli import main
 from posttrain.errors import ModelError
 from posttrain.models.base_model import BaseModel, load_base

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from posttrain.kernels.cpu.norms import RmsNorm, replace_norms
 from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from posttrain.kernels.cpu.norms import RmsNorm, replace_norms
 from posttrain.kernels.cuda.compiled import rms_norm
 
 EPS = 1e-6
