@@ -102,7 +102,7 @@ def counted(base: BaseModel) -> Iterator[list[int]]:
     def count(*_: Any) -> None:
         calls[0] += 1
 
-    handle = base.model.model.layers[0].mlp.act_fn.register_forward_hook(count)
+    handle = base.model.model.layers[0].mlp.up_proj.register_forward_hook(count)
     try:
         yield calls
     finally:

@@ -1,10 +1,9 @@
-"""Puts compiled chains in the places of a model's own code: those of `kernels/cuda/compiled.py` on a GPU, and those of
-`kernels/cpu/bindings.py` on a CPU, in bfloat16.
+"""Puts the operations of `kernels/` in the places of a model's own code: norms, gated MLPs and rotary embeddings.
 
-Gated MLPs and rotary embeddings are recognised by what they compute: where a small probe gives another result, the model's own
-code stays. A GPU step of Qwen3-0.6B spends a fifth of its time in these chains when each operation runs by itself.
+They are recognised by what they compute: where a small probe gives another result, the model's own code stays. A GPU step of
+Qwen3-0.6B spends a fifth of its time in these chains when each operation runs by itself.
 
-T: packed tokens, H: heads, D: head width.
+T: packed tokens, H: heads, D: width.
 """
 
 import sys
@@ -15,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from posttrain.kernels.cpu import bindings
-from posttrain.kernels.cuda.compiled import gated_gelu, gated_silu, rotate
+from posttrain.kernels import gated, rms_norm, rotate
 
 ROTARY = "apply_rotary_pos_emb"
 # The modules of transformers whose rotation was replaced in this process, and their own rotation.
@@ -26,52 +24,66 @@ _replaced: dict[str, Callable[..., Any]] = {}
 class GatedMlp(nn.Module):
     """down(act(gate(x)) * up(x)) with the model's own layers, under their own names."""
 
-    def __init__(self, mlp: Any, gated: Callable[..., Tensor]) -> None:
+    def __init__(self, mlp: Any, *, gelu: bool) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj, self.act_fn = mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn
-        self._gated = gated
+        self._gelu = gelu
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        out: Tensor = self.down_proj(self._gate(gate, up))
+        out: Tensor = self.down_proj(gated(self.gate_proj(x), self.up_proj(x), gelu=self._gelu))
         return out
 
-    def _gate(self, gate: Tensor, up: Tensor) -> Tensor:
-        if gate.is_cuda:
-            return self._gated(gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])).view_as(gate)
-        if bindings.able(gate):
-            return _Gate.apply(gate, up, self._gated is gated_gelu)  # type: ignore[no-any-return, no-untyped-call]
-        own: Tensor = self.act_fn(gate) * up
-        return own
+
+class RmsNorm(nn.Module):
+    """y = x r w with w = weight + offset; `weight` is the model's own parameter. On a CPU it must be frozen."""
+
+    def __init__(self, weight: nn.Parameter, offset: float, eps: float) -> None:
+        super().__init__()
+        self.weight, self.offset, self.eps = weight, offset, eps
+        self._scale_D = weight.detach().float() + offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
+        return rms_norm(x, self.weight, self.offset, self._scale_D, self.eps)
 
 
-class _Gate(torch.autograd.Function):
-    """act(gate) up on a CPU; keeps both factors."""
+def replace_norms(model: nn.Module, eps: float | None) -> int:
+    """Replace a model's RMS norms; returns how many. One that computes something else is left as it is.
 
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        ctx.gelu = gelu
-        return bindings.gated(gate, up, gelu=gelu)
+    On a CPU only the norms of a frozen model may be replaced.
+    """
+    replaced = 0
+    for name, module in list(model.named_modules()):
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        if type(module).__name__.endswith("RMSNorm") and eps is not None and weight is not None:
+            equal = _equal_norm(module, weight, eps)
+            if equal is not None:
+                _put(model, name, equal)
+                replaced += 1
+    return replaced
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        gate, up = ctx.saved_tensors
-        return *bindings.gated_backward(gate, up, grads[0], gelu=ctx.gelu), None
+
+@torch.no_grad()
+def _equal_norm(module: nn.Module, weight: nn.Parameter, eps: float) -> RmsNorm | None:
+    """The same norm, scaled by its weight (Llama) or by one more than its weight (Gemma), or None where neither fits."""
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(4, len(weight), generator=generator).to(weight.device, weight.dtype)
+    # Small inputs show an eps that differs.
+    probe = torch.cat([probe, probe * eps**0.5])
+    wanted = module(probe).float()
+    close = 2e-2 if weight.dtype == torch.bfloat16 else 1e-5
+    for offset in (0.0, 1.0):
+        candidate = RmsNorm(weight, offset, eps)
+        if torch.allclose(candidate(probe).float(), wanted, rtol=close, atol=close):
+            return candidate
+    return None
 
 
-class _Rotation(torch.autograd.Function):
-    """x [H, T, D] turned on a CPU; keeps the angles."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-        ctx.save_for_backward(cos_TD, sin_TD)
-        return bindings.rotate(x, cos_TD, sin_TD)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return bindings.rotate_backward(grads[0], *ctx.saved_tensors), None, None
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """A module in the place of another one."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 @torch.no_grad()
@@ -85,23 +97,25 @@ def replace_mlps(model: nn.Module) -> int:
             or next(module.parameters(recurse=False), None) is not None
         ):
             continue
-        gated = _gate_of(module)
-        if gated is not None:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, GatedMlp(module, gated))
+        gelu = _is_gelu(module)
+        if gelu is not None:
+            _put(model, name, GatedMlp(module, gelu=gelu))
             replaced += 1
     return replaced
 
 
-def _gate_of(mlp: Any) -> Callable[..., Tensor] | None:
+def _is_gelu(mlp: Any) -> bool | None:
+    """Whether a gated MLP has a gelu (by its tanh form) or a silu; None for anything else."""
     weight = mlp.gate_proj.weight
     probe = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
     wanted = mlp(probe).float()
     close = 2e-2 if weight.dtype == torch.bfloat16 else 1e-4
-    for gated in (gated_silu, gated_gelu):
-        found = mlp.down_proj(gated(mlp.gate_proj(probe), mlp.up_proj(probe))).float()
-        if (found - wanted).norm() <= close * wanted.norm():
-            return gated
+    points = torch.linspace(-6, 6, 49)
+    for gelu in (False, True):
+        found = mlp.down_proj(gated(mlp.gate_proj(probe), mlp.up_proj(probe), gelu=gelu)).float()
+        same = torch.allclose(mlp.act_fn(points), gated(points, torch.ones(49), gelu=gelu), atol=1e-6)
+        if same and (found - wanted).norm() <= close * wanted.norm():
+            return gelu
     return None
 
 
@@ -146,18 +160,14 @@ def _rotates_by_halves(own: Callable[..., Any]) -> bool:
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [1, H, T, D], cos and sin [1, T, D]."""
-    return rotate(x[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None]
+    return rotate(x[0], cos[0], sin[0])[None]
 
 
 def _fast(own: Callable[..., Any]) -> Callable[..., Any]:
     def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
         # Some models turn only a part of the width.
         if len(q) == 1 and unsqueeze_dim == 1 and cos.shape[-1] == q.shape[-1]:
-            if q.is_cuda:
-                return _rotated(q, cos, sin), _rotated(k, cos, sin)
-            if bindings.able(q) and cos.dtype == q.dtype:
-                angles = cos[0].contiguous(), sin[0].contiguous()
-                return tuple(_Rotation.apply(x[0], *angles)[None] for x in (q, k))  # type: ignore[no-untyped-call]
+            return _rotated(q, cos, sin), _rotated(k, cos, sin)
         return own(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
 
     return apply
