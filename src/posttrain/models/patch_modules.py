@@ -6,9 +6,8 @@ Qwen3-0.6B spends a fifth of its time in these chains when each operation runs b
 T: packed tokens, H: heads, D: width.
 """
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,9 +15,8 @@ from torch import Tensor, nn
 
 from posttrain.kernels import gated, rms_norm, rotate
 
+# What the architectures of transformers call their rotation.
 ROTARY = "apply_rotary_pos_emb"
-# The modules of transformers whose rotation was replaced in this process, and their own rotation.
-_replaced: dict[str, Callable[..., Any]] = {}
 
 
 class GatedMlp(nn.Module):
@@ -121,30 +119,33 @@ def _is_gelu(mlp: Any) -> bool | None:
 
 @torch.no_grad()
 def replace_rotary(model: nn.Module) -> bool:
-    """Let the attention layers of a model's architecture rotate by one kernel, on a GPU and on a CPU.
+    """Let the attention layers of this model rotate by one kernel; other models in the process keep their own rotation.
 
-    Their rotation is a function of the module that defines them, so it is replaced there, once.
+    A layer's rotation is a global of the module that defines its class: the layer gets copies of the methods that call it,
+    which see another function under that name. Returns whether any layer rotates so.
     """
-    names = {type(module).__module__ for module in model.modules()}
-    for name in names - _replaced.keys():
-        own = vars(sys.modules[name]).get(ROTARY)
-        if own is not None and _rotates_by_halves(own):
-            setattr(sys.modules[name], ROTARY, _fast(own))
-            _replaced[name] = own
-    return bool(names & _replaced.keys())
+    methods = {kind: _rotating(kind) for kind in {type(module) for module in model.modules()}}
+    for module in model.modules():
+        for name, method in methods[type(module)]:
+            if name not in vars(module):
+                fast = _with_global(method, ROTARY, _fast(method.__globals__[ROTARY]))
+                setattr(module, name, types.MethodType(fast, module))
+    return any(methods.values())
 
 
-@contextmanager
-def own_rotary() -> Iterator[None]:
-    """Inside, models rotate by their own functions, whatever was replaced in this process."""
-    fast = {name: vars(sys.modules[name])[ROTARY] for name in _replaced}
-    for name, own in _replaced.items():
-        setattr(sys.modules[name], ROTARY, own)
-    try:
-        yield
-    finally:
-        for name, function in fast.items():
-            setattr(sys.modules[name], ROTARY, function)
+def _rotating(kind: type[nn.Module]) -> list[tuple[str, types.FunctionType]]:
+    """Methods of a class that call a rotation by halves of their module."""
+    methods = [(name, getattr(kind, name)) for name in dir(kind)]
+    calling = [(n, m) for n, m in methods if isinstance(m, types.FunctionType) and ROTARY in m.__code__.co_names]
+    return [(n, m) for n, m in calling if ROTARY in m.__globals__ and _rotates_by_halves(m.__globals__[ROTARY])]
+
+
+def _with_global(function: types.FunctionType, name: str, value: Callable[..., Any]) -> types.FunctionType:
+    """A copy of a function that finds another object under the name of one global."""
+    changed = {**function.__globals__, name: value}
+    copy = types.FunctionType(function.__code__, changed, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def _rotates_by_halves(own: Callable[..., Any]) -> bool:
