@@ -24,7 +24,6 @@ from posttrain.errors import ModelError
 from posttrain.generate.engine import SamplingSettings, generate
 from posttrain.models.base_model import BaseModel, load_base
 from posttrain.models.batches import batch_logprobs, to_device
-from posttrain.models.patch_modules import own_rotary
 from posttrain.models.source import locate_base
 
 PAGE = Path(__file__).parent / "models.md"
@@ -84,11 +83,10 @@ def _compared(base: BaseModel, reference: Any) -> Verdict:
     segments = row_segments(other, [False] + [True] * 8, 0) + row_segments(row, [False] + [True] * 23, 1)
     found = batch_logprobs(base, to_device(pack(segments, 2), base.device), "base")[8:]
     greedy = list(generate(base, [row], SamplingSettings(6, 0.0), "base")[0].completion_ids)
-    with own_rotary():
-        logits = reference(input_ids=torch.tensor([row]), use_cache=False).logits[0].float()
-        ids: list[int] = []
-        while len(ids) < len(greedy):
-            ids.append(int(reference(input_ids=torch.tensor([row + ids]), use_cache=False).logits[0, -1].argmax()))
+    logits = reference(input_ids=torch.tensor([row]), use_cache=False).logits[0].float()
+    ids: list[int] = []
+    while len(ids) < len(greedy):
+        ids.append(int(reference(input_ids=torch.tensor([row + ids]), use_cache=False).logits[0, -1].argmax()))
     wanted = torch.log_softmax(logits, -1)[:-1].gather(1, torch.tensor(row[1:])[:, None])[:, 0]
     apart = float((found - wanted).abs().max())
     if apart > CLOSE or ids != greedy:

@@ -118,7 +118,7 @@ def _work(plan: Plan, stop: StopSignal, held: HeldFolder) -> None:
     say(f"loading {plan.recipe.base.model}")
     from safetensors import SafetensorError
 
-    from posttrain.kernels.cpu.build import advice
+    from posttrain.kernels import advice
     from posttrain.models.adapter_files import Policies
     from posttrain.models.base_model import load_base
     from posttrain.models.source import pinned

@@ -5,16 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from bases import ADDITIONS, ALL, CONFIGS, eager, make_base
 from logits_of import our_logits, plain_logits
 from torch import Tensor
 
+from bases import ADDITIONS, ALL, CONFIGS, eager, make_base
 from posttrain.data.packing import Segment, pack, row_segments, tree_segments
 from posttrain.generate import engine as engine_module
 from posttrain.generate.engine import Engine, SamplingSettings, generate
 from posttrain.generate.requests import Request
+from posttrain.kernels import reference
 from posttrain.kernels.cuda.varlen import gather_keys, varlen_table
-from posttrain.models.attention import _reference, segment_attention
+from posttrain.models.attention import segment_attention
 from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import batch_logprobs, to_device
 from posttrain.models.cache import Extras
@@ -166,7 +167,7 @@ def test_a_mask_of_the_models_own_and_missing_segments_are_refused() -> None:
 def test_the_plain_reference_agrees_with_the_fused_function() -> None:
     for spans in PACKINGS.values():
         q, k, v = random_heads(4, 2, 24, 8)
-        plain = _reference(q, k, v, 0.3, Segments(spans), Extras(4))
+        plain = reference.segment_attention(q, k, v, Segments(spans), scale=0.3, extra=Extras(4))
         assert torch.allclose(plain, attend(q, k, v, spans, 4, None), atol=1e-5)
 
 

@@ -9,12 +9,12 @@ import peft
 import pytest
 import torch
 import transformers
-from bases import SHAPE
 from logits_of import our_logits, plain_logits
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from bases import SHAPE
 from posttrain.cli import main
 from posttrain.errors import ArtifactError, ModelError
 from posttrain.generate.engine import SamplingSettings, generate

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from bases import CONFIGS, make_base
 from test_attention import LONG, PACKINGS, dense, random_heads, token_rows
 from test_target_logprobs import exact, problem
 from torch import Tensor
 
+from bases import CONFIGS, make_base
 from posttrain.data.packing import pack, row_segments, tree_segments
 from posttrain.generate.engine import SamplingSettings, generate
 from posttrain.kernels.cuda.compiled import rms_norm

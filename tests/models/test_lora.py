@@ -8,10 +8,10 @@ import peft
 import pytest
 import torch
 import transformers
-from bases import make_base
 from logits_of import our_logits, plain_logits
 from torch import nn
 
+from bases import make_base
 from posttrain.errors import RecipeError
 from posttrain.models.adapter_files import load_adapter, save_adapter
 from posttrain.models.adapter_slots import NarrowAdapters

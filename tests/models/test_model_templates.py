@@ -9,7 +9,8 @@ from huggingface_hub.utils import filter_repo_objects
 
 from posttrain.data.chat import ChatFormat
 from posttrain.errors import ModelError
-from posttrain.models.base_model import fetch_from_hub, load_chat, load_tokenizer
+from posttrain.models.base_model import load_chat, load_tokenizer
+from posttrain.models.obtain import fetch_from_hub
 from posttrain.models.source import BaseModelFolder, locate_base
 from posttrain.plan import _base_identity
 from posttrain.recipe import Recipe

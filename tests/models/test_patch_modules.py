@@ -1,11 +1,13 @@
 """The chains that a GPU compiles, as plain functions: equal to what the models' own code computes."""
 
+import sys
+
 import pytest
 import torch
 import transformers
-from bases import CONFIGS, SHAPE
 from torch import nn
 
+from bases import CONFIGS, SHAPE
 from posttrain.models.patch_modules import GatedMlp, replace_mlps, replace_rotary
 
 GATED = [name for name in CONFIGS if not name.startswith("phi3")]  # phi3 keeps gate and up in one matrix
@@ -52,7 +54,20 @@ def test_rotations_by_halves_are_recognised_and_unchanged_on_a_cpu(name: str) ->
     wanted = model(ids).logits
     assert replace_rotary(model)
     assert torch.equal(model(ids).logits, wanted)
-    assert replace_rotary(model), "a second model of the architecture finds it replaced"
+    assert replace_rotary(model), "a second call finds it replaced"
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_a_second_model_in_the_process_keeps_its_own_rotation(name: str) -> None:
+    """Its layers run the methods of their classes, and the function of their module is transformers' own."""
+    first, second = model_of(name), model_of(name)
+    module = sys.modules[type(second).__module__]
+    own = vars(module)["apply_rotary_pos_emb"]
+    assert replace_rotary(first)
+    assert vars(module)["apply_rotary_pos_emb"] is own
+    replaced = {type(layer).__name__ for layer in first.modules() if "forward" in vars(layer)}
+    assert len(replaced) == 1
+    assert not any("forward" in vars(layer) for layer in second.modules())
 
 
 def test_nothing_is_found_where_nothing_rotates() -> None:

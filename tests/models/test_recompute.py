@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from bases import CONFIGS, SHAPE, make_base
 from torch import Tensor, nn
 
+from bases import CONFIGS, SHAPE, make_base
 from posttrain.errors import AdapterError, ModelError
 from posttrain.models.base_model import BaseModel, load_base
 from posttrain.models.batches import DeviceBatch, batch_logprobs, pack_trees
@@ -102,7 +102,7 @@ def counted(base: BaseModel) -> Iterator[list[int]]:
     def count(*_: Any) -> None:
         calls[0] += 1
 
-    handle = base.model.model.layers[0].mlp.act_fn.register_forward_hook(count)
+    handle = base.model.model.layers[0].mlp.up_proj.register_forward_hook(count)
     try:
         yield calls
     finally:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from bases import CONFIGS, make_base
 
+from bases import CONFIGS, make_base
 from posttrain.data.prepare import PairRow
 from posttrain.data.rankings import RankedPrompt, rank_prompts
 from posttrain.errors import AdapterError

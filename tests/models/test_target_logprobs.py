@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.kernels.cpu import bindings
-from posttrain.models import logprobs as module
-from posttrain.models.embedding_rows import HeadRows
+from posttrain import kernels
+from posttrain.kernels import HeadRows, reference
+from posttrain.kernels import reference_head as module
 from posttrain.models.logprobs import target_logprobs
 
 
-@pytest.fixture(autouse=True, params=["compiled", "plain"])
+@pytest.fixture(autouse=True, params=["fastest", "reference"])
 def functions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways of a bfloat16 head on a CPU, where there is a compiler."""
-    if request.param == "plain":
-        monkeypatch.setattr(bindings, "able", lambda x: False)
+    """Both ways of a head on a CPU."""
+    if request.param == "reference":
+        monkeypatch.setattr(kernels, "_cpu", reference)
 
 
 class Problem(NamedTuple):

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from bases import SHAPE, make_base
 from torch import nn
 
+from bases import SHAPE, make_base
 from posttrain.cli import main
 from posttrain.errors import ModelError
 from posttrain.models.base_model import BaseModel, load_base
-from posttrain.models.patch_modules import ROTARY, own_rotary, replace_rotary
 from posttrain.models.source import locate_base
 from posttrain.models.verify import DifferentError, Probe, compare, keep_proof, make_probe, own_logprobs, proof_path
 
@@ -83,8 +82,7 @@ def own_of(base: BaseModel) -> tuple[Probe, list[torch.Tensor]]:
         base.source.folder, dtype=base.dtype, attn_implementation="eager"
     )
     probe = make_probe(base.chat.encode_document, base.vocabulary, base.settings)
-    with own_rotary():
-        return probe, own_logprobs(reference, probe)
+    return probe, own_logprobs(reference, probe)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -166,12 +164,3 @@ def test_a_probe_of_ids_stands_in_where_the_tokenizer_makes_too_little(tiny: Bas
         assert max(*drawn.other, *drawn.first, *drawn.second) < 50
         assert len(set(drawn.first)) > 20
     assert len(make_probe(tiny.chat.encode_document, tiny.vocabulary, tiny.settings | {"sliding_window": 8}).first) == 48
-
-
-def test_a_model_rotates_by_its_own_function_inside(tiny: BaseModel) -> None:
-    replace_rotary(tiny.model)
-    module = transformers.models.llama.modeling_llama
-    fast = vars(module)[ROTARY]
-    with own_rotary():
-        assert vars(module)[ROTARY] is not fast
-    assert vars(module)[ROTARY] is fast

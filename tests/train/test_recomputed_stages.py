@@ -41,7 +41,7 @@ def recorded_forwards(base: BaseModel) -> Iterator[list[int]]:
     def count(*_: Any) -> None:
         calls[0] += torch.is_grad_enabled()
 
-    handle = base.model.model.layers[0].mlp.act_fn.register_forward_hook(count)
+    handle = base.model.model.layers[0].mlp.up_proj.register_forward_hook(count)
     try:
         yield calls
     finally:

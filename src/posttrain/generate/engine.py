@@ -66,13 +66,10 @@ class Engine:
         """Forget all that waits, is in flight or is kept: at the start, and after a step that failed half way."""
         base = self.base
         steady = STEADY[base.device.type]
-        alone = base.attends_alone
-        self._places = Places(base.device, steady=steady, by_blocks=not steady and not alone)
-        self._narrow = NarrowAdapters(base.dtype, base.device, quick=self._serving)
+        self._places = Places(base.device, steady=steady, by_blocks=not steady and not base.attends_by_row)
+        self._narrow = NarrowAdapters(base.dtype, base.device, serving=self._serving)
         self._steady = SteadyDecoder(base, self._narrow) if steady else None
         self._steps = Steps(base, self._places, self._narrow, self._steady)
-        # Where rows that decode run as a program (`kernels/cpu/replay.py`), which prompts beside them would prevent.
-        self._apart = alone and self._narrow.tiles
         self.prefixes = PrefixCache(self._prefix_bytes)
         # Rows that share a prompt join together.
         self._waiting = FairQueue()
@@ -175,7 +172,8 @@ class Engine:
         self._filling = [group for group in self._filling if id(group) not in done]
         rows = [row for row in self._places.rows() if row.ids and not row.resting]
         forwards: list[list[Row | Chunk]] = [[*rows, *chunks]]
-        if self._apart and self.base.programs.hopeful:
+        # Where rows that decode run as recorded steps, prompts beside them would prevent it.
+        if self.base.attends_by_row and self.base.programs.wants_decoding_alone:
             forwards = [[*rows], [*chunks]]
         for items in forwards:
             events += self._steps.run(items) if items else []

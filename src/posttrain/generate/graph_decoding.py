@@ -15,7 +15,7 @@ from torch import Tensor
 
 from posttrain.generate.batch import Places, merged, steady_rows
 from posttrain.generate.requests import Row
-from posttrain.kernels.cuda.graphs import Graphs, Step, replayable
+from posttrain.kernels import Step, step_graphs
 from posttrain.models.adapter_slots import NarrowAdapters
 from posttrain.models.base_model import BaseModel
 from posttrain.models.cache import CacheStep, Reading, Shelf
@@ -63,7 +63,7 @@ class SteadyDecoder:
 
     def __init__(self, base: BaseModel, narrow: NarrowAdapters) -> None:
         self._base, self._narrow = base, narrow
-        self.graphs = Graphs(base.device, record=replayable(base.model.config.get_text_config().to_dict()))
+        self.graphs = step_graphs(base.device, base.model.config.get_text_config().to_dict())
 
     def lay_out(self, places: Places) -> Steady | None:
         """The next step of all rows, whose prompts are filled; None where it cannot be one of fixed form."""

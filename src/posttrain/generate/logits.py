@@ -11,7 +11,7 @@ from torch import Tensor
 from posttrain.generate.batch import Work, rounded
 from posttrain.generate.requests import Row, TokenScore
 from posttrain.generate.sampling import token_logprobs, top_tokens
-from posttrain.kernels.cpu.linear import EngineProducts
+from posttrain.kernels import EngineLinear
 from posttrain.models.base_model import BaseModel
 from posttrain.models.lora import LoraAdapter
 
@@ -19,7 +19,7 @@ from posttrain.models.lora import LoraAdapter
 SCORED_TOKENS = 128
 
 
-def next_logits(base: BaseModel, product: EngineProducts, hidden_TD: Tensor, work: Work) -> Tensor:
+def next_logits(base: BaseModel, product: EngineLinear, hidden_TD: Tensor, work: Work) -> Tensor:
     """Logits [R, V] of the next token of each row that gets one."""
     # The head runs once for rows that begin alike.
     source = list(dict.fromkeys(work.source))
@@ -33,7 +33,7 @@ def next_logits(base: BaseModel, product: EngineProducts, hidden_TD: Tensor, wor
     return logits_RV[: len(work.source)]
 
 
-def prompt_scores(base: BaseModel, product: EngineProducts, hidden_TD: Tensor, work: Work) -> list[tuple[Row, TokenScore]]:
+def prompt_scores(base: BaseModel, product: EngineLinear, hidden_TD: Tensor, work: Work) -> list[tuple[Row, TokenScore]]:
     """Log-probabilities of the prompts' own tokens, for rows that want them, in the order of each prompt."""
     found = []
     for start in range(0, len(work.scored), SCORED_TOKENS):
@@ -49,6 +49,6 @@ def prompt_scores(base: BaseModel, product: EngineProducts, hidden_TD: Tensor, w
 
 
 def _logits(
-    base: BaseModel, product: EngineProducts, hidden_TD: Tensor, tokens: list[int], adapters: Sequence[LoraAdapter | None]
+    base: BaseModel, product: EngineLinear, hidden_TD: Tensor, tokens: list[int], adapters: Sequence[LoraAdapter | None]
 ) -> Tensor:
     return base.row_logits(hidden_TD[torch.tensor(tokens, device=hidden_TD.device)], list(adapters), product)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from posttrain.errors import ModelError
-from posttrain.kernels.cpu import bindings
+from posttrain.kernels import token_chooser
 
 # Tokens of the vocabulary that are looked through at once when one of them is chosen.
 BLOCK = 512
@@ -147,13 +147,14 @@ def draw_numbers(draws: Sequence[Draw], device: torch.device) -> Tensor:
 
 def choose_tokens(logits_RV: Tensor, draws: Sequence[Draw], numbers_4R: Tensor | None = None) -> Chosen:
     """The next token of each row; what a row gets does not depend on the others. Waits for the device once."""
-    if not bindings.able(logits_RV):
+    choose = token_chooser(logits_RV)
+    if choose is None:
         return _chosen(_choose_all(logits_RV, draws, numbers_4R))
     # Rows whose distribution is neither moved nor cut are the compiled function's, whatever stands beside them. It knows of
     # tokens that are forbidden.
     others = [r for r, draw in enumerate(draws) if draw.settings.shifts or draw.settings.cuts]
     rows = [(draw.uniform, _temperature(draw.settings), draw.settings.logprobs) for draw in draws]
-    found = bindings.choose_tokens(logits_RV, rows, [draw.forbidden for draw in draws])
+    found = choose(logits_RV, rows, [draw.forbidden for draw in draws])
     if others:
         own = zip(*_choose_all(logits_RV[others], [draws[r] for r in others], None), strict=True)
         for r, row in zip(others, own, strict=True):

@@ -6,18 +6,15 @@ Slots keep no adapter alive: one that has left memory leaves its slot, and with 
 """
 
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor
 
-from posttrain.kernels.cpu import bindings
-from posttrain.kernels.cpu.linear import EngineProducts, tileable
+from posttrain.kernels import Stack, all_finite, engine_linear, slot_layout
+from posttrain.models.adapter import LoraAdapter
 from posttrain.models.cache import new_address
-
-if TYPE_CHECKING:
-    from posttrain.models.lora import LoraAdapter
 
 # Slots kept at most for each adapter in flight.
 SPARE_SLOTS = 4
@@ -32,7 +29,7 @@ class SlotShape(NamedTuple):
     layers: frozenset[tuple[str, int]]
 
     @classmethod
-    def of(cls, adapter: "LoraAdapter") -> "SlotShape":
+    def of(cls, adapter: LoraAdapter) -> "SlotShape":
         """The shape of an adapter."""
         return cls(_rank(adapter), frozenset((layer, a.shape[1] + len(b)) for layer, (a, b) in adapter.weights.items()))
 
@@ -45,28 +42,13 @@ def most_slots(adapters: int) -> int:
 def slot_bytes(shapes: Sequence[SlotShape], dtype: torch.dtype, device: torch.device) -> int:
     """Bytes that the slots of these adapters take at most, when all of them have been in flight."""
     layers = frozenset().union(*{shape.layers for shape in shapes})
-    columns = most_slots(len(shapes)) * _padded(max((shape.rank for shape in shapes), default=0), dtype, device)
-    if tileable(bindings.DEEP, dtype, device):
-        columns = -(-columns // bindings.DEEP) * bindings.DEEP
+    layout, rank = slot_layout(dtype, device), max((shape.rank for shape in shapes), default=0)
+    columns = layout.columns(most_slots(len(shapes)) * layout.rank(rank))
     return columns * sum(width for _, width in layers) * dtype.itemsize
 
 
-def _padded(rank: int, dtype: torch.dtype, device: torch.device) -> int:
-    """The rank of slots for adapters of this one."""
-    return bindings.slot_rank(rank) if rank and tileable(bindings.DEEP, dtype, device) else rank
-
-
-def _rank(adapter: "LoraAdapter") -> int:
+def _rank(adapter: LoraAdapter) -> int:
     return max((len(a) for a, _ in adapter.weights.values()), default=0)
-
-
-class Stack(NamedTuple):
-    """One layer's A [n, R, inputs] and s B [n, outputs, R] of all slots."""
-
-    a: Tensor
-    b: Tensor
-    # The memory of both, where it is one matrix for all slots [C, inputs] and [outputs, C].
-    wide: tuple[Tensor, Tensor] | None = None
 
 
 class NarrowAdapters:
@@ -75,14 +57,14 @@ class NarrowAdapters:
     `product` is what the base's own products are computed by.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, *, quick: bool = False) -> None:
-        self.dtype, self.product = dtype, EngineProducts(dtype, device, quick=quick)
-        self.tiles, self._device = tileable(bindings.DEEP, dtype, device), device
-        # Adapters that are not finite, and whose slots are zeros instead where slots lie side by side.
+    def __init__(self, dtype: torch.dtype, device: torch.device, *, serving: bool = False) -> None:
+        self.product = engine_linear(dtype, device, serving=serving)
+        self.layout = slot_layout(dtype, device, serving=serving)
+        # Adapters that are not finite, and whose slots are zeros instead in stacks that are wide.
         self.apart: WeakSet[LoraAdapter] = WeakSet()
         self._open(0, 0)
 
-    def settle(self, adapters: "Sequence[LoraAdapter]") -> None:
+    def settle(self, adapters: Sequence[LoraAdapter]) -> None:
         """These are all that are in flight: they are held, and far more slots than they need, or than there are adapters in
         memory, are given up; so is the width of one that is not in memory any more."""
         needed = list(dict.fromkeys(adapters))
@@ -96,16 +78,16 @@ class NarrowAdapters:
         self.hold(needed)
 
     @property
-    def slots(self) -> "list[LoraAdapter | None]":
+    def slots(self) -> list[LoraAdapter | None]:
         """The adapter of each slot; None where there is none in memory."""
         return [None if held is None else held() for held in self._held]
 
-    def hold(self, adapters: "Sequence[LoraAdapter]") -> None:
+    def hold(self, adapters: Sequence[LoraAdapter]) -> None:
         """These are needed now. Others stay until their slots are, so that rows that come and go make no copies each time."""
         needed = list(dict.fromkeys(adapters))
         slots = self.slots
         missing = [a for a in needed if a not in slots]
-        rank = self._padded(max(map(_rank, missing), default=0))
+        rank = self.layout.rank(max(map(_rank, missing), default=0))
         if rank > self.rank:
             self._open(max(len(needed), sum(held is not None for held in slots)), rank)
             missing = needed
@@ -134,7 +116,7 @@ class NarrowAdapters:
         self.apart, self._ranks[: len(there)] = apart, ranks
         for layer in list(stacks):  # one by one, so that never all are there twice
             old = stacks.pop(layer)
-            new = self._stacks[layer] = self._new_stack(old.a[0], old.b[0])
+            new = self._stacks[layer] = self.layout.new_stack(slots, self.rank, old.a[0], old.b[0])
             new.a[: len(there)], new.b[: len(there)] = old.a, old.b
 
     def _open(self, slots: int, rank: int) -> None:
@@ -156,13 +138,13 @@ class NarrowAdapters:
         return self._stacks.get(layer)
 
     def wide(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The matrices of the layers whose slots lie side by side."""
+        """The matrices of the layers whose stack is wide."""
         return {layer: stack.wide for layer, stack in self._stacks.items() if stack.wide is not None}
 
     @property
     def form(self) -> Hashable | None:
-        """What adapters of tiles are but for their numbers: those of one form differ by where their tensors lie. None where one
-        is computed apart, or in a layer by tables."""
+        """What adapters are but for their numbers: those of one form differ by where their tensors lie. None where one is
+        computed apart, or a layer's stack is not wide."""
         if self._formed != self.address:
             whole = all(stack.wide is not None for stack in self._stacks.values())
             self._form = (self.rank, frozenset(self._stacks)) if whole else _NO_FORM
@@ -182,80 +164,33 @@ class NarrowAdapters:
             self._stacks[name] = Stack(wide[:, index * self.rank : (index + 1) * self.rank], self._stacks[name].b)
         self.address = new_address()
 
-    def finite(self, needed: "Sequence[LoraAdapter]") -> bool:
+    def finite(self, needed: Sequence[LoraAdapter]) -> bool:
         """Whether all matrices are finite, so that what is not a token's own adds zeros to it. Of adapters that are not needed
         what is not finite is forgotten."""
         slots = self.slots
         for slot, finite in enumerate(self._finite):
             if finite is None:
                 parts = [matrix[slot] for stack in self._stacks.values() for matrix in (stack.a, stack.b)]
-                self._finite[slot] = _all_finite(parts)
+                self._finite[slot] = all_finite(parts)
             if not self._finite[slot] and slots[slot] not in needed:
                 for stack in self._stacks.values():
                     stack.a[slot], stack.b[slot] = 0, 0
                 self._held[slot], self._finite[slot] = None, True
         return all(self._finite)
 
-    def _write(self, slot: int, adapter: "LoraAdapter") -> None:
+    def _write(self, slot: int, adapter: LoraAdapter) -> None:
         self.apart.discard(adapter)
         self._held[slot], self._versions[slot], self._finite[slot] = ref(adapter), _version(adapter), None
-        self._ranks[slot] = self._padded(_rank(adapter))
+        self._ranks[slot] = self.layout.rank(_rank(adapter))
         held = self.slots
         self.apart = WeakSet(adapter for adapter in self.apart if adapter in held)
         for layer, (a, b) in adapter.weights.items():
             if layer not in self._stacks:
-                self._stacks[layer] = self._new_stack(a.detach(), b.detach())
+                self._stacks[layer] = self.layout.new_stack(len(held), self.rank, a.detach(), b.detach())
                 self.address = new_address()
-        at_once = self.tiles and all(self._by_slots(layer, pair) for layer, pair in adapter.weights.items())
-        if at_once:
-            places = [self._stacks[layer] for layer in adapter.weights]
-            finite = bindings.fill_slot(
-                list(adapter.weights.values()), [(stack.a[slot], stack.b[slot]) for stack in places], adapter.settings.scale
-            )
-        else:
-            finite = not self.tiles or _all_finite([x.detach() for pair in adapter.weights.values() for x in pair])
-        if not finite:
+        if not self.layout.write(slot, self._stacks, adapter.weights, adapter.settings.scale):
             self.apart.add(adapter)
-        for layer, stack in self._stacks.items():
-            pair = adapter.weights.get(layer)
-            if not finite and stack.wide is not None:
-                pair = None
-            if pair is not None and at_once:
-                continue
-            rank = 0 if pair is None else len(pair[0])
-            if pair is not None:
-                stack.a[slot, :rank] = pair[0].detach()
-                torch.mul(pair[1].detach(), adapter.settings.scale, out=stack.b[slot, :, :rank])
-            if rank < self.rank:  # what the adapter before it had beyond, which need not be finite
-                stack.a[slot, rank:], stack.b[slot, :, rank:] = 0, 0
-
-    def _padded(self, rank: int) -> int:
-        return _padded(rank, self.dtype, self._device)
-
-    def _by_slots(self, layer: str, pair: tuple[Tensor, Tensor]) -> bool:
-        """Whether the compiled function copies them to where this layer's slots lie side by side."""
-        return self._stacks[layer].wide is not None and all(x.dtype == torch.float32 and x.is_contiguous() for x in pair)
-
-    def _new_stack(self, a: Tensor, b: Tensor) -> Stack:
-        """Zeros for all slots."""
-        slots, inputs, outputs = len(self.slots), a.shape[1], len(b)
-        if self.tiles and tileable(inputs, self.dtype, a.device):
-            used = slots * self.rank
-            columns = -(-used // bindings.DEEP) * bindings.DEEP
-            wide = a.new_zeros(columns, inputs, dtype=self.dtype), b.new_zeros(outputs, columns, dtype=self.dtype)
-            by_slot = wide[1][:, :used].view(outputs, slots, self.rank).transpose(0, 1)
-            return Stack(wide[0][:used].view(slots, self.rank, inputs), by_slot, wide)
-        # In memory B lies as [n, R, outputs] on a GPU, so that all slots side by side are one matrix, and where `expand` adds
-        # it up.
-        turned = b.new_zeros((slots, self.rank, outputs), dtype=self.dtype).transpose(1, 2)
-        added_up = b.is_cuda or bindings.able(turned)
-        return Stack(a.new_zeros(slots, self.rank, inputs, dtype=self.dtype), turned if added_up else turned.contiguous())
 
 
-def _all_finite(matrices: Sequence[Tensor]) -> bool:
-    """Whether all numbers are; a sum beyond all numbers says no of some that are."""
-    return bool(torch.stack([matrix.sum(dtype=torch.float32) for matrix in matrices]).sum().isfinite())
-
-
-def _version(adapter: "LoraAdapter") -> int:
+def _version(adapter: LoraAdapter) -> int:
     return sum(p._version for pair in adapter.weights.values() for p in pair)

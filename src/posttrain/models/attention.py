@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.masking_utils import AttentionMaskInterface
 
-from posttrain.kernels.cpu.attention import CpuSegmentAttention, gather
-from posttrain.kernels.cuda.varlen import takes, varlen_attention
-from posttrain.models.cache import Extras, decode, fill, softmax_with_sinks, with_pasts
+from posttrain import kernels
+from posttrain.models.cache import Extras, fill, with_pasts
 from posttrain.models.segments import Segments
 
 ATTENTION_NAME = "posttrain_segments"
@@ -58,7 +57,7 @@ def segment_attention(
             raise NotImplementedError("its values are wider than its keys")
         v = functional.pad(v, (0, q.shape[-1] - width))
     if segments.step is None:
-        out = _packed(q, k, v, scaling, segments, extra)
+        out = kernels.segment_attention(q, k, v, segments, scale=scaling, extra=extra)
     else:
         out = _cached(q, k, v, int(module.layer_idx), scaling, segments, extra)  # type: ignore[arg-type]
     if width != q.shape[-1]:
@@ -80,16 +79,6 @@ def _known(segments: Segments | None, mask: Tensor | None, is_causal: bool | Non
     return segments
 
 
-def _packed(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments, extra: Extras) -> Tensor:
-    if extra.softcap is not None or extra.sinks_H is not None:
-        return _reference(q, k, v, scale, segments, extra)
-    if q.is_cuda and not takes(q):
-        return _reference(q, k, v, scale, segments, extra)
-    if q.is_cuda:
-        return varlen_attention(q, k, v, scale, segments, extra.window)
-    return CpuSegmentAttention.apply(q, k, v, scale, segments, extra.window)  # type: ignore[no-any-return, no-untyped-call]
-
-
 def _cached(q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, segments: Segments, extra: Extras) -> Tensor:
     """Decoding rows first, then the packed prompts of rows that join. Their places are filled after the rows are read:
     until then a place without a row is filler."""
@@ -98,27 +87,9 @@ def _cached(q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, segments:
     segments.calls += 1
     parts = []
     if step.rows:
-        parts.append(decode(q, k, v, layer, step, scale=scale, extra=extra))
+        parts.append(kernels.cache_attention(q, k, v, layer, step.readings, step.rows, scale=scale, extra=extra))
     if segments.spans:
         keys, values = with_pasts(step, layer, k[:, step.rows :], v[:, step.rows :])
-        parts.append(_packed(q[:, step.rows :], keys, values, scale, segments, extra))
+        parts.append(kernels.segment_attention(q[:, step.rows :], keys, values, segments, scale=scale, extra=extra))
         fill(step, layer, k, v)
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments, extra: Extras) -> Tensor:
-    """The same attention by plain operations: for soft-capped models and those with sinks, for float32 on a GPU, and to
-    compare against."""
-    groups = q.shape[0] // k.shape[0]
-    out = torch.zeros_like(q)
-    for span in segments.spans:
-        rows = slice(span.start, span.start + span.length)
-        keys = gather(k, span).repeat_interleave(groups, 0)
-        values = gather(v, span).repeat_interleave(groups, 0)
-        scores = q[:, rows] @ keys.transpose(1, 2) * scale
-        if extra.softcap:
-            scores = torch.tanh(scores / extra.softcap) * extra.softcap
-        scores = scores.masked_fill(segments.invisible(span.length, span.keys, extra.window, q.device), float("-inf"))
-        weights = softmax_with_sinks(scores.float(), extra.sinks_H).to(q.dtype)
-        out = torch.index_copy(out, 1, torch.arange(rows.start, rows.stop, device=q.device), weights @ values)
-    return out

@@ -1,4 +1,4 @@
-"""Base models in memory; the only file that imports transformers.
+"""Base models in memory.
 
 A base is loaded from safetensors, frozen, its linear layers wrapped so that adapters can be named per segment, and its
 attention replaced by the packed-segment function of `models/attention.py`. Remote code is never run, pickles are never
@@ -7,39 +7,30 @@ read. Full logits never exist in training: `hidden` stops before the head, `mode
 T: packed tokens, D: width, V: vocabulary.
 """
 
-import importlib.util
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
-from posttrain.artifacts import disk_error, fsync_tree, set_usual_modes, write_json
 from posttrain.data.chat import ChatFormat, load_chat_format
-from posttrain.errors import ArtifactError, ModelError
-from posttrain.kernels.cpu.linear import EngineProducts, linear
-from posttrain.kernels.cpu.norms import replace_norms
-from posttrain.kernels.cpu.replay import Programs
+from posttrain.errors import ModelError
+from posttrain.kernels import EngineLinear, HeadRows, attends_by_row, head_logits, linear, replay
 from posttrain.models.architecture import context_of, head_scale, text_settings
 from posttrain.models.attention import ATTENTION_NAME, register_attention
-from posttrain.models.cache import attends_alone, bytes_per_token
+from posttrain.models.cache import bytes_per_token
 from posttrain.models.checkpoint import check_round_trip, refuse_missing
-from posttrain.models.embedding_rows import HeadRows, RowGradient, TokenRows, capped, head_logits, head_rows
+from posttrain.models.embedding_rows import RowGradient, TokenRows, capped, head_rows
 from posttrain.models.logprobs import target_logprobs
-from posttrain.models.lora import AdapterSet, LoraAdapter, LoraShape
+from posttrain.models.lora import AdapterSet, LoraAdapter
 from posttrain.models.mixed_precision import NarrowWeights
-from posttrain.models.patch_modules import replace_mlps, replace_rotary
+from posttrain.models.patch_modules import replace_mlps, replace_norms, replace_rotary
 from posttrain.models.segments import Segments
 from posttrain.models.source import BaseModelFolder, locate_base, verify_source
-from posttrain.models.tokenizer import HuggingFaceTokenizer, byte_tokenizer, refuse_beyond
+from posttrain.models.tokenizer import HuggingFaceTokenizer, refuse_beyond
 from posttrain.models.verify import by_itself, compare, first_line, keep_proof, proof_path, refusal
 
 transformers.logging.set_verbosity_error()
@@ -76,9 +67,10 @@ class BaseModel:
         self.context: int = context_of(self.settings)
         self.cache_bytes: int = bytes_per_token(self.settings, self.dtype)
         sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
-        # Whether attention reads each cached row by itself.
-        self.attends_alone = not sinks and attends_alone(self.settings, self.dtype, self.device)
-        self.programs = Programs(model, self.forward)
+        plain = not sinks and not self.settings.get("attn_logit_softcapping")
+        # Whether attention over the cache reads of each row no more than it has, or rows should stand by their lengths.
+        self.attends_by_row = plain and attends_by_row(self.dtype, self.device)
+        self.programs = replay(model, self.forward)
 
     @property
     def head_VD(self) -> Tensor:
@@ -120,7 +112,7 @@ class BaseModel:
         )
         return found
 
-    def row_logits(self, hidden_RD: Tensor, adapters: Sequence[LoraAdapter | None], product: EngineProducts) -> Tensor:
+    def row_logits(self, hidden_RD: Tensor, adapters: Sequence[LoraAdapter | None], product: EngineLinear) -> Tensor:
         """Logits [R, V] of rows with adapters of their own, soft-capped where the model is, without gradient, valid
         until the next ones."""
         hidden_RD, bias_V = self._scaled(hidden_RD), self.head_bias_V
@@ -268,112 +260,3 @@ def _refuse_remote_code(folder: Path, where: str) -> None:
                 allowed="architectures that transformers has",
                 do="remove auto_map if the architecture is a standard one",
             )
-
-
-def lora_shape(model: BaseModel, targets: Any) -> dict[str, tuple[int, int]]:
-    """Names and (inputs, outputs) of the linear layers that `targets` selects."""
-    return LoraShape.select(model.model, targets)
-
-
-def convert_gguf(gguf: Path, target: Path, *, model: str) -> None:
-    """Turn a GGUF into a folder with bf16 safetensors, config and tokenizer; whole or not at all.
-
-    Quantised blocks are expanded to float32 and stored in bfloat16, so that every machine starts from the same weights.
-    Raises ModelError for a file that cannot be read.
-    """
-    where = f'[base] model = "{model}"'
-    for needed in ("gguf", "accelerate"):  # transformers needs them and says so badly
-        if importlib.util.find_spec(needed) is None:
-            raise ModelError(where, f"the package {needed} is not installed", do='pip install "posttrain[quickstart]"')
-    with _new_folder(target) as partial:
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, local_files_only=True, trust_remote_code=False
-            )
-            # Saving what came out of a GGUF directly is refused; the same weights in a model made from the config are not.
-            # The config must not say any more that the weights are quantised, or other tools take them for packed blocks.
-            settings = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
-            rebuilt = type(loaded)(type(loaded.config).from_dict(settings)).to(torch.bfloat16)
-            rebuilt.load_state_dict(loaded.state_dict())
-        except Exception as error:  # noqa: BLE001 - damaged files break their readers anywhere
-            raise ModelError(
-                where,
-                f"the GGUF cannot be read: {first_line(error)[:200]}",
-                do="check that the file is whole and of a supported architecture",
-            ) from None
-        rebuilt.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        write_json(partial / "source.json", {"model": model, "file": gguf.name})
-
-
-@contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `target` when it is whole; of several processes that make it, the first one wins.
-
-    Raises ArtifactError where the disk refuses.
-    """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as work:
-            partial = Path(work) / target.name
-            partial.mkdir()
-            yield partial
-            set_usual_modes(partial)
-            fsync_tree(partial)
-            try:
-                os.rename(partial, target)
-            except OSError:
-                if not (target / "source.json").exists():  # not another process's work, but rubbish
-                    shutil.rmtree(target)
-                    os.rename(partial, target)
-    except OSError as error:
-        raise disk_error(target, error) from error
-    except SafetensorError as error:  # it tells what the disk said only in words
-        raise ArtifactError(str(target), str(error)[:200], do="make room, or set POSTTRAIN_CACHE to another folder") from None
-
-
-def fetch_from_hub(model: str, revision: str | None = None) -> Path:
-    """A snapshot of safetensors, config and tokenizer of a hub id, in a folder that is named by its commit.
-
-    Raises ModelError where the hub cannot be reached, or has no such revision.
-    """
-    import huggingface_hub
-
-    try:
-        folder = huggingface_hub.snapshot_download(
-            model, revision=revision,
-            allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"],
-            ignore_patterns=["original/*", "onnx/*", "consolidated*"],
-        )  # fmt: skip
-    except Exception as error:  # noqa: BLE001 - the hub's errors have no common ancestor
-        raise ModelError(
-            f'[base] model = "{model}{f"@{revision}" if revision else ""}"',
-            f"cannot be fetched from the hub ({type(error).__name__})",
-            do="check the name and the network, or give a folder, a .gguf file or a package",
-        ) from None  # fmt: skip
-    return Path(folder)
-
-
-def make_random_tiny(target: Path) -> None:
-    """A tiny Llama with random weights and a byte-level vocabulary, for tests and dry runs; always the same weights."""
-    inner = byte_tokenizer(["<pad>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>"])
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
-    )
-    config = transformers.LlamaConfig(
-        vocab_size=inner.get_vocab_size(), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    state = torch.get_rng_state()
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.08)
-    torch.set_rng_state(state)
-    with _new_folder(target) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        write_json(partial / "source.json", {"model": "random:tiny"})

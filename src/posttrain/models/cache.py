@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from posttrain.kernels.cpu import bindings
+from posttrain.kernels import Extras as Extras
+from posttrain.kernels import Reading as Reading
 
 # Tokens of one block of keys or values on a CPU; keys seen are rounded up to it everywhere.
 BLOCK = 64
@@ -43,11 +43,6 @@ def bytes_per_token(config: dict[str, Any], dtype: torch.dtype) -> int:
     width = config.get("head_dim") or config["hidden_size"] // heads
     layers = config.get("num_hidden_layers") or config["num_layers"]
     return int(2 * layers * (config.get("num_key_value_heads") or heads) * width * dtype.itemsize)
-
-
-def attends_alone(config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether attention reads each row's keys by itself and no further than its length, by a model's configuration."""
-    return not config.get("attn_logit_softcapping") and bindings.able(torch.empty(0, dtype=dtype, device=device))
 
 
 # Of each layer its index and the shapes of its keys and values.
@@ -159,42 +154,6 @@ def zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.frombuffer(memory, dtype=like.dtype, count=math.prod(shape)).view(shape)
 
 
-class Reading(NamedTuple):
-    """Decoding rows of one shelf: tokens [start, start + rows) of the batch stand for its first places.
-
-    Of these only the places `place_N` hold a row, `length_N` tokens long before this one, which is `token_N` of the batch.
-    (In a steady step all of them do; `generate/graph_decoding.py`.)
-    Rows that see keys of block b stand on its first `rows_B[b]` places.
-    """
-
-    shelf: Shelf
-    start: int
-    rows: int
-    place_N: Tensor
-    length_N: Tensor
-    token_N: Tensor | slice
-    seen: int
-    rows_B: tuple[int, ...]
-    # Which keys each row sees, by window; kept for the other layers.
-    kept: dict[int, Tensor]
-
-    def bias(self, window: int, dtype: torch.dtype) -> Tensor:
-        """[R, S]: 0 where a key is seen, -inf where not. A place without a row sees its first key."""
-        if window not in self.kept:
-            mask_RS = self._seen(window)
-            zeros_RS = torch.zeros(mask_RS.shape, dtype=dtype, device=mask_RS.device)
-            self.kept[window] = zeros_RS.masked_fill_(~mask_RS, float("-inf"))
-        return self.kept[window]
-
-    def _seen(self, window: int) -> Tensor:
-        device = self.place_N.device
-        length_R1 = torch.zeros(self.rows, 1, dtype=torch.long, device=device)
-        length_R1[self.place_N, 0] = self.length_N
-        key_S = torch.arange(self.seen, device=device)[None]
-        seen = key_S <= length_R1
-        return seen & (key_S > length_R1 - window) if window else seen
-
-
 class Filling(NamedTuple):
     """Prompts that move in: packed token `source_N` becomes token `position_N` of the row at `place_N`."""
 
@@ -236,86 +195,3 @@ def fill(step: CacheStep, layer: int, k: Tensor, v: Tensor) -> None:
     """Keep the keys and values [K, T, D] of packed prompts; a prompt that several rows share is written for each."""
     for filling in step.fillings:
         filling.shelf.write(layer, k, v, filling.place_N, filling.position_N, filling.source_N)
-
-
-class Extras(NamedTuple):
-    """What some models add to plain attention: a sliding window (0 for none), a soft cap of the scores, and sinks: for each
-    head the score [H] of a key whose value is zero."""
-
-    window: int = 0
-    softcap: float | None = None
-    sinks_H: Tensor | None = None
-
-
-def softmax_with_sinks(scores: Tensor, sinks_H: Tensor | None) -> Tensor:
-    """Softmax over the last dimension of scores [H, ..., S], sinks among them, which take their share away."""
-    if sinks_H is None:
-        return torch.softmax(scores, -1)
-    sinks = sinks_H.to(scores.dtype).view(-1, *[1] * (scores.dim() - 1)).expand(*scores.shape[:-1], 1)
-    return torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1]
-
-
-def decode(q: Tensor, k: Tensor, v: Tensor, layer: int, step: CacheStep, *, scale: float, extra: Extras) -> Tensor:
-    """One new token a row: append its key and value, attend to the row's cache. q [H, T, D] -> [H, step.rows, D]."""
-    plain = extra.softcap is None and extra.sinks_H is None
-    if plain and bindings.able(q) and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
-        return _compiled(q, k, v, layer, step, scale, extra.window)
-    parts = []
-    for reading in step.readings:
-        shelf, rows, heads = reading.shelf, reading.rows, len(q)
-        shelf.write(layer, k, v, reading.place_N, reading.length_N, reading.token_N)
-        keys, values = shelf.layer(layer, k)
-        grouped = q[:, reading.start : reading.start + rows].transpose(0, 1).reshape(rows, len(k), heads // len(k), -1)
-        if plain and q.is_cuda:
-            out = functional.scaled_dot_product_attention(
-                grouped, keys[0, :rows, :, : reading.seen], values[0, :rows, :, : reading.seen],
-                attn_mask=reading.bias(extra.window, q.dtype)[:, None, None], scale=scale,
-            )  # fmt: skip
-        else:
-            out = _attend(grouped, keys, values, reading, scale, extra)
-        parts.append(out.reshape(rows, heads, -1))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).transpose(0, 1)
-
-
-def _compiled(q: Tensor, k: Tensor, v: Tensor, layer: int, step: CacheStep, scale: float, window: int) -> Tensor:
-    """In one pass over the keys and values of each row, and no further than its length."""
-    # Places without a row find zeros.
-    out_RHD = q.new_zeros((step.rows, len(q), q.shape[-1]))
-    for reading in step.readings:
-        assert isinstance(reading.token_N, Tensor)
-        where = reading.place_N, reading.length_N, reading.token_N
-        bindings.attend(q, k, v, *reading.shelf.layer(layer, k), where, scale, window, out_RHD)
-    return out_RHD.transpose(0, 1)
-
-
-def _attend(q_RKGD: Tensor, keys: Tensor, values: Tensor, reading: Reading, scale: float, extra: Extras) -> Tensor:
-    """Plain products over the blocks [blocks, places, K, block, D] that hold the keys seen.
-
-    The keys stand on the left: only the right side of a product is packed, and here it is the small one. The first places of
-    a block are one piece of memory; of pieces of them, products would make copies.
-    """
-    rows, heads, groups, width = q_RKGD.shape
-    size = keys.shape[3]
-    q_NDG = q_RKGD.reshape(rows * heads, groups, width).transpose(1, 2)
-    # Keys of blocks that a row does not reach are not computed, and masked with the others below.
-    scores = q_RKGD.new_zeros((rows * heads, groups, len(reading.rows_B) * size), dtype=torch.float32)
-    for b, reached in enumerate(reading.rows_B):
-        count = reached * heads
-        part = torch.bmm(keys[b, :reached].view(count, size, width), q_NDG[:count])
-        scores[:count, :, b * size : (b + 1) * size] = part.transpose(1, 2)
-    if extra.softcap is not None:
-        scores, scale = torch.tanh(scores * (scale / extra.softcap)), extra.softcap
-    scores = scores.view(rows, heads * groups, -1)[..., : reading.seen]
-    # Adding the mask takes a sixth of the time of filling it in.
-    scores = torch.add(reading.bias(extra.window, torch.float32)[:, None], scores, alpha=scale)
-    if extra.sinks_H is None:
-        weights = torch.softmax(scores, -1)
-    else:
-        weights = softmax_with_sinks(scores.transpose(0, 1), extra.sinks_H).transpose(0, 1)
-    weights = weights.to(q_RKGD.dtype).reshape(rows * heads, groups, -1)
-    out = q_RKGD.new_zeros((rows * heads, groups, width), dtype=torch.float32)
-    for b, reached in enumerate(reading.rows_B):
-        count = reached * heads
-        part = weights[:count, :, b * size : (b + 1) * size]
-        out[:count] += torch.bmm(part, values[b, :reached].view(count, size, width)[:, : part.shape[2]])
-    return out.to(q_RKGD.dtype).view(q_RKGD.shape)

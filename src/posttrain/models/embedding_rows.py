@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from posttrain.kernels import HeadRows
+
 
 class TokenRows(NamedTuple):
     """Rows [K, D], float32, that stand for those of `ids` in the embedding layer named `layer`."""
@@ -41,33 +43,9 @@ def replace_rows(embedded: Tensor, ids: Tensor, tokens: TokenRows, scale: Tensor
     return torch.where(match.any(-1, keepdim=True), rows_KD[match.int().argmax(-1)], embedded)
 
 
-class HeadRows(NamedTuple):
-    """Rows [K, D], in the head's type and detached, that stand for those of ids [K] in a head: no copy of the head is made."""
-
-    ids_K: Tensor
-    rows_KD: Tensor
-
-    def replace(self, picked_ND: Tensor, ids_N: Tensor) -> Tensor:
-        """Rows of the head picked by ids [N], with these in their places."""
-        match_NK = ids_N[:, None] == self.ids_K
-        return torch.where(match_NK.any(1, keepdim=True), self.rows_KD[match_NK.int().argmax(1)], picked_ND)
-
-    def mean_(self, mean_ND: Tensor, head_VD: Tensor, share_NK: Tensor) -> Tensor:
-        """What probabilities [N, K] of these rows change in a mean over the rows of the head."""
-        return mean_ND.add_(share_NK.to(head_VD.dtype) @ (self.rows_KD - head_VD[self.ids_K]))
-
-
 def head_rows(tokens: TokenRows, head_VD: Tensor) -> HeadRows:
     """The trained rows as the head sees them."""
     return HeadRows(torch.tensor(tokens.ids, device=head_VD.device), tokens.rows.detach().to(head_VD.dtype))
-
-
-def head_logits(hidden_ND: Tensor, head_VD: Tensor, rows: HeadRows | None, bias_V: Tensor | None = None) -> Tensor:
-    """Logits [N, V] of a head, in its type."""
-    logits_NV = hidden_ND @ head_VD.T
-    if rows is not None:
-        logits_NV[:, rows.ids_K] = hidden_ND @ rows.rows_KD.T
-    return logits_NV if bias_V is None else logits_NV.add_(bias_V)
 
 
 class RowGradient(torch.autograd.Function):

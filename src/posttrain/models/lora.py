@@ -13,7 +13,7 @@ T: tokens, R: rank.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -21,71 +21,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from posttrain.errors import AdapterError, RecipeError
-from posttrain.kernels.cpu.linear import adapted, linear
+from posttrain.kernels import linear, lora_linear
+from posttrain.models.adapter import LoraAdapter as LoraAdapter
+from posttrain.models.adapter import LoraSettings as LoraSettings
 from posttrain.models.embedding_rows import TokenRows, replace_rows
-from posttrain.models.heads import SCORE_NAME, ScoreHead
+from posttrain.models.heads import ScoreHead
 from posttrain.models.token_adapters import SlotAdapters, TokenAdapters
 
 ATTENTION_PARENTS = ("self_attn", "attn", "attention")
 MLP_PARENTS = ("mlp", "feed_forward", "ffn")
-
-
-class LoraSettings(NamedTuple):
-    """The shape of an adapter."""
-
-    rank: int
-    alpha: float
-    dropout: float
-    targets: str | tuple[str, ...]
-    scaling: str
-
-    @property
-    def scale(self) -> float:
-        """What the low-rank product is multiplied by."""
-        return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
-
-
-class LoraAdapter:
-    """One adapter: for each adapted layer its A and B, float32, and what else was trained beside them.
-
-    That is the embedding rows of some tokens, and the head of a reward model.
-    """
-
-    def __init__(
-        self, name: str, settings: LoraSettings, weights: dict[str, tuple[nn.Parameter, nn.Parameter]],
-        tokens: TokenRows | None = None, head: ScoreHead | None = None,
-    ) -> None:  # fmt: skip
-        self.name, self.settings, self.weights, self.tokens, self.head = name, settings, weights, tokens, head
-        self.training = False
-        # A hash of what it was read from; None for one that is made or trained here.
-        self.fingerprint: str | None = None
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """Trainable tensors by PEFT's names, in a fixed order."""
-        named: dict[str, nn.Parameter] = {}
-        for layer, (a, b) in self.weights.items():
-            named[f"base_model.model.{layer}.lora_A.weight"] = a
-            named[f"base_model.model.{layer}.lora_B.weight"] = b
-        if self.tokens is not None:
-            named[f"base_model.model.{self.tokens.layer}.token_adapter.trainable_tokens_delta"] = self.tokens.rows
-        if self.head is not None:
-            named[SCORE_NAME] = self.head.weight
-        return named
-
-    @property
-    def drops(self) -> bool:
-        """Whether dropout is in force: while gradients are recorded, and so not in validation."""
-        return self.training and self.settings.dropout > 0 and torch.is_grad_enabled()
-
-    def requires_grad_(self, on: bool) -> None:
-        """Make the adapter trainable, or freeze it."""
-        self.training = on
-        for parameter in self.parameters().values():
-            parameter.requires_grad_(on)
-
-    def without_dropout(self) -> None:
-        """A policy that drops inputs while it learns is not the one that sampled."""
-        self.settings = self.settings._replace(dropout=0.0)
 
 
 class LoraShape:
@@ -166,37 +110,12 @@ class LoraLinear(nn.Module):
         if adapter.drops:
             plain = linear(x, self.base.weight, self.base.bias)
             return plain + _low_rank(functional.dropout(x, adapter.settings.dropout), pair, scale)
-        y: Tensor = _LoraProduct.apply(x, self.base.weight, self.base.bias, pair[0], pair[1], scale)  # type: ignore[no-untyped-call]
-        return y
+        return lora_linear(x, self.base.weight, self.base.bias, pair[0], pair[1], scale)
 
 
 def _low_rank(x: Tensor, pair: tuple[nn.Parameter, nn.Parameter], scale: float) -> Tensor:
     a, b = pair
     return functional.linear(functional.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scale
-
-
-class _LoraProduct(torch.autograd.Function):
-    """The adapted product with a frozen weight: saves the input and its projection, and nothing of width `outputs`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        y, projected_TR = adapted(flat, weight, bias, a, b, scale)
-        ctx.save_for_backward(flat, projected_TR, weight, a, b)
-        ctx.scale, ctx.shape = scale, x.shape
-        return y.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        flat, projected_TR, weight, a, b = ctx.saved_tensors
-        grad = grads[0].reshape(-1, grads[0].shape[-1])
-        grad_TR = grad @ b.to(grad.dtype) * ctx.scale
-        grad_a = (grad_TR.T @ flat).to(a.dtype) if ctx.needs_input_grad[3] else None
-        grad_b = (grad.T @ projected_TR).to(b.dtype) * ctx.scale if ctx.needs_input_grad[4] else None
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight).addmm_(grad_TR, a.to(grad.dtype)).view(ctx.shape)
-        return grad_x, None, None, grad_a, grad_b, None
 
 
 class AdapterSet:

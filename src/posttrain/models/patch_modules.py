@@ -1,77 +1,87 @@
-"""Puts compiled chains in the places of a model's own code: those of `kernels/cuda/compiled.py` on a GPU, and those of
-`kernels/cpu/bindings.py` on a CPU, in bfloat16.
+"""Puts the operations of `kernels/` in the places of a model's own code: norms, gated MLPs and rotary embeddings.
 
-Gated MLPs and rotary embeddings are recognised by what they compute: where a small probe gives another result, the model's own
-code stays. A GPU step of Qwen3-0.6B spends a fifth of its time in these chains when each operation runs by itself.
+They are recognised by what they compute: where a small probe gives another result, the model's own code stays. A GPU step of
+Qwen3-0.6B spends a fifth of its time in these chains when each operation runs by itself.
 
-T: packed tokens, H: heads, D: head width.
+T: packed tokens, H: heads, D: width.
 """
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from posttrain.kernels.cpu import bindings
-from posttrain.kernels.cuda.compiled import gated_gelu, gated_silu, rotate
+from posttrain.kernels import gated, rms_norm, rotate
 
+# What the architectures of transformers call their rotation.
 ROTARY = "apply_rotary_pos_emb"
-# The modules of transformers whose rotation was replaced in this process, and their own rotation.
-_replaced: dict[str, Callable[..., Any]] = {}
 
 
 class GatedMlp(nn.Module):
     """down(act(gate(x)) * up(x)) with the model's own layers, under their own names."""
 
-    def __init__(self, mlp: Any, gated: Callable[..., Tensor]) -> None:
+    def __init__(self, mlp: Any, *, gelu: bool) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj, self.act_fn = mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn
-        self._gated = gated
+        self._gelu = gelu
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        out: Tensor = self.down_proj(self._gate(gate, up))
+        out: Tensor = self.down_proj(gated(self.gate_proj(x), self.up_proj(x), gelu=self._gelu))
         return out
 
-    def _gate(self, gate: Tensor, up: Tensor) -> Tensor:
-        if gate.is_cuda:
-            return self._gated(gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])).view_as(gate)
-        if bindings.able(gate):
-            return _Gate.apply(gate, up, self._gated is gated_gelu)  # type: ignore[no-any-return, no-untyped-call]
-        own: Tensor = self.act_fn(gate) * up
-        return own
+
+class RmsNorm(nn.Module):
+    """y = x r w with w = weight + offset; `weight` is the model's own parameter. On a CPU it must be frozen."""
+
+    def __init__(self, weight: nn.Parameter, offset: float, eps: float) -> None:
+        super().__init__()
+        self.weight, self.offset, self.eps = weight, offset, eps
+        self._scale_D = weight.detach().float() + offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
+        return rms_norm(x, self.weight, self.offset, self._scale_D, self.eps)
 
 
-class _Gate(torch.autograd.Function):
-    """act(gate) up on a CPU; keeps both factors."""
+def replace_norms(model: nn.Module, eps: float | None) -> int:
+    """Replace a model's RMS norms; returns how many. One that computes something else is left as it is.
 
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        ctx.gelu = gelu
-        return bindings.gated(gate, up, gelu=gelu)
+    On a CPU only the norms of a frozen model may be replaced.
+    """
+    replaced = 0
+    for name, module in list(model.named_modules()):
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        if type(module).__name__.endswith("RMSNorm") and eps is not None and weight is not None:
+            equal = _equal_norm(module, weight, eps)
+            if equal is not None:
+                _put(model, name, equal)
+                replaced += 1
+    return replaced
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        gate, up = ctx.saved_tensors
-        return *bindings.gated_backward(gate, up, grads[0], gelu=ctx.gelu), None
+
+@torch.no_grad()
+def _equal_norm(module: nn.Module, weight: nn.Parameter, eps: float) -> RmsNorm | None:
+    """The same norm, scaled by its weight (Llama) or by one more than its weight (Gemma), or None where neither fits."""
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(4, len(weight), generator=generator).to(weight.device, weight.dtype)
+    # Small inputs show an eps that differs.
+    probe = torch.cat([probe, probe * eps**0.5])
+    wanted = module(probe).float()
+    close = 2e-2 if weight.dtype == torch.bfloat16 else 1e-5
+    for offset in (0.0, 1.0):
+        candidate = RmsNorm(weight, offset, eps)
+        if torch.allclose(candidate(probe).float(), wanted, rtol=close, atol=close):
+            return candidate
+    return None
 
 
-class _Rotation(torch.autograd.Function):
-    """x [H, T, D] turned on a CPU; keeps the angles."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-        ctx.save_for_backward(cos_TD, sin_TD)
-        return bindings.rotate(x, cos_TD, sin_TD)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return bindings.rotate_backward(grads[0], *ctx.saved_tensors), None, None
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """A module in the place of another one."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 @torch.no_grad()
@@ -85,52 +95,57 @@ def replace_mlps(model: nn.Module) -> int:
             or next(module.parameters(recurse=False), None) is not None
         ):
             continue
-        gated = _gate_of(module)
-        if gated is not None:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, GatedMlp(module, gated))
+        gelu = _is_gelu(module)
+        if gelu is not None:
+            _put(model, name, GatedMlp(module, gelu=gelu))
             replaced += 1
     return replaced
 
 
-def _gate_of(mlp: Any) -> Callable[..., Tensor] | None:
+def _is_gelu(mlp: Any) -> bool | None:
+    """Whether a gated MLP has a gelu (by its tanh form) or a silu; None for anything else."""
     weight = mlp.gate_proj.weight
     probe = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
     wanted = mlp(probe).float()
     close = 2e-2 if weight.dtype == torch.bfloat16 else 1e-4
-    for gated in (gated_silu, gated_gelu):
-        found = mlp.down_proj(gated(mlp.gate_proj(probe), mlp.up_proj(probe))).float()
-        if (found - wanted).norm() <= close * wanted.norm():
-            return gated
+    points = torch.linspace(-6, 6, 49)
+    for gelu in (False, True):
+        found = mlp.down_proj(gated(mlp.gate_proj(probe), mlp.up_proj(probe), gelu=gelu)).float()
+        same = torch.allclose(mlp.act_fn(points), gated(points, torch.ones(49), gelu=gelu), atol=1e-6)
+        if same and (found - wanted).norm() <= close * wanted.norm():
+            return gelu
     return None
 
 
 @torch.no_grad()
 def replace_rotary(model: nn.Module) -> bool:
-    """Let the attention layers of a model's architecture rotate by one kernel, on a GPU and on a CPU.
+    """Let the attention layers of this model rotate by one kernel; other models in the process keep their own rotation.
 
-    Their rotation is a function of the module that defines them, so it is replaced there, once.
+    A layer's rotation is a global of the module that defines its class: the layer gets copies of the methods that call it,
+    which see another function under that name. Returns whether any layer rotates so.
     """
-    names = {type(module).__module__ for module in model.modules()}
-    for name in names - _replaced.keys():
-        own = vars(sys.modules[name]).get(ROTARY)
-        if own is not None and _rotates_by_halves(own):
-            setattr(sys.modules[name], ROTARY, _fast(own))
-            _replaced[name] = own
-    return bool(names & _replaced.keys())
+    methods = {kind: _rotating(kind) for kind in {type(module) for module in model.modules()}}
+    for module in model.modules():
+        for name, method in methods[type(module)]:
+            if name not in vars(module):
+                fast = _with_global(method, ROTARY, _fast(method.__globals__[ROTARY]))
+                setattr(module, name, types.MethodType(fast, module))
+    return any(methods.values())
 
 
-@contextmanager
-def own_rotary() -> Iterator[None]:
-    """Inside, models rotate by their own functions, whatever was replaced in this process."""
-    fast = {name: vars(sys.modules[name])[ROTARY] for name in _replaced}
-    for name, own in _replaced.items():
-        setattr(sys.modules[name], ROTARY, own)
-    try:
-        yield
-    finally:
-        for name, function in fast.items():
-            setattr(sys.modules[name], ROTARY, function)
+def _rotating(kind: type[nn.Module]) -> list[tuple[str, types.FunctionType]]:
+    """Methods of a class that call a rotation by halves of their module."""
+    methods = [(name, getattr(kind, name)) for name in dir(kind)]
+    calling = [(n, m) for n, m in methods if isinstance(m, types.FunctionType) and ROTARY in m.__code__.co_names]
+    return [(n, m) for n, m in calling if ROTARY in m.__globals__ and _rotates_by_halves(m.__globals__[ROTARY])]
+
+
+def _with_global(function: types.FunctionType, name: str, value: Callable[..., Any]) -> types.FunctionType:
+    """A copy of a function that finds another object under the name of one global."""
+    changed = {**function.__globals__, name: value}
+    copy = types.FunctionType(function.__code__, changed, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def _rotates_by_halves(own: Callable[..., Any]) -> bool:
@@ -146,18 +161,14 @@ def _rotates_by_halves(own: Callable[..., Any]) -> bool:
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [1, H, T, D], cos and sin [1, T, D]."""
-    return rotate(x[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None]
+    return rotate(x[0], cos[0], sin[0])[None]
 
 
 def _fast(own: Callable[..., Any]) -> Callable[..., Any]:
     def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
         # Some models turn only a part of the width.
         if len(q) == 1 and unsqueeze_dim == 1 and cos.shape[-1] == q.shape[-1]:
-            if q.is_cuda:
-                return _rotated(q, cos, sin), _rotated(k, cos, sin)
-            if bindings.able(q) and cos.dtype == q.dtype:
-                angles = cos[0].contiguous(), sin[0].contiguous()
-                return tuple(_Rotation.apply(x[0], *angles)[None] for x in (q, k))  # type: ignore[no-untyped-call]
+            return _rotated(q, cos, sin), _rotated(k, cos, sin)
         return own(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
 
     return apply

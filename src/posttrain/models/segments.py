@@ -1,49 +1,38 @@
-"""The table of segments of one packed batch: what the attention functions read.
+"""The table of segments of one packed batch, handed to the attention function through the model's forward."""
 
-L: segment length, S: keys seen.
-"""
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
-
+from posttrain.kernels import Reading
+from posttrain.kernels import Span as Span
 from posttrain.models.cache import CacheStep
 
-
-class Span(NamedTuple):
-    """Tokens [start, start + length) of the packed batch, and the spans of all ancestors, oldest first."""
-
-    start: int
-    length: int
-    ancestors: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def keys(self) -> int:
-        """How many keys the last token of the span sees."""
-        return self.length + sum(length for _, length in self.ancestors)
+T = TypeVar("T")
 
 
 class Segments:
-    """The table of segments of one packed batch, handed to the attention function through the model's forward."""
+    """The spans of one packed batch, and what its forward does with the cache."""
 
     def __init__(self, spans: tuple[Span, ...], *, step: CacheStep | None = None) -> None:
         # With a cache the spans are those of the tokens behind the decoding rows, and are counted from there.
         self.spans, self.step = spans, step
         # How often attention was asked with a cache.
         self.calls = 0
-        self._invisible: dict[tuple[int, int, int], Tensor] = {}
-        # The GPU kernel's table, made at the first use and kept for the other layers.
-        self.varlen: Any = None
-        # The table of the compiled attention on a CPU, likewise.
-        self.native: Any = None
+        self._cached: dict[Hashable, Any] = {}
 
-    def invisible(self, length: int, keys: int, window: int, device: torch.device) -> Tensor:
-        """Which of `keys` keys each of the last `length` of their tokens must not see [L, S]; made once a batch and shape."""
-        key = (length, keys, window)
-        if key not in self._invisible:
-            query_L = torch.arange(keys - length, keys, device=device)[:, None]
-            key_S = torch.arange(keys, device=device)[None]
-            later = key_S > query_L
-            self._invisible[key] = later | (key_S <= query_L - window) if window else later
-        return self._invisible[key]
+    def cached(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returned when this key was first asked for: tables that an attention function derives once a batch."""
+        if key not in self._cached:
+            self._cached[key] = make()
+        found: T = self._cached[key]
+        return found
+
+    @property
+    def readings(self) -> tuple[Reading, ...]:
+        """The decoding rows, shelf by shelf; none without a cache."""
+        return () if self.step is None else self.step.readings
+
+    def with_readings(self, readings: tuple[Reading, ...]) -> "Segments":
+        """The same step without spans, reading these rows."""
+        assert self.step is not None, "only a step with a cache reads rows"
+        return Segments((), step=self.step._replace(readings=readings))

@@ -156,7 +156,7 @@ def _folder_of(model: str) -> Path:
         return path
     hub = _HUB_ID.fullmatch(model)
     if hub is not None and not path.exists():
-        from posttrain.models.base_model import fetch_from_hub
+        from posttrain.models.obtain import fetch_from_hub
 
         return fetch_from_hub(hub[1], hub[2])
     raise ModelError(
@@ -178,7 +178,7 @@ def _package_folder(model: str, name: str) -> Path:
     target = cache_folder() / "models" / f"{name}-v{CONVERSION_VERSION}"
     if (target / "source.json").exists():
         return target
-    from posttrain.models.base_model import convert_gguf
+    from posttrain.models.obtain import convert_gguf
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=target.parent) as work:
@@ -215,7 +215,7 @@ def _verified_gguf(model: str, home: Path, whole: Path, sha256: str, pip_name: s
 def _converted(model: str, gguf: Path, sha256: str) -> Path:
     target = cache_folder() / "models" / f"gguf-{sha256[:16]}-v{CONVERSION_VERSION}"
     if not (target / "source.json").exists():
-        from posttrain.models.base_model import convert_gguf
+        from posttrain.models.obtain import convert_gguf
 
         convert_gguf(gguf, target, model=model)
     return target
@@ -226,7 +226,7 @@ def _random_folder(model: str, name: str) -> Path:
         raise ModelError(f'[base] model = "{model}"', f'no random model "{name}"', allowed="there is: random:tiny")
     target = cache_folder() / "models" / f"random-tiny-v{CONVERSION_VERSION}"
     if not (target / "source.json").exists():
-        from posttrain.models.base_model import make_random_tiny
+        from posttrain.models.obtain import make_random_tiny
 
         make_random_tiny(target)
     return target

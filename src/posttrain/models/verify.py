@@ -37,7 +37,6 @@ from posttrain.models.adapter_slots import NarrowAdapters
 from posttrain.models.architecture import context_of, text_settings
 from posttrain.models.attention import ATTENTION_NAME
 from posttrain.models.cache import BLOCK, CacheStep, Filling, Past, Reading, Shelf
-from posttrain.models.patch_modules import own_rotary
 from posttrain.models.segments import Segments, Span
 from posttrain.models.token_adapters import TokenAdapters
 
@@ -127,8 +126,7 @@ def by_itself(inner: Any, chat: ChatFormat, device: torch.device) -> tuple[Probe
     probe = make_probe(chat.encode_document, vocabulary, settings)
     inner.to(device)
     inner.set_attn_implementation("eager")
-    with own_rotary():
-        found = own_logprobs(inner, probe)
+    found = own_logprobs(inner, probe)
     inner.set_attn_implementation(ATTENTION_NAME)
     inner.to("cpu")  # where its parts are replaced
     return probe, found

@@ -74,7 +74,7 @@ def serve(options: argparse.Namespace) -> int:
     if missing:
         raise RecipeError("posttrain serve", f"{', '.join(missing)} not installed", do='pip install "posttrain[serve]"')
     from posttrain.generate.short_threads import apart
-    from posttrain.kernels.cpu.build import advice
+    from posttrain.kernels import advice
     from posttrain.serve.keys import KeyFile
     from posttrain.serve.limits import Limits
     from posttrain.serve.run import check_host, open_service

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from posttrain.generate.batch import room_for
 from posttrain.generate.engine import ROWS
-from posttrain.kernels.cpu.linear import packs
+from posttrain.kernels import packed_bytes
 from posttrain.models.base_model import BaseModel
 from posttrain.stages.ppo import PpoStage
 from posttrain.train.roles import Roles
@@ -51,9 +51,9 @@ def cache_memory(base: BaseModel, prompts: Sequence[Sequence[int]], stage: PpoSt
 
 
 def packed_memory(base: BaseModel) -> float:
-    """The weights that the engine packs a second time while it samples (`kernels/cpu/linear.py`)."""
+    """The weights that the engine holds a second time while it samples (`kernels`)."""
     weights = (base.head_VD, *(layer.weight for layer in base.model.modules() if isinstance(layer, nn.Linear)))
-    return _mib(weight for weight in weights if packs(weight.shape[1], base.dtype, base.device))
+    return _mib(weight for weight in weights if packed_bytes(weight, base.dtype, base.device))
 
 
 class ActivationCounter:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from posttrain.kernels.cpu import bindings
-from posttrain.models.segments import Segments, Span
+from posttrain.kernels.segments import SegmentTable, Span, gather, invisible, pieces
 
 # Queries of one block: large enough for the products, small enough that little of the masked half is computed.
 BLOCK = 128
@@ -39,7 +39,7 @@ class CpuSegmentAttention(torch.autograd.Function):
     """q [H, T, D], k and v [K, T, D] -> [H, T, D]; tokens outside of all spans give zeros."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments, window: int) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, segments: SegmentTable, window: int) -> Tensor:
         """One block after the other; in bfloat16 by the compiled function, where there is one."""
         ctx.scale, ctx.segments, ctx.window = scale, segments, window
         if bindings.able(q):
@@ -90,24 +90,8 @@ class CpuSegmentAttention(torch.autograd.Function):
         return _unfold(grad_q, grads[0]), grad_k, grad_v, None, None, None
 
 
-def _table(segments: Segments) -> bindings.SpanTable:
-    """Made once a batch, and kept for the other layers."""
-    if segments.native is None:
-        segments.native = bindings.SpanTable([pieces(span) for span in segments.spans])
-    table: bindings.SpanTable = segments.native
-    return table
-
-
-def pieces(span: Span) -> tuple[tuple[int, int], ...]:
-    """(start, length) of a span's ancestors and of itself, in the order in which their tokens follow each other."""
-    return (*span.ancestors, (span.start, span.length))
-
-
-def gather(x: Tensor, span: Span) -> Tensor:
-    """Rows of the span and its ancestors [K, S, D]."""
-    if not span.ancestors:
-        return x[:, span.start : span.start + span.length]
-    return torch.cat([x[:, start : start + length] for start, length in pieces(span)], dim=1)
+def _table(segments: SegmentTable) -> bindings.SpanTable:
+    return segments.cached("compiled spans", lambda: bindings.SpanTable([pieces(span) for span in segments.spans]))
 
 
 def _scatter(grad: Tensor, part: Tensor, span: Span) -> None:
@@ -141,7 +125,7 @@ def _scaled_bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.baddbmm(a.new_empty(1), a, b, beta=0, alpha=scale)
 
 
-def _weights(query: Tensor, keys: Tensor, block: Block, scale: float, segments: Segments, window: int) -> Tensor:
+def _weights(query: Tensor, keys: Tensor, block: Block, scale: float, segments: SegmentTable, window: int) -> Tensor:
     """Attention weights [K, L G, S] of a block over the keys that it can see."""
     length, seen = block.stop - block.start, block.last - block.first
     scores = _scaled_bmm(query, keys[:, block.first : block.last].transpose(1, 2), scale)
@@ -149,6 +133,6 @@ def _weights(query: Tensor, keys: Tensor, block: Block, scale: float, segments: 
     # Only a window that cuts inside of the block needs the whole mask; else the last square alone is not plain.
     cut = bool(window) and block.last - window > block.first
     part = by_token if cut else by_token[..., seen - length :]
-    invisible = segments.invisible(length, seen if cut else length, window if cut else 0, query.device)
-    part.masked_fill_(invisible[:, None], float("-inf"))
+    hidden = invisible(segments, length, seen if cut else length, window if cut else 0, query.device)
+    part.masked_fill_(hidden[:, None], float("-inf"))
     return torch.softmax(scores, -1)

@@ -12,13 +12,15 @@ T: tokens, R: rank, C: columns of the slots of adapters.
 """
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from posttrain.kernels import reference
 from posttrain.kernels.cpu import bindings
+from posttrain.kernels.cpu.autograd import Product
+from posttrain.kernels.interfaces import EngineLinear
 
 # From so many tokens on a plain product is as fast as a packed one.
 MOST_TOKENS = 512
@@ -40,26 +42,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return functional.linear(x, weight, bias)
     if not torch.is_grad_enabled():
         return bindings.products(x.reshape(-1, x.shape[-1]), weight, bias)[0].view(*x.shape[:-1], -1)
-    return _Product.apply(x, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class _Product(torch.autograd.Function):
-    """The backward's products are the library's: no sampler has to agree with them."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        ctx.save_for_backward(flat if ctx.needs_input_grad[1] else None, weight)
-        ctx.shape = x.shape
-        return bindings.products(flat, weight, bias)[0].view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        flat, weight = ctx.saved_tensors
-        grad = grads[0].reshape(-1, grads[0].shape[-1])
-        grad_x = (grad @ weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        grad_weight = grad.T @ flat if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight, grad.sum(0) if ctx.needs_input_grad[2] else None
+    return Product.apply(x, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def adapted(x_TI: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -72,17 +55,21 @@ def adapted(x_TI: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Ten
         y, p_TC = bindings.products(x_TI, weight, bias, bindings.Slots(wide_a, wide_b, columns), projected=True)
         assert p_TC is not None
         return y, p_TC[:, :rank].contiguous()
-    p_TR = x_TI @ a.to(x_TI.dtype).T
-    y = functional.linear(x_TI, weight, bias)
-    return y.addmm_(p_TR, b.to(x_TI.dtype).T, alpha=scale), p_TR
+    return reference.adapted(x_TI, weight, bias, a, b, scale)
+
+
+def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """W x + bias + scale B A x [..., outputs], differentiable in x, A and B."""
+    y: Tensor = reference.LoraProduct.apply(x, weight, bias, a, b, scale, adapted)  # type: ignore[no-untyped-call]
+    return y
 
 
 class EngineProducts:
     """Products with weights that stay as they are, as an engine has them."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, *, quick: bool = False) -> None:
-        """`quick` lets few rows be computed as they are quickest, with last bits that differ from those of many."""
-        self.quick = quick
+    def __init__(self, dtype: torch.dtype, device: torch.device, *, serving: bool = False) -> None:
+        """`serving` lets few rows be computed as they are quickest, with last bits that differ from those of many."""
+        self._serving = serving
         self._packs = _packing(dtype, device)
         # The weight itself is kept too: no other can then have its identity.
         self._packed: dict[int, tuple[Tensor, int, Tensor]] = {}
@@ -104,7 +91,7 @@ class EngineProducts:
             return linear(x, weight, bias)
         if not self._packs or x.shape[-2] > MOST_TOKENS or weight.dtype != x.dtype:
             return functional.linear(x, weight.to(x.dtype), bias)
-        if self.quick and x.numel() <= bindings.FEW_ROWS * x.shape[-1] and weight.is_contiguous() and bindings.able(x):
+        if self._serving and x.numel() <= bindings.FEW_ROWS * x.shape[-1] and weight.is_contiguous() and bindings.able(x):
             return bindings.multiply(x, weight, bias)
         kept = self._packed.get(id(weight))
         if kept is None or kept[1] != weight._version:
@@ -118,6 +105,16 @@ class EngineProducts:
 def packs(inputs: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether engines that compute in this type keep a packed copy of a weight."""
     return _packing(dtype, device) and not tileable(inputs, dtype, device)
+
+
+def engine_linear(dtype: torch.dtype, device: torch.device, *, serving: bool) -> EngineLinear:
+    """Products of an engine's forwards."""
+    return EngineProducts(dtype, device, serving=serving)
+
+
+def packed_bytes(weight: Tensor, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes of the packed copy of a weight."""
+    return weight.numel() * dtype.itemsize if packs(weight.shape[1], dtype, device) else 0
 
 
 def _packing(dtype: torch.dtype, device: torch.device) -> bool:

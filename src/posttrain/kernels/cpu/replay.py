@@ -10,18 +10,17 @@ T: tokens of the forward, N: rows that stand on a shelf.
 import ctypes
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from posttrain.kernels.cpu import bindings, bounds
+from posttrain.kernels.cpu.linear import tileable
 from posttrain.kernels.cpu.record import NotRecordedError, Program, Recorder
-from posttrain.models.adapter_slots import NarrowAdapters
-from posttrain.models.cache import CacheStep, Reading, Shelf
-from posttrain.models.segments import Segments
-from posttrain.models.token_adapters import TokenAdapters
+from posttrain.kernels.interfaces import AdapterSlots, Forward, Replay, StepTokens
+from posttrain.kernels.segments import DecodingSegments, Reading, Shelf
 
 # Programs that are kept; the longest unused leave.
 MOST = 64
@@ -29,8 +28,6 @@ MOST = 64
 FAILURES = 3
 # Where the numbers of an attention (c/cache.c) tell the rows and the places of the shelf.
 ROWS, PLACES = 0, 5
-
-Forward = Callable[[Tensor, Tensor, Segments], Tensor]
 
 
 class _Shelved(NamedTuple):
@@ -45,21 +42,21 @@ class _Shelved(NamedTuple):
 class _Kept:
     """A program with what it reads."""
 
-    def __init__(self, program: Program, inputs: list[Tensor], shelves: list[_Shelved], adapters: NarrowAdapters) -> None:
+    def __init__(self, program: Program, inputs: list[Tensor], shelves: list[_Shelved], adapters: AdapterSlots) -> None:
         self.program, self.inputs, self.shelves = program, inputs, shelves
         self.adapters = {layer: [program.stands(x.data_ptr()) for x in pair] for layer, pair in adapters.wide().items()}
         self.bound: tuple[int, ...] = ()
 
-    def run(self, inputs: list[Tensor], step: CacheStep, adapters: NarrowAdapters) -> Tensor:
+    def run(self, inputs: list[Tensor], readings: tuple[Reading, ...], adapters: AdapterSlots) -> Tensor:
         """The output for these inputs."""
-        bound = (*(reading.shelf.address for reading in step.readings), adapters.address)
+        bound = (*(reading.shelf.address for reading in readings), adapters.address)
         if bound != self.bound:
-            self._bind(step, adapters)
+            self._bind(readings, adapters)
             self.bound = bound
         for held, given in zip(self.inputs, inputs, strict=True):
             bounds.require(held.shape == given.shape, f"an input {tuple(given.shape)} for {tuple(held.shape)}")
             held.copy_(given)
-        for shelved, reading in zip(self.shelves, step.readings, strict=True):
+        for shelved, reading in zip(self.shelves, readings, strict=True):
             count = len(reading.place_N)
             index, (like, _) = next(iter(shelved.layers.items()))
             bounds.check_places(_where(reading), reading.shelf.layer(index, like)[0], len(self.inputs[0]))
@@ -69,9 +66,9 @@ class _Kept:
                 sizes[ROWS] = count
         return self.program.run()
 
-    def _bind(self, step: CacheStep, adapters: NarrowAdapters) -> None:
+    def _bind(self, readings: tuple[Reading, ...], adapters: AdapterSlots) -> None:
         """Read the cache of these shelves, and these adapters."""
-        for shelved, reading in zip(self.shelves, step.readings, strict=True):
+        for shelved, reading in zip(self.shelves, readings, strict=True):
             for sizes in shelved.sizes:
                 sizes[PLACES] = reading.shelf.places
             for index, (like, places) in shelved.layers.items():
@@ -106,50 +103,59 @@ class Programs:
         self.replayed = 0
 
     @property
-    def hopeful(self) -> bool:
+    def wants_decoding_alone(self) -> bool:
+        """Whether steps of many rows are recorded: by matrix tiles they are, while new forms are still tried."""
+        weight: Tensor = self._model.get_input_embeddings().weight
+        return tileable(bindings.DEEP, weight.dtype, weight.device) and self._tries
+
+    @property
+    def _tries(self) -> bool:
         """Whether steps of new forms are still recorded."""
         return self.recording and len(self._failed) < FAILURES
 
-    def forward(self, ids_T: Tensor, positions_T: Tensor, segments: Segments, tokens: TokenAdapters) -> Tensor:
+    def forward(self, ids_T: Tensor, positions_T: Tensor, segments: DecodingSegments, tokens: StepTokens) -> Tensor:
         """Last hidden states [T, D], valid until the next ones."""
-        step = segments.step
         own = tokens.form if self._recordable(segments) else None
-        if step is None or own is None or not self._lock.acquire(blocking=False):
+        if own is None or not self._lock.acquire(blocking=False):
             return self._forward(ids_T, positions_T, segments)
         try:
-            form = (len(ids_T), tuple((r.start, r.rows, r.shelf.block) for r in step.readings), own)
-            return self._known(form, [ids_T, positions_T, *tokens.numbers], step, tokens)
+            form = (len(ids_T), tuple((r.start, r.rows, r.shelf.block) for r in segments.readings), own)
+            return self._known(form, [ids_T, positions_T, *tokens.numbers], segments, tokens.slots)
         finally:
             self._lock.release()
 
-    def _recordable(self, segments: Segments) -> bool:
-        if segments.step is None or segments.spans or not self.recording:
+    def _recordable(self, segments: DecodingSegments) -> bool:
+        if not segments.readings or segments.spans or not self.recording:
             return False
         return bindings.able(self._model.get_input_embeddings().weight)
 
-    def _known(self, form: Hashable, inputs: list[Tensor], step: CacheStep, tokens: TokenAdapters) -> Tensor:
+    def _known(self, form: Hashable, inputs: list[Tensor], segments: DecodingSegments, slots: AdapterSlots) -> Tensor:
         new, kept = form not in self._kept, self._kept.setdefault(form, None)
         self._kept.move_to_end(form)
         if len(self._kept) > MOST:
             self._kept.popitem(last=False)
         if kept is not None:
             self.replayed += 1
-            return kept.run(inputs, step, tokens.kept)
-        if new or form in self._failed or not self.hopeful:
-            return self._forward(inputs[0], inputs[1], Segments((), step=step))
-        rooms = [[torch.cat([x, x.new_zeros(r.rows - len(x))]) for x in _where(r)] for r in step.readings]
+            return kept.run(inputs, segments.readings, slots)
+        if new or form in self._failed or not self._tries:
+            return self._forward(inputs[0], inputs[1], segments)
+        return self._record(form, inputs, segments, slots)
+
+    def _record(self, form: Hashable, inputs: list[Tensor], segments: DecodingSegments, slots: AdapterSlots) -> Tensor:
+        """Run a step and keep what it did, where that can be run again."""
+        rooms = [[torch.cat([x, x.new_zeros(r.rows - len(x))]) for x in _where(r)] for r in segments.readings]
         readings = []
-        for reading, room in zip(step.readings, rooms, strict=True):
+        for reading, room in zip(segments.readings, rooms, strict=True):
             place_N, length_N, token_N = (x[: len(reading.place_N)] for x in room)
             readings.append(reading._replace(place_N=place_N, length_N=length_N, token_N=token_N))
-        step, recorder = step._replace(readings=tuple(readings)), Recorder(inputs)
+        recorder = Recorder(inputs)
         with recorder.watching(list(self._modules())):
-            hidden_TD = self._forward(inputs[0], inputs[1], Segments((), step=step))
+            hidden_TD = self._forward(inputs[0], inputs[1], segments.with_readings(tuple(readings)))
         try:
             program = recorder.program(hidden_TD)
             shelves = [_shelved(recorder, program, r.shelf, room) for r, room in zip(readings, rooms, strict=True)]
-            kept = _Kept(program, inputs, shelves, tokens.kept)
-            _check(kept.run(inputs, step, tokens.kept), hidden_TD)
+            kept = _Kept(program, inputs, shelves, slots)
+            _check(kept.run(inputs, tuple(readings), slots), hidden_TD)
             self._kept[form] = kept
         except NotRecordedError:
             self._failed.add(form)
@@ -163,8 +169,13 @@ class Programs:
                 yield module
 
 
+def replay(model: nn.Module, forward: Forward) -> Replay:
+    """The forwards of one base, whose decoding steps are recorded where they call compiled functions alone."""
+    return Programs(model, forward)
+
+
 def _check(found: Tensor, wanted: Tensor) -> None:
-    """A program is no program where it gives other numbers than the forward gave."""
+    """Reject a recording whose output differs in any bit from the forward it was recorded from."""
     same = (found.view(torch.int16) == wanted.view(torch.int16)) | (found.isnan() & wanted.isnan())
     if not same.all():
         raise NotRecordedError("other numbers than the forward's")

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from posttrain.kernels import reference_head
+
 
 def fused(rows: int) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """The function, compiled at its first use on a GPU. Its first `rows` arguments are tensors of any number of rows."""
@@ -44,24 +46,14 @@ def rms_norm(x_ND: Tensor, weight_D: Tensor, offset: float, eps: float) -> Tenso
     return (wide * root * (weight_D.float() + offset)).to(x_ND.dtype)
 
 
-@fused(rows=1)
-def log_sum_exp(logits_NV: Tensor) -> Tensor:
-    """log sum_v exp z_v [N], float32."""
-    return torch.logsumexp(logits_NV.float(), 1)
+log_sum_exp = fused(rows=1)(reference_head.log_sum_exp)
+logit_gradient = fused(rows=4)(reference_head.logit_gradient)
 
 
 @fused(rows=2)
 def probabilities(logits_NV: Tensor, total_N: Tensor) -> Tensor:
     """exp(z - log sum) [N, V] as the logits came."""
     return torch.exp(logits_NV.float() - total_N[:, None]).to(logits_NV.dtype)
-
-
-@fused(rows=4)
-def logit_gradient(logits_NV: Tensor, total_N: Tensor, target_N: Tensor, grad_N: Tensor) -> Tensor:
-    """d sum_n g_n log p_n / d z = g (onehot - p) [N, V] as the logits came."""
-    hit = torch.arange(logits_NV.shape[1], device=logits_NV.device)[None] == target_N[:, None]
-    slope = hit.float() - torch.exp(logits_NV.float() - total_N[:, None])
-    return (slope * grad_N[:, None].float()).to(logits_NV.dtype)
 
 
 @fused(rows=2)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from posttrain.models.segments import Segments, Span
+from posttrain.kernels.segments import SegmentTable, Span, pieces
 
 # What the kernel takes: 16-bit numbers, heads of up to 256 in steps of 8.
 WIDEST_HEAD = 256
@@ -39,11 +39,9 @@ def takes(q: Tensor) -> bool:
     return q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= WIDEST_HEAD
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments, window: int) -> Tensor:
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: SegmentTable, window: int) -> Tensor:
     """q [H, T, D], k and v [K, T, D] -> [H, T, D]; a window of 0 sees everything before."""
-    table = segments.varlen
-    if table is None:
-        table = segments.varlen = varlen_table(segments.spans, q.shape[1], q.device)
+    table = segments.cached("varlen", lambda: varlen_table(segments.spans, q.shape[1], q.device))
     keys, values = k.transpose(0, 1), v.transpose(0, 1)
     if table.key_S is not None:
         keys, values = gather_keys(keys, table.key_S), gather_keys(values, table.key_S)
@@ -74,7 +72,7 @@ def varlen_table(spans: tuple[Span, ...], total: int, device: torch.device) -> V
         assert span.start == queries[-1], "segments lie end to end"
         queries.append(queries[-1] + span.length)
         keys.append(keys[-1] + span.keys)
-        order += [torch.arange(start, start + length) for start, length in (*span.ancestors, (span.start, span.length))]
+        order += [torch.arange(start, start + length) for start, length in pieces(span)]
     return VarlenTable(
         torch.tensor(queries, dtype=torch.int32, device=device),
         torch.tensor(keys, dtype=torch.int32, device=device),

@@ -14,8 +14,9 @@ from torch.nn import functional
 
 from posttrain.generate.engine import SamplingSettings, generate
 from posttrain.kernels.cpu import bindings
-from posttrain.kernels.cpu.attention import CpuSegmentAttention, gather
+from posttrain.kernels.cpu.attention import CpuSegmentAttention
 from posttrain.kernels.cpu.build import library
+from posttrain.kernels.segments import gather, invisible
 from posttrain.models.base_model import load_base
 from posttrain.models.lora import LoraSettings
 from posttrain.models.segments import Segments, Span
@@ -166,7 +167,7 @@ def packed(q: Tensor, k: Tensor, v: Tensor, spans: tuple[Span, ...], window: int
     for span in spans:
         rows = slice(span.start, span.start + span.length)
         keys, values = (gather(x, span).repeat_interleave(len(q) // len(k), 0) for x in (k, v))
-        hidden = Segments(spans).invisible(span.length, span.keys, window, q.device)
+        hidden = invisible(Segments(spans), span.length, span.keys, window, q.device)
         weights = torch.softmax((q[:, rows] @ keys.transpose(1, 2) * 0.2).masked_fill(hidden, float("-inf")), -1)
         out = torch.index_copy(out, 1, torch.arange(rows.start, rows.stop), weights @ values)
     return out

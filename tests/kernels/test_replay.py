@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from bases import CONFIGS, make_base
 from torch import Tensor, nn
 
+from bases import CONFIGS, make_base
 from posttrain.generate import batch
 from posttrain.generate.engine import Engine, Request, SamplingSettings, generate
 from posttrain.kernels.cpu import bindings, replay

@@ -6,8 +6,8 @@ from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from posttrain.kernels.cpu.norms import RmsNorm, replace_norms
 from posttrain.kernels.cuda.compiled import rms_norm
+from posttrain.models.patch_modules import RmsNorm, replace_norms
 
 EPS = 1e-6
 
