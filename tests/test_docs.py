@@ -354,3 +354,30 @@ def test_pages_are_short():
     for page in DOCS.glob("*.md"):
         if page.name not in ("configuration.md", "models.md", "extending.md"):  # generated tables, and whole files of code
             assert len(page.read_text(encoding="utf-8").splitlines()) <= 150, page.name
+
+
+def tree_of_readme() -> dict[str, str]:
+    """Paths of README's map below src/posttrain, with what it says of them."""
+    block = re.search(r"```\nsrc/posttrain/\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert block is not None
+    found: dict[str, str] = {}
+    folders: list[str] = []
+    for line in block[1].splitlines():
+        if not line.startswith(" "):
+            continue
+        name, _, text = line.strip().partition(" ")
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders[depth - 1 :] = [name]
+        found["".join(folders)] = text.strip()
+    return found
+
+
+def test_the_map_of_the_readme_is_what_is_on_the_disk():
+    source = ROOT / "src" / "posttrain"
+    tree = tree_of_readme()
+    empty = [path for path in source.rglob("__init__.py") if len(path.read_text(encoding="utf-8").splitlines()) < 3]
+    modules = {path.relative_to(source).as_posix() for path in source.rglob("*.py") if path not in empty} - {"__init__.py"}
+    assert {path for path in tree if path.endswith(".py")} == modules
+    assert all((source / path).is_dir() for path in tree if path.endswith("/"))
+    assert all(10 <= len(text) <= 90 for text in tree.values())
+    assert len(set(tree.values())) == len(tree)
