@@ -205,9 +205,9 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.parametrize(
     ("module", "name", "after"),
     [
-        ("train.loop", "_one_step", 4),
+        ("train.step", "TrainingSteps.optimise", 4),
         ("evaluate.run", "answer_samples", 2),
-        pytest.param("train.loop", "_one_step", 2, marks=pytest.mark.slow),
+        pytest.param("train.step", "TrainingSteps.optimise", 2, marks=pytest.mark.slow),
         pytest.param("train.checkpoint", "fsync_tree", 1, marks=pytest.mark.slow),
         pytest.param("evaluate.run", "write_scores", 0, marks=pytest.mark.slow),
         pytest.param("artifacts", "_move_into_place", 1, marks=pytest.mark.slow),
@@ -226,7 +226,7 @@ def test_killed_anywhere_the_run_goes_on_to_the_same_bits(tmp_path: Path, module
 
 
 def test_sigterm_saves_ends_with_0_and_the_next_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    code = KILLED.format(module="train.loop", name="_one_step", after=1, signal="SIGTERM")
+    code = KILLED.format(module="train.step", name="TrainingSteps.optimise", after=1, signal="SIGTERM")
     done = subprocess.run([sys.executable, "-c", code, *command(tmp_path / "run")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == "sft: stopped after step 2 of 3; run the same command to go on"
@@ -266,8 +266,8 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.parametrize(
     ("module", "name", "after", "how"),
     [
-        ("train.loop", "_one_step", 1, "os.rename('run', 'moved')"),
-        ("train.loop", "_one_step", 1, "shutil.rmtree('run')"),
+        ("train.step", "TrainingSteps.optimise", 1, "os.rename('run', 'moved')"),
+        ("train.step", "TrainingSteps.optimise", 1, "shutil.rmtree('run')"),
         ("evaluate.run", "answer_samples", 1, "os.rename('run', 'moved'); os.mkdir('run')"),
     ],
     ids=["renamed", "removed", "replaced"],
