@@ -3,6 +3,7 @@
 import ctypes
 import math
 import os
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -38,10 +39,10 @@ def test_what_is_no_number_stays_none_when_it_is_rounded(tmp_path: Path) -> None
     """Whatever its bits are: rounded up, those of the last one would be a zero."""
     (tmp_path / "round.c").write_text('#include "vectors.h"\nvoid round_all(const float *x, bf16 *y) '
                                       "{ store_halves(y, narrowed(load(x))); }\n")  # fmt: skip
-    compiler = os.environ.get("CC", "cc")
+    compiler = shlex.split(os.environ.get("CC", "cc"))
     made = tmp_path / "round.so"
     subprocess.run(
-        [compiler, *FLAGS, "-I", str(NATIVE), "-shared", str(tmp_path / "round.c"), "-o", str(made)], check=True, timeout=60
+        [*compiler, *FLAGS, "-I", str(NATIVE), "-shared", str(tmp_path / "round.c"), "-o", str(made)], check=True, timeout=60
     )
     bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000, 0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x7F800000] * 2)
     x, y = bits.to(torch.int32).view(torch.float32), torch.empty(16, dtype=torch.bfloat16)

@@ -1,5 +1,6 @@
 """Compiled functions given an index out of range, another shape, type or gap: an error names it, and nothing is written."""
 
+import ctypes
 from collections.abc import Callable
 
 import pytest
@@ -108,6 +109,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "fill, inputs": (lambda: filled(inputs=9), "the place of A"),
     "fill, type": (lambda: filled(dtype=torch.bfloat16), "A .*bfloat16"),
     "run": (lambda: bindings.run(torch.zeros(16), 2, 0), "2 calls in 16 numbers"),
+    "run, kind": (lambda: bindings.run((ctypes.c_int64 * 16)(13), 1, 0), "a call of no kind"),
 }  # fmt: skip
 
 

@@ -5,10 +5,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from posttrain.kernels.cpu.bounds import SIGNATURES
 from posttrain.kernels.cpu.build import library
+from posttrain.kernels.cpu.selftest import works
 
 if library() is None:
     pytest.skip("no C compiler here, or POSTTRAIN_COMPILE=0: nothing is compiled", allow_module_level=True)
@@ -60,3 +63,31 @@ def test_a_whole_library_is_kept(cache: Path) -> None:
     before = load_in(cache).stat()
     after = load_in(cache).stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+class Broken:
+    """A library, one function of which does nothing."""
+
+    def __init__(self, whole: Any, name: str) -> None:
+        self._whole, self._name = whole, name
+
+    def __getattr__(self, name: str) -> Any:
+        return (lambda *_: 0) if name == self._name else getattr(self._whole, name)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_a_library_with_a_function_that_does_nothing_does_not_work(name: str) -> None:
+    whole = library()
+    assert whole is not None
+    if name == "products" and not whole.tiles():
+        pytest.skip("this processor has no matrix tiles (AMX)")
+    assert works(whole)
+    assert not works(Broken(whole, name))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("compiler", "made"), [("cc -g0 -DSPARE=1", True), ("cc '", False), ("cc -no-such-flag", False)])
+def test_the_compiler_may_have_arguments(compiler: str, made: bool, tmp_path: Path) -> None:
+    code = "from posttrain.kernels.cpu.build import library; print(library() is not None)"
+    environment = os.environ | {"POSTTRAIN_CACHE": str(tmp_path), "CC": compiler}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(made)

@@ -363,7 +363,9 @@ def run(calls: Any, count: int, room: int) -> None:
     bounds.require(
         0 <= count * CALL <= len(calls) and room >= 0, f"{count} calls in {len(calls)} numbers, {room} bytes of room"
     )
-    _look(_call().run(calls, _n(count), _n(room)))
+    failed = _call().run(calls, _n(count), _n(room))
+    bounds.require(failed < 2, "a call of no kind")
+    _look(failed)
 
 
 # What hears of the calls of this thread, where something does.

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import stat
 import subprocess
@@ -22,10 +23,12 @@ import torch
 from posttrain.artifacts import hash_file, write_bytes
 from posttrain.cache_folder import cache_folder
 from posttrain.errors import ArtifactError, ModelError
+from posttrain.kernels.cpu.selftest import works
 
 NATIVE = Path(__file__).with_name("c")
 FLAGS = (
     "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
+    "-fno-strict-aliasing",
     *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []),
 )  # fmt: skip
 # Sums may be taken in any order, or no loop would be turned into vector instructions. What is not finite keeps its meaning.
@@ -50,17 +53,27 @@ def advice(dtype: torch.dtype, device: torch.device) -> str | None:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled functions; None where they cannot be made. The first call on a machine takes about a second."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
+    compiler = _compiler()
     if compiler is None or os.environ.get("POSTTRAIN_COMPILE") == "0" or platform.system() != "Linux":
         return None
     try:
         found = _made(compiler, f"native-{_key(compiler)}.so")
-        return found if _works(found) else None
+        return found if works(found) else None
     except (OSError, ArtifactError, subprocess.SubprocessError):
         return None
 
 
-def _made(compiler: str, name: str) -> ctypes.CDLL:
+def _compiler() -> list[str] | None:
+    """The command in CC with its arguments, else cc; None where there is no such program."""
+    try:
+        program, *arguments = shlex.split(os.environ.get("CC") or "cc")
+    except ValueError:  # a quotation mark that is not closed, or nothing but blanks
+        return None
+    path = shutil.which(program)
+    return None if path is None else [path, *arguments]
+
+
+def _made(compiler: Sequence[str], name: str) -> ctypes.CDLL:
     """What was compiled before, or is now: kept where there is a folder for it, else for this process only."""
     folder = _own_folder()
     if folder is not None and _whole(folder / name):
@@ -69,8 +82,8 @@ def _made(compiler: str, name: str) -> ctypes.CDLL:
         made = Path(work) / name
         objects = [str(Path(work) / f"{source}.o") for source in SOURCES]
         for (source, flags), into in zip(SOURCES.items(), objects, strict=True):
-            _run([compiler, *FLAGS, *flags, "-c", str(NATIVE / f"{source}.c"), "-o", into])
-        _run([compiler, *FLAGS, "-shared", *objects, "-o", str(made), "-lm"])
+            _run([*compiler, *FLAGS, *flags, "-c", str(NATIVE / f"{source}.c"), "-o", into])
+        _run([*compiler, *FLAGS, "-shared", *objects, "-o", str(made), "-lm"])
         found = ctypes.CDLL(str(made))
         if folder is not None:
             digest = hash_file(made)
@@ -103,24 +116,14 @@ def _own_folder() -> Path | None:
     return folder if mine and os.access(folder, os.W_OK) else None
 
 
-def _key(compiler: str) -> str:
+def _key(compiler: Sequence[str]) -> str:
     """What the machine code depends on."""
     # `native` is what the compiler makes of this processor.
-    target = _run([compiler, *FLAGS, "-###", "-E", "-x", "c", os.devnull])
+    target = _run([*compiler, *FLAGS, "-###", "-E", "-x", "c", os.devnull])
     sources = b"".join(path.read_bytes() for path in sorted(NATIVE.glob("*.[ch]")))
-    return hashlib.sha256(sources + repr(SOURCES).encode() + target).hexdigest()[:24]
+    return hashlib.sha256(sources + repr((compiler, SOURCES)).encode() + target).hexdigest()[:24]
 
 
 def _run(command: Sequence[str]) -> bytes:
     done = subprocess.run(command, capture_output=True, timeout=SECONDS, check=True, stdin=subprocess.DEVNULL)
     return done.stdout + done.stderr
-
-
-def _works(found: ctypes.CDLL) -> bool:
-    """Whether a small product comes out right. Asks for the processor's matrix tiles first: what uses them must know."""
-    found.tiles()
-    x, weight = torch.arange(6, dtype=torch.bfloat16).view(2, 3), torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.bfloat16)
-    y = torch.empty(2, 2, dtype=torch.bfloat16)
-    sizes = map(ctypes.c_int64, (2, 3, 2))
-    found.multiply(*(ctypes.c_void_p(m.data_ptr()) for m in (x, weight)), None, *sizes, ctypes.c_void_p(y.data_ptr()))
-    return torch.equal(y, x @ weight.T)

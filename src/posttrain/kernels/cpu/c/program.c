@@ -91,13 +91,16 @@ static int call_part(const struct call *c, bf16 *room) {
         return 0;
     }
 #ifdef HAS_TILES
-    tile_part(c, room);
+    if (c->kind >= TILE_BLOCKS && c->kind <= TILE_MULTIPLY) {
+        tile_part(c, room);
+        return 0;
+    }
 #endif
-    return 0;
+    return 2;
 }
 
-/* `room`: bytes that a thread needs for rows that it copies, 0 where no tiles are used. Returns 0, or 1 where there is no
- * memory. */
+/* `room`: bytes that a thread needs for rows that it copies, 0 where no tiles are used. Returns 0, 1 where there is no
+ * memory, or 2 where a call is of no kind. */
 int run(const struct call *calls, int64_t count, int64_t room) {
     int failed = 0, without = 0;
 #pragma omp parallel reduction(| : failed)
