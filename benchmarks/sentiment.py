@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy
 import sentiment_gold as known
 import torch
+from standalone_svg import standalone_svg
 
 from posttrain.artifacts import write_json, write_jsonl
 from posttrain.evaluate.best_of import measure_best_of, sample_candidates
@@ -300,7 +301,7 @@ def compare(seeds: Sequence[dict[str, list[dict[str, Any]]]], starts: Sequence[f
 
 def summarise(folder: Path, seeds: Sequence[int], about: dict[str, Any]) -> dict[str, Any]:
     """The result over all seeds, and its drawing."""
-    from posttrain.report.plots import FrontierLine, FrontierPoint, frontier_chart, standalone
+    from posttrain.report.plots import FrontierLine, FrontierPoint, frontier_chart
 
     own = [folder / f"seed-{seed}" for seed in seeds]
     starts = [json.loads((one / "base.json").read_text())["gold"]["value"] for one in own]
@@ -326,7 +327,7 @@ def summarise(folder: Path, seeds: Sequence[int], about: dict[str, Any]) -> dict
     chart = frontier_chart(
         drawn, x_label="KL from the start, nats a completion", y_label="gold, log odds", start=mean(starts).value
     )
-    (folder / "frontier.svg").write_text(standalone(chart), encoding="utf-8")
+    (folder / "frontier.svg").write_text(standalone_svg(chart), encoding="utf-8")
     write_json(folder / "result.json", result)
     return result
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import posttrain
+from loaded_modules import loaded_by
 from posttrain.cli import main
 from posttrain.errors import ArtifactError, RecipeError
-from test_architecture import loaded_by
 from tiny_runs import SMALL, TINY, copied_run, finished_run
 
 ROOT = Path(__file__).parents[1]
@@ -81,7 +81,7 @@ def test_run_takes_a_file_with_settings_or_a_dict_and_resumes(tmp_path: Path, ca
         (lambda run: run.generate(["x"], policy="sfx"), RecipeError, r"sfx.*there is: base, sft, dpo, ppo"),
         (lambda run: run.generate("x"), RecipeError, "a list of prompts"),
         (lambda run: run.generate([[{"role": "bot", "content": "x"}]]), RecipeError, "prompt 1.*role 'bot'"),
-        (lambda run: run.generate([[{"role": "assistant", "content": "x"}]]), RecipeError, "end with the user"),
+        (lambda run: run.generate([[{"role": "assistant", "content": "x"}]]), RecipeError, "end with a user message"),
         (lambda run: run.compare("sft", "rm"), ArtifactError, "rm.*not evaluated.*there is: base, sft, dpo, ppo"),
         (lambda run: posttrain.open_run(run.folder / "sft"), ArtifactError, "not a run folder"),
         (lambda run: posttrain.run({"name": "x"}, settings=["a=b"]), RecipeError, "change the dict"),

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
+from loaded_modules import loaded_by
 from posttrain.stages import KINDS
 from tiny_runs import finished_run
 
@@ -199,13 +200,6 @@ def test_no_kind_of_stage_is_named_outside_of_its_file(name: str):
     assert wrong + [keys for keys in tables if len(KINDS.keys() & set(keys)) > 1] == []
 
 
-def loaded_by(statement: str) -> set[str]:
-    """Modules that a fresh interpreter has loaded after a statement."""
-    code = f"{statement}\nimport json, sys; print(json.dumps(sorted(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(json.loads(done.stdout.splitlines()[-1]))
-
-
 def test_the_report_the_plan_and_the_command_load_no_torch():
     report = [f"posttrain.report.{path.stem}" for path in (SOURCE / "report").glob("*.py") if path.stem != "__init__"]
     light = ["posttrain.cli", "posttrain.pipeline", "posttrain.plan", "posttrain.artifacts", "posttrain.recipe", *report]
@@ -253,6 +247,24 @@ def test_classes_inherit_only_from_what_the_house_allows():
         return name in roots or (name in bases and all(map(rooted, bases[name])) and bool(bases[name]))
 
     assert {name: found for name, found in bases.items() if not all(map(rooted, found))} == {}
+
+
+# Pairs that still share a name.
+SHARED_CLASS_NAMES = {
+    "Kept": ["models/cache.py", "train/memory.py"],
+    "Source": ["settings.py", "train/function_source.py"],
+    "Texts": ["data/formats.py", "train/rewards.py"],
+}
+
+
+def test_no_two_classes_share_a_name():
+    files: dict[str, list[str]] = {}
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                files.setdefault(node.name, []).append(relative(path))
+    assert len(files) > 250
+    assert {name: paths for name, paths in files.items() if len(paths) > 1} == SHARED_CLASS_NAMES
 
 
 FORBIDDEN_CALLS = {

@@ -158,7 +158,7 @@ def test_json_lines_round_trip_and_a_torn_last_line_is_left_out(tmp_path: Path):
     ("number", "words"),
     [
         (errno.ENOSPC, "the disk is full"),
-        (errno.EROFS, "a read-only disk"),
+        (errno.EROFS, "the disk is read-only"),
         (errno.EACCES, "no permission to write"),
         (errno.EEXIST, "a file is where a folder should be"),
         (errno.ENOEXEC, "Exec format error"),
@@ -177,7 +177,7 @@ def test_a_write_that_the_disk_refuses_leaves_the_old_file_and_no_rest(tmp_path:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-        with pytest.raises(ArtifactError, match="larger than a file may be here"):
+        with pytest.raises(ArtifactError, match="the file is too large for this disk"):
             write_bytes(path, b"x" * 2000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

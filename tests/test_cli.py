@@ -118,7 +118,7 @@ chat|
 chat none|neither a folder, a .gguf file, a package nor a hub id
 chat run/nope|run/nope · no finished stage · there is: base, sft, dpo, ppo
 chat unfinished/dpo|unfinished/dpo · no finished stage · there is: base
-chat run/sft --compare base,nope|"nope" is not a stage here · there is: base, sft, dpo, ppo
+chat run/sft --compare base,nope|no stage "nope" · there is: base, sft, dpo, ppo
 chat run/sft --temperature -1|
 chat run/sft --temperature warm|
 chat run/sft --temperature nan|
@@ -155,7 +155,7 @@ data check latin.jsonl|data "latin.jsonl" · line 1 · not UTF-8
 data check empty|data "empty"
 data check starter/none.jsonl|no such starter file · there is: starter/demonstrations.jsonl
 data check starter/../LICENSE|no such starter file
-data check starter/demonstrations.jsonl --stage sft|--stage · "sft" of no recipe · give --recipe as well
+data check starter/demonstrations.jsonl --stage sft|--stage · "sft" without a recipe · add --recipe
 data check starter/demonstrations.jsonl --recipe none.toml|none.toml · there is no file
 data check starter/demonstrations.jsonl --recipe TINY --stage dpo|--stage · "dpo" for a file of demonstrations · there is: sft
 data check starter/demonstrations.jsonl --model none|neither a folder

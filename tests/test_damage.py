@@ -44,7 +44,7 @@ def test_a_disk_that_refuses_is_a_clear_error_and_room_lets_the_run_go_on(tmp_pa
     done = subprocess.run([sys.executable, "-c", LIMITED, str(size), *command(run)], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    assert "larger than a file may be here · make room" in done.stderr.splitlines()[-1]
+    assert "the file is too large for this disk · make room" in done.stderr.splitlines()[-1]
     for manifest in run.rglob("manifest.json"):
         assert read_manifest(manifest.parent) is not None
     assert main(command(run)) == 0

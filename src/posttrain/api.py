@@ -1,7 +1,7 @@
 """The Python interface: run a recipe, open a run, generate text with its policies, compare them.
 
-It calls what the commands call, so numbers and files are the same. Nothing heavy is imported until it is needed: `import
-posttrain` loads no torch, and a run's scores are read without loading a model.
+It calls the same functions as the commands, so numbers and files are the same. Heavy imports are lazy: `import posttrain` does
+not import torch, and reading scores does not load a model.
 
     import posttrain
 
@@ -10,7 +10,7 @@ posttrain` loads no torch, and a run's scores are read without loading a model.
     run.generate(["What is the capital of Peru?"], policy="dpo")[0].text
     run.compare("sft", "dpo").verdict
 
-Left out: serving, rating and planning, which are commands.
+Serving, judging and planning are available only as commands.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,7 +46,7 @@ class Estimate(NamedTuple):
 class Change(NamedTuple):
     """The paired change of one measure from policy `a` to policy `b` over `n` shared items, with its 95 % interval.
 
-    `verdict` is "better", "worse" or "not shown", in the measure's own direction.
+    `verdict` is "better", "worse" or "not shown", in the direction of the measure.
     """
 
     value: float
@@ -58,8 +58,8 @@ class Change(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Two policies on the items that both answered. `verdict`: "B dominates A", "A dominates B", "trade-off" or "not shown to
-    differ"; `text` is what `posttrain compare` prints."""
+    """The comparison of two policies on their common items. `verdict`: "B dominates A", "A dominates B", "trade-off" or "not
+    shown to differ"; `text` is what `posttrain compare` prints."""
 
     verdict: str
     changes: dict[str, Change]
@@ -77,7 +77,7 @@ class Stage(NamedTuple):
 
 
 class Run:
-    """A run folder. Its files are read when they are asked for; its base model is loaded by the first `generate`."""
+    """A run folder. Files are read on access; the first `generate` loads the base model."""
 
     def __init__(self, folder: Path, recipe: Recipe) -> None:
         self.folder, self.recipe = folder, recipe
@@ -88,29 +88,29 @@ class Run:
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """Every stage of the recipe, in its order."""
+        """All stages of the recipe, in order."""
         return tuple(
             Stage(s.name, s.kind, s.init, self.folder / s.name, read_manifest(self.folder / s.name)) for s in self.recipe.stage
         )
 
     @property
     def policies(self) -> tuple[str, ...]:
-        """What can generate: the base and every finished stage that is a policy."""
+        """The policies: the base and every finished stage that makes one."""
         return ("base", *(s.name for s in self.stages if s.manifest is not None and makes(s.kind) == "policy"))
 
     @property
     def report(self) -> Path:
-        """The report, an HTML file."""
+        """The path of report.html."""
         return self.folder / "report.html"
 
     @property
     def scorecard(self) -> dict[str, Any]:
-        """The content of scorecard.json. Raises ArtifactError where nothing was evaluated to its end."""
+        """The content of scorecard.json. Raises ArtifactError if no evaluation is finished."""
         return read_scorecard(self.folder)
 
     @property
     def scores(self) -> dict[str, dict[str, Estimate]]:
-        """Policy -> measure -> estimate. Raises ArtifactError where nothing was evaluated to its end."""
+        """Policy -> measure -> estimate. Raises ArtifactError if no evaluation is finished."""
         return {
             stage["name"]: {
                 name: Estimate(m["value"], m["low"], m["high"], m["n"], m["unit"]) for name, m in stage["measures"].items()
@@ -119,24 +119,24 @@ class Run:
         }
 
     def table(self, width: int = 120) -> str:
-        """The scorecard as text of so many columns, as `posttrain run` prints it."""
+        """The scorecard as text of at most `width` columns, as `posttrain run` prints it."""
         return format_table(self.scorecard, width=width)
 
     def compare(self, a: str, b: str) -> Comparison:
-        """Policy `b` against policy `a` on the same items. Raises ArtifactError where one was not evaluated."""
-        there = [name for name in self.policies if read_manifest(self.folder / EVALUATIONS / name) is not None]
+        """Policy `b` against policy `a` on the same items. Raises ArtifactError if one was not evaluated."""
+        evaluated = [name for name in self.policies if read_manifest(self.folder / EVALUATIONS / name) is not None]
         for name in (a, b):
-            if name not in there:
-                raise ArtifactError(f'compare "{name}"', "not evaluated", allowed=f"there is: {', '.join(there)}")
-        found, text = compare_stages(self.folder / a, self.folder / b)
+            if name not in evaluated:
+                raise ArtifactError(f'compare "{name}"', "not evaluated", allowed=f"there is: {', '.join(evaluated)}")
+        comparison, text = compare_stages(self.folder / a, self.folder / b)
         changes = {
             name: Change(
                 row["change"]["value"], row["change"]["low"], row["change"]["high"], row["n"], row["unit"],
                 row["change"]["verdict"],
             )
-            for name, row in found["measures"].items()
+            for name, row in comparison["measures"].items()
         }  # fmt: skip
-        return Comparison(found["verdict"], changes, text)
+        return Comparison(comparison["verdict"], changes, text)
 
     def generate(
         self, prompts: Sequence[Conversation], *, policy: str | None = None, max_new_tokens: int = 256,
@@ -144,9 +144,9 @@ class Run:
     ) -> list[Rollout]:  # fmt: skip
         """`completions` answers to each prompt, in the order of the prompts, in one batch.
 
-        A prompt is a text or a list of messages, `{"role": …, "content": …}`, that ends with the user. `policy` is one of
-        `policies`; None is the last one. Temperature 0 is greedy. Raises RecipeError for a policy that is not there or a prompt
-        that is none, ModelError for a prompt that leaves no room in the context.
+        A prompt is a text or a list of messages, `{"role": …, "content": …}`, that ends with a user message. `policy` is one of
+        `policies`; None is the last one. Temperature 0 is greedy. Raises RecipeError for an unknown policy or an invalid
+        prompt, ModelError for a prompt that leaves no room in the context.
         """
         from posttrain.generate.engine import SamplingSettings, generate
 
@@ -156,15 +156,15 @@ class Run:
             raise RecipeError("policy", f'"{policy}" is not a finished policy', allowed=f"there is: {', '.join(names)}")
         if isinstance(prompts, str):
             raise RecipeError("prompts", "one text", allowed="a list of prompts", do="write [prompt]")
-        asked = [_messages(prompt, number) for number, prompt in enumerate(prompts, 1)]
+        conversations = [_messages(prompt, number) for number, prompt in enumerate(prompts, 1)]
         target = self._loaded()
         adapter = target.policies.activate(policy)
-        ids = [target.base.chat.encode_prompt(messages) for messages in asked]
+        ids = [target.base.chat.encode_prompt(messages) for messages in conversations]
         settings = SamplingSettings(max_new_tokens, temperature, top_p, seed)
         return generate(target.base, ids, settings, adapter, completions=completions)
 
     def _loaded(self) -> "Target":
-        """Base and policies in memory, loaded once."""
+        """The base and its policies, loaded once."""
         from posttrain.models.target import open_target
 
         if self._target is None:
@@ -179,15 +179,15 @@ def run(
     settings: Sequence[str] = (),
     until: str | None = None,
 ) -> Run:
-    """Run or resume a whole recipe, as `posttrain run` does: a file, or its content as a dict.
+    """Run or resume a recipe, as `posttrain run` does. `recipe` is a file or its content as a dict.
 
-    `settings` changes single settings of a recipe file as `--set` does, for example `["dpo.beta=0.3"]`. `until` stops after a
-    stage and its evaluation. Raises PosttrainError for whatever the user can mend, Interrupted when a signal
-    asked to stop (state is saved; the same call goes on).
+    `settings` overrides settings of a recipe file as `--set` does, for example `["dpo.beta=0.3"]`. `until` stops after a stage
+    and its evaluation. Raises PosttrainError for a mistake of the user, Interrupted after a stop signal (the state is saved;
+    the same call continues).
     """
     if isinstance(recipe, Mapping):
         if settings:
-            raise RecipeError("settings", "given beside a recipe that is a dict", do="change the dict")
+            raise RecipeError("settings", "given with a recipe that is a dict", do="change the dict")
         loaded = parse_recipe(dict(recipe))
     else:
         loaded = load_recipe(Path(recipe), tuple(settings))
@@ -197,16 +197,16 @@ def run(
 
 
 def open_run(folder: str | Path) -> Run:
-    """A run that exists. Raises ArtifactError where the folder is no run, RecipeError where its recipe is damaged."""
+    """Open an existing run. Raises ArtifactError if the folder is not a run, RecipeError if its recipe is damaged."""
     path = Path(folder)
     if not (path / "recipe.toml").is_file():
-        raise ArtifactError(str(path), "not a run folder", do="give a folder that posttrain.run made")
+        raise ArtifactError(str(path), "not a run folder", do="name a folder made by posttrain.run")
     return Run(path, load_recipe(path / "recipe.toml"))
 
 
 def _messages(prompt: Conversation, number: int) -> list[Message]:
-    """A prompt as messages. Raises RecipeError, by number, for what is none."""
-    place = f"prompt {number}"
+    """A prompt as messages. Raises RecipeError, with its number, if it is invalid."""
+    where = f"prompt {number}"
     if isinstance(prompt, str):
         return [Message("user", prompt)]
     messages = []
@@ -214,9 +214,9 @@ def _messages(prompt: Conversation, number: int) -> list[Message]:
         role = next((name for name in ROLES if name == message.get("role")), None)
         content = message.get("content")
         if role is None or not isinstance(content, str):
-            found = f"a message with role {message.get('role')!r} and content of type {type(content).__name__}"
-            raise RecipeError(place, found, allowed='{"role": "system", "user" or "assistant", "content": text}')
+            problem = f"a message with role {message.get('role')!r} and content of type {type(content).__name__}"
+            raise RecipeError(where, problem, allowed='{"role": "system", "user" or "assistant", "content": text}')
         messages.append(Message(role, content))
     if not messages or messages[-1].role != "user":
-        raise RecipeError(place, "does not end with the user", do="add a message of the user")
+        raise RecipeError(where, "does not end with a user message", do="add one")
     return messages

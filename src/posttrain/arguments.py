@@ -1,11 +1,11 @@
-"""Types of arguments of the command that more than one verb takes, for argparse."""
+"""Argument types for argparse that several commands use."""
 
 import argparse
 from collections.abc import Callable
 
 
-def whole(lowest: int, highest: int | None = None) -> Callable[[str], int]:
-    """A whole number of at least `lowest` and at most `highest`."""
+def integer(lowest: int, highest: int | None = None) -> Callable[[str], int]:
+    """An argparse type: a whole number from `lowest` to `highest`."""
 
     def read(text: str) -> int:
         value = int(text)
@@ -15,21 +15,21 @@ def whole(lowest: int, highest: int | None = None) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{value} is more than {highest}")
         return value
 
-    read.__name__ = "whole number"  # what argparse calls a text that int() refuses
+    read.__name__ = "whole number"  # argparse uses this name for text that int() rejects
     return read
 
 
 def number(text: str) -> float:
-    """A finite number from 0 upwards."""
+    """An argparse type: a finite number of at least 0."""
     value = float(text)
     if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 upwards")
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least 0")
     return value
 
 
 def seconds(text: str) -> float:
-    """A time, more than 0."""
+    """An argparse type: a time in seconds, greater than 0."""
     value = number(text)
     if not value:
-        raise argparse.ArgumentTypeError("0 seconds are no time")
+        raise argparse.ArgumentTypeError("must be greater than 0 seconds")
     return value

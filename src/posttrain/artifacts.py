@@ -1,8 +1,8 @@
 """Run folders: immutable artifacts, manifests, fingerprints, atomic publishing, lineage.
 
-A stage is written to a hidden sibling folder, every file is fsynced, its manifest is written last, and the folder is
-renamed. A manifest therefore means a whole artifact. No torch here: the report and a run that has nothing to do
-must start at once. Power loss on a disk that lies about fsync, NFS renames and object stores are out of reach.
+A stage is written to a hidden sibling folder. Every file is fsynced, the manifest is written last, and the folder is renamed,
+so a manifest means a complete artifact. This module does not import torch, so that the report and a finished run start fast.
+Not covered: power loss on disks that ignore fsync, NFS renames and object stores.
 """
 
 import errno
@@ -24,13 +24,13 @@ MANIFEST = "manifest.json"
 
 
 def fingerprint(value: Any) -> str:
-    """A hash of JSON-able data that does not depend on key order: 16 hex digits are enough for a run folder."""
+    """A hash of JSON data that does not depend on key order, as 16 hex digits."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(_encoded(text)).hexdigest()[:16]
 
 
 def _encoded(json_text: str) -> bytes:
-    """JSON in UTF-8. What has no place there, a file name of other bytes, becomes the escape that JSON reads it back from."""
+    """JSON as UTF-8. Undecodable bytes of file names become escapes, which JSON readers accept."""
     return json_text.encode(errors="backslashreplace")
 
 
@@ -41,7 +41,7 @@ def hash_file(path: Path) -> str:
 
 
 def expand_home(path: str) -> Path:
-    """A path with `~` as the home folder. One that names nobody's home (`~$file.csv`) is the name of a file as it is."""
+    """Expand `~` to the home folder. A path without such a home (`~$file.csv`) is returned unchanged."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -49,12 +49,12 @@ def expand_home(path: str) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that after a crash the file is either whole or absent."""
+    """Write JSON atomically."""
     write_bytes(path, _encoded(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file through a temporary sibling, fsync and rename. Raises ArtifactError when the disk refuses."""
+    """Write a file atomically: temporary sibling, fsync, rename. Raises ArtifactError if the disk fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -71,19 +71,19 @@ def write_bytes(path: Path, data: bytes) -> None:
 _DISK_REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "larger than a file may be here",
+    errno.EFBIG: "the file is too large for this disk",
     errno.EACCES: "no permission to write",
     errno.EPERM: "no permission to write",
-    errno.EROFS: "a read-only disk",
+    errno.EROFS: "the disk is read-only",
     errno.EEXIST: "a file is where a folder should be",
     errno.ENOTDIR: "a file is where a folder should be",
     errno.ENAMETOOLONG: "the name is too long",
-    errno.EIO: "the disk does not answer",
+    errno.EIO: "the disk has an input/output error",
 }
 
 
 def is_disk_error(error: OSError) -> bool:
-    """Whether the file system refused, rather than this package asking for what cannot be."""
+    """Whether an error comes from the file system and not from a defect of this package."""
     return error.errno in _DISK_REASONS
 
 
@@ -94,9 +94,9 @@ def os_error_in(message: str) -> OSError | None:
 
 
 def disk_error(path: Path, error: OSError) -> ArtifactError:
-    """Words for a write that the file system refused."""
-    found = _DISK_REASONS.get(error.errno or 0, error.strerror or str(error))
-    return ArtifactError(str(path), found, do="make room or choose another folder with --out, then run the same command again")
+    """The error for a write that the file system refused."""
+    reason = _DISK_REASONS.get(error.errno or 0, error.strerror or str(error))
+    return ArtifactError(str(path), reason, do="make room or choose another folder with --out, then run the same command again")
 
 
 def fsync_folder(folder: Path) -> None:
@@ -118,9 +118,9 @@ def fsync_tree(folder: Path) -> None:
 
 
 def set_usual_modes(folder: Path) -> None:
-    """Give every file below a folder the permissions of a file made here: safetensors writes files that only their owner reads.
+    """Give every file below a folder the default permissions. safetensors writes files that only their owner can read.
 
-    What a new file gets is asked by making one, since reading the umask would change it for a moment in all threads.
+    The default comes from a new file, because reading the umask would change it briefly for all threads.
     """
     probe = folder / f".mode.{os.getpid()}"
     try:
@@ -135,9 +135,9 @@ def set_usual_modes(folder: Path) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `out` when the block ends; where the block fails nothing is left.
+    """A temporary folder that is renamed to `out` when the block ends, or removed if the block fails.
 
-    Raises ArtifactError for a name that is taken and when the disk refuses.
+    Raises ArtifactError if `out` exists or the disk fails.
     """
     if out.exists() or out.is_symlink():
         raise ArtifactError(str(out), "exists already", do="name a folder that does not exist yet")
@@ -156,11 +156,11 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def publish(partial: Path, final: Path, manifest: dict[str, Any], *, scratch: Collection[str] = ()) -> None:
-    """Turn a partial folder into an artifact: fsync, manifest last, rename. An older artifact there is replaced.
+    """Turn a partial folder into an artifact: fsync, manifest last, rename. Replaces an older artifact.
 
-    The manifest gets the sha256 of every payload file. `scratch` names what was needed only while working; it goes after
-    the manifest is written, so that a kill at any point loses nothing: `recover` finishes what was begun here.
-    Raises ArtifactError when the disk refuses.
+    The manifest contains the sha256 of every file. `scratch` names files that were needed only during the work; they are
+    removed after the manifest is written. A kill at any point loses nothing: `recover` completes the publication. Raises
+    ArtifactError if the disk fails.
     """
     try:
         set_usual_modes(partial)
@@ -196,14 +196,14 @@ def _remove(path: Path) -> None:
 
 
 def partial_folder(folder: Path) -> Path:
-    """Where an artifact is built before it is published."""
+    """The folder in which an artifact is built before it is published."""
     return folder.with_name(f".{folder.name}.partial")
 
 
 def recover(parent: Path, *, scratch: Collection[str] = ()) -> None:
-    """Finish what a kill inside `publish` left in a folder of artifacts: a partial one with a manifest is whole.
+    """Complete publications that a kill interrupted: a partial folder with a manifest is complete.
 
-    Of an artifact that was being replaced either the new one is put in place or, where there is none, the old one back.
+    An artifact that was being replaced is restored unless the new one is complete.
     """
     for partial in sorted(parent.glob(".*.partial")):
         if (partial / MANIFEST).exists():
@@ -219,7 +219,7 @@ def recover(parent: Path, *, scratch: Collection[str] = ()) -> None:
 def verify_files(folder: Path, names: Iterable[str] | None = None) -> None:
     """Compare files of an artifact with the hashes in its manifest (all of them, or those named).
 
-    Raises ArtifactError naming the file that was changed or is gone.
+    Raises ArtifactError that names the changed or missing file.
     """
     manifest = read_manifest(folder) or {}
     for name, digest in manifest.get("files", {}).items():
@@ -227,12 +227,12 @@ def verify_files(folder: Path, names: Iterable[str] | None = None) -> None:
             continue
         path = folder / name
         if not path.is_file() or hash_file(path) != digest:
-            found = "was changed after it was made" if path.is_file() else "is missing"
-            raise ArtifactError(str(path), found, do=f"remove {folder} and run the recipe again")
+            problem = "was changed after it was made" if path.is_file() else "is missing"
+            raise ArtifactError(str(path), problem, do=f"remove {folder} and run the recipe again")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a published artifact, or None where there is none. A damaged one is an error by name."""
+    """The manifest of a published artifact, or None. Raises ArtifactError if it is damaged."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -241,12 +241,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         raise ArtifactError(str(path), "not readable as JSON", do=f"remove {folder} and run the recipe again") from None
     check_manifest(manifest, str(path), do=f"remove {folder} and run the recipe again")
-    found: dict[str, Any] = manifest
-    return found
+    checked: dict[str, Any] = manifest
+    return checked
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a JSON-lines file that this package wrote; a torn last line is left out."""
+    """Rows of a JSON-lines file that this package wrote, without an incomplete last line."""
     if not path.exists():
         return
     with path.open(encoding="utf-8") as file:
@@ -256,22 +256,22 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows as JSON lines, whole or not at all."""
+    """Write rows as JSON lines, atomically."""
     write_bytes(path, _encoded("".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)))
 
 
 def lineage(run: Path, stage: str) -> list[dict[str, Any]]:
     """Manifests from a stage back to the base, the stage first."""
-    found: list[dict[str, Any]] = []
-    pending, seen = [stage], set()
+    manifests: list[dict[str, Any]] = []
+    pending, visited = [stage], set()
     while pending:
         name = pending.pop(0)
-        if name in seen or name == "base":
+        if name in visited or name == "base":
             continue
-        seen.add(name)
+        visited.add(name)
         manifest = read_manifest(run / name)
         if manifest is None:
             raise ArtifactError(str(run / name), "no finished stage", do="run the recipe first")
-        found.append(manifest)
+        manifests.append(manifest)
         pending.extend(str(parent) for parent in manifest.get("inputs", {}))
-    return found
+    return manifests

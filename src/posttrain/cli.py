@@ -1,8 +1,8 @@
-"""The command `posttrain`: verbs, thin. Each verb parses, calls one function and prints; the work is elsewhere.
+"""The command line `posttrain`. Each command parses its options, calls one function and prints the result.
 
-Exit codes: 0 all well (also: stopped on request, state saved), 2 a mistake that the user can mend, 1 a defect of ours.
-Ctrl-C where nothing needs saving ends with 130, as a shell would say it. Where the reader of the output has ended, a verb that
-works (`run`, `evaluate`, …) goes on in silence, and one that shows something ends quietly.
+Exit codes: 0 success (also a requested stop with the state saved), 2 a mistake of the user, 1 a defect of posttrain, 130 Ctrl-C
+when there is no state to save. If the reader of the output ends, a long command (`run`, `evaluate`, …) continues without
+output, and a command that only prints ends with 0.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain import __version__
-from posttrain.arguments import number, whole
+from posttrain.arguments import integer, number
 from posttrain.artifacts import disk_error, is_disk_error
 from posttrain.constitution import commands as constitution
 from posttrain.errors import Interrupted, PosttrainError, RecipeError
@@ -28,7 +28,7 @@ Verb = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command and return its exit code."""
     open_standard_streams()
     try:
         parsed = _parsed(sys.argv[1:] if arguments is None else arguments)
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if verb in (_run, _evaluate, _merge, _export, _report, judge.audit, commands.serve):
             keep_writing()
         code = verb(parsed)
-        sys.stdout.flush()  # here, where a reader that went away or a full disk can be answered
+        sys.stdout.flush()  # flush here, so that a closed pipe or a full disk is handled below
         return code
     except PosttrainError as error:
         say(f"error: {error}")
@@ -46,36 +46,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         say("stopped")
-        return 130  # as shells count Ctrl-C
-    except BrokenPipeError:  # the reader of our output went away: `posttrain show … | head`
-        discard(sys.stdout.fileno())  # Python flushes standard output at its end, and would complain there
+        return 130  # the exit code of shells for Ctrl-C
+    except BrokenPipeError:  # the reader of the output has ended: `posttrain show … | head`
+        discard(sys.stdout.fileno())  # Python flushes standard output at exit, which would fail again
         return 0
     except OSError as error:
         if not is_disk_error(error):
             raise
-        if error.filename is None:  # standard output: Python would try again at its end, and complain
+        if error.filename is None:  # standard output: the flush at exit would fail again
             discard(sys.stdout.fileno())
         say(f"error: {disk_error(Path(error.filename or 'standard output'), error)}")
         return 2
 
 
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
-    """Arguments as their verb reads them. Raises RecipeError for one that is not UTF-8: no manifest could hold it."""
+    """Parse the arguments. Raises RecipeError for one that is not UTF-8, which no manifest could store."""
     for argument in arguments:
         if argument.isascii() or argument == argument.encode(errors="replace").decode():
             continue
-        shown = os.fsencode(argument).decode(errors="backslashreplace")
-        do = "rename the file, or give its folder; type text in UTF-8"
-        raise RecipeError("posttrain", f"the argument {shown} is not UTF-8", do=do)
+        escaped = os.fsencode(argument).decode(errors="backslashreplace")
+        do = "rename the file or name its folder; type text in UTF-8"
+        raise RecipeError("posttrain", f"the argument {escaped} is not UTF-8", do=do)
     try:
         return build_parser().parse_args(arguments)
-    except SystemExit:  # --help, --version, and what argparse refuses
+    except SystemExit:  # --help, --version, or an error of argparse
         sys.stdout.flush()
         raise
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All verbs with their help."""
+    """The parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="posttrain", description="From a pretrained base model to an aligned assistant, with its cost measured."
     )
@@ -103,7 +103,7 @@ def _verb(verbs: Any, name: str, verb: Verb, about: str, example: str) -> argpar
 
 
 def _add_run(verbs: Any) -> None:
-    run = _verb(verbs, "run", _run, "run or resume a whole recipe", "posttrain run recipes/quickstart.toml")
+    run = _verb(verbs, "run", _run, "run or resume a recipe", "posttrain run recipes/quickstart.toml")
     run.add_argument("recipe", type=Path, help="a recipe (.toml)")
     run.add_argument("--out", type=Path, help="run folder (default: runs/<name of the recipe>)")
     run.add_argument(
@@ -115,7 +115,7 @@ def _add_run(verbs: Any) -> None:
 
 
 def _add_reading(verbs: Any) -> None:
-    report = _verb(verbs, "report", _report, "write report.html again", "posttrain report runs/quickstart")
+    report = _verb(verbs, "report", _report, "rewrite report.html", "posttrain report runs/quickstart")
     report.add_argument("run", type=Path, help="a run folder")
     show = _verb(
         verbs, "show", _show, "a run's scorecard, or a stage's manifest and lineage", "posttrain show runs/quickstart/dpo"
@@ -123,7 +123,7 @@ def _add_reading(verbs: Any) -> None:
     show.add_argument("target", type=Path, metavar="RUN[/STAGE]", help="a run folder, or a stage in it")
     show.add_argument("--json", action="store_true", help="print JSON")
     compare = _verb(
-        verbs, "compare", _compare, "paired comparison of two policies that were evaluated on the same items",
+        verbs, "compare", _compare, "paired comparison of two policies",
         "posttrain compare runs/quickstart/sft runs/quickstart/dpo",
     )  # fmt: skip
     compare.add_argument("a", type=Path, metavar="RUN/STAGE", help="the stage before")
@@ -137,37 +137,33 @@ def _add_models(verbs: Any) -> None:
     chat.add_argument("--compare", metavar="A,B,…", help="answer with several stages side by side, e.g. base,sft,dpo")
     chat.add_argument("--system", default="", help="a system message")
     chat.add_argument("--temperature", type=number, default=0.7, help="0 is greedy (default: 0.7)")
-    chat.add_argument("--max-new-tokens", type=whole(1), default=256, help="longest answer in tokens (default: 256)")
-    chat.add_argument("--seed", type=whole(0), default=0, help="seed of what is sampled (default: 0)")
-    chat.add_argument("--template", default="auto", help="chat template of a model without one (a run knows its own)")
+    chat.add_argument("--max-new-tokens", type=integer(1), default=256, help="longest answer in tokens (default: 256)")
+    chat.add_argument("--seed", type=integer(0), default=0, help="sampling seed (default: 0)")
+    chat.add_argument("--template", default="auto", help="chat template for a model without one (runs record theirs)")
     evaluate = _verb(
         verbs,
         "evaluate",
         _evaluate,
-        "score a model or a stage of a run on suites",
+        "evaluate a model or a stage of a run on suites",
         "posttrain evaluate runs/quickstart/dpo --suite starter",
     )
     evaluate.add_argument("target", metavar="MODEL_OR_RUN/STAGE", help="a stage of a run, a run (its last stage) or a model")
     evaluate.add_argument("--pairs", metavar="FILE", help="measure a reward stage on these preference pairs instead")
-    evaluate.add_argument("--against", metavar="RUN/STAGE", help="with --pairs: another reward stage, and how often both agree")
+    evaluate.add_argument("--against", metavar="RUN/STAGE", help="with --pairs: another reward stage, to measure agreement")
     evaluate.add_argument("--best-of", metavar="RUN/STAGE", help="best-of-n by this reward stage instead, on --prompts")
-    evaluate.add_argument(
-        "--prompts", metavar="FILE", help="with --best-of: demonstrations or pairs whose prompts are answered"
-    )
-    evaluate.add_argument("--samples", type=whole(1), default=16, help="with --best-of: completions a prompt (default: 16)")
-    evaluate.add_argument("--gold", metavar="RUN/STAGE", help="with --best-of: another reward stage judges what was chosen")
+    evaluate.add_argument("--prompts", metavar="FILE", help="with --best-of: demonstrations or pairs with the prompts")
+    evaluate.add_argument("--samples", type=integer(1), default=16, help="with --best-of: completions per prompt (default: 16)")
+    evaluate.add_argument("--gold", metavar="RUN/STAGE", help="with --best-of: another reward stage that scores them too")
     evaluate.add_argument("--temperature", type=number, default=1.0, help="with --best-of (default: 1)")
     evaluate.add_argument("--suite", action="append", metavar="NAME_OR_FILE", help="default: starter")
-    evaluate.add_argument(
-        "--limit", type=whole(0), default=0, help="first items of each task (or pairs, prompts) only; 0 is all"
-    )
-    evaluate.add_argument("--max-new-tokens", type=whole(1), default=64, help="longest answer in tokens (default: 64)")
-    evaluate.add_argument("--seed", type=whole(0), default=0, help="seed of what is sampled (default: 0)")
-    evaluate.add_argument("--template", default="auto", help="chat template of a model without one (a run knows its own)")
+    evaluate.add_argument("--limit", type=integer(0), default=0, help="use only the first items (pairs, prompts); 0 uses all")
+    evaluate.add_argument("--max-new-tokens", type=integer(1), default=64, help="longest answer in tokens (default: 64)")
+    evaluate.add_argument("--seed", type=integer(0), default=0, help="sampling seed (default: 0)")
+    evaluate.add_argument("--template", default="auto", help="chat template for a model without one (runs record theirs)")
     evaluate.add_argument("--out", type=Path, help="also write scores.jsonl and scorecard.json into this folder")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     merge = _verb(
-        verbs, "merge", _merge, "fold an adapter into its base: a model folder for any tool",
+        verbs, "merge", _merge, "merge an adapter into its base: a model folder for any tool",
         "posttrain merge runs/quickstart/dpo --out merged",
     )  # fmt: skip
     merge.add_argument("target", metavar="RUN/STAGE", help="a stage of a run")
@@ -190,17 +186,17 @@ def _add_models(verbs: Any) -> None:
 def _add_data(verbs: Any) -> None:
     data = verbs.add_parser(
         "data",
-        help="look at data before training on it",
+        help="check data before training",
         epilog="example: posttrain data check my.jsonl --recipe recipes/quickstart.toml",
     )
-    kinds = data.add_subparsers(required=True, metavar="VERB", help="what to do with it")
+    kinds = data.add_subparsers(required=True, metavar="VERB", help="command")
     check = _verb(
-        kinds, "check", _data_check, "what training would really see of a data file",
+        kinds, "check", _data_check, "show what training would use of a data file",
         "posttrain data check my.jsonl --recipe recipes/quickstart.toml",
     )  # fmt: skip
     check.add_argument("file", help="a file, a folder, a hub id or starter/<file>")
-    check.add_argument("--recipe", type=Path, help="take the base, its template and the stage's limits from here")
-    check.add_argument("--stage", help="the stage whose limits count (default: the first that takes this kind of data)")
+    check.add_argument("--recipe", type=Path, help="use the base, template and stage limits of this recipe")
+    check.add_argument("--stage", help="the stage whose limits apply (default: the first for this kind of data)")
     check.add_argument("--model", default="random:tiny", help="tokenizer to use without a recipe")
     check.add_argument("--template", default="auto", help="chat template to use without a recipe")
     check.add_argument("--json", action="store_true", help="print JSON")
@@ -208,12 +204,12 @@ def _add_data(verbs: Any) -> None:
 
 def _add_constitution(verbs: Any) -> None:
     about = "validate a constitution and print the exact prompts it makes"
-    parser = verbs.add_parser("constitution", help="principles and their prompts", epilog=f"example: {constitution.EXAMPLE}")
-    kinds = parser.add_subparsers(required=True, metavar="VERB", help="what to do with them")
+    parser = verbs.add_parser("constitution", help="check constitutions", epilog=f"example: {constitution.EXAMPLE}")
+    kinds = parser.add_subparsers(required=True, metavar="VERB", help="command")
     constitution.add_options(_verb(kinds, "check", constitution.check, about, constitution.EXAMPLE))
-    parser = verbs.add_parser("judge", help="whoever compares answers", epilog=f"example: {judge.EXAMPLE}")
-    kinds = parser.add_subparsers(required=True, metavar="VERB", help="what to do with it")
-    judge.add_options(_verb(kinds, "audit", judge.audit, "measure whether a judge may be trusted", judge.EXAMPLE))
+    parser = verbs.add_parser("judge", help="audit judges that compare answers", epilog=f"example: {judge.EXAMPLE}")
+    kinds = parser.add_subparsers(required=True, metavar="VERB", help="command")
+    judge.add_options(_verb(kinds, "audit", judge.audit, "measure the accuracy and the biases of a judge", judge.EXAMPLE))
 
 
 def _add_serving(verbs: Any) -> None:
@@ -222,24 +218,26 @@ def _add_serving(verbs: Any) -> None:
             verbs,
             "serve",
             commands.serve,
-            "serve a model or a run over HTTP, as OpenAI does",
+            "serve a model or a run with the OpenAI HTTP API",
             "posttrain serve runs/quickstart",
         )
     )
-    keys = verbs.add_parser("keys", help="API keys of a server", epilog="example: posttrain keys add keys.json --name ann")
-    kinds = keys.add_subparsers(required=True, metavar="VERB", help="what to do with them")
-    add = _verb(kinds, "add", _keys_add, "make a key; it is shown once", "posttrain keys add keys.json --name ann")
-    add.add_argument("--name", required=True, help="whose key it is")
-    add.add_argument("--admin", action="store_true", help="it may load and unload adapters as well")
-    shown = _verb(kinds, "list", _keys_list, "names, rights and dates of the keys", "posttrain keys list keys.json")
-    revoke = _verb(kinds, "revoke", _keys_revoke, "take a key away", "posttrain keys revoke keys.json ann")
-    for verb in (add, shown, revoke):
-        verb.add_argument("file", type=Path, help="a file of keys (.json)")
-    revoke.add_argument("name", help="whose key it is")
+    keys = verbs.add_parser(
+        "keys", help="manage the API keys of a server", epilog="example: posttrain keys add keys.json --name ann"
+    )
+    kinds = keys.add_subparsers(required=True, metavar="VERB", help="command")
+    add = _verb(kinds, "add", _keys_add, "create a key; it is shown once", "posttrain keys add keys.json --name ann")
+    add.add_argument("--name", required=True, help="the name of the key")
+    add.add_argument("--admin", action="store_true", help="the key may also load and unload adapters")
+    list_keys = _verb(kinds, "list", _keys_list, "list names, scopes and dates of the keys", "posttrain keys list keys.json")
+    revoke = _verb(kinds, "revoke", _keys_revoke, "revoke a key", "posttrain keys revoke keys.json ann")
+    for verb in (add, list_keys, revoke):
+        verb.add_argument("file", type=Path, help="a key file (.json)")
+    revoke.add_argument("name", help="the name of the key")
 
 
 def _width() -> int:
-    """Columns of the terminal; of a file or a pipe as many as a wide one has."""
+    """The width of the terminal; 120 columns for a file or a pipe."""
     return shutil.get_terminal_size((120, 24)).columns
 
 
@@ -278,16 +276,16 @@ def _report(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> int:
     from posttrain.report.show import show
 
-    found, text = show(options.target)
-    show_text(json.dumps(found, indent=2, ensure_ascii=False) if options.json else text)
+    data, text = show(options.target)
+    show_text(json.dumps(data, indent=2, ensure_ascii=False) if options.json else text)
     return 0
 
 
 def _compare(options: argparse.Namespace) -> int:
     from posttrain.report.show import compare
 
-    found, text = compare(options.a, options.b)
-    show_text(json.dumps(found, indent=2) if options.json else text)
+    data, text = compare(options.a, options.b)
+    show_text(json.dumps(data, indent=2) if options.json else text)
     return 0
 
 
@@ -308,30 +306,30 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     _check_evaluate(options)
     if options.pairs is not None:
-        found, text = evaluate_pairs(
+        data, text = evaluate_pairs(
             open_reward_model(options.target), options.pairs, limit=options.limit, out=options.out, against=options.against
         )
     elif options.best_of is not None:
-        found, text = evaluate_best_of(
+        data, text = evaluate_best_of(
             open_target(options.target, template=options.template), options.best_of, options.prompts,
             SamplingSettings(options.max_new_tokens, options.temperature, 1.0, options.seed),
             samples=options.samples, gold=options.gold, limit=options.limit, out=options.out,
         )  # fmt: skip
     else:
-        found, text = evaluate_target(
+        data, text = evaluate_target(
             open_target(options.target, template=options.template), tuple(options.suite or ["starter"]), limit=options.limit,
             max_new_tokens=options.max_new_tokens, seed=options.seed, out=options.out, width=_width(),
         )  # fmt: skip
-    show_text(json.dumps(found, indent=2) if options.json else text)
+    show_text(json.dumps(data, indent=2) if options.json else text)
     return 0
 
 
 def _check_evaluate(options: argparse.Namespace) -> None:
-    """Options that mean nothing without another one. Raises RecipeError."""
+    """Raise RecipeError for an option that needs another one."""
     for name, needed in (("against", "pairs"), ("prompts", "best_of"), ("gold", "best_of"), ("best_of", "prompts")):
         if getattr(options, name) is not None and getattr(options, needed) is None:
-            shown = needed.replace("_", "-")
-            raise RecipeError(f"--{name.replace('_', '-')}", f"no --{shown}", do=f"give --{shown} as well")
+            needed_option = needed.replace("_", "-")
+            raise RecipeError(f"--{name.replace('_', '-')}", f"no --{needed_option}", do=f"add --{needed_option}")
 
 
 def _merge(options: argparse.Namespace) -> int:
@@ -358,7 +356,7 @@ def _data_check(options: argparse.Namespace) -> int:
     from posttrain.recipe import load_recipe
 
     if options.stage is not None and options.recipe is None:
-        raise RecipeError("--stage", f'"{options.stage}" of no recipe', do="give --recipe as well")
+        raise RecipeError("--stage", f'"{options.stage}" without a recipe', do="add --recipe")
     recipe = load_recipe(options.recipe) if options.recipe else None
     check = plan_check(options.file, recipe, options.stage, model=options.model, template=options.template)
     suites = recipe.evaluation.suites if recipe else ("starter",)

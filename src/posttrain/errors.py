@@ -1,4 +1,4 @@
-"""The tree of errors. Every mistake a user can make ends in one of these; an invariant of ours is an `assert`.
+"""The errors. Every mistake of a user raises one of these; an internal invariant is an `assert`.
 
     PosttrainError            one line: where · what was found · what is allowed · what to do
     ├── RecipeError           a setting, a reference between stages, a command-line value
@@ -8,11 +8,11 @@
     ├── ArtifactError         a run folder, a manifest, a checkpoint
     │   ├── RunLockedError    another process works on the same run
     │   └── MovedError        a folder that this process works in was renamed or removed
-    ├── BusyError             a server that has no room for a request, or is going down
-    └── TrainingError         training cannot go on
-        └── NonFiniteError    a loss or gradient is not finite; nothing was updated
+    ├── BusyError             a server has no room for a request, or is shutting down
+    └── TrainingError         training cannot continue
+        └── NonFiniteError    a loss or gradient is not finite; no weight was updated
 
-`Interrupted` is no mistake: SIGTERM or Ctrl-C came, the state was saved, the exit code is 0.
+`Interrupted` is not an error: after SIGTERM or Ctrl-C the state is saved and the exit code is 0.
 """
 
 import difflib
@@ -20,7 +20,7 @@ from collections.abc import Iterable
 
 
 class PosttrainError(Exception):
-    """A user's mistake, told by one formula so that it can be acted on. Exit code 2."""
+    """A mistake of the user, with a message of four parts. Exit code 2."""
 
     def __init__(self, where: str, found: str, *, allowed: str = "", do: str = "") -> None:
         self.where, self.found, self.allowed, self.do = where, found, allowed, do
@@ -28,15 +28,15 @@ class PosttrainError(Exception):
 
 
 class RecipeError(PosttrainError):
-    """A setting or a reference that the recipe cannot have."""
+    """An invalid setting or reference."""
 
 
 class DataError(PosttrainError):
-    """A data file, or rows of it, that cannot be trained on."""
+    """A data file, or rows of it, that cannot be used."""
 
 
 class ModelError(PosttrainError):
-    """A base model that cannot be loaded as it stands."""
+    """A base model that cannot be loaded or used."""
 
 
 class AdapterError(PosttrainError):
@@ -60,7 +60,7 @@ class BusyError(PosttrainError):
 
 
 class TrainingError(PosttrainError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 class NonFiniteError(TrainingError):
@@ -68,7 +68,7 @@ class NonFiniteError(TrainingError):
 
 
 class Interrupted(Exception):
-    """The run was asked to stop; everything done so far is on disk."""
+    """A stop was requested; everything so far is on disk."""
 
 
 def nearest(name: str, there: Iterable[str]) -> str:

@@ -1,24 +1,28 @@
-"""What the files of a run hold: the types of their values, checked where they are read.
+"""The types of values in the files of a run, checked when the files are read.
 
-A file that was edited or damaged must end in an error that names it, not somewhere in a table or a chart. Only what readers
-rely on is checked; further values are allowed, so that a newer version's files can be read.
+A damaged file gives an error that names it, instead of a failure in a table or a chart. Only values that readers use are
+checked. Other values are allowed, so that files of newer versions can be read.
 """
 
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from posttrain.errors import ArtifactError
+from posttrain.errors import ArtifactError, RecipeError
 from posttrain.records import Score
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 Number = int | float
 
 
-class _Table(BaseModel):
+class _FileTable(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
 
-class _Manifest(_Table):
+class _Manifest(_FileTable):
     fingerprint: str
     kind: str = ""
     name: str = ""
@@ -37,7 +41,7 @@ class _Manifest(_Table):
     seconds: Number | None = None
 
 
-class _Change(_Table):
+class _Change(_FileTable):
     against: str
     value: Number
     low: Number
@@ -45,7 +49,7 @@ class _Change(_Table):
     verdict: str
 
 
-class _Measure(_Table):
+class _Measure(_FileTable):
     value: Number
     low: Number
     high: Number
@@ -57,14 +61,14 @@ class _Measure(_Table):
     changes: list[_Change]
 
 
-class _StageScores(_Table):
+class _StageScores(_FileTable):
     name: str
     kind: str
     parent: str | None
     measures: dict[str, _Measure]
 
 
-class _Scorecard(_Table):
+class _Scorecard(_FileTable):
     run: str
     stages: list[_StageScores]
     tax: list[dict[str, Any]]
@@ -92,17 +96,28 @@ def check_metrics(rows: Any, where: str, *, do: str) -> None:
 
 def scores_of(rows: list[Any], where: str, *, do: str) -> list[Score]:
     """Rows of scores.jsonl as records. Raises ArtifactError."""
-    found: list[Score] = _check(_SCORES, rows, where, "not readable as scores", do)
-    return found
+    scores: list[Score] = _check(_SCORES, rows, where, "not readable as scores", do)
+    return scores
 
 
-def _check(kind: TypeAdapter[Any], value: Any, where: str, what: str, do: str) -> Any:
+def invalid_setting(mistake: "ErrorDetails", where: str, settings: Iterable[str]) -> RecipeError:
+    """An error of pydantic about a table of a user's file, which may have these settings."""
+    name = str(next((part for part in reversed(mistake["loc"]) if isinstance(part, str)), ""))
+    if mistake["type"] == "extra_forbidden":
+        return RecipeError(where, f'unknown setting "{name}"', allowed=f"there is: {', '.join(settings)}")
+    if mistake["type"] == "missing":
+        return RecipeError(where, f'"{name}" is missing', do="add it")
+    message = mistake["msg"]
+    return RecipeError(where, f"{name} = {str(mistake['input'])[:80]!r}", allowed=message[:1].lower() + message[1:])
+
+
+def _check(kind: TypeAdapter[Any], value: Any, where: str, problem_kind: str, do: str) -> Any:
     try:
         return kind.validate_python(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the whole"
-        found = f"{what}: {place} is {str(first['input'])[:60]!r}"
-        raise ArtifactError(where, found, allowed=first["msg"][:1].lower() + first["msg"][1:], do=do) from None
+        path = ".".join(map(str, first["loc"])) or "the file"
+        problem = f"{problem_kind}: {path} is {str(first['input'])[:60]!r}"
+        raise ArtifactError(where, problem, allowed=first["msg"][:1].lower() + first["msg"][1:], do=do) from None
     except RecursionError:
-        raise ArtifactError(where, f"{what}: nested too deeply", do=do) from None
+        raise ArtifactError(where, f"{problem_kind}: nested too deeply", do=do) from None

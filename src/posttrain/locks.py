@@ -1,8 +1,8 @@
-"""A folder held while a process works in it: by one process at a time, and noticed when its name leads elsewhere.
+"""Locks of run folders, and detection of folders that are renamed or removed during the work.
 
-Where it stands: `pipeline.py` holds the run folder, and each stage its own unfinished folder. Both the hold and the check go by
-the folder that is open and not by its path, so they follow it where it is renamed. The lock is on the folder itself, and on
-`.lock` in it for file systems that lock only files.
+`pipeline.py` locks the run folder; each stage checks its own partial folder. Lock and check use an open descriptor and not the
+path, so they follow a renamed folder. The lock is on the folder itself, and on `.lock` in it for file systems that lock only
+files.
 """
 
 import fcntl
@@ -16,7 +16,7 @@ from posttrain.errors import MovedError, RunLockedError
 
 
 class HeldFolder:
-    """A folder that is open. Raises OSError where it cannot be opened."""
+    """An open folder. Raises OSError if it cannot be opened."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -26,58 +26,57 @@ class HeldFolder:
         os.close(self.descriptor)
 
     def is_there(self) -> bool:
-        """Whether the path leads to this folder."""
+        """Whether the path still refers to this folder."""
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(self.descriptor))
         except OSError:
             return False
 
     def now(self) -> Path | None:
-        """Where the folder is by now; None where it was removed, or where the system does not tell."""
+        """The current path of the folder. None if it was removed or the system does not provide it."""
         with suppress(OSError):
-            place = Path(os.readlink(f"/proc/self/fd/{self.descriptor}"))
-            if os.path.samestat(os.stat(place), os.fstat(self.descriptor)):
-                return place
+            path = Path(os.readlink(f"/proc/self/fd/{self.descriptor}"))
+            if os.path.samestat(os.stat(path), os.fstat(self.descriptor)):
+                return path
         return None
 
     def check(self, *, left: str = "") -> None:
-        """Raises MovedError where the folder was renamed or removed: nothing is written where it was. `left` is what to say of
-        the work that is in it.
-        """
+        """Raise MovedError if the folder was renamed or removed. `left` describes the work in it for the error text."""
         if self.is_there():
             return
-        now = self.now()
-        if now is None:
+        current_path = self.now()
+        if current_path is None:
             do = "run the same command to begin again"
             raise MovedError(str(self.path), "was removed while this process worked in it", do=do)
-        found = "was renamed" if not self.path.exists() else "was renamed, and another folder is in its place"
+        problem = "was renamed" if not self.path.exists() else "was renamed, and another folder has its name"
         raise MovedError(
-            str(self.path), f"{found} while this process worked in it", allowed=left or f"everything so far is in {now}",
+            str(self.path), f"{problem} while this process worked in it",
+            allowed=left or f"everything so far is in {current_path}",
             do="give its new name with --out to go on",
         )  # fmt: skip
 
 
 @contextmanager
 def run_lock(run: Path) -> Iterator[HeldFolder]:
-    """Hold a run folder; a second process is refused at once, by whatever name. The lock dies with its process.
+    """Lock a run folder for the length of the block. The lock ends with the process.
 
-    Raises RunLockedError where another process holds it, ArtifactError where the folder cannot be made or written.
+    Raises RunLockedError at once if another process has it, ArtifactError if the folder cannot be created or written.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
-        held = HeldFolder(run)
-        handle = os.open(".lock", os.O_RDWR | os.O_CREAT, 0o666, dir_fd=held.descriptor)
+        folder = HeldFolder(run)
+        handle = os.open(".lock", os.O_RDWR | os.O_CREAT, 0o666, dir_fd=folder.descriptor)
     except OSError as error:
         raise disk_error(run, error) from error
     try:
         _lock(run, handle)
         with suppress(OSError):  # a file system that locks only files
-            _lock(run, held.descriptor)
-        held.check()
-        yield held
+            _lock(run, folder.descriptor)
+        folder.check()
+        yield folder
     finally:
         os.close(handle)
-        held.close()
+        folder.close()
 
 
 def _lock(run: Path, descriptor: int) -> None:

@@ -1,6 +1,6 @@
-"""Progress for people and for machines: a bar on a terminal, one line a logging step elsewhere, metrics.jsonl always.
+"""Progress lines and metrics: a progress line on a terminal, a line per tenth of the work elsewhere, and metrics.jsonl.
 
-Optional trackers by name (TensorBoard, Weights & Biases, MLflow); their libraries are imported only when named.
+Trackers are optional (TensorBoard, Weights & Biases, MLflow). Their libraries are imported only if the recipe names them.
 """
 
 import importlib
@@ -19,26 +19,26 @@ from posttrain.terminal import printable
 
 
 class Tracker(Protocol):
-    """Somewhere else that metrics go."""
+    """An additional destination of metrics."""
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Record the metrics of one step."""
 
     def close(self) -> None:
-        """Flush and end."""
+        """Flush and close."""
 
 
 class Metrics:
-    """Appends rows to metrics.jsonl and hands them to trackers. On resume, rows after the resumed step are cut off."""
+    """Appends rows to metrics.jsonl and sends them to trackers. On resume, rows after the resumed step are removed."""
 
     def __init__(self, path: Path, *, resume_step: int = 0, trackers: tuple[Tracker, ...] = ()) -> None:
-        kept = [line for line in _whole_lines(path) if json.loads(line).get("step", 0) <= resume_step]
-        write_bytes(path, "".join(kept).encode())  # whole or not at all: a kill here must not lose the rows so far
+        lines = [line for line in _whole_lines(path) if json.loads(line).get("step", 0) <= resume_step]
+        write_bytes(path, "".join(lines).encode())  # atomic: a kill here must not lose rows
         self._file: TextIO = path.open("a", encoding="utf-8")
         self._trackers = trackers
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Record one step. Values that are not finite become null, since JSON has no NaN."""
+        """Record one step. Non-finite values become null, since JSON has no NaN."""
         clean = {key: (value if math.isfinite(value) else None) for key, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **clean}) + "\n")
         self._file.flush()
@@ -46,7 +46,7 @@ class Metrics:
             tracker.log({key: value for key, value in clean.items() if value is not None}, step)
 
     def close(self) -> None:
-        """Flush to disk and end the trackers."""
+        """Flush to disk and close the trackers."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -61,10 +61,10 @@ def _whole_lines(path: Path) -> list[str]:
 
 
 class Progress:
-    """Progress of one piece of long work: `label step/total · loss · tokens/s · time left`.
+    """Progress of a long task: `label step/total · loss · tokens/s · time left`.
 
-    `total` and `done` are in the caller's unit (steps, items). On a terminal one line is rewritten; elsewhere a line is
-    printed about every tenth of the work.
+    `total` and `done` are in the caller's unit (steps, items). A terminal shows one line that is updated; elsewhere
+    a line is printed after about every tenth of the work.
     """
 
     def __init__(self, label: str, total: int, *, done: int = 0, stream: TextIO | None = None) -> None:
@@ -75,17 +75,17 @@ class Progress:
         self._tokens = 0
 
     def update(self, step: int = 1, *, tokens: int = 0, **values: float) -> None:
-        """Say that `step` more units and `tokens` tokens are done; `values` are shown beside them."""
+        """Report `step` more finished units and `tokens` tokens. `values` are printed too."""
         self.done += step
         self._tokens += tokens
         seconds = max(time.monotonic() - self._start, 1e-9)
         rate = (self.done - self._first) / seconds
-        left = (self.total - self.done) / rate if rate else 0.0
+        seconds_left = (self.total - self.done) / rate if rate else 0.0
         parts = [f"{self.label} {self.done}/{self.total}"]
         parts += [f"{name} {value:.4g}" for name, value in values.items()]
         if self._tokens:
             parts.append(f"{self._tokens / seconds:,.0f} tokens/s")
-        parts.append(f"{_clock(left)} left" if self.done < self.total else f"{_clock(seconds)}")
+        parts.append(f"{_clock(seconds_left)} left" if self.done < self.total else f"{_clock(seconds)}")
         self._show(" · ".join(parts))
 
     def _show(self, line: str) -> None:
@@ -121,7 +121,7 @@ def _library(module: str, name: str) -> Any:
         raise RecipeError(
             "recipe · trackers",
             f'"{name}" is not installed',
-            do='pip install "posttrain[trackers]" or remove it from trackers',
+            do='pip install "posttrain[trackers]", or remove it from trackers',
         ) from None
 
 

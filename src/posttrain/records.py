@@ -1,14 +1,14 @@
-"""The records that flow between the parts: plain frozen data, no behaviour, no torch.
+"""The records that packages exchange: plain frozen data without behaviour. No torch.
 
-`Message` and `Conversation` are what SFT learns from, `PreferencePair` what DPO learns from, `Rollout` what a policy
-answered, `Score` what an evaluation made of it.
+`Conversation` is the data of SFT, `PreferencePair` that of DPO and reward models, `Rollout` a sampled completion, `Score` an
+evaluated item.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 Role = Literal["system", "user", "assistant"]
-# Why a completion stopped: the model's end of a turn, a stop id, a stop string, `max_new_tokens`, or somebody who left.
+# Why a completion stopped: the end-of-turn token, a stop id, a stop string, `max_new_tokens`, a cancellation, NaN logits.
 Finish = Literal["end", "stop id", "stop string", "length", "cancelled", "not finite"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 
@@ -23,7 +23,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A demonstration: at least one assistant turn; every assistant turn is learned from."""
+    """A demonstration with at least one assistant turn. All assistant turns are trained."""
 
     id: str
     messages: tuple[Message, ...]
@@ -34,8 +34,8 @@ class Conversation:
 class PreferencePair:
     """Two completions of one prompt, the first preferred. `prompt` ends before an assistant turn.
 
-    `probability` says how sure the preference is (1 for a person's choice), `margin` by how much the scores should differ;
-    only reward models read them. `category` is what accuracy is told by.
+    `probability` is the confidence of the preference (1 for a human choice), `margin` the intended difference of scores; only
+    reward models use them. Accuracy is reported by `category`.
     """
 
     id: str
@@ -53,9 +53,9 @@ class PreferencePair:
 class Rollout:
     """One sampled completion.
 
-    `logprobs[i]` is log p(completion_ids[i]) under the distribution sampled from, `model_logprobs[i]` the model's own at
-    temperature 1 with nothing cut or moved. `ended`: the last token is one that ends, and `text` is without it. `finish` says
-    why it stopped; a `text` that met a stop string ends before it, and the ids go on to the token that completed it.
+    `logprobs[i]` is log p(completion_ids[i]) under the sampling distribution, `model_logprobs[i]` under the model's own
+    distribution at temperature 1. `ended` says that the last token is an end token, which `text` omits. `finish` is the reason
+    for stopping. With a stop string, `text` ends before it and the ids include the token that completed it.
     """
 
     prompt_ids: tuple[int, ...]
@@ -70,7 +70,7 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One evaluation item answered by one policy. `value` is in the measure's own unit (share, nats, tokens)."""
+    """The score of one evaluation item for one policy. `value` is in the unit of the measure (share, nats, tokens)."""
 
     item: str
     task: str

@@ -1,6 +1,6 @@
-"""Standard streams that are not what a program expects: closed before it starts, read by a program that ends, or not in UTF-8.
+"""Robust standard streams: closed at the start, read by a program that exits, or with an encoding other than UTF-8.
 
-Where it stands: `cli.py` prepares its streams here before it does anything else, and so does the process of a reward function.
+`cli.py` calls this first, and so does the process of a reward function.
 """
 
 import errno
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 _NO_READER = (errno.EPIPE, errno.EIO)
 
 
-class _Lasting(io.FileIO):
-    """Writes to a descriptor for as long as somebody reads, and then into nothing. With `lossy`, also what the disk refuses is
-    left out: what is said of the work must not end the work.
+class _ResilientFile(io.FileIO):
+    """Writes to a descriptor, and discards the output once its reader has ended. With `lossy`, disk errors are ignored too, so
+    that log output cannot stop the work.
     """
 
     def __init__(self, descriptor: int, *, lossy: bool) -> None:
@@ -37,33 +37,33 @@ class _Lasting(io.FileIO):
 
 
 def discard(descriptor: int) -> None:
-    """Let a descriptor lead into nothing, for this process and those that it starts."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, descriptor)
-    os.close(nowhere)
+    """Redirect a descriptor to /dev/null, for this process and its children."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, descriptor)
+    os.close(null)
 
 
-def _lasting(stream: TextIO, *, lossy: bool) -> TextIO:
-    """A stream that replaces this one; what is no stream of a descriptor (a test's) stays as it is."""
+def _resilient(stream: TextIO, *, lossy: bool) -> TextIO:
+    """A resilient replacement of a stream. A stream without a descriptor (in tests) is returned unchanged."""
     if not isinstance(stream, io.TextIOWrapper):
         return stream
-    # PYTHONUNBUFFERED leaves out the buffer.
+    # With PYTHONUNBUFFERED there is no buffer.
     raw = stream.buffer.raw if isinstance(stream.buffer, io.BufferedWriter) else stream.buffer
-    if isinstance(raw, _Lasting) or not isinstance(raw, io.FileIO) or raw.fileno() not in (1, 2):
+    if isinstance(raw, _ResilientFile) or not isinstance(raw, io.FileIO) or raw.fileno() not in (1, 2):
         return stream
-    lasting = io.BufferedWriter(_Lasting(raw.fileno(), lossy=lossy))
-    by_line = lossy or stream.line_buffering or stream.write_through
-    return io.TextIOWrapper(lasting, stream.encoding, "replace", line_buffering=by_line)
+    buffer = io.BufferedWriter(_ResilientFile(raw.fileno(), lossy=lossy))
+    line_buffering = lossy or stream.line_buffering or stream.write_through
+    return io.TextIOWrapper(buffer, stream.encoding, "replace", line_buffering=line_buffering)
 
 
 def open_standard_streams() -> None:
-    """Give the process three standard streams: one that was closed is empty, or leads into nothing; characters that a stream's
-    encoding lacks are shown as "?"; and what is said on standard error never ends the command.
+    """Ensure three working standard streams. A closed one becomes /dev/null, characters that an encoding lacks become "?", and
+    errors on standard error are ignored.
     """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
-        except OSError:  # the lowest that is free, which is this one
+        except OSError:  # os.open takes the lowest free descriptor, which is this one
             os.open(os.devnull, os.O_RDWR)
     sys.stdin = sys.stdin or os.fdopen(os.open(os.devnull, os.O_RDONLY), encoding="utf-8")
     sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
@@ -71,10 +71,10 @@ def open_standard_streams() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    sys.stderr = _lasting(sys.stderr, lossy=True)
+    sys.stderr = _resilient(sys.stderr, lossy=True)
 
 
 def keep_writing() -> None:
-    """Work goes on when whoever read its output has ended."""
-    sys.stdout = _lasting(sys.stdout, lossy=False)
-    sys.stderr = _lasting(sys.stderr, lossy=True)
+    """Continue the work after the reader of its output has ended."""
+    sys.stdout = _resilient(sys.stdout, lossy=False)
+    sys.stderr = _resilient(sys.stderr, lossy=True)

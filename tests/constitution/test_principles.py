@@ -71,7 +71,7 @@ def test_a_malformed_file_is_refused_by_place(tmp_path: Path, text: str, message
 
 
 def test_files_that_are_not_there_or_no_text_are_refused(tmp_path: Path):
-    with pytest.raises(RecipeError, match=r"no such file.*there is: starter.*path of a constitution"):
+    with pytest.raises(RecipeError, match=r"no such file.*there is: starter.*name a constitution file"):
         load_constitution("startr")
     with pytest.raises(RecipeError, match="no such file"):
         load_constitution(str(tmp_path))

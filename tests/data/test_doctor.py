@@ -59,12 +59,12 @@ def test_demonstrations_as_text(tmp_path: Path, check):
     for line in (
         f"source       {file}: 42 rows · prompt+completion · sha256 ",
         "dropped      1 rows\n             1 empty text: row 42",
-        "contaminated 0 rows that an evaluation asks (left out)",
+        "contaminated 0 rows with an evaluation prompt (excluded)",
         "duplicates   1 rows",
         "turns end    100.0% of the uncut rows end in a trained end-of-turn token",
-        "cut          0 rows at 1,024 tokens",
-        "tokens a row\n",
-        "three rows as training sees them; ⟦…⟧ is trained\n\n--- t0\n<bos><start_of_turn>user\nWhat is 0 plus 0?<end_of_turn>\n"
+        "truncated    0 rows at 1,024 tokens",
+        "tokens per row\n",
+        "three training rows; ⟦…⟧ is trained\n\n--- t0\n<bos><start_of_turn>user\nWhat is 0 plus 0?<end_of_turn>\n"
         "<start_of_turn>model\n⟦It is 0.<end_of_turn>⟧",
         "warning: 1 of 42 rows dropped; training refuses more than 1%",
     ):
@@ -89,7 +89,7 @@ def test_pairs_as_text(tmp_path: Path, check):
 def test_what_is_not_read_is_said_first(tmp_path: Path, check):
     labelled = [{**talk, "label": number % 3 > 0} for number, talk in enumerate(talks(30))]
     file = rows(tmp_path / "kto.jsonl", [*labelled, {**talks(1)[0], "tools": [{"name": "add"}]}])
-    first = "warning: 11 of 31 rows are left out: they hold what training does not read (10 with label = false, 1 with tools)"
+    first = "warning: 11 of 31 rows are dropped because of unsupported fields (10 with label = false, 1 with tools)"
     assert check(file).startswith(first + "\n\ndemonstrations as random:tiny")
     report = json.loads(check(file, "--json"))
     assert report["warnings"] == [first.removeprefix("warning: ")]
@@ -102,8 +102,8 @@ def test_rows_beyond_the_context_of_the_base_are_cut_there_and_said(tmp_path: Pa
     (tmp_path / "r.toml").write_text(RECIPE.replace("max_tokens = 64", "max_tokens = 8192"), encoding="utf-8")
     file = rows(tmp_path / "d.jsonl", [*talks(3), {"prompt": "q", "completion": "a" * 3000}])
     said = check(file, "--recipe", str(tmp_path / "r.toml"))
-    assert said.startswith("warning: max_tokens = 8,192 is beyond the base's context of 2,048 tokens: 1 rows are cut there\n")
-    assert "cut          1 rows at 2,048 tokens" in said
+    assert said.startswith("warning: max_tokens = 8,192 exceeds the base's context of 2,048 tokens: 1 rows are truncated\n")
+    assert "truncated    1 rows at 2,048 tokens" in said
     assert "warning" not in check(rows(tmp_path / "short.jsonl", talks(3)), "--recipe", str(tmp_path / "r.toml"))
 
 
@@ -129,7 +129,7 @@ def test_a_recipe_gives_the_template_the_limits_and_the_stage(tmp_path: Path, ch
 def test_a_row_that_the_starter_suite_asks_is_named(tmp_path: Path, check):
     asked = read_rows("starter/evaluation/instructions.jsonl")[0].value["prompt"]
     file = rows(tmp_path / "d.jsonl", [*talks(5), {"id": "leak", "prompt": asked, "completion": "x"}])
-    assert "contaminated 1 rows that an evaluation asks (left out): leak" in check(file)
+    assert "contaminated 1 rows with an evaluation prompt (excluded): leak" in check(file)
 
 
 @pytest.mark.parametrize(

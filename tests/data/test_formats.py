@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rows_of_formats import SAID, TURNS, USER, answered, pair, write
 
 from posttrain.data.formats import Problem, content_of, read_demonstrations, read_preferences
 from posttrain.errors import DataError
@@ -14,24 +15,6 @@ from posttrain.records import Message
 from posttrain.settings import Source
 
 REAL_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-USER, SAID = Message("user", "What is 2 + 2?"), Message("assistant", "4")
-TURNS = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}]
-SYSTEM = {"role": "system", "content": "Be brief."}
-
-
-def write(folder: Path, rows: list[Any], name: str = "rows.jsonl") -> str:
-    path = folder / name
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def answered(**more: Any) -> dict[str, Any]:
-    """A prompt and an answer with further columns."""
-    return {"prompt": "What is 2 + 2?", "completion": "4", **more}
-
-
-def pair(**more: Any) -> dict[str, Any]:
-    return {"prompt": "What is 2 + 2?", "chosen": "4", "rejected": "5", **more}
 
 
 DEMONSTRATIONS = {
@@ -150,10 +133,10 @@ BAD_PAIRS: dict[str, Any] = {
     "chosen equals rejected": {"prompt": "a", "chosen": "b", "rejected": "b"},
     "chosen is empty": {"prompt": "a", "chosen": "", "rejected": "b"},
     "rejected is empty": {"prompt": "a", "chosen": "b", "rejected": " "},
-    "no prompt that ends before the assistant speaks": {"prompt": " ", "chosen": "b", "rejected": "c"},
+    "the prompt is empty or ends with an assistant turn": {"prompt": " ", "chosen": "b", "rejected": "c"},
     "rejected is not a list of messages": {"prompt": "a", "chosen": "b", "rejected": None},
     "chosen is not one assistant turn after the prompt": {"prompt": "a", "chosen": TURNS, "rejected": "c"},
-    "no prompt column, and chosen and rejected do not begin alike": {"chosen": "Yes.", "rejected": "No."},
+    "no prompt column, and chosen and rejected have no common prefix": {"chosen": "Yes.", "rejected": "No."},
     "chosen holds half of a character (a lone surrogate)": {"prompt": "a", "chosen": "\udc00", "rejected": "c"},
 }
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_formats import SAID, SYSTEM, TURNS, USER, answered, pair, write
+from rows_of_formats import SAID, SYSTEM, TURNS, USER, answered, pair, write
 
 from posttrain.data.formats import read_demonstrations, read_preferences
 from posttrain.records import Message
@@ -141,4 +141,4 @@ def test_a_system_message_in_a_column_comes_first(tmp_path: Path, column: str):
     assert read_preferences(write(tmp_path, [pair(**more)]), seed=0).records[0].prompt == (system, USER)
     other = {"messages": [{"role": "system", "content": "Be long."}, *TURNS], **more}
     (problem,) = read_demonstrations(write(tmp_path, [other]), seed=0).problems
-    assert problem.reason == f"{column} beside a conversation that begins with another system turn"
+    assert problem.reason == f"{column} differs from the system turn of the conversation"

@@ -115,7 +115,7 @@ def test_the_context_of_the_base_limits_rows_and_pairs(gemma: ChatFormat):
     assert [len(row.ids) for row in prepared.train] == [AROUND + 2, 64]
     assert (prepared.report["max_tokens"], prepared.report["truncated"]) == (64, 2)
     assert prepared.report["dropped"] == {"no trained token within the base's context of 64 tokens": 1}
-    assert prepared.report["warnings"] == ["max_tokens = 1,024 is beyond the base's context of 64 tokens: 2 rows are cut there"]
+    assert prepared.report["warnings"] == ["max_tokens = 1,024 exceeds the base's context of 64 tokens: 2 rows are truncated"]
     pairs = Preferences((pair("a", "q", "1", "2"), pair("b", "q", "1" * 80, "2")), (), sources(2))
     assert prepare_pairs(pairs, gemma, max_tokens=1024, **keywords).report["dropped"] == {
         "longer than the base's context of 64 tokens": 1
@@ -130,7 +130,7 @@ def test_more_than_allowed_dropped_is_an_error_that_names_the_rows(gemma: ChatFo
         rows_of(gemma, good + bad, max_tokens=100, allow_dropped=0.01)
     assert str(error.value) == (
         'data "made.jsonl" · 2 of 100 rows cannot be trained on (2 rows: no trained token within max_tokens = 100 '
-        "(first: b0, b1)) · 1% (allow_dropped) · mend the rows, or raise allow_dropped in the recipe"
+        "(first: b0, b1)) · 1% (allow_dropped) · correct the rows, or raise allow_dropped in the recipe"
     )
     assert len(rows_of(gemma, good + bad, max_tokens=100, allow_dropped=0.02).train) == 98
     assert len(rows_of(gemma, [*good, *good, *bad[:1]], max_tokens=100, allow_dropped=0.01).train) == 196

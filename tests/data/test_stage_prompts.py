@@ -42,4 +42,4 @@ def test_rows_that_give_no_prompt_are_named_by_their_reason(tmp_path: Path, gemm
     assert report["dropped"] == {
         "empty text": 1, "tools: not supported, and without it the row means something else": 1,
     }  # fmt: skip
-    assert report["warnings"] == ["1 of 3 rows are left out: they hold what training does not read (1 with tools)"]
+    assert report["warnings"] == ["1 of 3 rows are dropped because of unsupported fields (1 with tools)"]

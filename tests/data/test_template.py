@@ -183,11 +183,16 @@ def test_a_payload_reaches_nothing(name: str, events: list[str]):
     assert refused or not any(mark in said for mark in ("<class", "<function", "<built-in", "<module", "object at 0x", "root:"))
 
 
+# Their values are within the limits: these are rendered, and the others are refused.
+RENDERED = {"exponent", "namespace in itself", "digits", "binary digits", "digits of a float"}
+
+
 @pytest.mark.parametrize("name", STALLING)
 def test_a_payload_ends(name: str, events: list[str]):
     said = outcome(STALLING[name], events)
     assert not events
-    assert said.startswith("chat template · ") or len(said) < 1_000_000
+    assert said.startswith("chat template · ") == (name not in RENDERED)
+    assert len(said) < 20_000
 
 
 # Each of them asks for gigabytes, in steps that are small or at once.

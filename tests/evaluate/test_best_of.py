@@ -9,7 +9,7 @@ import numpy
 import pytest
 
 from posttrain.cli import main
-from posttrain.evaluate.best_of import best_of, kl_bound, kl_of_ties, measure_best_of, order_weights, shown, table
+from posttrain.evaluate.best_of import best_of, displayed_n, kl_bound, kl_of_ties, measure_best_of, order_weights, table
 from tiny_runs import finished_run
 
 
@@ -82,7 +82,7 @@ def test_gold_that_contradicts_the_score_falls():
     assert last["n"] == found["samples"] == 8
     assert last["score_gain"]["low"] > 0 > last["gold_gain"]["high"]
     assert found["best_of"][0]["score_gain"]["value"] == pytest.approx(0, abs=1e-12)
-    assert shown(12) == [1, 2, 4, 8, 12]
+    assert displayed_n(12) == [1, 2, 4, 8, 12]
     assert len(table(found).splitlines()) == 1 + 4 + 1
 
 

@@ -59,7 +59,7 @@ def test_the_terminal_and_the_json_tell_it():
         in text
     )
     assert "· not shown 0.00 (" in text
-    assert "published is iteration 4, the best of 3 evaluations by gold" in text
+    assert "the published policy is iteration 4, the best of 3 evaluations by gold" in text
     assert card["gains"][0]["score"]["published"] == 3.0
 
 

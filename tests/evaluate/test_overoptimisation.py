@@ -5,7 +5,7 @@ import math
 import numpy
 import pytest
 
-from posttrain.evaluate.overoptimisation import FEWEST_PROMPTS, bend, distance, fit_laws, law_at, overoptimised
+from posttrain.evaluate.overoptimisation import MIN_PROMPTS, bend, distance, fit_laws, law_at, overoptimised
 from posttrain.evaluate.stats import student
 
 Array = numpy.ndarray
@@ -53,7 +53,7 @@ def test_the_rule_by_hand() -> None:
     assert found.stop
     assert not overoptimised(gold, score[::-1], patience=1, planned=3).stop  # type: ignore[union-attr]
     assert overoptimised(gold, score, patience=2, planned=3) is None, "one evaluation came after the best"
-    assert overoptimised(gold[:, : FEWEST_PROMPTS - 1], score[:, : FEWEST_PROMPTS - 1], patience=1, planned=3) is None
+    assert overoptimised(gold[:, : MIN_PROMPTS - 1], score[:, : MIN_PROMPTS - 1], patience=1, planned=3) is None
 
 
 @pytest.mark.parametrize("freedom, tail, wanted", [(8, 0.05, 1.8595), (63, 0.000238, 3.6833), (30, 0.001, 3.3852)])

@@ -77,7 +77,7 @@ def test_the_report_says_what_the_reward_model_is_worth():
     page = (run / "report.html").read_text()
     assert f"of {found['pairs']} pairs" in page
     perfect = found["calibration_error_if_perfect"]
-    assert f"{found['calibration_error']:.3f}; perfect calibration would give {perfect['mean']:.3f} here" in page
+    assert f"{found['calibration_error']:.3f}; perfect calibration gives {perfect['mean']:.3f}" in page
 
 
 def test_without_held_out_pairs_nothing_is_claimed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -108,5 +108,5 @@ def test_the_report_draws_how_sure_it_is_where_it_is_right_and_best_of_n(tmp_pat
     assert "best of 4" in page
     assert "judged by other" in page
     (run / "best-of/sft/best_of.json").write_text("{}")
-    with pytest.raises(ArtifactError, match="not best-of-n"):
+    with pytest.raises(ArtifactError, match="not a result of best-of-n"):
         load_run(run)

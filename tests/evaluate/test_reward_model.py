@@ -113,10 +113,10 @@ def test_an_error_of_few_pairs_stands_beside_what_perfect_calibration_would_give
     assert error_if_perfect(gaps) == perfect, "seeded"
     assert error_if_perfect(gaps * 100)["mean"] < 0.02
     told = calibration_words(0.108, perfect)
-    assert told.startswith(f"0.108; perfect calibration would give {perfect['mean']:.3f} here (95 % under ")
-    assert told.endswith(": no error is shown")
-    assert calibration_words(0.4, perfect).endswith(": an error is shown")
-    assert "perfect calibration would give" in describe(measure([pair(gap) for gap in gaps]))
+    assert told.startswith(f"0.108; perfect calibration gives {perfect['mean']:.3f} (95 % below ")
+    assert told.endswith(": no significant error")
+    assert calibration_words(0.4, perfect).endswith(": significant error")
+    assert "perfect calibration gives" in describe(measure([pair(gap) for gap in gaps]))
 
 
 def test_a_sure_model_has_no_error_by_chance() -> None:

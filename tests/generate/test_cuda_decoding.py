@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_engine import ragged_prompts
-from test_graph_decoding import KINDS, broken, lively, waves_of
+from decoding_waves import KINDS, broken, lively, waves_of
+from engine_runs import ragged_prompts
 
 from posttrain.generate import engine as engine_module
 from posttrain.generate.engine import Engine, generate
@@ -27,7 +27,7 @@ def far(own_cache: None) -> BaseModel:
 
 def engine_of(base: BaseModel, *, steady: bool) -> Engine:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(engine_module.STEADY, "cuda", steady)
+        patch.setitem(engine_module.FIXED_FORMS, "cuda", steady)
         return Engine(base)
 
 
@@ -43,8 +43,8 @@ def answers(engine: Engine, waves: list[list[Request]], every: int = 4) -> list[
 
 
 def replayed(engine: Engine) -> int:
-    assert engine._steady is not None
-    return engine._steady.graphs.replayed
+    assert engine._decoder is not None
+    return engine._decoder.graphs.replayed
 
 
 def same(found: list[Rollout], wanted: list[Rollout]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 import pytest
 import torch
 import transformers
+from engine_runs import full_logits, mixed, ragged_prompts
 
 from posttrain.errors import AdapterError, ModelError
 from posttrain.generate import engine as engine_module
@@ -14,7 +15,6 @@ from posttrain.generate.requests import Request
 from posttrain.generate.sampling import SamplingSettings
 from posttrain.models.base_model import BaseModel
 from posttrain.models.lora import LoraSettings
-from posttrain.models.segments import Segments, Span
 from posttrain.records import Rollout
 
 ADAPTER = "lively"
@@ -37,21 +37,6 @@ def crowded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few places and small prefills: rows join and leave all the time."""
     monkeypatch.setitem(engine_module.ROWS, "cpu", 7)
     monkeypatch.setitem(engine_module.PREFILL_TOKENS, "cpu", 100)
-
-
-def ragged_prompts(count: int = 64) -> list[list[int]]:
-    """Prompts of 1 to 60 tokens, all different."""
-    generator = torch.Generator().manual_seed(3)
-    lengths = torch.randint(1, 61, (count,), generator=generator).tolist()
-    return [[1, *torch.randint(7, 263, (n,), generator=generator).tolist()] for n in lengths]
-
-
-def full_logits(base: BaseModel, ids: list[int], adapter: str) -> torch.Tensor:
-    """Logits [T, V] of one row computed at once, as training computes them."""
-    with torch.no_grad():
-        row = torch.tensor(ids)
-        hidden = base.hidden(row, torch.arange(len(ids)), Segments((Span(0, len(ids)),)), adapter)
-        return base.logits(hidden, adapter)
 
 
 def tempered(logits_V: torch.Tensor, temperature: float, top_p: float, *, tie: float = 0.0) -> torch.Tensor:
@@ -190,7 +175,7 @@ def test_what_cannot_be_asked(base: BaseModel):
     engine = Engine(base)
     with pytest.raises(ModelError, match="generation · completions = 0 · 1 or more"):
         engine.submit(Request([1], completions=0))
-    with pytest.raises(ModelError, match="a prompt with ids out of the vocabulary · 0 to 262"):
+    with pytest.raises(ModelError, match="token ids outside the vocabulary · 0 to 262"):
         engine.submit(Request([1, 263]))
     with pytest.raises(ModelError, match=r"token id 263 in stop_ids or logit_bias · 0 to 262"):
         engine.submit(Request([1], SamplingSettings(logit_bias=((263, 1.0),))))
@@ -264,17 +249,6 @@ def test_more_completions_than_rows(base: BaseModel, crowded: None):
     many = generate(base, [[1, 40, 41]], settings, "base", completions=17)
     assert [r.completion_ids for r in many] == [r.completion_ids for r in generate(base, [[1, 40, 41]] * 17, settings, "base")]
     assert len({r.completion_ids for r in many}) > 10
-
-
-def mixed(index: int) -> SamplingSettings:
-    """Settings of row `index` of a batch in which every row has others."""
-    kinds = [
-        SamplingSettings(14, 1.0, seed=4), SamplingSettings(9), SamplingSettings(20, 0.7, 0.9, seed=1),
-        SamplingSettings(5, 1.3, top_k=7), SamplingSettings(18, 1.0, min_p=0.02, repetition_penalty=1.3),
-        SamplingSettings(11, 0.0, repetition_penalty=1.5), SamplingSettings(8, 1.0, logit_bias=((50, 5.0), (60, -50.0))),
-        SamplingSettings(16, 1.0, stop=("k", "zz"), min_new_tokens=3), SamplingSettings(100, 1.0, stop_ids=(70, 71, 72, 73)),
-    ]  # fmt: skip
-    return kinds[index % len(kinds)]
 
 
 def test_adapters_and_settings_of_a_mixed_batch_are_each_alone(base: BaseModel, crowded: None):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_prompts import answers, lively, pieces, run  # noqa: F401 - a fixture
+from engine_runs import answers, lively, run
 
 from posttrain.errors import BusyError
 from posttrain.generate import engine as engine_module
@@ -121,11 +121,11 @@ def test_a_row_that_fails_while_it_decodes_ends_alone(base: BaseModel):
 
 def test_a_row_of_a_step_in_a_fixed_form_ends_alone(base: BaseModel, monkeypatch: pytest.MonkeyPatch):
     """As a GPU has them."""
-    monkeypatch.setitem(engine_module.STEADY, "cpu", True)
+    monkeypatch.setitem(engine_module.FIXED_FORMS, "cpu", True)
     check(base, engine_of(base), Request([1, 30, 40], SETTINGS._replace(logit_bias=((BAD, 100.0),))), IndexError, before=1)
 
 
-def test_a_prompt_in_pieces_that_fails_half_way_ends_alone(base: BaseModel, pieces: None):  # noqa: F811
+def test_a_prompt_in_pieces_that_fails_half_way_ends_alone(base: BaseModel, pieces: None):
     """At its third piece of 24 tokens, beside prompts that are whole; what was kept of it harms nobody."""
     engine = engine_of(base)
     long = [1, *(7 + i % 150 for i in range(300))]
@@ -135,7 +135,7 @@ def test_a_prompt_in_pieces_that_fails_half_way_ends_alone(base: BaseModel, piec
     assert [r.completion_ids for r in answers(engine, [Request(long, SETTINGS)])] == alone(base, [Request(long, SETTINGS)])
 
 
-def test_scores_of_a_prompt_are_told_once_whatever_fails_beside_it(base: BaseModel, pieces: None):  # noqa: F811
+def test_scores_of_a_prompt_are_told_once_whatever_fails_beside_it(base: BaseModel, pieces: None):
     def scores(asked: list[Request]) -> list[Any]:
         engine = engine_of(base)
         for request in asked:

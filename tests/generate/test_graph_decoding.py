@@ -8,18 +8,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from test_engine import mixed, ragged_prompts
+from decoding_waves import KINDS, broken, lively, waves_of
 
 from posttrain.generate import engine as engine_module
 from posttrain.generate.engine import Engine
 from posttrain.generate.requests import Request
 from posttrain.generate.sampling import SamplingSettings
 from posttrain.models.base_model import BaseModel
-from posttrain.models.lora import LoraAdapter, LoraSettings
 from posttrain.records import Rollout
-
-# Rank, layers and trained rows of each.
-KINDS = {"wide": (8, "all", ()), "narrow": (2, "attention", ()), "rows": (3, "mlp", (5, 60, 61))}
 
 
 class Run(NamedTuple):
@@ -39,31 +35,17 @@ def base(tiny: BaseModel) -> Iterator[BaseModel]:
         tiny.adapters.remove(name)
 
 
-def lively(base: BaseModel, name: str, seed: int = 0, *, kind: str | None = None) -> LoraAdapter:
-    """An adapter with nothing at zero; one of this name is replaced."""
-    rank, targets, token_ids = KINDS[kind or name]
-    adapter = base.adapters.create(name, LoraSettings(rank, 8.0, 0.0, targets, "standard"), seed=seed, token_ids=token_ids)
-    generator = torch.Generator().manual_seed(seed + 7)
-    with torch.no_grad():
-        for _, b in adapter.weights.values():
-            b.copy_(torch.empty(b.shape).normal_(std=0.2, generator=generator))
-        if adapter.tokens is not None:
-            rows = adapter.tokens.rows
-            rows.copy_(torch.empty(rows.shape).normal_(std=0.4, generator=generator))
-    return adapter
-
-
 def run(base: BaseModel, waves: list[list[Request]], *, steady: bool, every: int = 3) -> Run:
     """Requests that come in waves, one in so many steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(engine_module.STEADY, base.device.type, steady)
+        patch.setitem(engine_module.FIXED_FORMS, base.device.type, steady)
         engine = Engine(base)
     ends, forms, numbers, steps = {}, set(), [], 0
     while engine.live or steps < every * len(waves):
         if steps % every == 0 and steps // every < len(waves):
             numbers += [number for request in waves[steps // every] for number in engine.submit(request)]
         ends |= {event.row: event.rollout for event in engine.step() if event.rollout is not None}
-        forms |= set(engine._steady.graphs.forms) if engine._steady is not None else set()
+        forms |= set(engine._decoder.graphs.forms) if engine._decoder is not None else set()
         steps += 1
     return Run([ends[number] for number in numbers], forms)
 
@@ -77,12 +59,6 @@ def agree(base: BaseModel, waves: list[list[Request]]) -> Run:
         assert a.model_logprobs == pytest.approx(b.model_logprobs, abs=1e-5)
     assert steady.forms
     return steady
-
-
-def waves_of(names: list[str], count: int = 36, size: int = 6) -> list[list[Request]]:
-    prompts = [[*p, 60, 61] for p in ragged_prompts(count)]
-    requests = [Request(p, mixed(i), names[i % len(names)], 2 * i, 1 + i % 2) for i, p in enumerate(prompts)]
-    return [requests[i : i + size] for i in range(0, count, size)]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +96,7 @@ def test_an_adapter_that_is_replaced_under_its_name(base: BaseModel):
     for steady in (False, True):
         lively(base, "fresh", 1, kind="narrow")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(engine_module.STEADY, base.device.type, steady)
+            patch.setitem(engine_module.FIXED_FORMS, base.device.type, steady)
             engine = Engine(base)
         ends = {}
         for turn in range(3):
@@ -135,14 +111,6 @@ def test_an_adapter_that_is_replaced_under_its_name(base: BaseModel):
         told.append([ends[i].completion_ids for i in range(15)])
     assert told[0] == told[1]
     assert len(set(told[0])) == 15
-
-
-def broken(base: BaseModel, name: str) -> None:
-    """An adapter that gives no numbers."""
-    adapter = lively(base, name, kind="wide")
-    with torch.no_grad():
-        for a, _ in adapter.weights.values():
-            a.fill_(float("nan"))
 
 
 def test_weights_that_give_no_numbers_end_alone(base: BaseModel):
@@ -160,7 +128,7 @@ def test_weights_that_break_while_they_answer(base: BaseModel):
     requests = [Request([1, 40 + i], SamplingSettings(12, 1.0, seed=i), ("wide", "breaks")[i % 2], i) for i in range(6)]
     wanted = run(base, [requests[::2]], steady=False).rollouts
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(engine_module.STEADY, base.device.type, True)
+        patch.setitem(engine_module.FIXED_FORMS, base.device.type, True)
         engine = Engine(base)
     for request in requests:
         engine.submit(request)
@@ -179,11 +147,11 @@ def test_weights_that_break_while_they_answer(base: BaseModel):
 
 def test_forms_whose_tensors_are_gone_are_let_go(base: BaseModel):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(engine_module.STEADY, base.device.type, True)
+        patch.setitem(engine_module.FIXED_FORMS, base.device.type, True)
         engine = Engine(base)
-    assert engine._steady is not None
+    assert engine._decoder is not None
     for turn in range(6):
         engine.submit(Request([1, 50 + turn], SamplingSettings(6, 1.0), "wide"))
         while engine.live:
             engine.step()
-        assert len(engine._steady.graphs.forms) == 1
+        assert len(engine._decoder.graphs.forms) == 1

@@ -6,17 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_engine import full_logits, ragged_prompts
+from engine_runs import answers, full_logits, lively, ragged_prompts, run
 
 from posttrain.errors import ModelError
-from posttrain.generate import engine as engine_module
 from posttrain.generate.batch import SMALLEST_SHELF
 from posttrain.generate.engine import Engine, SamplingSettings, generate
 from posttrain.generate.prefix import PrefixCache
 from posttrain.generate.requests import Event, Request, Row
 from posttrain.models.base_model import BaseModel
 from posttrain.models.cache import BLOCK, Shelf
-from posttrain.models.lora import LoraAdapter, LoraSettings
 from posttrain.records import Rollout
 
 ADAPTERS = ("left", "right")
@@ -33,38 +31,9 @@ def base(tiny: BaseModel) -> Iterator[BaseModel]:
         tiny.adapters.remove(name)
 
 
-def lively(base: BaseModel, name: str, seed: int) -> LoraAdapter:
-    adapter = base.adapters.create(name, LoraSettings(4, 8.0, 0.0, "all", "standard"), seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, b in adapter.weights.values():
-            b.normal_(std=0.2, generator=generator)
-    return adapter
-
-
-@pytest.fixture
-def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps that take 48 tokens of prompts."""
-    monkeypatch.setitem(engine_module.PREFILL_TOKENS, "cpu", 48)
-    monkeypatch.setitem(engine_module.SERVED_PREFILL_TOKENS, "cpu", 48)
-
-
 def long_prompts(count: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(11)
     return [[1, *torch.randint(7, 263, (LONG - 40 * i,), generator=generator).tolist()] for i in range(count)]
-
-
-def run(engine: Engine) -> list[Event]:
-    events = []
-    while engine.live:
-        events += engine.step()
-    return events
-
-
-def answers(engine: Engine, requests: list[Request]) -> list[Rollout]:
-    numbers = [number for request in requests for number in engine.submit(request)]
-    found = {event.row: event.rollout for event in run(engine) if event.rollout is not None}
-    return [found[number] for number in numbers]
 
 
 def worst_difference(base: BaseModel, rollouts: list[Rollout]) -> float:
@@ -291,7 +260,7 @@ def test_weights_that_give_no_numbers_end_their_own_rows_alone(base: BaseModel, 
         good = [request for request in first if request.adapter != huge] + second
         for number, request in zip(numbers, good, strict=True):
             assert found[number].completion_ids == answers(Engine(base), [request])[0].completion_ids
-        with pytest.raises(ModelError, match='"huge" gives numbers that are not finite'):
+        with pytest.raises(ModelError, match='"huge" produced logits that are not finite'):
             generate(base, [[1, 30, 40]], settings, huge)
 
 

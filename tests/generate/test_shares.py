@@ -3,11 +3,11 @@
 from collections import Counter
 
 import pytest
-from test_prompts import run
+from engine_runs import run
 
 from posttrain.generate import engine as engine_module
 from posttrain.generate.engine import Engine, SamplingSettings, generate
-from posttrain.generate.fair_queue import FairQueue, PromptTime
+from posttrain.generate.fair_queue import FairQueue, PromptDebts
 from posttrain.generate.requests import Request, Row
 from posttrain.models.base_model import BaseModel
 
@@ -139,23 +139,27 @@ def test_a_cache_is_not_copied_when_others_join(tiny: BaseModel, monkeypatch: py
 
 def test_the_time_of_prompts_is_a_debt_that_other_steps_pay():
     """A step takes 1 s, and one with prompts of a 4 s: three more steps pay the 3 s by which others waited longer."""
-    prompts, calm = PromptTime(), {"calm": 1}
+    prompts, calm = PromptDebts(), {"calm": 1}
     prompts.pay(1.0, {}, calm)
     prompts.pay(4.0, {"a": 512}, calm)
-    assert [prompts.may("a", calm), prompts.may("b", calm), prompts.may("calm", calm)] == [False, True, True]
-    assert [prompts.may("a", {}), prompts.may("a", {"a": 3})] == [True, True]  # who would wait?
+    assert [prompts.may_prefill("a", calm), prompts.may_prefill("b", calm), prompts.may_prefill("calm", calm)] == [
+        False,
+        True,
+        True,
+    ]
+    assert [prompts.may_prefill("a", {}), prompts.may_prefill("a", {"a": 3})] == [True, True]  # who would wait?
     may = []
     for _ in range(3):
         prompts.pay(1.0, {}, calm)
-        may.append(prompts.may("a", calm))
+        may.append(prompts.may_prefill("a", calm))
     assert may == [False, False, True]
     prompts.pay(5.0, {"a": 300, "b": 100}, {"calm": 1, "b": 2})  # 3 s and 1 s
     prompts.pay(1.0, {}, calm)
-    assert [prompts.may("a", calm), prompts.may("b", calm)] == [False, True]
-    prompts = PromptTime()
+    assert [prompts.may_prefill("a", calm), prompts.may_prefill("b", calm)] == [False, True]
+    prompts = PromptDebts()
     prompts.pay(1.0, {}, {"a": 1})
     prompts.pay(9.0, {"a": 512}, {"a": 1})  # nobody else waited
-    assert prompts.may("a", calm)
+    assert prompts.may_prefill("a", calm)
 
 
 def test_a_flood_of_prompts_takes_half_of_the_time_of_others(tiny: BaseModel, monkeypatch: pytest.MonkeyPatch):
@@ -192,7 +196,7 @@ def test_a_flood_of_prompts_takes_half_of_the_time_of_others(tiny: BaseModel, mo
 def test_a_prompt_that_waits_half_way_stays_where_it_is(tiny: BaseModel, monkeypatch: pytest.MonkeyPatch, *, steady: bool):
     """In pieces of 48 tokens of 241, each of which others' steps pay for, but where steps of those have a fixed form."""
     monkeypatch.setitem(engine_module.SERVED_PREFILL_TOKENS, "cpu", 48)
-    monkeypatch.setitem(engine_module.STEADY, "cpu", steady)
+    monkeypatch.setitem(engine_module.FIXED_FORMS, "cpu", steady)
     engine, clock, asked = Engine(tiny, serving=True), [0.0], []
     inner, paused = engine._step, 0
 

@@ -121,12 +121,12 @@ def test_a_full_queue_says_so_at_once(tiny: BaseModel, monkeypatch: pytest.Monke
 
     async def work() -> None:
         async with serving(tiny, waiting=2) as server:
-            with pytest.raises(BusyError, match="0 completions wait and 3 more are asked for · at most 2 · ask again later"):
+            with pytest.raises(BusyError, match="0 completions wait and 3 more are requested · at most 2 · try again later"):
                 server.submit(Request([1], completions=3))
             first = server.submit(Request([1, 2], SamplingSettings(2000)))
             await anext(first)
             others = [server.submit(Request([1, 3], SamplingSettings(2))) for _ in range(2)]
-            with pytest.raises(BusyError, match="2 completions wait and 1 more are asked for"):
+            with pytest.raises(BusyError, match="2 completions wait and 1 more are requested"):
                 server.submit(Request([1, 3]))
             with pytest.raises(ModelError, match="an empty prompt"):
                 server.submit(Request([]))

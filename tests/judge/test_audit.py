@@ -10,9 +10,9 @@ import pytest
 from posttrain.cli import main
 from posttrain.errors import DataError
 from posttrain.evaluate.stats import wilson
-from posttrain.judge.audit import Judged, audit, figures, read_gold
+from posttrain.judge.audit import JudgedPair, audit, figures, read_gold
 from posttrain.judge.injections import INJECTIONS
-from posttrain.judge.verdict import Comparison, Grading, Reply, Verdict, combine
+from posttrain.judge.verdict import ComparisonRequest, GradingRequest, Reply, Verdict, combine
 from posttrain.records import PreferencePair
 
 GOLD = read_gold("starter")
@@ -30,10 +30,10 @@ class KnownJudge:
     def identity(self) -> dict[str, str]:
         return {"judge": self.name, "kind": "rule"}
 
-    def compare(self, asked: Sequence[Comparison]) -> list[Verdict]:
+    def compare(self, asked: Sequence[ComparisonRequest]) -> list[Verdict]:
         return [combine(Reply(self.rule(one.a, one.b)), Reply(self.rule(one.b, one.a))) for one in asked]
 
-    def grade(self, asked: Sequence[Grading]) -> list[Reply]:
+    def grade(self, asked: Sequence[GradingRequest]) -> list[Reply]:
         return [Reply(0.9 if one.answer in BETTER else 0.2) for one in asked]
 
 
@@ -100,7 +100,7 @@ def test_chance_is_let_through_in_few_of_a_thousand_audits():
     passed = 0
     for _ in range(1000):
         sides = [0.9 if rng.random() < 0.5 else 0.1 for _ in range(100)]
-        passed += figures([Judged("", "", None, Verdict(p, p, p)) for p in sides])["passes"]
+        passed += figures([JudgedPair("", "", None, Verdict(p, p, p)) for p in sides])["passes"]
     assert passed <= 40, passed
 
 
@@ -110,7 +110,7 @@ def test_figures_of_a_hand_worked_table():
         combine(Reply(0.9), Reply(0.2)), combine(Reply(0.6), Reply(0.4)), combine(Reply(0.3), Reply(0.8)),
         combine(Reply(0.7), Reply(0.9)), combine(Reply(0.8), Reply(None, "unread")),
     ]  # fmt: skip
-    found = figures([Judged(str(n), "one", n == 0, verdict) for n, verdict in enumerate(verdicts)])
+    found = figures([JudgedPair(str(n), "one", n == 0, verdict) for n, verdict in enumerate(verdicts)])
     assert (found["pairs"], found["decided"]) == (5, 3)
     assert found["abstained"] == {"the orders contradict each other": 1, "unread": 1}
     assert (found["accuracy"]["value"], found["accuracy"]["n"]) == (0.6667, 3)
@@ -127,7 +127,7 @@ def test_the_command_says_who_may_not_label(capsys: pytest.CaptureFixture[str]):
     command = ["judge", "audit", "random:tiny", "--template", "gemma", "--limit", "4"]
     assert main(command) == 1
     text = capsys.readouterr().out
-    assert "may not label" in text
+    assert "failed: the interval of its accuracy" in text
     assert "abstained on 4" in text
     assert main([*command, "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["pairs"] == 4

@@ -8,7 +8,7 @@ import torch
 from posttrain.judge.local import MIN_MASS, LocalJudge
 from posttrain.judge.prompts import comparison, grading
 from posttrain.judge.scorer import RewardJudge
-from posttrain.judge.verdict import Comparison, Grading, Reply, combine
+from posttrain.judge.verdict import ComparisonRequest, GradingRequest, Reply, combine
 from posttrain.models.base_model import BaseModel
 from posttrain.models.heads import new_head
 from posttrain.models.lora import LoraSettings
@@ -16,9 +16,9 @@ from posttrain.models.segments import Segments, Span
 from posttrain.records import Message
 
 ASKED = [
-    Comparison("Name a colour.", "Red.", "A colour is a property of light that people see.", "Which answer is shorter?"),
-    Comparison("What is 2 + 2?", "4", "5", "Which answer is right?"),
-    Comparison("Say hi.", "Hi!", "Hi!", "Which answer is friendlier?"),
+    ComparisonRequest("Name a colour.", "Red.", "A colour is a property of light that people see.", "Which answer is shorter?"),
+    ComparisonRequest("What is 2 + 2?", "4", "5", "Which answer is right?"),
+    ComparisonRequest("Say hi.", "Hi!", "Hi!", "Which answer is friendlier?"),
 ]
 
 
@@ -61,7 +61,7 @@ def test_a_verdict_is_the_normalised_probability_of_the_two_options(base: BaseMo
     # Identical answers make identical prompts: only the order can decide, so there is no verdict.
     assert verdicts[2].first == pytest.approx(1 - verdicts[2].second)
     assert verdicts[2].probability is None
-    replies = LocalJudge(base, "base", "tiny").grade([Grading(one.prompt, one.a, "Is it right?") for one in ASKED])
+    replies = LocalJudge(base, "base", "tiny").grade([GradingRequest(one.prompt, one.a, "Is it right?") for one in ASKED])
     words = [base.chat.encode_text(word)[0] for word in ("Yes", "No")]
     for one, reply in zip(ASKED, replies, strict=True):
         logits = next_logits(base, base.chat.encode_prompt(grading("Is it right?", one.prompt, one.a)))
@@ -95,7 +95,7 @@ def test_a_reward_model_judges_by_the_difference_of_its_scores(base: BaseModel):
         wanted = 1 / (1 + exp(scores[2 * n + 1] - scores[2 * n]))
         assert (verdict.probability, verdict.first, verdict.second) == pytest.approx((wanted,) * 3)
     assert verdicts[2].probability == pytest.approx(0.5, abs=1e-6)
-    assert judge.grade([Grading("p", "a", "q")])[0].probability is None
+    assert judge.grade([GradingRequest("p", "a", "q")])[0].probability is None
     swapped = judge.compare([one._replace(a=one.b, b=one.a) for one in ASKED])
     assert [v.probability for v in swapped] == pytest.approx([1 - v.probability for v in verdicts], abs=1e-6)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.generate.sampling import LEAST_TEMPERATURE, Draw, SamplingSettings, choose_tokens, uniform
+from posttrain.generate.sampling import MIN_TEMPERATURE, Draw, SamplingSettings, choose_tokens, uniform
 from posttrain.kernels.cpu import bindings
 from posttrain.kernels.cpu.build import library
 
@@ -66,7 +66,7 @@ def test_the_ends_of_the_range_draw_tokens_that_have_weight() -> None:
     (first, *_), (last, *_) = chosen(z.expand(2, -1), [(0.0, 1.0, True), (1 - 2**-53, 1.0, True)])
     assert first == 40
     assert 200 < last < 250
-    for temperature in (LEAST_TEMPERATURE, 1e-3):
+    for temperature in (MIN_TEMPERATURE, 1e-3):
         ((token, logprob, *_),) = chosen(z, [(0.7, temperature, True)])
         assert token == int(z[0].argmax())
         assert logprob == pytest.approx(0, abs=1e-6)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from test_report import HOSTILE, planted
+from planted_texts import HOSTILE, planted
 
 from browsers import IN_CHROMIUM
 from posttrain.report.render import write_report

@@ -86,7 +86,7 @@ def test_two_runs_are_compared_on_the_items_of_both(tmp_path: Path):
     assert found["items"] == 30
     assert found["measures"]["t/follows"]["n"] == 10
     assert found["measures"]["t/follows"]["a"]["value"] == 0.4  # 4 of the 10 shared items
-    assert "The suites differ; compared are the 30 items of both." in text
+    assert "The suites differ; only the 30 shared items are compared." in text
 
 
 def test_measures_in_tokens_need_the_same_tokenizer(tmp_path: Path):
@@ -94,7 +94,7 @@ def test_measures_in_tokens_need_the_same_tokenizer(tmp_path: Path):
     b = write_run(tmp_path / "b", {"base": BASE}, tokenizer="another")
     found, text = compare(a / "base", b / "base")
     assert list(found["measures"]) == ["t/follows", "t/facts"]
-    assert "different tokens" in text
+    assert "The tokenizers differ" in text
 
 
 def other_prompts() -> list[object]:
@@ -106,7 +106,7 @@ def other_prompts() -> list[object]:
 def test_what_does_not_mean_the_same_is_refused(tmp_path: Path):
     a = write_run(tmp_path / "a", {"base": BASE}) / "base"
     asked = write_run(tmp_path / "asked", {"base": other_prompts()}) / "base"  # type: ignore[dict-item]
-    with pytest.raises(ArtifactError, match=r"1 items ask something else, the first is f3 of t/follows · the same text"):
+    with pytest.raises(ArtifactError, match=r"1 items have different prompts, first f3 of t/follows · the same prompt"):
         compare(a, asked)
     longer = write_run(tmp_path / "longer", {"base": BASE}, settings={"max_new_tokens": 16}) / "base"
     with pytest.raises(ArtifactError, match="evaluated with max_new_tokens = 64 and 16 · the same for both"):

@@ -10,7 +10,7 @@ from posttrain.evaluate.scorecard import StageScores, build_scorecard, format_ta
 from posttrain.evaluate.suites import Measure, Task
 from posttrain.records import Score
 from posttrain.report.headline import headline
-from posttrain.report.run import Run
+from posttrain.report.run import RunRecord
 
 FOLLOWS = Measure("t/follows", ("t/follows",), "score", "share", "higher", "gain", "instructions followed", 0)
 PROSE = Measure("t/prose", ("t/prose",), "score", "nats", "lower", "capability", "prose, nats a token", 1)
@@ -38,7 +38,7 @@ def card(**sft: Any) -> dict[str, Any]:
 
 
 def page_of(scorecard: dict[str, Any]) -> str:
-    return Page(headline(Run("hand", {}, "", scorecard, (), (), ()))).text
+    return Page(headline(RunRecord("hand", {}, "", scorecard, (), (), ()))).text
 
 
 def test_a_wrecked_policy_is_warned_of_first_and_with_its_signs():
@@ -51,8 +51,8 @@ def test_a_wrecked_policy_is_warned_of_first_and_with_its_signs():
     assert [round(sign["value"], 2) for sign in row["signs"]][::2] == [-0.78, 1.5]
     for text in (" ".join(format_table(wrecked).split()), page_of(wrecked)):
         told = text.index("own looks damaged against chat, its parent: answers that end −77.5 points (")
-        assert told < text.index("Losses that are shown")
-        assert "Read its answers and its data." in text
+        assert told < text.index("Significant losses")
+        assert "Check its answers and its data." in text
 
 
 @pytest.mark.parametrize(

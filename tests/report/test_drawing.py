@@ -8,7 +8,7 @@ from written_runs import scores, write_run
 
 from posttrain.report import formatting, plots
 from posttrain.report.picture import nodes_of, picture
-from posttrain.report.run import Run, Stage, load_run
+from posttrain.report.run import RunRecord, StageRecord, load_run
 from posttrain.report.training import charts_of, per_iteration, read_series, training
 from posttrain.stages import KINDS
 
@@ -68,7 +68,7 @@ def test_a_kl_is_named_by_what_it_is_counted_over():
     for kind in ("dpo", "ppo"):
         (chart,) = charts_of(read_series([{"step": 1, f"{kind}/kl": 0.5}]), KINDS[kind].charts)
         titles[kind] = chart.title
-    assert titles == {"dpo": "KL to the reference, nats a token", "ppo": "KL to the reference, nats a completion"}
+    assert titles == {"dpo": "KL to the reference, nats per token", "ppo": "KL to the reference, nats per completion"}
 
 
 def test_the_picture_shows_what_every_stage_comes_from(tmp_path: Path):
@@ -126,8 +126,8 @@ def test_what_is_measured_once_an_iteration_is_drawn_over_iterations():
         "ppo/score": [(1.0, 0.0), (2.0, 1.0)], "ppo/kl": [(1.0, 0.0), (2.0, 0.1)], "ppo/score/rm": [(1.0, 1.0), (2.0, 1.0)],
         "ppo/gold": [(1.0, 0.5), (2.0, 0.7)],
     }  # fmt: skip
-    stage = Stage("ppo", "ppo", "sft", (), {}, tuple(rows), None, "finished")
-    page = Page(training(Run("r", {}, "", {}, (stage,), (), ())))
+    stage = StageRecord("ppo", "ppo", "sft", (), {}, tuple(rows), None, "finished")
+    page = Page(training(RunRecord("r", {}, "", {}, (stage,), (), ())))
     titles = [label["aria-label"] for label in page.having("svg")]
     assert "ppo, score: training" in titles
     assert "training · iteration 2: 1" in page.text

@@ -113,19 +113,20 @@ def test_terminal_show_and_compare_tell_the_same_losses(tmp_path: Path, monkeypa
     told = f"instructions followed {formatting.change_words(change._asdict(), 'share')}"
     assert "−35.0 points (" in told
     table = show(run)[1]
-    assert table.splitlines()[0] == "Losses that are shown, each with its 95 % interval:"
+    assert table.splitlines()[0] == "Significant losses with 95 % intervals:"
     assert table.splitlines()[1].startswith(f"  ppo against sft, its parent: ▼ {told}; ▼ prose")
     assert f"ppo against sft, its parent: ▼ {told}" in show(run / "ppo")[1]
     found, text = compare(run / "sft", run / "ppo")
     assert found["losses"] == ["t/follows", "t/prose"]
-    assert f"B lost against A: ▼ {told}; ▼ prose" in text.replace("\u202f", " ")
+    assert f"Losses of B against A: ▼ {told}; ▼ prose" in text.replace("\u202f", " ")
     assert [row["stage"] for row in show(run)[0]["losses"]] == ["ppo", "ppo"]
 
 
 def test_a_run_without_a_shown_loss_says_so_and_that_this_is_not_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "120")
     assert "No loss is shown of any stage against its parent, or of sft against base." in sentence(tmp_path, follows=24)
-    assert "Not shown is not zero" in show(tmp_path / "run")[1].splitlines()[0] + show(tmp_path / "run")[1].splitlines()[1]
+    lines = show(tmp_path / "run")[1].splitlines()
+    assert "This does not prove zero loss" in lines[0] + lines[1]
 
 
 @pytest.mark.parametrize("tokens", [5.0, 90.0])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from pages import Page
+from planted_texts import HOSTILE, edit, planted
 from written_runs import scores, write_run
 
 from posttrain.cli import main
@@ -23,13 +24,6 @@ SAME = scores("sft", follows=4, facts=20)
 
 def page_of(run: Path) -> Page:
     return Page(render(load_run(run)))
-
-
-def edit(path: Path, change: Any) -> None:
-    """Change a JSON file in place."""
-    found = json.loads(path.read_text())
-    change(found)
-    path.write_text(json.dumps(found))
 
 
 def test_a_finished_run_has_every_section_and_every_number_of_its_scorecard():
@@ -78,48 +72,6 @@ def test_ids_are_there_once_and_every_reference_leads_to_one():
     assert uses | clips <= set(ids)
 
 
-HOSTILE = (
-    "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "\"><svg onload=alert(1)>", "' onmouseover='alert(1)",
-    "</style><script>1</script>", "</title></head><body onload=alert(1)>", "<a href=javascript:alert(1)>x</a>",
-    "&lt;b&gt; &#60;i&#62;", "</svg></text></details><iframe src=//x>", "<!--", "]]><script>", "{style}{body}", "\x00<b\x00>",
-    "<\u202escript>", "$x_1$ \\frac{<b>}",
-)  # fmt: skip
-
-
-def planted(run: Path, texts: tuple[str, ...]) -> Path:
-    """The texts in every place of a run that data or a user can fill: one by one where it holds many, else end to end."""
-    whole = " ".join(texts)
-    for policy in ("base", "sft"):
-        rows = [{"prompt": f"{i} {text}", "answer": text, "ended": False, "tokens": 3} for i, text in enumerate(texts)]
-        (run / "evaluate" / policy / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def manifest(m: dict[str, Any]) -> None:
-        m |= {"warnings": list(texts), "commit": whole, "version": whole, "metrics": dict.fromkeys(texts, 1.0)}
-        m |= {"data": {whole: whole}, "rows": {whole: 3}, "stage": whole, "device": whole, "libraries": {whole: whole}}
-        m["settings"]["stage"][whole] = list(texts)
-
-    def report(r: dict[str, Any]) -> None:
-        pieces = [{"label": text, "text": text, "trained": True} for text in texts]
-        r |= {"dropped": dict.fromkeys(texts, 2), "examples": [{"id": whole, "pieces": pieces}], whole: whole}
-        r["sources"] = [{"path": text, "layout": text, "rows": 3, "sha256": text} for text in texts]
-
-    def card(s: dict[str, Any]) -> None:
-        for stage in s["stages"]:
-            for entry in stage["measures"].values():
-                entry["title"] = whole
-
-    edit(run / "sft" / "manifest.json", manifest)
-    edit(run / "sft" / "data_report.json", report)
-    edit(run / "scorecard.json", card)
-    rows = [{"step": i, f"x/{whole}": i} for i in (1, 2)]
-    (run / "sft" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name in ("model", "kind", "data"):  # written as TOML strings, which JSON's are but for the escapes of NUL
-        recipe = (run / "recipe.toml").read_text()
-        line = next(line for line in recipe.splitlines() if line.startswith(f"{name} = "))
-        (run / "recipe.toml").write_text(recipe.replace(line, f"{name} = {json.dumps(whole)}"))
-    return run
-
-
 def test_0_of_15_hostile_texts_become_markup(tmp_path: Path):
     """The page of hostile texts has the elements and attributes of the page of harmless ones, and shows every text."""
     assert len(HOSTILE) == 15
@@ -165,8 +117,8 @@ def test_a_run_with_the_base_alone_says_so_and_shows_what_is_missing(tmp_path: P
     run = write_run(tmp_path / "run", {"base": BASE}, stages)
     (run / ".sft.partial").mkdir()
     page = page_of(run)
-    assert "no stage has been evaluated beside it yet" in page.text
-    assert "Not all of the recipe is done: sft (unfinished), dpo (not made yet)." in page.text
+    assert "no stage has been evaluated yet" in page.text
+    assert "Unfinished stages: sft (unfinished), dpo (not made yet)." in page.text
     assert page.section("pipeline")
     assert page.section("scorecard")
     assert not page.section("tax")
@@ -223,7 +175,7 @@ def test_what_a_reader_must_know_stands_at_the_top(tmp_path: Path):
     edit(run / "scorecard.json", lambda s: s.update(fingerprints=["print-sft", "print-dpo", "print-base"]))
     text = page_of(run).text
     assert "dpo was made from an earlier sft" in text
-    assert "Made after this scorecard, which does not know of it: sft." in text
+    assert "Newer than this scorecard: sft." in text
 
 
 def broken(run: Path, name: str, content: str | None) -> None:
@@ -237,8 +189,8 @@ def broken(run: Path, name: str, content: str | None) -> None:
     [
         ("recipe.toml", None, "not a run folder"),
         ("recipe.toml", "name = ", "recipe.toml · not readable as TOML"),
-        ("recipe.toml", 'name = "x"\nstage = 3\n', "recipe.toml · stages without a proper name"),
-        ("recipe.toml", '[[stage]]\nname = "../../elsewhere"\n', "recipe.toml · stages without a proper name"),
+        ("recipe.toml", 'name = "x"\nstage = 3\n', "recipe.toml · stages without a valid name"),
+        ("recipe.toml", '[[stage]]\nname = "../../elsewhere"\n', "recipe.toml · stages without a valid name"),
         ("scorecard.json", None, "no scorecard.json: nothing was evaluated yet"),
         ("scorecard.json", '{"stages": [', "scorecard.json · not readable as JSON"),
         ("scorecard.json", '{"stages": []}', "scorecard.json · not a scorecard"),

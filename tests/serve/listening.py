@@ -18,7 +18,7 @@ from posttrain.records import Message
 from posttrain.serve.app import build_app
 from posttrain.serve.keys import KeyFile
 from posttrain.serve.limits import Limits
-from posttrain.serve.middleware import Gate
+from posttrain.serve.middleware import Middleware
 from posttrain.serve.run import LOOPBACK, bind, listen
 from posttrain.serve.service import Service
 from posttrain.serve.store import AdapterStore
@@ -29,7 +29,7 @@ BASE = "random:tiny"
 class Listening:
     """The address of a running server, and what runs behind it."""
 
-    def __init__(self, service: Service, gate: Gate) -> None:
+    def __init__(self, service: Service, gate: Middleware) -> None:
         self.service, self.gate = service, gate
         self.url = ""
         self._asked = asyncio.Semaphore(0)
@@ -60,10 +60,10 @@ class Listening:
     def settle(self) -> None:
         """Wait until nobody is inside and the engine has nothing to do."""
         for _ in range(1500):
-            if not self.gate.inside and self.service.idle:
+            if not self.gate.admitted and self.service.idle:
                 return
             time.sleep(0.02)
-        raise AssertionError(f"{self.gate.inside} requests are still inside, the engine is idle: {self.service.idle}")
+        raise AssertionError(f"{self.gate.admitted} requests are still inside, the engine is idle: {self.service.idle}")
 
     def end(self) -> None:
         """Stop at once and wait for the thread."""

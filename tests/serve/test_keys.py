@@ -87,14 +87,14 @@ def test_every_key_is_compared_whichever_it_is(tmp_path: Path, monkeypatch: pyte
     ],
 )  # fmt: skip
 def test_what_is_no_file_of_keys_is_refused(tmp_path: Path, text: str):
-    with pytest.raises(ArtifactError, match="not a file of keys · make another one with `posttrain keys add`"):
+    with pytest.raises(ArtifactError, match="not a key file · create a new one with `posttrain keys add`"):
         Keys.read(written(tmp_path, text=text))
 
 
 @pytest.mark.parametrize("mode", [0o604, 0o602, 0o640, 0o660, 0o644, 0o666])
 def test_a_file_that_others_may_read_or_write_is_refused(tmp_path: Path, mode: int):
     path = written(tmp_path, ANN, mode=mode)
-    with pytest.raises(ArtifactError, match=f"mode {mode:o} · 600: its owner alone · chmod 600 "):
+    with pytest.raises(ArtifactError, match=f"mode {mode:o} · 600 \\(only the owner\\) · chmod 600 "):
         Keys.read(path)
     with pytest.raises(ArtifactError, match="chmod 600"):
         add_key(path, "bob", ("use",))
@@ -103,10 +103,10 @@ def test_a_file_that_others_may_read_or_write_is_refused(tmp_path: Path, mode: i
 
 
 def test_two_keys_of_one_name_are_refused(tmp_path: Path):
-    with pytest.raises(ArtifactError, match="two keys of one name"):
+    with pytest.raises(ArtifactError, match="two keys with the same name"):
         Keys.read(written(tmp_path, ANN, ANN))
     path = written(tmp_path, ANN)
-    with pytest.raises(RecipeError, match='"ann" has a key · choose another name'):
+    with pytest.raises(RecipeError, match='a key named "ann" exists · choose another name'):
         add_key(path, "ann", ("use",))
 
 

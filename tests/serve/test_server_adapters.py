@@ -225,7 +225,7 @@ def test_a_policy_of_full_fine_tuning_takes_the_place_of_the_base(tmp_path: Path
     assert said == alone(target.base, "Hi", 12, target.policies.activate("sft"))
     assert (card["id"], card["stage"], card["parent"]) == ("sft", "sft", target.base.source.model)
     assert card["fingerprint"] == hash_file(run / "sft/model.safetensors")  # and not that of the base in whose place it is
-    with pytest.raises(RecipeError, match="has whole weights · serve the base model to put adapters on it"):
+    with pytest.raises(RecipeError, match="has full weights instead of adapters · serve the base model to use adapters"):
         open_service(str(run), folder=tmp_path, budget_bytes=2**30, limits=Limits())
 
 
@@ -269,8 +269,8 @@ def test_the_server_renders_as_training_does(template: str, count: int):
                 messages = [{"role": turn.role, "content": turn.content} for turn in turns]
                 prompt = client.post("/tokenize", json={"messages": messages}).json()
                 whole = trained.encode([*turns, Message("assistant", "Yes.")])
-                answer = len(trained.encode_completion(turns, Message("assistant", "Yes.")))
-                assert prompt["tokens"] == whole.ids[: len(whole.ids) - answer]
+                _, (answer,) = trained.encode_completions(turns, [Message("assistant", "Yes.")])
+                assert prompt["tokens"] == whole.ids[: len(whole.ids) - len(answer)]
                 assert prompt["count"] == len(prompt["tokens"])
                 assert prompt["tokens"].count(trained.bos_id) == (prompt["tokens"][0] == trained.bos_id)
                 ended = [*messages, {"role": "assistant", "content": "Yes."}]

@@ -124,7 +124,7 @@ def test_a_full_table_of_files_is_told_in_one_line(tmp_path: Path):
         "import asyncio, os, resource, socket\n"
         "from posttrain.serve import connections\n"
         "async def work():\n"
-        "    with connections.quiet():\n"
+        "    with connections.limited_logging():\n"
         "        most = connections.ACCEPTED_AT_ONCE\n"
         "        server = await asyncio.start_server(lambda r, w: w.close(), '127.0.0.1', 0, backlog=most)\n"
         "        address = server.sockets[0].getsockname()\n"
@@ -139,7 +139,7 @@ def test_a_full_table_of_files_is_told_in_one_line(tmp_path: Path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "b''\n", done.stderr
-    assert done.stderr == "no connection can be taken: Too many open files\n"
+    assert done.stderr == "cannot accept a connection: Too many open files\n"
 
 
 @contextmanager
@@ -250,7 +250,7 @@ def test_who_has_no_key_holds_no_connection(tiny: BaseModel, monkeypatch: pytest
             head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer no\r\nContent-Length: 1000\r\n\r\n"
             connect(stack, address_of(server), head.encode() + b"{")
             if number % 4 == 3:
-                assert server.gate.inside == 0
+                assert server.gate.admitted == 0
                 assert server.post(CHAT, chat("Hi"), headers={"authorization": f"Bearer {key}"}).status_code == 200
                 server.settle()  # the answer reaches the client before its place is given back
         asks_first = (

@@ -139,7 +139,7 @@ def test_who_floods_the_server_waits_behind_himself(
                 ended.append(name)
 
             flood = [asyncio.create_task(one("ann", keys[1], 150)) for _ in range(16)]
-            while server.gate.inside < 16:
+            while server.gate.admitted < 16:
                 await asyncio.sleep(0.001)
             await asyncio.gather(one("root", keys[2], 5), *flood)
 
@@ -176,7 +176,7 @@ def test_a_file_that_cannot_be_read_any_more_leaves_the_keys_that_there_were(tmp
         for _ in range(3):
             assert keys.check(ann) is not None
         assert len(caplog.messages) == count
-        assert all(message.endswith("; the keys that were read last stay in force") for message in caplog.messages)
+        assert all(message.endswith("; the keys that were read last stay valid") for message in caplog.messages)
 
     check(0)
     path.write_text(good[:-20])
@@ -203,7 +203,7 @@ def test_an_address_that_is_taken_is_told(capsys: pytest.CaptureFixture[str]):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["serve", "random:tiny", "--template", "gemma", "--port", str(port)]) == 2
-    told = f"error: --host 127.0.0.1 --port {port} · Address already in use · choose another\n"
+    told = f"error: --host 127.0.0.1 --port {port} · Address already in use · choose another address or port\n"
     assert capsys.readouterr().err == told
 
 

@@ -211,7 +211,7 @@ def test_the_time_to_go_down_ends_what_is_not_streamed_with_503(tiny: BaseModel)
     with listening(tiny, limits=Limits(shutdown_seconds=0.2)) as server:
         connection = http.client.HTTPConnection(urlsplit(server.url).netloc)
         connection.request("POST", CHAT, json.dumps(chat("Hi", **ENDLESS)), JSON)
-        while not server.gate.inside:
+        while not server.gate.admitted:
             pass
         server.stop()
         response = connection.getresponse()
@@ -225,7 +225,7 @@ def test_a_sender_that_is_slow_does_not_hold_up_the_end(tiny: BaseModel):
         address = urlsplit(server.url).hostname, urlsplit(server.url).port
         with socket.create_connection(address, timeout=30) as silent, socket.create_connection(address, timeout=30) as slow:
             slow.sendall(raw(chat("Hi"))[:-1])
-            while not server.gate.inside:
+            while not server.gate.admitted:
                 time.sleep(0.01)
             server.stop()
             assert slow.recv(4096).startswith(b"HTTP/1.1 408 ")

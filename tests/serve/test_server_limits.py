@@ -211,7 +211,7 @@ def test_an_answer_that_does_not_begin_in_time(tiny: BaseModel, monkeypatch: pyt
         for stream in (False, True):
             response = server.post(CHAT, chat("Hi", stream=stream))
             told(response, 503, None)
-            assert "no token within the queue's limit" in response.text
+            assert "no token within --queue-seconds" in response.text
         connection.close()
 
 

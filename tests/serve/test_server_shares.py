@@ -17,11 +17,11 @@ from listening import BASE, Listening, chat, listening
 
 from posttrain.errors import BusyError
 from posttrain.generate.engine import ROWS
-from posttrain.generate.fair_queue import Shares
+from posttrain.generate.fair_queue import OwnerShares
 from posttrain.models.base_model import BaseModel
 from posttrain.serve.keys import KeyFile, add_key
 from posttrain.serve.limits import Limits
-from posttrain.serve.turns import TextThreads, Turns
+from posttrain.serve.turns import FairSemaphore, TextThreads
 
 CHAT = "/v1/chat/completions"
 NAMES = "abcd"
@@ -29,16 +29,16 @@ NAMES = "abcd"
 
 def test_a_share_leaves_room_for_whoever_comes_anew():
     """each = 14: two owners have all 28 beside the reserve of 4; whoever holds none has one of these."""
-    shares = Shares(14, "server", "requests are inside")
+    shares = OwnerShares(14, "server", "requests are admitted")
     for owner in ("ann", "bob"):
         shares.take(owner, 14)
-        with pytest.raises(BusyError, match=f'server · 14 requests are inside and 1 more .* · at most 14 of "{owner}" · ask'):
+        with pytest.raises(BusyError, match=f'server · 14 requests are admitted and 1 more .* · at most 14 of "{owner}" · try'):
             shares.take(owner)
     for owner in "1234":
         shares.take(owner)
-        with pytest.raises(BusyError, match="at most 28 of all · ask again later"):
+        with pytest.raises(BusyError, match="at most 28 of all · try again later"):
             shares.take(owner)
-    with pytest.raises(BusyError, match="32 requests are inside and 1 more are asked for · at most 32 of all"):
+    with pytest.raises(BusyError, match="32 requests are admitted and 1 more are requested · at most 32 of all"):
         shares.take("5")
     shares.give("ann", 10)
     with pytest.raises(BusyError, match='at most 4 of "bob"'):  # 28 among six
@@ -48,13 +48,13 @@ def test_a_share_leaves_room_for_whoever_comes_anew():
     for owner, held in list(shares.held.items()):
         shares.give(owner, held)
     assert shares.total == len(shares.held) == 0
-    with pytest.raises(BusyError, match="0 requests are inside and 15 more are asked for · at most 14 ·"):
+    with pytest.raises(BusyError, match="0 requests are admitted and 15 more are requested · at most 14 ·"):
         shares.take("", 15)
 
 
 def test_owners_take_turns_and_who_leaves_loses_none():
     async def work() -> list[str]:
-        turns, order = Turns(2, 1), list[str]()
+        turns, order = FairSemaphore(2, 1), list[str]()
 
         async def one(owner: str) -> None:
             async with turns.hold(owner):
@@ -213,11 +213,11 @@ def test_slow_senders_hold_no_place_inside(served: tuple[Listening, str, str]):
     async def work() -> None:
         callers = Callers(server.url, ann)
         tasks = [asyncio.create_task(callers.go_on(number, Callers.send_slowly)) for number in range(20)]
-        while server.gate.inside < 12:
+        while server.gate.admitted < 12:
             await asyncio.sleep(0.01)
         assert server.gate.places.total == 0
         status, whole = await callers.ask(chat("Hi"))
-        assert (status, b"12 bodies are read and 1 more" in whole) == (429, True)
+        assert (status, b"12 bodies are being read and 1 more" in whole) == (429, True)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -13,7 +13,7 @@ from adapter_folders import RANK_4_BYTES, in_memory, logits_of, room_for, write_
 from posttrain.artifacts import hash_file
 from posttrain.errors import AdapterError
 from posttrain.models.base_model import BaseModel
-from posttrain.serve.store import AdapterStore, Served
+from posttrain.serve.store import AdapterStore, ServedModel
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +35,12 @@ def test_what_is_served_says_what_it_is(base: BaseModel, written: Path):
     served = store.offer("sft", written / "a", pinned=True, stage="sft", scores={"starter": 0.5})
     files = ("adapter_config.json", "adapter_model.safetensors")
     content = sha256("".join(hash_file(written / "a" / name) for name in files).encode()).hexdigest()
-    assert served == Served("sft", f"sft@{content[:16]}", content, "tiny", "tiny", "sft", {"starter": 0.5}, RANK_4_BYTES, True)
+    assert served == ServedModel(
+        "sft", f"sft@{content[:16]}", content, "tiny", "tiny", "sft", {"starter": 0.5}, RANK_4_BYTES, True
+    )
     root = store.models()[0]
     size = sum(p.numel() * 4 for p in base.model.parameters())
-    assert root == Served("tiny", "base", base.source.weights_hash, "tiny", None, None, None, size, True)
+    assert root == ServedModel("tiny", "base", base.source.weights_hash, "tiny", None, None, None, size, True)
     store.offer("another", written / "b")
     assert [model.name for model in store.models()] == ["tiny", "another", "sft"]
     assert asyncio.run(store.use("tiny")) == root
@@ -133,7 +135,7 @@ def test_files_that_changed_meanwhile_are_not_served_as_what_they_were(base: Bas
         shutil.copy(written / "c" / "adapter_model.safetensors", tmp_path / "a")
         assert (await store.use("a")).fingerprint == first.fingerprint  # still in memory
         await store.load("b", "b")
-        with pytest.raises(AdapterError, match='adapter "a" · its files were changed since it was loaded · load it again'):
+        with pytest.raises(AdapterError, match='adapter "a" · its files changed after it was loaded · load it again'):
             await store.use("a")
         assert in_memory(base) == {"b"}
         second = await store.load("a", "a", replace=True)
@@ -169,7 +171,9 @@ def test_other_content_needs_to_be_asked_for_and_the_same_is_no_load(base: BaseM
         held = (await store.use("x")).adapter
         assert await store.load("x", "a", pinned=True) == first._replace(pinned=True)
         assert (await store.use("x")).adapter is held
-        with pytest.raises(AdapterError, match='adapter "x" · is served with other content · ask for it to be replaced'):
+        with pytest.raises(
+            AdapterError, match='adapter "x" · is already served with other content · set load_inplace to replace it'
+        ):
             await store.load("x", "b")
         assert (await store.use("x")).fingerprint == first.fingerprint
         second = await store.load("x", "b", replace=True)
@@ -177,7 +181,7 @@ def test_other_content_needs_to_be_asked_for_and_the_same_is_no_load(base: BaseM
         assert base.adapters.names() == (second.engine_name,)
         third = await store.load("x", "a", replace=True)  # what an engine name means never changes
         assert third.engine_name == first.engine_name
-        with pytest.raises(AdapterError, match='adapter "x" · a name that is taken'):
+        with pytest.raises(AdapterError, match='adapter "x" · the name is taken'):
             store.offer("x", written / "b")
 
     asyncio.run(work())

@@ -246,7 +246,9 @@ def test_nothing_is_unpickled_or_fetched(base: BaseModel, folder: Path, opened: 
 
 
 def test_without_a_folder_nothing_is_loaded_from_a_request(base: BaseModel, folder: Path):
-    with pytest.raises(AdapterError, match='adapter "x" · adapters cannot be loaded · start the server with the folder'):
+    with pytest.raises(
+        AdapterError, match='adapter "x" · the server has no folder to load adapters from · start it with --adapters-dir'
+    ):
         asyncio.run(store_of(base, None).load("x", "good"))
     with pytest.raises(AdapterError, match="is not a folder"):
         store_of(base, folder / "nowhere")
@@ -264,7 +266,7 @@ def test_a_link_that_is_turned_outwards_later_is_seen(base: BaseModel, folder: P
         await store.load("y", "other")
         (folder / "link").unlink()
         (folder / "link").symlink_to(tmp_path / "outside")
-        with pytest.raises(AdapterError, match='adapter "x" · leads out of the folder of adapters'):
+        with pytest.raises(AdapterError, match='adapter "x" · is outside the folder of adapters'):
             await store.use("x")
 
     asyncio.run(work())

@@ -161,7 +161,7 @@ def test_reading_an_adapter_does_not_stop_the_loop(base: BaseModel, written: Pat
         with pytest.raises(AdapterError, match="model · 'x' is not served"):
             await store.use("x")
         assert (await first).name == "x"
-        with pytest.raises(AdapterError, match="is served with other content"):
+        with pytest.raises(AdapterError, match="is already served with other content"):
             await second
 
     asyncio.run(asyncio.wait_for(work(), 60))
@@ -181,7 +181,7 @@ def test_one_wide_adapter_among_narrow_ones_counts_with_the_slots_that_it_widens
     async def work() -> None:
         store = AdapterStore(base, base_name="tiny", folder=tmp_path, budget_bytes=budget)
         async with serving(base) as server:
-            kept = server._engine._narrow
+            kept = server._engine._adapters
 
             async def ask(*names: str) -> None:
                 used = [await store.use(name) for name in names]
@@ -227,7 +227,7 @@ def test_a_disk_that_is_slow_stops_only_who_needs_it(base: BaseModel, written: P
             for model in ("tiny", "b"):
                 flow = await service.open(CompletionRequest(model=model, prompt="Hi", max_tokens=2, min_tokens=2), "")
                 assert len([event async for event in flow.events()]) == 2
-            with pytest.raises(Refusal, match="the adapter of 'a' was not read within the queue's limit") as caught:
+            with pytest.raises(Refusal, match="the adapter of 'a' was not loaded within --queue-seconds") as caught:
                 await service.open(CompletionRequest(model="a", prompt="Hi"), "")
             assert caught.value.status == 503
         async with service.running():

@@ -80,7 +80,7 @@ def test_a_system_message_is_part_of_it_and_reset_keeps_it(target: Target):
     said = answer(target, "dpo", "Hi", system="Be brief.")
     text = talk(target, "Hi", "/reset", "Hi", system="Be brief.")
     assert text.count(f"dpo> {said}\n") == 2
-    assert "forgotten\n" in text
+    assert "conversation cleared\n" in text
 
 
 def test_adapter_switches_without_loading_the_base_again(target: Target, monkeypatch: pytest.MonkeyPatch):
@@ -111,12 +111,12 @@ def test_several_stages_answer_side_by_side_each_in_its_own_conversation(target:
 def test_an_unknown_stage_is_told_and_the_chat_goes_on(target: Target, line: str):
     text = talk(target, line, "Hi")
     name = line.partition(" ")[2]
-    assert f'error: chat · "{name}" is not a stage here · there is: base, sft, dpo, ppo\n' in text
+    assert f'error: chat · no stage "{name}" · there is: base, sft, dpo, ppo\n' in text
     assert f"dpo> {answer(target, 'dpo', 'Hi')}\n" in text
 
 
 def test_an_unknown_stage_to_compare_is_refused_at_once(target: Target):
-    with pytest.raises(ModelError, match='"nope" is not a stage here'):
+    with pytest.raises(ModelError, match='no stage "nope"'):
         talk(target, "Hi", beside=("base", "nope"))
 
 
@@ -130,7 +130,7 @@ def test_the_system_message_is_shown_set_and_stands_above_what_was_said(target: 
     assert text.count("system: Be brief.\n") == 2
     assert f"dpo> {first}\n" in text
     assert f"dpo> {answer(target, 'dpo', 'Hi', first, 'And now?', system='Be brief.')}\n" in text
-    assert text.endswith(f"forgotten\nyou> dpo> {answer(target, 'dpo', 'Hi', system='Be brief.')}\nyou> \n")
+    assert text.endswith(f"conversation cleared\nyou> dpo> {answer(target, 'dpo', 'Hi', system='Be brief.')}\nyou> \n")
 
 
 REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
@@ -145,10 +145,12 @@ def test_a_template_without_a_system_message_says_so(target: Target, template: s
     monkeypatch.setattr(target.base.tokenizer.inner, "chat_template", template)
     monkeypatch.setattr(target.base, "chat", load_chat_format(target.base.tokenizer))
     text = talk(target, "/system Be brief.", "/system", "Hi")
-    assert "error: chat · the chat template of this model knows no system message · say it in your first line\n" in text
+    assert (
+        "error: chat · the chat template of this model does not support a system message · put it in your first line\n" in text
+    )
     assert "system: none\n" in text
     assert f"dpo> {answer(target, 'dpo', 'Hi')}\n" in text
-    with pytest.raises(ModelError, match="knows no system message"):
+    with pytest.raises(ModelError, match="does not support a system message"):
         talk(target, "Hi", system="Be brief.")
 
 
@@ -156,8 +158,10 @@ def test_undo_forgets_one_exchange_after_another(target: Target):
     first = answer(target, "dpo", "Hi")
     text = talk(target, "Hi", "Why?", "/undo", "And now?", "/undo", "/undo", "/undo", "Hi")
     assert f"dpo> {answer(target, 'dpo', 'Hi', first, 'And now?')}\n" in text
-    forgotten = [line.removeprefix("you> ") for line in text.splitlines() if "forg" in line and HELP not in line]
-    assert forgotten == ["forgotten: Why?", "forgotten: And now?", "forgotten: Hi", "error: chat · there is nothing to forget"]
+    removed = [
+        line.removeprefix("you> ") for line in text.splitlines() if ("removed" in line or "empty" in line) and HELP not in line
+    ]
+    assert removed == ["removed: Why?", "removed: And now?", "removed: Hi", "error: chat · the conversation is empty"]
     assert text.count(f"dpo> {first}\n") == 2
 
 
@@ -202,11 +206,11 @@ def test_what_cannot_be_saved_is_told_and_the_chat_goes_on(target: Target, tmp_p
     text = talk(target, f"/save {tmp_path / 'x'}", "Hi", "/save", *[f"/save {tmp_path / name}" for name in names], "Hi")
     errors = [line.removeprefix("you> ") for line in text.splitlines() if "error: " in line]
     assert errors == [
-        "error: chat · there is nothing to save · /save FILE after an answer",
-        "error: chat · a /save without a file · /save FILE after an answer",
+        "error: chat · the conversation is empty · /save FILE after an answer",
+        "error: chat · /save without a file name · /save FILE after an answer",
         f"error: {tmp_path / 'none/x.jsonl'} · No such file or directory · name another file",
         f"error: {tmp_path / 'link.jsonl'} · exists already · name a file that does not exist yet",
-        f"error: {tmp_path}/nul\\u0000.jsonl · not the name of a file · name another file",
+        f"error: {tmp_path}/nul\\u0000.jsonl · not a file name · name another file",
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link.jsonl"]
     assert text.count("dpo> ") == 2
@@ -358,4 +362,4 @@ def test_the_command_with_piped_input_of_any_bytes(encoding: str):
 
 def test_comparing_a_stage_that_is_not_there_is_a_mistake(capsys: pytest.CaptureFixture[str]):
     assert main(["chat", str(finished_run()), "--compare", "base,rm"]) == 2
-    assert capsys.readouterr().err == 'error: chat · "rm" is not a stage here · there is: base, sft, dpo, ppo\n'
+    assert capsys.readouterr().err == 'error: chat · no stage "rm" · there is: base, sft, dpo, ppo\n'

@@ -272,7 +272,7 @@ FULL_AT = {  # the write that fails: (tensor elements, characters of state, larg
 def test_a_refused_write_leaves_the_previous_checkpoint(name: str, tmp_path: Path):
     save(tmp_path, 1)
     size, characters, limit = FULL_AT[name]
-    with largest_file(limit), pytest.raises(ArtifactError, match="larger than a file may be here") as told:
+    with largest_file(limit), pytest.raises(ArtifactError, match="the file is too large for this disk") as told:
         save_checkpoint(tmp_path, 2, numbered(2, size=size, note="n" * characters))
     assert "step-00000002" in str(told.value)
     partial = tmp_path / ".step-00000002.partial"

@@ -81,7 +81,7 @@ def test_a_full_disk_ends_with_2_and_the_next_run_goes_on(tmp_path: Path, capsys
     said = capsys.readouterr().err.splitlines()[-1]
     assert code == 2
     assert said.startswith("error: ")
-    assert "step-00000001 · larger than a file may be here · make room" in said
+    assert "step-00000001 · the file is too large for this disk · make room" in said
     assert Watched(run, "sft").saved() == 0
     assert main(["run", str(recipe), "--out", str(run)]) == 0
     weights = [hashes(load_file(folder / "sft" / "adapter_model.safetensors")) for folder in (run, tmp_path / "room")]

@@ -1,1 +1,1 @@
-"""Principles, the prompts that they make, critique and revision, contrast and labels."""
+"""Constitutions: principles and the prompts made from them."""

@@ -1,4 +1,4 @@
-"""`posttrain constitution`: its options and what it runs. Nothing heavy is imported before a command needs it."""
+"""The command `posttrain constitution`. Heavy imports happen inside its functions."""
 
 import argparse
 import json
@@ -11,16 +11,16 @@ EXAMPLE = "posttrain constitution check starter"
 
 def add_options(verb: argparse.ArgumentParser) -> None:
     """Options of `posttrain constitution check`."""
-    verb.add_argument("name", metavar="NAME_OR_FILE", help="a constitution that ships with posttrain, or a file (.toml)")
-    verb.add_argument("--prompt", help="a prompt to show in the prompts")
-    verb.add_argument("--answer", help="an answer to show in the prompts")
-    verb.add_argument("--model", help="render the prompts by this model's chat template")
-    verb.add_argument("--template", default="auto", help="chat template of a model without one")
+    verb.add_argument("name", metavar="NAME_OR_FILE", help="a built-in constitution or a file (.toml)")
+    verb.add_argument("--prompt", help="an example prompt to insert")
+    verb.add_argument("--answer", help="an example answer to insert")
+    verb.add_argument("--model", help="render the prompts with this model's chat template")
+    verb.add_argument("--template", default="auto", help="chat template for a model without one")
     verb.add_argument("--json", action="store_true", help="print JSON")
 
 
 def check(options: argparse.Namespace) -> int:
-    """Print a constitution and the exact prompts that it makes. Raises RecipeError for a file that is none."""
+    """Print a constitution and the exact prompts made from it. Raises RecipeError for an invalid file."""
     from posttrain.constitution.check import ANSWER, PROMPT, describe
     from posttrain.constitution.principles import load_constitution
     from posttrain.models.base_model import load_chat
@@ -28,7 +28,7 @@ def check(options: argparse.Namespace) -> int:
 
     constitution = load_constitution(options.name)
     chat = None if options.model is None else load_chat(locate_base(options.model), options.template)
-    found: dict[str, Any]
-    found, text = describe(constitution, prompt=options.prompt or PROMPT, answer=options.answer or ANSWER, chat=chat)
-    show_text(json.dumps(found, indent=2, ensure_ascii=False) if options.json else text)
+    data: dict[str, Any]
+    data, text = describe(constitution, prompt=options.prompt or PROMPT, answer=options.answer or ANSWER, chat=chat)
+    show_text(json.dumps(data, indent=2, ensure_ascii=False) if options.json else text)
     return 0

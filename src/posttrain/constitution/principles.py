@@ -1,11 +1,11 @@
-"""Constitutions: files of principles, each with the three requests that it makes of a model.
+"""Constitutions: files of principles, each with up to three requests to a model.
 
     critique     asks for a fault in an answer                    (stage `critique`)
     revision     asks for a better answer                         (stage `critique`)
     comparison   asks which of two answers is better              (stage `label`, judges)
 
-A principle may lack any of the three; a stage that needs one names the principles that lack it. Source of the form: Bai et al.
-2022, arXiv 2212.08073, sections 3 and 4. Left out: principles that depend on each other.
+Each request is optional. A stage that needs a request raises an error that names the principles without it. The format follows
+Bai et al. 2022, arXiv 2212.08073, sections 3 and 4. Not included: principles that depend on each other.
 """
 
 import re
@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from posttrain.artifacts import fingerprint
 from posttrain.errors import RecipeError
+from posttrain.file_types import invalid_setting
 from posttrain.reading import Unreadable, decode_text, parse_toml
 
 BUILT_IN = {path.stem: path for path in sorted((Path(__file__).parents[1] / "constitutions").glob("*.toml"))}
@@ -27,12 +28,12 @@ _Id = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 _Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=20_000)]
 
 
-class _Table(BaseModel):
+class _ConstitutionTable(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Example(_Table):
-    """One worked example of a critique and, where the critique found something, of a revision."""
+class Example(_ConstitutionTable):
+    """A worked example of a critique and, if the critique finds a fault, of a revision."""
 
     prompt: _Text
     answer: _Text
@@ -40,8 +41,8 @@ class Example(_Table):
     revision: _Text | None = None
 
 
-class Principle(_Table):
-    """One rule and its requests. `weight` is its share of the draws and of the votes, relative to the others."""
+class Principle(_ConstitutionTable):
+    """A principle and its requests. `weight` is its relative frequency in sampling and in votes."""
 
     id: _Id
     title: _Text
@@ -53,7 +54,7 @@ class Principle(_Table):
     example: tuple[Example, ...] = ()
 
 
-class Constitution(_Table):
+class Constitution(_ConstitutionTable):
     """A named, versioned list of principles."""
 
     name: _Id
@@ -62,13 +63,13 @@ class Constitution(_Table):
 
     @property
     def fingerprint(self) -> str:
-        """Changes with any text, weight or tag."""
+        """A hash of all texts, weights and tags."""
         return fingerprint(self.model_dump(mode="json"))
 
     def having(self, request: str, where: str) -> tuple[Principle, ...]:
-        """All principles, each of which has `request`: "critique", "revision" or "comparison".
+        """All principles, after checking that each has `request`: "critique", "revision" or "comparison".
 
-        Raises RecipeError that names the principles which lack it.
+        Raises RecipeError if a principle lacks it.
         """
         lacking = [p.id for p in self.principle if p.model_dump()[request] is None]
         if lacking:
@@ -80,28 +81,28 @@ class Constitution(_Table):
 
 
 def load_constitution(name: str) -> Constitution:
-    """A constitution that ships with the package, by its name, or a file (.toml).
+    """Load a built-in constitution by name, or a file (.toml).
 
-    Raises RecipeError for a name or file that is not there, and for a file that is no constitution.
+    Raises RecipeError for an unknown name, a missing file or an invalid file.
     """
     path = BUILT_IN.get(name, Path(name))
     where = f"constitution {path.name}"
     if not path.is_file():
         raise RecipeError(
             f'constitution "{name}"', "there is no such file", allowed=f"there is: {', '.join(BUILT_IN)}",
-            do="or give the path of a constitution (.toml)",
+            do="or name a constitution file (.toml)",
         )  # fmt: skip
     raw = _read(path, where)
     try:
-        made = Constitution.model_validate(_tuples(raw))
+        constitution = Constitution.model_validate(_tuples(raw))
     except ValidationError as error:
-        raise _explain(error, raw, where) from None
-    if not made.principle:
+        raise _invalid_constitution(error, raw, where) from None
+    if not constitution.principle:
         raise RecipeError(where, "no principle", do="add a [[principle]] table")
-    twice = [name for name, count in Counter(p.id for p in made.principle).items() if count > 1]
-    if twice:
-        raise RecipeError(where, f'a second principle with id "{twice[0]}"', do="give each an id of its own")
-    return made
+    duplicates = [name for name, count in Counter(p.id for p in constitution.principle).items() if count > 1]
+    if duplicates:
+        raise RecipeError(where, f'a second principle with id "{duplicates[0]}"', do="give each a different id")
+    return constitution
 
 
 def _read(path: Path, where: str) -> dict[str, Any]:
@@ -111,7 +112,7 @@ def _read(path: Path, where: str) -> dict[str, Any]:
             raise RecipeError(where, f"{len(data)} bytes", allowed=f"at most {MAX_BYTES}")
         return parse_toml(decode_text(data))
     except OSError as error:
-        raise RecipeError(where, f"cannot be read ({error.strerror or error})", do="make it readable") from None
+        raise RecipeError(where, f"cannot be read ({error.strerror or error})", do="name a readable file") from None
     except Unreadable as bad:
         raise RecipeError(where, bad.found[:200], do=bad.do) from None
 
@@ -122,31 +123,25 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def _explain(error: ValidationError, raw: dict[str, Any], where: str) -> RecipeError:
-    """Pydantic's first complaint: where, what was found, what is allowed, what to do."""
+def _invalid_constitution(error: ValidationError, raw: dict[str, Any], where: str) -> RecipeError:
+    """The first validation error as a RecipeError that names the table."""
     first = error.errors(include_url=False)[0]
     loc = first["loc"]
-    table: type[_Table] = Constitution
-    place = where
+    table: type[_ConstitutionTable] = Constitution
+    where_table = where
     if len(loc) > 1 and loc[0] == "principle" and isinstance(loc[1], int):
         value = raw["principle"][loc[1]]
-        place = f"{where} · principle {value.get('id', loc[1] + 1) if isinstance(value, dict) else loc[1] + 1}"
+        where_table = f"{where} · principle {value.get('id', loc[1] + 1) if isinstance(value, dict) else loc[1] + 1}"
         table = Principle
         if len(loc) > 3 and loc[2] == "example" and isinstance(loc[3], int):
-            place, table = f"{place} · example {loc[3] + 1}", Example
-    field = str(next((part for part in reversed(loc) if isinstance(part, str)), ""))
-    if first["type"] == "extra_forbidden":
-        return RecipeError(place, f'unknown setting "{field}"', allowed=f"there is: {', '.join(table.model_fields)}")
-    if first["type"] == "missing":
-        return RecipeError(place, f'"{field}" is missing', do="add it")
-    shown = str(first["input"])
-    return RecipeError(place, f"{field} = {shown[:80]!r}", allowed=first["msg"][:1].lower() + first["msg"][1:])
+            where_table, table = f"{where_table} · example {loc[3] + 1}", Example
+    return invalid_setting(first, where_table, table.model_fields)
 
 
 # --- warnings ---------------------------------------------------------------------------------------------------------
 
-# Pairs of words that ask for opposite things. Two principles that share most of their other words and differ in one of these
-# pairs are shown to the user: a heuristic, which finds neither paraphrases nor conflicts that only show on some prompts.
+# Pairs of opposite words. Two principles that share most of their other words and differ in one of these pairs give a warning.
+# This heuristic finds neither paraphrases nor conflicts that occur only for some prompts.
 _OPPOSITES = tuple(
     frozenset(pair.split("/"))
     for pair in (
@@ -164,8 +159,8 @@ _DUPLICATE, _OPPOSED = 0.8, 0.5
 
 
 def warnings(constitution: Constitution) -> list[str]:
-    """Pairs of principles that say nearly the same, or seem to ask for opposite things."""
-    found = []
+    """Warnings about principles that are nearly equal or seem to contradict each other."""
+    conflicts = []
     for a, b in combinations(constitution.principle, 2):
         for request in ("critique", "revision", "comparison"):
             texts = a.model_dump()[request], b.model_dump()[request]
@@ -173,9 +168,9 @@ def warnings(constitution: Constitution) -> list[str]:
                 continue
             problem = _relation(_words(texts[0]), _words(texts[1]))
             if problem:
-                found.append(f"{a.id} and {b.id}: their {request} requests {problem}")
+                conflicts.append(f"{a.id} and {b.id}: their {request} requests {problem}")
                 break
-    return found
+    return conflicts
 
 
 def _words(text: str) -> frozenset[str]:
@@ -195,12 +190,12 @@ def _relation(a: frozenset[str], b: frozenset[str]) -> str:
 
 
 def _divides(pair: frozenset[str], a: frozenset[str], b: frozenset[str]) -> bool:
-    """Whether one text has one word of a pair alone and the other text the other word."""
+    """Whether each text has exactly one word of the pair, and a different one."""
     return len(pair & a) == len(pair & b) == 1 and pair & a != pair & b
 
 
 def _overlap(a: frozenset[str], b: frozenset[str]) -> float:
-    """Jaccard's index; two texts without a word of their own share all of them."""
+    """Jaccard's index; 1 for two empty sets."""
     return len(a & b) / len(a | b) if a | b else 1.0
 
 

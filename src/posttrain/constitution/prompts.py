@@ -1,14 +1,14 @@
-"""The exact conversations that a principle makes. `posttrain constitution check` prints them; tests hold their wording.
+"""The exact conversations made from a principle. `posttrain constitution check` prints them; tests compare their wording.
 
     detection    does the answer have the fault that the critique request describes? Yes or No
     critique     what is wrong with the answer, or NOTHING_FOUND
     revision     the same conversation, then the request for a better answer
     contrast     the principles as a system message, for answers that follow them
 
-The comparison of two answers is a judge's (`judge/prompts.py`).
+`judge/prompts.py` has the prompt that compares two answers.
 
-Small models confuse critic and reviser, so worked examples come first, as turns of the same form. Prompts and answers are put
-between marks that they cannot contain, and the request comes after them, so that instructions inside an answer weigh less.
+Small models confuse critique and revision, so worked examples in the same form come first. Prompts and answers are enclosed in
+marks that they cannot contain, and the request follows them, so that instructions in an answer have less effect.
 """
 
 from collections.abc import Sequence
@@ -22,33 +22,33 @@ _SYSTEM = "You check answers by one rule at a time and improve them."
 
 
 def detection(principle: Principle, prompt: str, answer: str) -> list[Message]:
-    """Asks whether the critique would find something; the reply begins with Yes or No."""
+    """Ask whether the answer has the fault; the reply starts with Yes or No."""
     assert principle.critique is not None
-    ask = f"{_pair(prompt, answer)}\n\n{principle.critique}\nIs there anything to point out? Reply with Yes or No."
-    return [Message("system", _SYSTEM), Message("user", ask)]
+    request = f"{_pair(prompt, answer)}\n\n{principle.critique}\nIs there anything to point out? Reply with Yes or No."
+    return [Message("system", _SYSTEM), Message("user", request)]
 
 
 def critique(principle: Principle, prompt: str, answer: str, *, examples: bool = True) -> list[Message]:
-    """Asks for what is wrong with an answer. A reply of NOTHING_FOUND means nothing."""
+    """Ask what is wrong with an answer. The reply is NOTHING_FOUND if nothing is."""
     shots = [turn for example in principle.example for turn in _example(principle, example, revise=False)] if examples else []
     return [Message("system", _SYSTEM), *shots, _critique_request(principle, prompt, answer)]
 
 
-def revision(principle: Principle, prompt: str, answer: str, found: str, *, examples: bool = True) -> list[Message]:
-    """Asks for a better answer after the critique `found`."""
+def revision(principle: Principle, prompt: str, answer: str, critique_text: str, *, examples: bool = True) -> list[Message]:
+    """Ask for a better answer after a critique."""
     assert principle.revision is not None
     worked = [example for example in principle.example if example.revision is not None] if examples else []
     shots = [turn for example in worked for turn in _example(principle, example, revise=True)]
-    turns = [_critique_request(principle, prompt, answer), Message("assistant", found), _revision_request(principle)]
+    turns = [_critique_request(principle, prompt, answer), Message("assistant", critique_text), _revision_request(principle)]
     return [Message("system", _SYSTEM), *shots, *turns]
 
 
 def contrast(principles: Sequence[Principle], prompt: Sequence[Message]) -> list[Message]:
-    """A conversation whose system message states the principles; an own system message of the prompt comes first."""
+    """A conversation whose system message states the principles; a system message of the prompt comes before them."""
     rules = "\n".join(f"- {principle.title}." for principle in principles)
-    own = "".join(f"{m.content}\n\n" for m in prompt if m.role == "system")
+    prompt_system = "".join(f"{m.content}\n\n" for m in prompt if m.role == "system")
     rest = [m for m in prompt if m.role != "system"]
-    return [Message("system", f"{own}Follow these rules in your answer, without mentioning them:\n{rules}"), *rest]
+    return [Message("system", f"{prompt_system}Follow these rules in your answer, without mentioning them:\n{rules}"), *rest]
 
 
 def _pair(prompt: str, answer: str) -> str:

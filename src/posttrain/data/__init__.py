@@ -1,1 +1,1 @@
-"""Data: from files to packed batches of segments."""
+"""Data: from files to packed batches."""

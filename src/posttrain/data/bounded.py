@@ -1,37 +1,37 @@
-"""Values of chat templates, each looked at before it is made. `data/sandbox.py` puts these functions into Jinja.
+"""Size limits for the values of chat templates, checked before a value is created. `data/sandbox.py` installs them in Jinja.
 
-    size      no text above MAX_VALUE characters, no list with more than MAX_ITEMS items, counted with everything inside
-              it: a list of itself twice, thirty times over, is a billion items to compare or print. No number above
+    size      a text has at most MAX_VALUE characters, a list at most MAX_ITEMS items including nested ones (a list that
+              contains itself twice, thirty levels deep, has a billion items to compare or print), a number at most
               MAX_NUMBER_BITS
-    sum       all values of one render take at most MAX_BYTES, whether they are still used or not
+    sum       all values of one render take at most MAX_BYTES, whether they are still in use or not
 
-Iterators become lists at once, so that no chain of filters makes values that nobody counts.
+Iterators become lists at once, so that a chain of filters cannot create uncounted values.
 """
 
 import threading
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Sequence, ValuesView
 from typing import Any
 
-# Largest text (characters), list (items, with all that is inside) or number (bits) that a template may make.
+# The largest text (characters), list (items including nested ones) and number (bits) of a template.
 MAX_VALUE = 4 * 1024 * 1024
 MAX_ITEMS = 100_000
 MAX_NUMBER_BITS = 4096
 MAX_BYTES = 128 * 1024 * 1024
-# Searching backwards, and stripping letters, compares each character with each of another text.
+# Limit of character comparisons: searching backwards and stripping compare every pair of characters.
 _MAX_COMPARED = 50_000_000
-# Bytes that an item of a list takes.
+# Bytes per item of a list.
 _ITEM_BYTES = 64
-# Ends of lines and white space, as Python's methods of texts know them.
+# Line ends and white space as in Python's string methods.
 _LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 _SPACES = "".join(chr(code) for code in range(0x3001) if chr(code).isspace())
 
 
-# Bytes of the values that each thread's render has made.
+# Bytes of all values of the current render, by thread.
 _SPENT = threading.local()
 
 
 def begin_render() -> None:
-    """A render of this thread begins: nothing is spent."""
+    """Reset the byte count of this thread at the start of a render."""
     _SPENT.bytes = 0
 
 
@@ -39,30 +39,30 @@ def begin_render() -> None:
 
 
 def limit(size: int) -> None:
-    """Refuse a text of so many characters."""
+    """Raise OverflowError for a text with too many characters."""
     if size > MAX_VALUE:
         raise OverflowError(f"a value of more than {MAX_VALUE} characters or items")
 
 
 def limit_items(items: int) -> None:
-    """Refuse a list of so many items."""
+    """Raise OverflowError for a list with too many items."""
     if items > MAX_ITEMS:
         raise OverflowError(f"a list of more than {MAX_ITEMS} items")
 
 
 def spend(size: int) -> None:
-    """Count bytes of a value that is made."""
+    """Count the bytes of a new value."""
     _SPENT.bytes += size
     if _SPENT.bytes > MAX_BYTES:
         raise OverflowError(f"values of more than {MAX_BYTES // 2**20} MiB")
 
 
 def checked(value: Any) -> Any:
-    """A value that was made, of a kind that templates may have; iterators become lists."""
+    """Check a new value: its size and its type. Iterators become lists."""
     if isinstance(value, str):
         limit(len(value))
         spend(value.__sizeof__())
-        # Only texts of Python's own kind: no markup, which escapes what is added to it.
+        # Only plain str: Markup would escape the text that is added to it.
         return value if type(value) is str else str.__str__(value)
     if isinstance(value, list | tuple | dict):
         limit_deep(value)
@@ -78,51 +78,51 @@ def checked(value: Any) -> Any:
 
 
 def listed(values: Iterable[Any]) -> list[Any]:
-    """A list of values, which are counted as they come."""
+    """Convert values to a list, counting them one by one."""
     if isinstance(values, str):
         limit_items(len(values))
-    found: list[Any] = []
+    items: list[Any] = []
     characters = 0
     for value in values:
         characters += len(value) if isinstance(value, str) else 0
-        limit_items(len(found) + 1)
+        limit_items(len(items) + 1)
         limit(characters)
-        found.append(value)
-    return list(checked(found))
+        items.append(value)
+    return list(checked(items))
 
 
 def limit_deep(value: list[Any] | tuple[Any, ...] | dict[Any, Any]) -> None:
-    """A container costs what is inside it, each time it stands there: printing and comparing walk through all of it."""
+    """Check a container with its nested items. Repeated references count each time, as printing and comparing visit them."""
     items, characters = 0, 0
-    waiting: list[Any] = [value]
-    while waiting:
-        container = waiting.pop()
+    pending: list[Any] = [value]
+    while pending:
+        container = pending.pop()
         items += len(container)
         limit_items(items)
         for item in (*container, *container.values()) if isinstance(container, dict) else container:
             if isinstance(item, str):
                 characters += len(item)
             elif isinstance(item, list | tuple | dict):
-                waiting.append(item)
+                pending.append(item)
     limit(characters)
 
 
 def concat(parts: Iterable[Any]) -> str:
-    """Parts as one text."""
-    found: list[str] = []
+    """Concatenate parts."""
+    texts: list[str] = []
     size = 0
     for part in parts:
         text = text_of(part)
         size += len(text)
         limit(size)
-        found.append(text)
-    joined = "".join(found)
+        texts.append(text)
+    joined = "".join(texts)
     spend(joined.__sizeof__())
     return joined
 
 
 def text_of(value: Any) -> str:
-    """A value as text."""
+    """Convert a value to text."""
     if isinstance(value, str):
         return value
     text = str(value)
@@ -176,15 +176,15 @@ def sliced(value: Any, start: Any, stop: Any, step: Any) -> Any:
 
 
 def limit_compared(text: str, other: Any) -> None:
-    """Refuse two texts of which each character may be compared with each."""
+    """Raise OverflowError for two texts whose comparison is too expensive."""
     if isinstance(other, str) and len(text) * len(other) > _MAX_COMPARED:
         raise OverflowError("texts that are too long to compare")
 
 
 def check_replace(text: str, old: str, new: str, count: int = -1) -> None:
-    """Refuse a replacement that makes a text too long."""
-    found = text.count(old)
-    limit(len(text) + (found if count < 0 else min(count, found)) * len(new))
+    """Raise OverflowError for a replacement with a too long result."""
+    occurrences = text.count(old)
+    limit(len(text) + (occurrences if count < 0 else min(count, occurrences)) * len(new))
 
 
 def _check_join(separator: str, parts: Sequence[Any]) -> None:
@@ -199,12 +199,12 @@ def _check_pieces(text: str, separator: str | None = None, maxsplit: int = -1) -
 
 
 def lines_in(text: str) -> int:
-    """Lines at most."""
+    """The maximum number of lines."""
     return 1 + sum(text.count(end) for end in _LINE_ENDS)
 
 
 def check_lines(text: str, *_: Any) -> None:
-    """Refuse a text of too many lines."""
+    """Raise OverflowError for a text with too many lines."""
     limit_items(lines_in(text))
 
 
@@ -217,7 +217,7 @@ def _check_rsplit(text: str, separator: str | None = None, maxsplit: int = -1) -
     _check_pieces(text, separator, maxsplit)
 
 
-# What is looked at before a method of a text is called.
+# The check before each string method.
 CHECKS: dict[str, Callable[..., None]] = {
     "replace": check_replace, "join": _check_join, "split": _check_pieces, "rsplit": _check_rsplit,
     "splitlines": check_lines, "rfind": _check_backwards, "rindex": _check_backwards, "rpartition": _check_backwards,

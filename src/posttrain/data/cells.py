@@ -1,18 +1,17 @@
-"""What the cells of a row say: texts, numbers, and conversations in the forms that files have.
+"""Parse the cells of a row: texts, numbers, and conversations in the formats of data files.
 
     [{"role", "content"}]                    messages
     [{"from", "value"}]                      ShareGPT
     "\\n\\nHuman: …\\n\\nAssistant: …"       hh-rlhf
 
-Where it stands: `formats.py` knows which columns make a record, and asks here for each. A cell that cannot be read is a
-`BadRow`.
+`formats.py` selects the columns of a record and parses each of them here. An invalid cell raises `BadRow`.
 """
 
 import math
 import re
 from typing import Any
 
-from posttrain.data.meaning import not_trained, turn_says_more
+from posttrain.data.meaning import unsupported_in_turn, untrained_reason
 from posttrain.reading import SURROGATE
 from posttrain.records import ROLES, Message, Role
 
@@ -21,12 +20,12 @@ _SHAREGPT_ROLES: dict[str, Role] = {
     "bing": "assistant", "bard": "assistant",
 }  # fmt: skip
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
-# A number as a CSV file spells it; `float` would also take "1_000", "infinity" and digits of other scripts.
+# A number as written in CSV files. `float` also accepts "1_000", "infinity" and digits of other scripts.
 _NUMERAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 class BadRow(Exception):
-    """A row that cannot be learned from; its text is the reason. `unread` names what it says and training does not read."""
+    """A row that cannot be used; its text is the reason. `unread` names a field that training does not support."""
 
     def __init__(self, reason: str, unread: str = "") -> None:
         self.unread = unread
@@ -34,7 +33,7 @@ class BadRow(Exception):
 
 
 def unread(name: str) -> BadRow:
-    """A row that would be taken for another one without what it says under `name`."""
+    """The error for a row whose meaning depends on an unsupported field."""
     return BadRow(f"{name}: not supported, and without it the row means something else", name)
 
 
@@ -42,44 +41,44 @@ def text_of(value: Any, name: str) -> str:
     """A cell that must be text. Raises BadRow."""
     if not isinstance(value, str):
         raise BadRow(f"{name} is not text but {type(value).__name__}")
-    if SURROGATE.search(value):  # JSON can spell half of a character ("\\ud83d"), which no text can hold
+    if SURROGATE.search(value):  # JSON can contain a lone surrogate ("\\ud83d"), which UTF-8 cannot encode
         raise BadRow(f"{name} holds half of a character (a lone surrogate)")
     return value
 
 
 def label_of(value: Any) -> str:
-    """A cell that only names something: its text, or nothing where it has none that can be written."""
+    """A cell used as a label: its text, or an empty string if it has no valid text."""
     text = "" if value is None or isinstance(value, list | dict) else str(value)
     return "" if SURROGATE.search(text) else text
 
 
 def number_of(value: Any, name: str) -> float | None:
-    """A number, also one that is spelled, as all cells of a CSV file are; None for an empty cell. Raises BadRow."""
+    """A number or a numeral (CSV cells are all text); None for an empty cell. Raises BadRow."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     if isinstance(value, str) and _NUMERAL.fullmatch(value.strip()):
         value = float(value)
-    # A float first: whether a whole number of hundreds of digits is finite cannot be asked.
-    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-    if not whole and not (isinstance(value, float) and math.isfinite(value)):
+    # Check the range of integers first: math.isfinite fails for integers with hundreds of digits.
+    is_integer = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    if not is_integer and not (isinstance(value, float) and math.isfinite(value)):
         raise BadRow(f"{name} is not a finite number")
     return float(value)
 
 
 def is_transcript(value: Any) -> bool:
-    """Whether a cell begins as hh-rlhf's transcripts do."""
+    """Whether a cell starts like a transcript of hh-rlhf."""
     return isinstance(value, str) and _HH_TURN.match(value) is not None
 
 
 def side_of(value: Any, role: Role, name: str) -> tuple[Message, ...]:
-    """Text is one turn of `role`; a transcript and a list of messages are what they say. Raises BadRow."""
+    """Parse a text (one turn of `role`), a transcript or a list of messages. Raises BadRow."""
     if isinstance(value, str):
         return transcript_of(value, name) if is_transcript(value) else (Message(role, text_of(value, name)),)
     return messages_of(value, name)
 
 
-def whole_of(value: Any, name: str) -> tuple[Message, ...]:
-    """A whole conversation given as messages or as a transcript. Raises BadRow."""
+def conversation_of(value: Any, name: str) -> tuple[Message, ...]:
+    """Parse a whole conversation, given as messages or as a transcript. Raises BadRow."""
     return transcript_of(value, name) if isinstance(value, str) else messages_of(value, name)
 
 
@@ -89,9 +88,11 @@ def transcript_of(text: str, name: str) -> tuple[Message, ...]:
     if len(parts) < 3 or parts[0].strip():
         raise BadRow(f'{name} is not a "Human: … Assistant: …" transcript')
     turns = zip(parts[1::2], parts[2::2], strict=True)
-    found = tuple(Message("user" if who == "Human" else "assistant", text_of(said.strip(), name)) for who, said in turns)
-    # A prompt of its own often ends in "Assistant:", where the sides begin.
-    return found[:-1] if name == "prompt" and found[-1] == Message("assistant", "") else found
+    messages = tuple(
+        Message("user" if speaker == "Human" else "assistant", text_of(text.strip(), name)) for speaker, text in turns
+    )
+    # A separate prompt often ends with "Assistant:", where the completions begin.
+    return messages[:-1] if name == "prompt" and messages[-1] == Message("assistant", "") else messages
 
 
 def messages_of(value: Any, name: str) -> tuple[Message, ...]:
@@ -117,19 +118,19 @@ def sharegpt_of(value: Any) -> tuple[Message, ...]:
     )
 
 
-def _turn(turn: Any, speaker: str, said: str, roles: dict[str, Role], otherwise: str) -> Message:
-    """One turn; `otherwise` says what it is where nobody known speaks."""
+def _turn(turn: Any, speaker: str, content_key: str, roles: dict[str, Role], problem: str) -> Message:
+    """Parse one turn. `problem` is the reason of BadRow for an unknown speaker."""
     if not isinstance(turn, dict):
-        raise BadRow(otherwise)
-    if (name := turn_says_more(turn, speaker, said)) is not None:
+        raise BadRow(problem)
+    if (name := unsupported_in_turn(turn, speaker, content_key)) is not None:
         raise unread(name)
-    who = turn.get(speaker)
-    role = roles.get(who) if isinstance(who, str) else None
+    role_name = turn.get(speaker)
+    role = roles.get(role_name) if isinstance(role_name, str) else None
     if role is None:
-        raise BadRow(otherwise)
-    if role == "assistant" and (name := not_trained(turn)) is not None:
+        raise BadRow(problem)
+    if role == "assistant" and (name := untrained_reason(turn)) is not None:
         raise unread(name)
-    return Message(role, text_of(turn.get(said), said))
+    return Message(role, text_of(turn.get(content_key), content_key))
 
 
 def exchanges_of(value: Any, name: str) -> tuple[Message, ...]:
@@ -137,4 +138,4 @@ def exchanges_of(value: Any, name: str) -> tuple[Message, ...]:
     if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
         raise BadRow(f"{name} is not a list of [question, answer]")
     roles: tuple[Role, Role] = ("user", "assistant")
-    return tuple(Message(role, text_of(said, name)) for pair in value for role, said in zip(roles, pair, strict=True))
+    return tuple(Message(role, text_of(text, name)) for pair in value for role, text in zip(roles, pair, strict=True))

@@ -1,14 +1,14 @@
 """The one renderer: a conversation becomes token ids and a mask of trained tokens. Training, rewards, rollouts,
-evaluation and serving all come through here, so they cannot disagree by a token.
+evaluation and serving all use it, so their tokens are always the same.
 
-A prompt is the template's rendering with the beginning of an answer behind it. What an assistant turn adds to its prompt is
-what is trained, up to and including the end-of-turn token; no markers inside the template are needed. The ids of a prompt
-are always a prefix of the ids of the conversation (`data/pieces.py`). There is exactly one BOS where the model has one.
-Turns that a template rewrites later on are context and not trained (`data/turns.py`).
+A prompt is the template's rendering with the generation prompt. The trained part of an assistant turn is what it adds to its
+prompt, up to and including the end-of-turn token; the template needs no markers. The ids of a prompt are always a prefix of the
+ids of the conversation (`data/pieces.py`). There is exactly one BOS if the model has one. Turns that a template rewrites later
+are context and not trained (`data/turns.py`).
 
-Every text of a conversation is in its rendering, or the conversation is refused; only of an earlier answer may a template
-leave something out, its reasoning for instance. Text of a message that spells a control token ("<end_of_turn>") is
-tokenised as plain text: a user cannot end a turn. Templates run boxed in (`data/template.py`).
+The rendering must contain every text of the conversation, or the conversation is refused; a template may only drop a part of
+earlier answers, such as reasoning. Text in a message that looks like a control token ("<end_of_turn>") is tokenised as plain
+text, so a user cannot end a turn. Templates run in a sandbox (`data/template.py`).
 """
 
 import functools
@@ -24,9 +24,9 @@ from posttrain.data.turns import Rendering, Turn, render_turns, roles_left_out, 
 from posttrain.errors import DataError, ModelError
 from posttrain.records import Message, Role
 
-# Templates of this project's own writing; a model's own template is used where `template = "auto"` finds one.
+# Built-in templates. With `template = "auto"` the model's own template is used.
 TEMPLATES = {
-    # Gemma has no system role: system messages stand before the user's next words, or are a turn where none come.
+    # Gemma has no system role: a system message is put before the next user message, or becomes a user turn.
     "gemma": (
         "{{ bos_token }}{% set ns = namespace(system='') %}{% for m in messages %}"
         "{% set text = m.content | trim %}{% if m.role == 'system' %}"
@@ -54,10 +54,10 @@ TEMPLATES = {
         "{% if add_generation_prompt %}Answer:{% endif %}"
     ),
 }
-# The token that ends an assistant turn, by template. Of a model's own template it is read off a rendered turn.
+# The token that ends an assistant turn, by template. For a model's own template it is found in a rendered turn.
 END_TOKENS = {"gemma": "<end_of_turn>", "chatml": "<|im_end|>", "llama3": "<|eot_id|>"}
-# Tokens of a prompt that are looked at for text, before all of them are.
-_LAST = 8
+# Tokens at the end of a prompt that are decoded first to find text.
+_TAIL_TOKENS = 8
 _WITH_ARTICLE: dict[Role, str] = {"system": "a system", "user": "a user", "assistant": "an assistant"}
 
 
@@ -69,7 +69,7 @@ class Encoded(NamedTuple):
 
 
 class ChatFormat:
-    """A tokenizer and a template, checked against each other once."""
+    """A tokenizer and a template, checked for compatibility. Raises ModelError if they do not fit."""
 
     def __init__(self, tokenizer: Tokenizer, template_name: str = "auto") -> None:
         self._tokenizer = tokenizer
@@ -87,14 +87,14 @@ class ChatFormat:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the template and of how it ends turns."""
+        """A hash of the template and of its end tokens."""
         return hashlib.sha256(json.dumps([self.template, sorted(self.end_ids), self.bos_id]).encode()).hexdigest()[:16]
 
     def encode(self, messages: Sequence[Message]) -> Encoded:
         """Ids of a whole conversation with its assistant turns (and their end tokens) marked as trained.
 
-        An earlier turn that the template rewrites is not: `trained_turns` counts the others. Raises DataError where the
-        template refuses the messages, leaves out a text, or does not begin the last answer with its prompt.
+        Earlier turns that the template rewrites are not trained; `trained_turns` counts the others. Raises DataError if the
+        template rejects the messages, drops a text, or the last answer does not extend its prompt.
         """
         safe = self._guard.messages(messages)
         answered = bool(safe) and safe[-1].role == "assistant"
@@ -110,62 +110,58 @@ class ChatFormat:
             else:
                 ids += piece
                 trained += [False] * len(piece)
-        while answered and not trained[-1]:  # what a template writes after the last turn is never seen at generation
+        while answered and not trained[-1]:  # text of the template after the last turn never occurs in generation
             ids.pop()
             trained.pop()
         return Encoded(ids, trained)
 
     def trained_turns(self, encoded: Encoded) -> int:
-        """How many assistant turns are trained: each ends in one end token."""
-        return sum(wanted and index == self.end_id for index, wanted in zip(*encoded, strict=True))
+        """The number of trained assistant turns. Each ends with one end token."""
+        return sum(is_target and index == self.end_id for index, is_target in zip(*encoded, strict=True))
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Ids up to the point where the assistant begins to speak. Raises DataError as `encode` does."""
+        """Ids of a prompt with the generation prompt. Raises DataError as `encode` does."""
         return self._prompt(self._guard.messages(messages))[0]
-
-    def encode_completion(self, prompt: Sequence[Message], completion: Message) -> list[int]:
-        """Ids of the assistant's answer after `prompt`, its end token included."""
-        return self.encode_completions(prompt, [completion])[1][0]
 
     def encode_completions(
         self, prompt: Sequence[Message], completions: Sequence[Message]
     ) -> tuple[list[int], list[list[int]]]:
-        """Ids of a prompt, rendered once, and of each answer with its end token: what `encode` gives, cut in two."""
+        """Ids of a prompt, rendered once, and of each answer with its end token. Together they equal the ids of `encode`."""
         safe = self._guard.messages(prompt)
         ids, rendering, encoder = self._prompt(safe)
-        found = []
+        answers = []
         for completion in self._guard.messages(completions):
-            whole = self._answer_to(rendering, [*safe, completion])
-            self._check_texts([*safe, completion], whole, generation_prompt=False)
-            found.append(self._split_end(encoder.fork().add(whole.text[len(rendering.text) :]))[0])
-        return ids, found
+            rendered = self._answer_to(rendering, [*safe, completion])
+            self._check_texts([*safe, completion], rendered, generation_prompt=False)
+            answers.append(self._split_end(encoder.fork().add(rendered.text[len(rendering.text) :]))[0])
+        return ids, answers
 
     def encode_text(self, text: str, *, control: bool = False) -> list[int]:
-        """Ids of plain text with the model's BOS and no template, as the base saw it in pretraining.
+        """Ids of plain text with the model's BOS and without a template, as in pretraining.
 
-        With `control` the text may spell control tokens, as a conversation that is written by hand does.
+        With `control`, control tokens in the text are parsed, as in a hand-written conversation.
         """
         return self._encoder().add(self._guard.text(text, control=control))
 
     def encode_document(self, text: str) -> list[int]:
-        """`encode_text`; a model without BOS gets the token that ends texts in front: the first token is predicted too."""
+        """`encode_text`, or without a BOS the end token first, so that the first token of the text is predicted too."""
         ids = self.encode_text(text)
         start = self.eos_id if self.eos_id is not None else self.end_id
         return ids if ids[:1] == [self.bos_id] else [start, *ids]
 
     def decode(self, ids: Sequence[int], special: bool = False, *, middle: bool = True) -> str:
-        """Text of token ids. In the middle of a text a space in front is theirs; some tokenizers leave it out elsewhere."""
+        """Text of token ids. With `middle`, a leading space is kept, which some tokenizers drop at the start of a text."""
         return self._tokenizer.decode(ids, special=special, middle=middle)
 
     def has_text(self, ids: Sequence[int]) -> bool:
-        """Whether there is anything but control tokens in a prompt; then its completion is the middle of a text."""
-        return bool(self.decode(ids[-_LAST:]) or self.decode(ids))
+        """Whether a prompt contains text besides control tokens, so that its completion continues a text."""
+        return bool(self.decode(ids[-_TAIL_TOKENS:]) or self.decode(ids))
 
     def _encoder(self) -> PieceEncoder:
         return PieceEncoder(self._tokenizer, self._guard, bos_id=self.bos_id, adds_bos=self._adds_bos)
 
     def _prompt(self, safe: Sequence[Message]) -> tuple[list[int], Rendering, PieceEncoder]:
-        """Ids of a prompt, its rendering, and the encoder that goes on from there."""
+        """Ids of a prompt, its rendering, and an encoder that continues after it."""
         rendering = render_turns(self._render, safe, generation_prompt=True)
         self._check_texts(safe, rendering._replace(turns=()), generation_prompt=True)
         encoder, ids = self._encoder(), list[int]()
@@ -175,7 +171,7 @@ class ChatFormat:
         return ids, rendering, encoder
 
     def _answered(self, safe: Sequence[Message]) -> Rendering:
-        """A conversation that ends with an answer."""
+        """The rendering of a conversation that ends with an answer."""
         return self._answer_to(render_turns(self._render, safe[:-1], generation_prompt=True), safe)
 
     def _answer_to(self, prompt: Rendering, safe: Sequence[Message]) -> Rendering:
@@ -185,7 +181,7 @@ class ChatFormat:
         return Rendering(text, (*prompt.turns, Turn(len(safe) - 1, len(prompt.text), len(text))))
 
     def _check_texts(self, safe: Sequence[Message], rendering: Rendering, *, generation_prompt: bool) -> None:
-        """Every message is in the rendering. Of an answer that is not trained, a template may drop the reasoning."""
+        """Raise DataError if the rendering lacks a message. A template may drop the reasoning of untrained answers."""
         shape = tuple((message.role, bool(message.content.strip())) for message in safe)
         roles = sorted(self._roles_left_out(shape, generation_prompt))
         lost = text_left_out(safe, rendering)
@@ -199,25 +195,26 @@ class ChatFormat:
     def _probe(self, shape: tuple[tuple[Role, bool], ...], generation_prompt: bool) -> frozenset[Role]:
         try:
             return roles_left_out(self._render, shape, generation_prompt=generation_prompt)
-        except DataError:  # it takes these roles, but not any text
+        except DataError:  # the template accepts these roles, but not these texts
             return frozenset()
 
     def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
         return self._template.render(messages, generation_prompt=generation_prompt, bos=self._bos, eos=self._eos)
 
     def _split_end(self, ids: list[int]) -> tuple[list[int], list[int]]:
-        """An assistant turn up to its end token, and what the template writes after it."""
+        """Split an assistant turn after its end token, which is added if missing."""
         if self.end_id in ids:
             cut = ids.index(self.end_id) + 1
             return ids[:cut], ids[cut:]
         return [*ids, self.end_id], []
 
     def _check_vocabulary(self) -> tuple[int, ...]:
-        """Ids of the template's own control tokens; one that the vocabulary lacks would be spelled out in letters."""
+        """Ids of the template's control tokens. Raises ModelError if the vocabulary lacks one, which would become plain
+        text."""
         if self.template_name == "auto":
-            return ()  # a model's own template may name tokens in branches that are never taken
-        wanted = list(dict.fromkeys(re.findall(r"<\|[a-z_0-9]+\|>|<(?:start|end)_of_turn>", self.template)))
-        missing = [n for n in wanted if self._tokenizer.token_id(n) is None]
+            return ()  # a model's own template may contain tokens in branches that never run
+        control_tokens = list(dict.fromkeys(re.findall(r"<\|[a-z_0-9]+\|>|<(?:start|end)_of_turn>", self.template)))
+        missing = [n for n in control_tokens if self._tokenizer.token_id(n) is None]
         if missing:
             raise ModelError(
                 f'chat template "{self.template_name}"',
@@ -225,10 +222,11 @@ class ChatFormat:
                 allowed=f"templates that fit: {', '.join(_fitting(self._tokenizer))}",
                 do="set [base] template",
             )
-        return tuple(i for n in wanted if (i := self._tokenizer.token_id(n)) is not None)
+        return tuple(i for n in control_tokens if (i := self._tokenizer.token_id(n)) is not None)
 
     def _find_end(self) -> int:
-        """The id of the token that ends an assistant turn: named for our templates, read off a turn for others."""
+        """The id of the token that ends an assistant turn: listed for built-in templates, found in a rendered turn for
+        others."""
         named = END_TOKENS.get(self.template_name)
         if named is not None:
             end = self._tokenizer.token_id(named)
@@ -244,13 +242,13 @@ class ChatFormat:
 
 
 def _cut(rendering: Rendering) -> Iterator[tuple[str, bool]]:
-    """The text cut where the assistant begins and ends, with whether a piece is an assistant turn."""
-    done = 0
+    """Cut the text at the borders of assistant turns. Yields each piece and whether it is an assistant turn."""
+    position = 0
     for turn in rendering.turns:
-        yield rendering.text[done : turn.begin], False
+        yield rendering.text[position : turn.begin], False
         yield rendering.text[turn.begin : turn.end], True
-        done = turn.end
-    yield rendering.text[done:], False
+        position = turn.end
+    yield rendering.text[position:], False
 
 
 def _choose_template(tokenizer: Tokenizer, name: str) -> tuple[str, str]:
@@ -262,9 +260,9 @@ def _choose_template(tokenizer: Tokenizer, name: str) -> tuple[str, str]:
         return "auto", tokenizer.chat_template
     raise ModelError(
         "[base] template",
-        "this base model has no chat template of its own",
+        "this base model has no chat template",
         allowed=f"templates that fit its vocabulary: {', '.join(_fitting(tokenizer))}",
-        do='name one in the recipe, for instance template = "plain"',
+        do='set one in the recipe, for example template = "plain"',
     )
 
 
@@ -274,5 +272,5 @@ def _fitting(tokenizer: Tokenizer) -> list[str]:
 
 
 def load_chat_format(tokenizer: Tokenizer, template_name: str = "auto") -> ChatFormat:
-    """The renderer for a tokenizer and a template name. Raises ModelError where they do not fit."""
+    """The renderer for a tokenizer and a template name. Raises ModelError if they do not fit."""
     return ChatFormat(tokenizer, template_name)

@@ -1,12 +1,12 @@
-"""Rows of any common layout become `Conversation` and `PreferencePair`; the layout is recognised by its columns and said.
+"""Convert rows of common layouts to `Conversation` and `PreferencePair`. The layout is recognised by its columns and reported.
 
     demonstrations   messages · prompt+completion (text or messages) · ShareGPT conversations · Alpaca
     preferences      prompt+chosen+rejected · chosen+rejected with an implicit prompt · hh-rlhf transcripts ·
                      input+output_1+output_2+label (LLMBar)
                      each side text or messages
 
-A row that cannot be learned from is a `Problem` with its number and reason, never silently repaired. Two texts without a
-prompt share their beginning up to the last whole word: as in TRL, that beginning is the prompt.
+An invalid row becomes a `Problem` with its number and reason; rows are never repaired silently. If two texts have no separate
+prompt, their common prefix up to the last whole word is the prompt, as in TRL.
 """
 
 import random
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from posttrain.data.cells import (
     BadRow,
+    conversation_of,
     exchanges_of,
     is_transcript,
     label_of,
@@ -26,9 +27,8 @@ from posttrain.data.cells import (
     side_of,
     text_of,
     unread,
-    whole_of,
 )
-from posttrain.data.meaning import is_empty, prompt_beside, row_says_more
+from posttrain.data.meaning import is_empty, prompt_beside, unsupported_in_row
 from posttrain.data.sources import Loaded, RawRow, load
 from posttrain.errors import DataError
 from posttrain.reading import SURROGATE
@@ -43,14 +43,14 @@ PREFERENCE_LAYOUTS = (
     "input+output_1+output_2+label (LLMBar)"
 )
 _LLMBAR = {"input", "output_1", "output_2", "label"}
-# Columns that say what sort of pair it is; the first that a row has counts.
+# Columns with the category of a pair; the first one present is used.
 _CATEGORIES = ("category", "subset")
-# Scores are of the size of 1 to 100. A larger margin is a mistake, and would end training in numbers that are not finite.
+# Scores are of the order of 1 to 100. A larger margin is a mistake and would make the loss overflow.
 MAX_MARGIN = 1_000_000
 
 
 class Problem(NamedTuple):
-    """A row that is left out, and why. `unread` names what it says that would change its meaning and is not read."""
+    """A dropped row and the reason. `unread` names an unsupported field that changes the meaning of the row."""
 
     source: str
     row: str
@@ -59,7 +59,7 @@ class Problem(NamedTuple):
 
 
 class SourceInfo(NamedTuple):
-    """What was read from one source."""
+    """One source: its path, layout, number of rows and hash."""
 
     path: str
     layout: str
@@ -68,7 +68,7 @@ class SourceInfo(NamedTuple):
 
 
 class Demonstrations(NamedTuple):
-    """Conversations that can be learned from, and the rows that cannot."""
+    """Valid conversations, and the problems of other rows."""
 
     records: tuple[Conversation, ...]
     problems: tuple[Problem, ...]
@@ -76,7 +76,7 @@ class Demonstrations(NamedTuple):
 
 
 class Preferences(NamedTuple):
-    """Pairs that can be learned from, and the rows that cannot."""
+    """Valid pairs, and the problems of other rows."""
 
     records: tuple[PreferencePair, ...]
     problems: tuple[Problem, ...]
@@ -96,7 +96,7 @@ R = TypeVar("R", Conversation, PreferencePair, PlainText)
 
 
 class Texts(NamedTuple):
-    """Documents that can be learned from, and the rows that cannot."""
+    """Valid documents, and the problems of other rows."""
 
     records: tuple[PlainText, ...]
     problems: tuple[Problem, ...]
@@ -108,8 +108,8 @@ def content_of(columns: Iterable[str]) -> Content | None:
     names = set(columns)
     if {"chosen", "rejected"} <= names or names >= _LLMBAR:
         return "preferences"
-    known = ({"messages"}, {"prompt", "completion"}, {"conversations"}, {"instruction", "output"})
-    return "demonstrations" if any(wanted <= names for wanted in known) else None
+    layouts = ({"messages"}, {"prompt", "completion"}, {"conversations"}, {"instruction", "output"})
+    return "demonstrations" if any(layout <= names for layout in layouts) else None
 
 
 def read_demonstrations(data: Data | Loaded, *, seed: int) -> Demonstrations:
@@ -123,7 +123,7 @@ def read_demonstrations(data: Data | Loaded, *, seed: int) -> Demonstrations:
 
 
 def read_preferences(data: Data | Loaded, *, seed: int, margins: bool = False) -> Preferences:
-    """Pairs of all sources, mixed by weight; with `margins` their margin and probability too, which reward models read.
+    """Pairs of all sources, mixed by weight. With `margins`, also their margin and probability, which reward models use.
 
     Raises DataError for files and layouts that cannot be read.
     """
@@ -147,7 +147,7 @@ def _read(
     data: Data | Loaded, seed: int,
     layout_of: Callable[[str, list[RawRow]], tuple[str, Callable[[dict[str, Any], str], R]]],
 ) -> tuple[tuple[R, ...], tuple[Problem, ...], tuple[SourceInfo, ...]]:  # fmt: skip
-    """The records of all sources, mixed by weight, the rows that are none, and what each source is."""
+    """The records of all sources, mixed by weight, the problems of invalid rows, and a description of each source."""
     records: list[R] = []
     problems: list[Problem] = []
     infos: list[SourceInfo] = []
@@ -157,14 +157,14 @@ def _read(
         for row, name in _weighted(rows, source, seed):
             try:
                 records.append(convert(row.value, name))
-            except BadRow as bad:
-                problems.append(Problem(source.path, f"row {row.number}", str(bad), bad.unread))
+            except BadRow as error:
+                problems.append(Problem(source.path, f"row {row.number}", str(error), error.unread))
     return _unique_ids(records), tuple(problems), tuple(infos)
 
 
 def _preference(row: dict[str, Any], name: str, path: str, margins: bool) -> PreferencePair:
     _check_meaning(row, pairs=True)
-    prompt, chosen, rejected = _pair(_plain_pair(row))
+    prompt, chosen, rejected = _pair(_as_plain_pair(row))
     margin, probability = _margin(row) if margins else (0.0, 1.0)
     category = next((label for key in _CATEGORIES if (label := label_of(row.get(key)))), path)
     return PreferencePair(
@@ -173,7 +173,7 @@ def _preference(row: dict[str, Any], name: str, path: str, margins: bool) -> Pre
 
 
 def _margin(row: dict[str, Any]) -> tuple[float, float]:
-    """By how much the scores of a pair should differ, and how sure its preference is."""
+    """The margin and the probability of a pair."""
     margin, probability = number_of(row.get("margin"), "margin"), number_of(row.get("probability"), "probability")
     margin, probability = margin or 0.0, 1.0 if probability is None else probability
     if not 0 <= margin <= MAX_MARGIN or not 0 <= probability <= 1:
@@ -182,21 +182,21 @@ def _margin(row: dict[str, Any]) -> tuple[float, float]:
 
 
 def _check_meaning(row: dict[str, Any], *, pairs: bool = False) -> None:
-    """Refuse a row with a column that says more than its layout. Two numbered outputs have a label of their own."""
-    if (name := row_says_more(row, pairs=pairs)) is not None:
+    """Raise BadRow for a row with an unsupported column that changes its meaning."""
+    if (name := unsupported_in_row(row, pairs=pairs)) is not None:
         raise unread(name)
 
 
 def _with_system(row: dict[str, Any], messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """A system message that stands in a column of its own comes first."""
+    """Put the system message of a separate column first."""
     for name in ("system", "system_prompt"):
         if not is_empty(row.get(name)):
-            said = Message("system", text_of(row[name], name))
+            system = Message("system", text_of(row[name], name))
             if messages[:1] and messages[0].role == "system":
-                if messages[0] == said:
+                if messages[0] == system:
                     return messages
-                raise BadRow(f"{name} beside a conversation that begins with another system turn")
-            return (said, *messages)
+                raise BadRow(f"{name} differs from the system turn of the conversation")
+            return (system, *messages)
     return messages
 
 
@@ -208,35 +208,38 @@ def _plain_text(row: dict[str, Any], name: str, path: str) -> PlainText:
 
 
 def _row_id(path: str, row: RawRow) -> str:
-    own = row.value.get("id")
+    row_id = row.value.get("id")
     return (
-        own
-        if isinstance(own, str) and own and not SURROGATE.search(own)
+        row_id
+        if isinstance(row_id, str) and row_id and not SURROGATE.search(row_id)
         else f"{path.rsplit('/', 1)[-1].rsplit('.', 1)[0]}-{row.number}"
     )
 
 
 def _weighted(rows: list[RawRow], source: Source, seed: int) -> list[tuple[RawRow, str]]:
-    """Rows and their ids: 0.5 takes a seeded half in file order, 2.5 takes each twice and half of them once more.
+    """Rows and their ids, by weight: 0.5 takes a seeded half in file order, 2.5 takes each row twice and half of them once
+    more.
 
-    Copies have ids of their own. Rows that cannot be learned from are drawn like the others, so that their share stays.
+    Copies have their own ids. Invalid rows are sampled like the others, so that their share is unchanged.
     """
-    whole, part = divmod(source.weight, 1.0)
+    full_copies, fraction = divmod(source.weight, 1.0)
     ids = [_row_id(source.path, row) for row in rows]
-    taken = [(r, i if copy == 0 else f"{i}#{copy + 1}") for copy in range(int(whole)) for r, i in zip(rows, ids, strict=True)]
-    chosen = sorted(random.Random(f"{seed}|{source.path}").sample(range(len(rows)), round(part * len(rows))))
-    suffix = f"#{int(whole) + 1}" if whole else ""
-    return taken + [(rows[i], ids[i] + suffix) for i in chosen]
+    rows_and_ids = [
+        (r, i if copy == 0 else f"{i}#{copy + 1}") for copy in range(int(full_copies)) for r, i in zip(rows, ids, strict=True)
+    ]
+    sampled = sorted(random.Random(f"{seed}|{source.path}").sample(range(len(rows)), round(fraction * len(rows))))
+    suffix = f"#{int(full_copies) + 1}" if full_copies else ""
+    return rows_and_ids + [(rows[i], ids[i] + suffix) for i in sampled]
 
 
 def _unique_ids(records: list[R]) -> tuple[R, ...]:
-    """Rows of different files may share an id; the later one gets a number."""
-    seen: dict[str, int] = {}
-    found: list[R] = []
+    """Make ids unique: later records with the same id get a number."""
+    counts: dict[str, int] = {}
+    unique: list[R] = []
     for record in records:
-        seen[record.id] = seen.get(record.id, 0) + 1
-        found.append(record if seen[record.id] == 1 else replace(record, id=f"{record.id}~{seen[record.id]}"))
-    return tuple(found)
+        counts[record.id] = counts.get(record.id, 0) + 1
+        unique.append(record if counts[record.id] == 1 else replace(record, id=f"{record.id}~{counts[record.id]}"))
+    return tuple(unique)
 
 
 # --- demonstrations ---------------------------------------------------------------------------------------------------
@@ -280,9 +283,9 @@ def _alpaca(row: dict[str, Any]) -> tuple[Message, ...]:
 
 
 def _conversation(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """A conversation that can be learned from: an assistant turn, and someone before it."""
+    """Check that a conversation can be trained: an assistant turn after another turn, and no empty text."""
     while messages and messages[-1].role != "assistant":
-        messages = messages[:-1]  # a last question without an answer teaches nothing
+        messages = messages[:-1]  # a final question without an answer is not used
     if not any(m.role == "assistant" for m in messages):
         raise BadRow("no assistant turn")
     if messages[0].role == "assistant":
@@ -313,8 +316,8 @@ def _preference_layout(path: str, rows: list[RawRow]) -> str:
     return "chosen+rejected (messages, implicit prompt)"
 
 
-def _plain_pair(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of two numbered outputs and the number of the better one, as prompt, chosen and rejected."""
+def _as_plain_pair(row: dict[str, Any]) -> dict[str, Any]:
+    """Convert a row with two outputs and the number of the better one to prompt, chosen and rejected."""
     if not set(row) >= _LLMBAR:
         return row
     label = number_of(row["label"], "label")
@@ -335,36 +338,36 @@ def _pair(row: dict[str, Any]) -> tuple[tuple[Message, ...], tuple[Message, ...]
             raise unread(f"{name} (rename it to prompt)")
         prompt, sides = _split_texts(chosen, rejected)
     else:
-        both = whole_of(chosen, "chosen"), whole_of(rejected, "rejected")
+        conversations = conversation_of(chosen, "chosen"), conversation_of(rejected, "rejected")
         shared = 0
-        while shared < min(map(len, both)) - 1 and both[0][shared] == both[1][shared]:
+        while shared < min(map(len, conversations)) - 1 and conversations[0][shared] == conversations[1][shared]:
             shared += 1
-        prompt, sides = both[0][:shared], (both[0][shared:], both[1][shared:])
+        prompt, sides = conversations[0][:shared], (conversations[0][shared:], conversations[1][shared:])
     for name, side in (("chosen", sides[0]), ("rejected", sides[1])):
         if len(side) != 1 or side[0].role != "assistant":
             raise BadRow(f"{name} is not one assistant turn after the prompt")
         if not side[0].content.strip():
             raise BadRow(f"{name} is empty")
     if not prompt or prompt[-1].role == "assistant" or not prompt[-1].content.strip():
-        raise BadRow("no prompt that ends before the assistant speaks")
+        raise BadRow("the prompt is empty or ends with an assistant turn")
     if sides[0] == sides[1]:
         raise BadRow("chosen equals rejected")
     return prompt, sides[0], sides[1]
 
 
 def _split_texts(chosen: str, rejected: str) -> tuple[tuple[Message, ...], tuple[tuple[Message, ...], tuple[Message, ...]]]:
-    """Two texts that begin alike, cut after the last whitespace that they share."""
+    """Split two texts after the last white space of their common prefix."""
     if chosen == rejected:
         raise BadRow("chosen equals rejected")
     pairs = enumerate(zip(chosen, rejected, strict=False))
     shared = next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
     words = re.match(r"(?s).*\s", chosen[:shared])
     if words is None or not words.group().strip():
-        raise BadRow("no prompt column, and chosen and rejected do not begin alike")
+        raise BadRow("no prompt column, and chosen and rejected have no common prefix")
     sides = [(Message("assistant", text_of(side[words.end() :], "text")),) for side in (chosen, rejected)]
     return (Message("user", text_of(words.group().strip(), "text")),), (sides[0], sides[1])
 
 
 def _without_prompt(side: tuple[Message, ...], prompt: tuple[Message, ...]) -> tuple[Message, ...]:
-    """Some files repeat the prompt in both sides."""
+    """Remove the prompt from a side that repeats it."""
     return side[len(prompt) :] if len(side) > len(prompt) and side[: len(prompt)] == prompt else side

@@ -1,8 +1,8 @@
-"""What else a row or a turn says that would change what is learned from it, in the words of other tools' files.
+"""Detect fields of rows and turns that change what should be trained and that are not supported.
 
-A row without it would be taken for another one: a tool call without the call teaches the model to announce it and stop, a turn
-of weight 0 is not meant to be learned from, an answer that is labelled bad is none to learn. Until such a thing is read, the
-row that has it is dropped and counted under its name.
+Ignoring them would change the meaning of a row: without its call a tool-call turn trains the model to announce a call and stop,
+a turn with weight 0 should not be trained, and neither should an answer labelled bad. Rows with such a field are dropped and
+counted under its name.
 
 Sources: the layouts of TRL, Axolotl, LLaMA-Factory, ms-swift, OpenAI's and Mistral's fine-tuning, Argilla, UltraFeedback, KTO.
 """
@@ -20,16 +20,16 @@ _REASONING = (
 _MEDIA = (
     "image", "images", "image_url", "video", "videos", "audio", "audios",
 )  # fmt: skip
-# Settings of a chat template that stand in the row.
+# Settings of a chat template in the row.
 _RENDERING = ("chat_template_kwargs", "documents")
 _OF_TURNS = (*_TOOLS, *_REASONING, *_MEDIA, "attachments", "files", "refusal", "prefix", "train_detail", "training_detail")
-# Whether an assistant turn is learned from: a number that must be 1, a flag that must be true, one that must be false.
+# Whether an assistant turn is trained: numbers that must be 1, flags that must be true, flags that must be false.
 _TURN_WEIGHTS = ("weight", "loss_weight", "loss_scale")
 _TURN_TRAINED = ("train", "trained", "training", "loss", "train_on_turn")
 _TURN_MASKED = ("mask", "masked")
 _ROW_WEIGHTS = ("weight", "sample_weight", "loss_weight", "loss_scale")
-# Flags of a row: an answer is good where the first are true and the second false.
-_LABELS = ("label", "kto_tag")  # also as 1 and 0; under the other names a number may be an index
+# Flags of a row: an answer is good if these are true and those in _BAD are false.
+_LABELS = ("label", "kto_tag")  # also as 1 and 0; in other columns a number may be an index
 _GOOD = (
     *_LABELS, "desirable", "is_desirable", "accepted", "is_accepted", "approved", "is_approved", "good", "is_good", "correct",
     "is_correct", "valid", "is_valid", "preferred", "is_preferred", "chosen", "is_chosen", "review_result", "thumbs_up",
@@ -41,13 +41,13 @@ _BAD = (
 )  # fmt: skip
 _BAD_WORDS = frozenset({"bad", "rejected", "undesirable", "discarded"})
 _TIES = ("tie", "is_tie")
-# What a file calls a prompt that no layout reads beside two whole texts.
+# Names of prompt columns that no layout reads next to two whole texts.
 _PROMPTS = ("question", "instruction", "query", "input", "context", "post", "history")
 _SPEAKERS = frozenset(
     {"tool", "function", "function_call", "tool_call", "tool_calls", "tool_response", "observation", "ipython", "developer"}
 )
 _EMPTY_TEXTS = frozenset({"", "[]", "{}", "null", "none", "nan", "false"})
-# Every column of a row that is looked at here.
+# All columns of a row that are checked here.
 COLUMNS = frozenset(
     {
         *_TOOLS,
@@ -66,23 +66,23 @@ COLUMNS = frozenset(
 )
 
 
-def turn_says_more(turn: dict[str, Any], speaker: str, said: str) -> str | None:
-    """The name of what a turn says beyond its speaker and its text, or None."""
-    who = turn.get(speaker)
-    if isinstance(who, str) and who in _SPEAKERS:
-        return f'a turn of "{who}"'
+def unsupported_in_turn(turn: dict[str, Any], speaker: str, content_key: str) -> str | None:
+    """The name of an unsupported field or content of a turn, or None."""
+    role = turn.get(speaker)
+    if isinstance(role, str) and role in _SPEAKERS:
+        return f'a turn of "{role}"'
     for name in _OF_TURNS:
         if not is_empty(turn.get(name)):
             return name
-    content = turn.get(said)
+    content = turn.get(content_key)
     if isinstance(content, list) and content:
         kinds = {str(part.get("type", "object"))[:20] if isinstance(part, dict) else type(part).__name__ for part in content}
         return f"content in parts ({', '.join(sorted(kinds))})"
     return None
 
 
-def not_trained(turn: dict[str, Any]) -> str | None:
-    """The name of what takes an answer out of training, or None."""
+def untrained_reason(turn: dict[str, Any]) -> str | None:
+    """The field that excludes an answer from training, or None."""
     for name in _TURN_WEIGHTS:
         weight = _number(turn.get(name))
         if weight is not None and weight != 1:
@@ -93,8 +93,8 @@ def not_trained(turn: dict[str, Any]) -> str | None:
     return next((f"{name} = true" for name in _TURN_MASKED if _flag(turn.get(name))), None)
 
 
-def row_says_more(row: dict[str, Any], *, pairs: bool) -> str | None:
-    """The name of a column that changes what the row means and that no layout reads, or None. `pairs`: it is a preference."""
+def unsupported_in_row(row: dict[str, Any], *, pairs: bool) -> str | None:
+    """The name of an unsupported column that changes the meaning of a row, or None. `pairs`: the row is a preference."""
     names: tuple[str, ...] = (*_TOOLS, *_MEDIA, *_RENDERING, *(() if pairs else _REASONING))
     for name in names:
         if not is_empty(row.get(name)):
@@ -116,19 +116,19 @@ def row_says_more(row: dict[str, Any], *, pairs: bool) -> str | None:
 
 
 def prompt_beside(row: dict[str, Any]) -> str | None:
-    """The name of a column that is a prompt under another name, or None."""
+    """The name of a prompt column with another name, or None."""
     return next((name for name in _PROMPTS if not is_empty(row.get(name))), None)
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a cell says nothing: no value, no text, or lists and objects of nothing else."""
-    waiting = [value]
-    while waiting:
-        part = waiting.pop()
+    """Whether a cell is empty: no value, no text, or lists and objects of only empty values."""
+    pending = [value]
+    while pending:
+        part = pending.pop()
         if isinstance(part, dict):
-            waiting += part.values()
+            pending += part.values()
         elif isinstance(part, list | tuple):
-            waiting += part
+            pending += part
         elif isinstance(part, str):
             if part.strip().lower() not in _EMPTY_TEXTS:
                 return False
@@ -138,7 +138,7 @@ def is_empty(value: Any) -> bool:
 
 
 def _number(value: Any) -> float | None:
-    """A number, also one that is spelled; None for anything else."""
+    """A number or numeral; None for other values."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -151,7 +151,7 @@ def _number(value: Any) -> float | None:
 
 
 def _flag(value: Any, *, numbers: bool = True) -> bool | None:
-    """Yes or no: a truth value, with `numbers` also 1 or 0 (or -1), each also as a text; None for anything else."""
+    """A boolean, with `numbers` also 1 or 0 (or -1), each also as text; None for other values."""
     if isinstance(value, str):
         value = {"true": True, "false": False}.get(value.strip().lower(), _number(value))
     if isinstance(value, bool):

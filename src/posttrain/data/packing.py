@@ -1,7 +1,7 @@
-"""Packing: rows become segments laid end to end; a prompt that several completions share is computed once.
+"""Packing: rows become consecutive segments; a prompt that several completions share is computed once.
 
-A packed batch is a list of token ids and positions, a table of segments, and for every target the packed position that
-predicts it. Its length is rounded up to one of a few shapes, since a new shape costs more than spare tokens.
+A packed batch has token ids and positions, a table of segments, and for every target the position that predicts it. Its length
+is padded to a multiple of ROUND_TO, since a new shape costs more than padding.
 
 T: packed tokens, N: targets.
 """
@@ -9,22 +9,22 @@ T: packed tokens, N: targets.
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-# Packed lengths are multiples of this; small batches use the small steps so that tests and short rows waste little.
+# Packed lengths are padded to multiples of this.
 ROUND_TO = 64
 
 
 class Segment(NamedTuple):
-    """Token ids to lay down; `parent` is an earlier segment of the same batch that this one continues."""
+    """Token ids of a segment. `parent` is an earlier segment of the batch that it continues."""
 
     ids: tuple[int, ...]
     parent: int | None
-    # Of each token: whether predicting it is trained or scored.
+    # For each token, whether it is a target.
     targets: tuple[bool, ...]
     row: int
 
 
 class PackedBatch(NamedTuple):
-    """What one forward takes. `row_N` says which row of the caller a target belongs to, `last_B` where each row ends."""
+    """The input of one forward. `row_N` is the caller's row of each target, `last_B` the last position of each row."""
 
     ids: list[int]
     positions: list[int]
@@ -38,7 +38,7 @@ class PackedBatch(NamedTuple):
 
 
 def pack(segments: Sequence[Segment], rows: int, *, filler: int = 0) -> PackedBatch:
-    """Lay segments end to end. A target's predictor is the token before it, which may be the parent's last."""
+    """Concatenate segments. The token before a target predicts it; it may be the parent's last."""
     ids: list[int] = []
     positions: list[int] = []
     spans: list[tuple[int, int, tuple[tuple[int, int], ...]]] = []
@@ -58,13 +58,13 @@ def pack(segments: Sequence[Segment], rows: int, *, filler: int = 0) -> PackedBa
             first = positions[before] + 1
         spans.append((start, len(segment.ids), ancestors))
         if segment.row >= 0:
-            # An empty completion ends where its prompt does.
+            # An empty completion ends at the end of its prompt.
             last[segment.row] = start + len(segment.ids) - 1 if segment.ids or before is None else before
         ids += segment.ids
         positions += range(first, first + len(segment.ids))
-        for offset, wanted in enumerate(segment.targets):
+        for offset, is_target in enumerate(segment.targets):
             predictor = start + offset - 1 if offset else before
-            if wanted and predictor is not None:
+            if is_target and predictor is not None:
                 source.append(predictor)
                 target.append(segment.ids[offset])
                 row_of.append(segment.row)
@@ -81,14 +81,15 @@ def row_segments(ids: Sequence[int], trained: Sequence[bool], row: int) -> list[
 
 
 def tree_segments(prompt: Sequence[int], completions: Sequence[Sequence[int]], *, first_row: int, index: int) -> list[Segment]:
-    """A prompt with completions below it; completion i is row first_row + i. `index` is the prompt's segment number."""
+    """A prompt with completions below it; completion i is row first_row + i. `index` is the segment number of the prompt."""
     root = Segment(tuple(prompt), None, (False,) * len(prompt), -1)
-    below = [Segment(tuple(c), index, (True,) * len(c), first_row + i) for i, c in enumerate(completions)]
-    return [root, *below]
+    branches = [Segment(tuple(c), index, (True,) * len(c), first_row + i) for i, c in enumerate(completions)]
+    return [root, *branches]
 
 
 def forest_segments(trees: Iterable[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> tuple[list[Segment], int]:
-    """Prompts with their completions; the completions of all prompts are rows, numbered through. Returns their number too."""
+    """Prompts with their completions. The completions of all prompts are rows, numbered consecutively. Also returns their
+    number."""
     segments: list[Segment] = []
     rows = 0
     for prompt, completions in trees:
@@ -98,7 +99,7 @@ def forest_segments(trees: Iterable[tuple[Sequence[int], Sequence[Sequence[int]]
 
 
 def split_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices in order, cut into groups of at most `budget` tokens (a longer single row is a group of its own)."""
+    """Indices in order, cut into groups of at most `budget` tokens (a single longer row forms its own group)."""
     groups: list[list[int]] = []
     room = 0
     for index, length in enumerate(lengths):

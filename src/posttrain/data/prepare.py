@@ -1,12 +1,12 @@
-"""From records to rows of token ids that training sees, with a report of everything that was cut, dropped or left out.
+"""Convert records to token ids for training, with a report of truncated, dropped and excluded rows.
 
     record -> contamination check -> rendering -> length limit -> training or validation by a hash of the first user turn
 
-The length limit is `max_tokens`, or the base's context where that is less: no position beyond it was ever trained.
+The length limit is `max_tokens` or the base's context, whichever is less.
 
-Nothing is lost silently: each row ends in training, in validation, or in a counted reason with the rows named. More than
-`allow_dropped` of the rows dropped is an error. A demonstration that is too long is cut at the end; a pair that is too long
-is dropped, since cutting one side would change which answer is better.
+Every row is used for training or validation, or counted under a reason with the rows named. Dropping more than `allow_dropped`
+of the rows is an error. A demonstration that is too long is truncated. A pair that is too long is dropped, since truncating one
+side could change which answer is better.
 """
 
 import hashlib
@@ -22,15 +22,15 @@ from posttrain.data.report import describe_rows
 from posttrain.errors import DataError
 from posttrain.records import Message
 
-# Words in a row that also stand in an evaluation prompt and make the row contaminated (13, as in GPT-3's report, app. C).
+# A row is contaminated if it shares this many consecutive words with an evaluation prompt (as in GPT-3's report, app. C).
 OVERLAP_WORDS = 13
-# Rows that a report names of those dropped and of those that an evaluation asks.
+# Maximum number of dropped and of contaminated rows that a report names.
 SHOWN = 20
 _WORD = re.compile(r"\w+")
 
 
 class TrainRow(NamedTuple):
-    """A conversation as ids, and for each id whether it is a target."""
+    """A conversation as ids, and for each id whether it is trained."""
 
     id: str
     ids: list[int]
@@ -66,19 +66,19 @@ class PreparedPairs(NamedTuple):
 
 
 class Contamination:
-    """Whether a text repeats an evaluation prompt: the whole of it, or a run of 13 words."""
+    """Detects texts that repeat an evaluation prompt, whole or by 13 consecutive words."""
 
     def __init__(self, prompts: Collection[str]) -> None:
         words = [_WORD.findall(p.lower()) for p in prompts]
-        self._whole = {" ".join(w) for w in words if w}
+        self._prompts = {" ".join(w) for w in words if w}
         self._runs = {run for w in words for run in _runs(w)}
 
     def found(self, messages: Sequence[Message]) -> bool:
-        """Whether any user turn is an evaluation prompt or shares a run of words with one."""
+        """Whether any user turn equals an evaluation prompt or shares 13 consecutive words with one."""
         for message in messages:
             if message.role == "user":
                 words = _WORD.findall(message.content.lower())
-                if " ".join(words) in self._whole or (self._runs and any(run in self._runs for run in _runs(words))):
+                if " ".join(words) in self._prompts or (self._runs and any(run in self._runs for run in _runs(words))):
                     return True
         return False
 
@@ -88,14 +88,14 @@ def _runs(words: list[str]) -> list[str]:
 
 
 def in_validation(messages: Sequence[Message], share: float) -> bool:
-    """Whether a row is held out: by its first user turn alone, so that one prompt never stands on both sides."""
+    """Whether a row is for validation. Depends only on its first user turn, so that a prompt is never in both sets."""
     first = next((m.content for m in messages if m.role == "user"), "")
     digest = hashlib.sha256(first.strip().encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 class _Limit(NamedTuple):
-    """How many tokens a row may have, and what limits it."""
+    """The maximum number of tokens of a row, and the name of the limit."""
 
     tokens: int
     name: str
@@ -111,7 +111,7 @@ def prepare_demonstrations(
     read: Demonstrations, chat: ChatFormat, *, max_tokens: int, validation: float, allow_dropped: float,
     evaluation_prompts: Collection[str], context: int = sys.maxsize,
 ) -> PreparedRows:  # fmt: skip
-    """Render, cut and split demonstrations. Raises DataError when too many rows are dropped or none is left."""
+    """Render, truncate and split demonstrations. Raises DataError if too many rows are dropped or none is left."""
     limit = _limit(max_tokens, context)
     contamination = Contamination(evaluation_prompts)
     sides: tuple[list[TrainRow], list[TrainRow]] = ([], [])
@@ -134,7 +134,7 @@ def prepare_demonstrations(
             uncut += 1
             ended += encoded.ids[-1] in chat.end_ids and encoded.trained[-1]
         row = TrainRow(record.id, encoded.ids[: limit.tokens], encoded.trained[: limit.tokens])
-        if not any(row.trained[1:]):  # nothing predicts the first token
+        if not any(row.trained[1:]):  # the first token is never predicted
             problems.append(Problem(record.source, record.id, f"no trained token within {limit.name}"))
             continue
         sides[in_validation(record.messages, validation)].append(row)
@@ -142,7 +142,7 @@ def prepare_demonstrations(
     rows = [*sides[0], *sides[1]]
     warnings = unread_warnings(problems, read)
     if truncated and context < max_tokens:
-        warnings.append(f"max_tokens = {max_tokens:,} is beyond {limit.name}: {truncated:,} rows are cut there")
+        warnings.append(f"max_tokens = {max_tokens:,} exceeds {limit.name}: {truncated:,} rows are truncated")
     report = describe_rows([len(r.ids) for r in rows], sum(sum(r.trained) for r in rows))
     report |= _counts(read, problems, contaminated) | {
         "kind": "sft", "train_rows": len(sides[0]), "validation_rows": len(sides[1]), "truncated": truncated,
@@ -158,7 +158,7 @@ def prepare_pairs(
     read: Preferences, chat: ChatFormat, *, max_tokens: int, validation: float, allow_dropped: float,
     evaluation_prompts: Collection[str], context: int = sys.maxsize,
 ) -> PreparedPairs:  # fmt: skip
-    """Render and split preference pairs. Raises DataError when too many rows are dropped or none is left."""
+    """Render and split preference pairs. Raises DataError if too many rows are dropped or none is left."""
     limit = _limit(max_tokens, context)
     contamination = Contamination(evaluation_prompts)
     sides: tuple[list[PairRow], list[PairRow]] = ([], [])
@@ -199,39 +199,43 @@ def prepare_pairs(
 
 
 def refuse(
-    problems: list[Problem], kept: int, read: Demonstrations | Preferences | Texts, train: Sequence[Any], allow_dropped: float
+    problems: list[Problem],
+    read_rows: int,
+    read: Demonstrations | Preferences | Texts,
+    train: Sequence[Any],
+    allow_dropped: float,
 ) -> None:
-    """Too many rows dropped, or none left, ends the stage before it begins."""
+    """Raise DataError if too many rows were dropped or none is left."""
     where = "data " + ", ".join(f'"{s.path}"' for s in read.sources)
-    total = kept + len(read.problems)
-    why = "; ".join(f"{count} rows: {reason}{_first(problems, reason)}" for reason, count in reasons(problems).items())
+    total = read_rows + len(read.problems)
+    summary = "; ".join(f"{count} rows: {reason}{_first(problems, reason)}" for reason, count in reasons(problems).items())
     if not train:
         raise DataError(
             where,
-            f"no row left to train on ({why or 'all held out or contaminated'})",
-            do="look at `posttrain data check`",
+            f"no row left to train on ({summary or 'all held out or contaminated'})",
+            do="run `posttrain data check`",
         )
     if len(problems) > allow_dropped * total:
         raise DataError(
-            where, f"{len(problems)} of {total} rows cannot be trained on ({why})",
+            where, f"{len(problems)} of {total} rows cannot be trained on ({summary})",
             allowed=f"{allow_dropped:.0%} (allow_dropped)",
-            do="mend the rows, or raise allow_dropped in the recipe",
+            do="correct the rows, or raise allow_dropped in the recipe",
         )  # fmt: skip
 
 
 def unread_warnings(problems: Sequence[Problem], read: Demonstrations | Preferences | Texts) -> list[str]:
-    """Rows that say something which would change their meaning and is not read, by its name; nothing where there is none."""
+    """A warning about rows dropped for unsupported fields, or an empty list."""
     names = Counter(p.unread for p in problems if p.unread).most_common()
     if not names:
         return []
     total = len(read.records) + len(read.problems)
-    which = ", ".join(f"{count:,} with {name}" for name, count in names)
+    names_and_counts = ", ".join(f"{count:,} with {name}" for name, count in names)
     left_out = sum(count for _, count in names)
-    return [f"{left_out:,} of {total:,} rows are left out: they hold what training does not read ({which})"]
+    return [f"{left_out:,} of {total:,} rows are dropped because of unsupported fields ({names_and_counts})"]
 
 
 def reasons(problems: Sequence[Problem]) -> dict[str, int]:
-    """How many rows each reason dropped, the commonest first."""
+    """The number of rows dropped for each reason, the most common first."""
     return dict(Counter(p.reason for p in problems).most_common())
 
 
@@ -240,7 +244,7 @@ def _first(problems: list[Problem], reason: str) -> str:
 
 
 def _counts(read: Demonstrations | Preferences, problems: list[Problem], contaminated: list[str]) -> dict[str, Any]:
-    """What became of the rows. `mixed_rows` counts them after mixing by weight: each is trained on, held out or named."""
+    """Counts of the rows. `mixed_rows` is their number after mixing by weight."""
     return {
         "sources": [s._asdict() for s in read.sources],
         "formats": sorted({s.layout for s in read.sources}),
@@ -259,19 +263,21 @@ def _duplicates(rows: Sequence[Any]) -> int:
 
 
 def _spread(rows: Sequence[Any]) -> list[Any]:
-    """Three rows from the beginning, the middle and the end."""
+    """The first, the middle and the last row."""
     return [rows[i] for i in sorted({0, len(rows) // 2, len(rows) - 1})] if rows else []
 
 
 def pieces(chat: ChatFormat, ids: Sequence[int], trained: Sequence[bool]) -> list[dict[str, Any]]:
-    """The text of a row cut where the mask changes, control tokens shown."""
-    found: list[dict[str, Any]] = []
+    """The text of a row, including control tokens, cut where the mask changes."""
+    cut_pieces: list[dict[str, Any]] = []
     start = 0
     for index in range(1, len(ids) + 1):
         if index == len(ids) or trained[index] != trained[start]:
-            found.append({"text": chat.decode(ids[start:index], special=True, middle=start > 0), "trained": trained[start]})
+            cut_pieces.append(
+                {"text": chat.decode(ids[start:index], special=True, middle=start > 0), "trained": trained[start]}
+            )
             start = index
-    return found
+    return cut_pieces
 
 
 def _pair_example(chat: ChatFormat, row: PairRow) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Preference pairs gathered by prompt: what a reward model is trained on and measured by.
+"""Preference pairs grouped by prompt, for training and measuring reward models.
 
-All pairs of one prompt belong together: their completions are computed once each, below one prompt, and weigh together as much
-as one pair of another prompt (Ouyang et al. 2022, section 3.5).
+The prompt and each completion are computed once. All pairs of a prompt together have the weight of one pair of another prompt
+(Ouyang et al. 2022, section 3.5).
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from posttrain.data.prepare import PairRow
 
 
 class RankedPair(NamedTuple):
-    """One pair of a prompt's completions, by their numbers."""
+    """A pair of completions of one prompt, by their indices."""
 
     id: str
     chosen: int
@@ -31,24 +31,24 @@ class RankedPrompt(NamedTuple):
 
     @property
     def tree(self) -> tuple[list[int], list[list[int]]]:
-        """The prompt and what hangs below it."""
+        """The prompt and its completions."""
         return self.prompt_ids, self.completions
 
     @property
     def tokens(self) -> int:
-        """Tokens computed for it."""
+        """The number of tokens to compute."""
         return len(self.prompt_ids) + sum(map(len, self.completions))
 
 
 def rank_prompts(rows: Sequence[PairRow]) -> list[RankedPrompt]:
-    """Pairs of the same prompt together, in the order in which prompts first come; equal completions are one."""
-    found: dict[tuple[int, ...], RankedPrompt] = {}
+    """Group pairs by prompt, in the order of first occurrence. Equal completions are merged."""
+    by_prompt: dict[tuple[int, ...], RankedPrompt] = {}
     for row in rows:
-        ranked = found.setdefault(tuple(row.prompt_ids), RankedPrompt(row.id, row.prompt_ids, [], []))
-        places = []
+        ranked = by_prompt.setdefault(tuple(row.prompt_ids), RankedPrompt(row.id, row.prompt_ids, [], []))
+        indices = []
         for side in (row.chosen_ids, row.rejected_ids):
             if side not in ranked.completions:
                 ranked.completions.append(side)
-            places.append(ranked.completions.index(side))
-        ranked.pairs.append(RankedPair(row.id, places[0], places[1], row.margin, row.probability, row.category))
-    return list(found.values())
+            indices.append(ranked.completions.index(side))
+        ranked.pairs.append(RankedPair(row.id, indices[0], indices[1], row.margin, row.probability, row.category))
+    return list(by_prompt.values())

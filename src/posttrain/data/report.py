@@ -1,4 +1,4 @@
-"""The data report: numbers about the rows that training sees, as plain data and as text for a terminal."""
+"""The data report: figures about the training rows, as plain data and as text."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
 def describe_rows(lengths: Sequence[int], trained_tokens: int) -> dict[str, Any]:
-    """Tokens, share trained, length quantiles and histogram of rows of these lengths in tokens."""
+    """Tokens, trained share, length quantiles and length histogram of rows with these lengths in tokens."""
     ordered = sorted(lengths)
     tokens = sum(ordered)
     histogram = []
@@ -28,7 +28,7 @@ def describe_rows(lengths: Sequence[int], trained_tokens: int) -> dict[str, Any]
 
 
 def format_report(report: dict[str, Any], title: str) -> str:
-    """The report as text: what training would really see."""
+    """The report as text."""
     lines = [*(f"warning: {warning}" for warning in report["warnings"]), *([""] if report["warnings"] else []), title, ""]
     for source in report["sources"]:
         lines.append(
@@ -37,19 +37,18 @@ def format_report(report: dict[str, Any], title: str) -> str:
     dropped = sum(report["dropped"].values())
     mixed = "" if report["mixed_rows"] == report["rows"] else f" (of {report['mixed_rows']:,} after mixing by weight)"
     lines += [
-        f"rows         {report['train_rows']:,} to train on, {report['validation_rows']:,} for validation{mixed}",
+        f"rows         {report['train_rows']:,} for training, {report['validation_rows']:,} for validation{mixed}",
         f"tokens       {report['tokens']:,}, of which trained {report['trained_tokens']:,} ({report['share_trained']:.0%})",
-        f"cut          {report['truncated']:,} rows at {report['max_tokens']:,} tokens",
+        f"truncated    {report['truncated']:,} rows at {report['max_tokens']:,} tokens",
         f"dropped      {dropped:,} rows",
         *(f"             {count:,} {reason}{_rows(report, reason)}" for reason, count in report["dropped"].items()),
-        f"contaminated {report['contaminated']:,} rows that an evaluation asks (left out){_named(report['contaminated_rows'])}",
+        f"contaminated {report['contaminated']:,} rows with an evaluation prompt (excluded)"
+        f"{_named(report['contaminated_rows'])}",
         f"duplicates   {report['duplicates']:,} rows",
         f"turns end    {_share(report['ends_trained'])} of the uncut rows end in a trained end-of-turn token",
     ]
     if report.get("turns_rewritten"):
-        lines.append(
-            f"not trained  {report['turns_rewritten']:,} earlier turns, which the chat template rewrites once another follows"
-        )
+        lines.append(f"not trained  {report['turns_rewritten']:,} earlier turns, which the chat template rewrites later")
     if "mean_chosen_tokens" in report:
         lines.append(
             f"lengths      chosen {report['mean_chosen_tokens']:.0f} and rejected {report['mean_rejected_tokens']:.0f} tokens "
@@ -72,7 +71,7 @@ def _share(value: float | None) -> str:
 
 def _histogram(bins: Sequence[dict[str, Any]]) -> list[str]:
     most = max((b["rows"] for b in bins), default=1) or 1
-    lines = ["tokens a row"]
+    lines = ["tokens per row"]
     for b in bins:
         label = f"{b['from']}–{b['to']}" if b["to"] else f"over {b['from'] - 1}"
         lines.append(f"  {label:>11} {b['rows']:>7,} {'█' * round(40 * b['rows'] / most)}")
@@ -80,7 +79,7 @@ def _histogram(bins: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _examples(examples: Sequence[dict[str, Any]]) -> list[str]:
-    lines = ["three rows as training sees them; ⟦…⟧ is trained"]
+    lines = ["three training rows; ⟦…⟧ is trained"]
     for example in examples:
         text = "".join(_piece(piece) for piece in example["pieces"])
         lines += ["", f"--- {example['id']}", text if len(text) <= 2000 else text[:1000] + " … " + text[-1000:]]

@@ -1,11 +1,11 @@
-"""The language of chat templates: Jinja with a few values, and every value checked before it is made.
+"""The sandbox of chat templates: a restricted Jinja that checks every value before it is created.
 
-Values are texts, numbers, booleans, None, lists, tuples and dicts, and what a loop or a namespace is. `data/template.py` ends a
-render that takes too long; here is what keeps it small:
+Values are texts, numbers, booleans, None, lists, tuples, dicts, loops and namespaces. `data/template.py` limits the time of a
+render. This module limits:
 
-    reach     statements, filters, methods and globals are those of the lists below; nothing else has attributes or can be
-              called. No bytes, no formatting mini-language, no loader
-    size      every value is checked before it is made, and counted, by `data/bounded.py`
+    reach     only the statements, filters, methods and globals listed below; other attributes and calls are refused. No
+              bytes, no format strings, no loader
+    size      `data/bounded.py` checks and counts every value before it is created
 """
 
 import functools
@@ -46,7 +46,7 @@ _FILTERS = (
     "min", "reject", "rejectattr", "reverse", "select", "selectattr", "sort", "string", "trim", "truncate", "unique", "upper",
 )  # fmt: skip
 _LISTS = frozenset({"map", "reject", "rejectattr", "reverse", "select", "selectattr", "sort", "unique"})
-# Python's names of what the checks in `data/bounded.py` spell out.
+# Python's parameter names, mapped to those in `data/bounded.py`.
 _PARAMETERS = {"sep": "separator"}
 _STATEMENTS = (
     nodes.Template, nodes.Output, nodes.TemplateData, nodes.For, nodes.If, nodes.Macro, nodes.CallBlock, nodes.FilterBlock,
@@ -59,8 +59,8 @@ _STATEMENTS = (
 # --- Jinja ------------------------------------------------------------------------------------------------------------
 
 
-class _Code(jinja2.compiler.CodeGenerator):
-    """Jinja's code, in which texts, slices and containers are made by the functions above."""
+class _CheckedCodeGenerator(jinja2.compiler.CodeGenerator):
+    """Jinja's code generator, with texts, slices and containers created by the functions of `data/bounded.py`."""
 
     def visit_Concat(self, node: nodes.Concat, frame: jinja2.compiler.Frame) -> None:
         self.write("concat((")
@@ -109,7 +109,7 @@ class _Code(jinja2.compiler.CodeGenerator):
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks assistant text for other libraries; here the text inside is all that counts."""
+    """`{% generation %}` marks assistant text for other libraries. Here it has no effect on its content."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja's attribute
 
@@ -119,16 +119,16 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """A namespace that has no text of its own: it may hold itself."""
+    """A namespace with a fixed text, because it may contain itself."""
 
     def __repr__(self) -> str:
         return "<namespace>"
 
 
 class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Only what chat templates use."""
+    """A Jinja environment with only the features that chat templates use."""
 
-    code_generator_class = _Code
+    code_generator_class = _CheckedCodeGenerator
     concat = staticmethod(bounded.concat)
     checked = staticmethod(bounded.checked)
     sliced = staticmethod(bounded.sliced)
@@ -140,7 +140,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         for node in tree.find_all(nodes.Node):
             if not isinstance(node, _STATEMENTS):
                 kind = type(node).__name__
-                raise jinja2.TemplateSyntaxError(f"{kind} is nothing that a chat template may use", node.lineno)
+                raise jinja2.TemplateSyntaxError(f"{kind} is not allowed in a chat template", node.lineno)
         return tree
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
@@ -155,21 +155,21 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return isinstance(obj, kinds) or obj in (_raise_exception, _Namespace, jinja2.sandbox.safe_range)
 
     def wrap_str_format(self, value: Any) -> None:
-        """Jinja offers a boxed `str.format`, which still pads to any width: here `format` is unsafe like the rest."""
+        """Disable Jinja's sandboxed `str.format`, which can still pad to any width."""
 
-    def call(self, context: Any, function: Any, /, *args: Any, **named: Any) -> Any:  # Jinja's own signature
-        given = {name: value for name, value in named.items() if name not in ("_loop_vars", "_block_vars")}
-        bounded.limit_deep(args)  # a macro may keep what it was given
-        bounded.limit_deep(given)
+    def call(self, context: Any, function: Any, /, *args: Any, **named: Any) -> Any:  # the signature of Jinja
+        arguments = {name: value for name, value in named.items() if name not in ("_loop_vars", "_block_vars")}
+        bounded.limit_deep(args)  # a macro may keep its arguments
+        bounded.limit_deep(arguments)
         if isinstance(function, BuiltinMethodType | MethodType) and isinstance(function.__self__, str):
             check = bounded.CHECKS.get(function.__name__)
             if check is not None:
-                check(function.__self__, *args, **{_PARAMETERS.get(name, name): value for name, value in given.items()})
+                check(function.__self__, *args, **{_PARAMETERS.get(name, name): value for name, value in arguments.items()})
         return bounded.checked(super().call(context, function, *args, **named))
 
 
 def _sized(function: Callable[..., Any], *, lists: bool = False) -> Callable[..., Any]:
-    """A filter whose value is checked; one that `lists` the letters of a text takes no long one."""
+    """A filter with a checked result. With `lists`, text arguments are limited, since the filter iterates over characters."""
 
     @functools.wraps(function)
     def checked(*args: Any, **named: Any) -> Any:
@@ -181,7 +181,7 @@ def _sized(function: Callable[..., Any], *, lists: bool = False) -> Callable[...
     return checked
 
 
-# --- filters of our own -------------------------------------------------------------------------------------------------
+# --- custom filters -----------------------------------------------------------------------------------------------------
 
 
 def _replace(text: Any, old: Any, new: Any, count: int = -1) -> str:
@@ -195,7 +195,7 @@ def _join(environment: jinja2.Environment, values: Iterable[Any], d: str = "", a
     if attribute is not None:
         items = [environment.getitem(v, attribute) for v in items]
     separator = bounded.text_of(d)
-    return bounded.concat(part for place, item in enumerate(items) for part in ((separator, item) if place else (item,)))
+    return bounded.concat(part for position, item in enumerate(items) for part in ((separator, item) if position else (item,)))
 
 
 def _trim(text: Any, chars: str | None = None) -> str:
@@ -204,7 +204,7 @@ def _trim(text: Any, chars: str | None = None) -> str:
 
 
 def _title(text: Any) -> str:
-    bounded.limit_items(len(bounded.text_of(text)))  # it is cut into words
+    bounded.limit_items(len(bounded.text_of(text)))  # it is split into words
     return jinja2.filters.do_title(bounded.text_of(text))
 
 
@@ -213,10 +213,10 @@ def _escape(text: Any) -> str:
 
 
 def _number(kind: Callable[..., Any]) -> Callable[..., Any]:
-    def made(value: Any, *args: Any, **named: Any) -> Any:
+    def converted(value: Any, *args: Any, **named: Any) -> Any:
         return kind(value[:1000] if isinstance(value, str) else value, *args, **named)
 
-    return made
+    return converted
 
 
 def _indent(text: Any, width: int = 4, first: bool = False, blank: bool = False) -> str:
@@ -235,18 +235,18 @@ def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False) 
 
 
 def _json_size(value: Any, indent: int) -> int:
-    """Characters that JSON has at least; a letter may become six."""
-    size, waiting = 0, [(value, 1)]
-    while waiting:
-        one, depth = waiting.pop()
-        if isinstance(one, str):
-            size += len(one) + 2
-        elif isinstance(one, dict):
-            waiting += [(part, depth + 1) for pair in one.items() for part in pair]
-            size += len(one) * (4 + indent * depth)
-        elif isinstance(one, list | tuple):
-            waiting += [(part, depth + 1) for part in one]
-            size += len(one) * (2 + indent * depth)
+    """The minimum number of characters of the JSON; a character may need up to six."""
+    size, pending = 0, [(value, 1)]
+    while pending:
+        item, depth = pending.pop()
+        if isinstance(item, str):
+            size += len(item) + 2
+        elif isinstance(item, dict):
+            pending += [(part, depth + 1) for pair in item.items() for part in pair]
+            size += len(item) * (4 + indent * depth)
+        elif isinstance(item, list | tuple):
+            pending += [(part, depth + 1) for part in item]
+            size += len(item) * (2 + indent * depth)
         bounded.limit(size)
     return size
 
@@ -257,17 +257,17 @@ def _raise_exception(message: str) -> None:
 
 def make_sandbox() -> Sandbox:
     """The environment that compiles and runs templates."""
-    # Nothing is folded at compile time: a constant would be computed without the checks.
+    # optimized=False: constants folded at compile time would bypass the checks.
     extensions = [jinja2.ext.loopcontrols, _Generation]
-    made = Sandbox(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, optimized=False, extensions=extensions)
-    made.binop_table |= {"*": bounded.multiply, "**": bounded.power, "+": bounded.add, "%": bounded.modulo}
-    own: dict[str, Callable[..., Any]] = {
+    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, optimized=False, extensions=extensions)
+    sandbox.binop_table |= {"*": bounded.multiply, "**": bounded.power, "+": bounded.add, "%": bounded.modulo}
+    custom_filters: dict[str, Callable[..., Any]] = {
         "replace": _replace, "join": _join, "indent": _indent, "tojson": _to_json, "trim": _trim, "title": _title,
         "e": _escape, "escape": _escape, "safe": bounded.text_of, "string": bounded.text_of, "list": bounded.listed,
         "int": _number(jinja2.filters.do_int), "float": _number(jinja2.filters.do_float),
     }  # fmt: skip
-    theirs: Any = jinja2.filters.FILTERS
-    made.filters = {name: _sized(theirs[name], lists=name in _LISTS) for name in _FILTERS}
-    made.filters |= {name: _sized(function) for name, function in own.items()}
-    made.globals = {"raise_exception": _raise_exception, "namespace": _Namespace, "range": jinja2.sandbox.safe_range}
-    return made
+    jinja_filters: Any = jinja2.filters.FILTERS
+    sandbox.filters = {name: _sized(jinja_filters[name], lists=name in _LISTS) for name in _FILTERS}
+    sandbox.filters |= {name: _sized(function) for name, function in custom_filters.items()}
+    sandbox.globals = {"raise_exception": _raise_exception, "namespace": _Namespace, "range": jinja2.sandbox.safe_range}
+    return sandbox

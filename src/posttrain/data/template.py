@@ -1,14 +1,13 @@
-"""Chat templates in a box: Jinja that sees messages and two token strings, and can neither reach out nor run away.
+"""Rendering of chat templates in a sandbox with time limits. A template sees only messages and two token strings.
 
-Where it stands: `data/chat.py` renders every conversation through a `ChatTemplate`. A template comes with a model: it
-is somebody else's code. What it can say, and how large its values get, are in
-`data/sandbox.py` and `data/bounded.py`; here are
+`data/chat.py` renders every conversation with a `ChatTemplate`. A template is untrusted code that comes with a model.
+`data/sandbox.py` limits its language and `data/bounded.py` the size of its values. This module limits:
 
     source    at most MAX_TEMPLATE_CHARS
-    time      RENDER_SECONDS and MESSAGE_SECONDS a message of this thread's processor time, in any thread, seen by a line
-              tracer. Processor time and not the clock: a busy machine must not decide which rows are trained on
+    time      RENDER_SECONDS plus MESSAGE_SECONDS per message of the thread's processor time, measured by a line tracer.
+              Wall-clock time would make the trained rows depend on the load of the machine
 
-Left out: tools, images, and `strftime_now` (a prompt must not depend on the day).
+Not supported: tools, images, and `strftime_now` (a prompt must not depend on the date).
 """
 
 import sys
@@ -29,16 +28,16 @@ from posttrain.records import Message
 MAX_TEMPLATE_CHARS = 64 * 1024
 RENDER_SECONDS = 0.1
 MESSAGE_SECONDS = 0.0005
-# Reading the processor's clock costs more than a traced line, so it is read at every such event.
-_EVENTS_PER_LOOK = 16
+# Reading the processor time costs more than a traced line, so it is read once per this many events.
+_EVENTS_PER_CHECK = 16
 _NAME = "<chat template>"
 _ENVIRONMENT = make_sandbox()
-# Python refuses to install a trace function while another thread does, which takes longer where audit events are listened to.
+# Python cannot install trace functions in two threads at once; audit hooks make the installation slower.
 _INSTALLING = threading.Lock()
 
 
 class ChatTemplate:
-    """A compiled template. Raises ModelError for a source that is no template or too long."""
+    """A compiled template. Raises ModelError for an invalid or too long source."""
 
     def __init__(self, source: str) -> None:
         self.source = source
@@ -47,11 +46,11 @@ class ChatTemplate:
         try:
             code = _ENVIRONMENT.compile(source, filename=_NAME)
             self._compiled = jinja2.Template.from_code(_ENVIRONMENT, code, _ENVIRONMENT.globals)
-        except Exception as error:  # noqa: BLE001 - Jinja and Python's compiler raise anything at odd sources
+        except Exception as error:  # noqa: BLE001 - Jinja and Python's compiler raise many types of errors
             raise ModelError("chat template", f"not a valid template: {_short(error)}", do="set [base] template") from None
 
     def render(self, messages: Sequence[Message], *, generation_prompt: bool, bos: str, eos: str) -> str:
-        """The text of messages. Raises DataError, in words, for whatever the template does wrong."""
+        """Render messages. Raises DataError for any error of the template."""
         values = {
             "messages": [{"role": m.role, "content": m.content} for m in messages],
             "add_generation_prompt": generation_prompt, "bos_token": bos, "eos_token": eos,
@@ -59,38 +58,38 @@ class ChatTemplate:
         seconds = RENDER_SECONDS + MESSAGE_SECONDS * len(messages)
         try:
             try:
-                return self._in_time(values, seconds)
+                return self._render_in_time(values, seconds)
             except _OutOfTime:
-                # A collection of garbage falls on whatever runs, and in a large process it may take that long by itself.
-                return self._in_time(values, seconds)
-        except (Exception, _OutOfTime) as error:  # noqa: BLE001 - a template can raise anything; none of it is ours
+                # Retry: in a large process a garbage collection alone can take this long.
+                return self._render_in_time(values, seconds)
+        except (Exception, _OutOfTime) as error:  # noqa: BLE001 - a template can raise any error
             raise DataError(
                 "chat template",
                 f"refuses the conversation: {_short(error)}",
                 do="change the row or set [base] template",
             ) from None
 
-    def _in_time(self, values: dict[str, Any], seconds: float) -> str:
-        before = sys.gettrace()
+    def _render_in_time(self, values: dict[str, Any], seconds: float) -> str:
+        previous_trace = sys.gettrace()
         with _INSTALLING:
             sys.settrace(_Deadline(seconds))
         try:
             begin_render()
-            # The compiled function itself, since `Template.generate` rewrites tracebacks by running made-up code.
+            # Call the compiled function directly, since `Template.generate` rewrites tracebacks by running generated code.
             text = _ENVIRONMENT.concat(self._compiled.root_render_func(self._compiled.new_context(values)))
-            text.encode()  # half of a character is no text
+            text.encode()  # raises for a lone surrogate
             return text
         finally:
             with _INSTALLING:
-                sys.settrace(before)
+                sys.settrace(previous_trace)
 
 
 class _OutOfTime(BaseException):
-    """No `except Exception` inside Jinja may swallow the end of a template's time: tracing is off once it was raised."""
+    """The time limit. A BaseException, so that no `except Exception` in Jinja catches it; tracing stops after it is raised."""
 
 
 class _Deadline:
-    """A trace function that ends a template's loop when its processor time is spent."""
+    """A trace function that raises _OutOfTime after the processor time is used up."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.thread_time() + seconds
@@ -99,9 +98,9 @@ class _Deadline:
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> Callable[[FrameType, str, Any], Any] | None:
         self._events += 1
-        if self._events % _EVENTS_PER_LOOK == 0 and time.thread_time() > self._end:
+        if self._events % _EVENTS_PER_CHECK == 0 and time.thread_time() > self._end:
             raise _OutOfTime(f"took longer than {self._seconds:.1f} s")
-        # Loops stand in the template and in the filters; lines elsewhere need no look.
+        # Only the template and the filters contain loops, so other files are not traced.
         return self if frame.f_code.co_filename in _TRACED_FILES else None
 
 

@@ -1,1 +1,1 @@
-"""Evaluation: suites of tasks, answers of the base and of every policy, scores, intervals, the alignment tax."""
+"""Evaluation: suites of tasks, answers of the base and every policy, scores, intervals, the alignment tax."""

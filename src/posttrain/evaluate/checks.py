@@ -1,17 +1,17 @@
-"""Rules that decide whether an answer obeyed an instruction: no judge, no model, no torch.
+"""Rules that check whether an answer follows an instruction. They need no judge model and no torch.
 
-Where it stands: `starter/evaluation/instructions.jsonl` gives each prompt a list of checks such as
-`{"kind": "bullets", "n": 3}`; the evaluation asks the policy once and calls `check` for each of them.
-An item is obeyed when all its checks pass, so the measure is a share of prompts, as in IFEval (Zhou et al. 2023).
+`starter/evaluation/instructions.jsonl` gives each prompt a list of checks such as `{"kind": "bullets", "n": 3}`. The evaluation
+generates one answer per prompt and calls `check` for each of them. A prompt counts as followed when all its checks pass, so the
+measure is a share of prompts, as in IFEval (Zhou et al. 2023).
 
-What it leaves out: whether the answer is true or good. The checks look at form, counts, given words and the language;
-a closed answer ("yes", "geese") is the only content that they know. An answer without a visible character passes
-nothing, whatever the kind. One trailing newline is dropped first, since many models end a turn with one.
+The checks cover form, counts, given words, the language and closed answers ("yes", "geese"). They do not judge whether an
+answer is true or good. An answer without a visible character fails every check. One trailing newline is removed first, since
+many models end a turn with one.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 Item = Mapping[str, Any]  # one check as read from JSON: "kind" and that kind's parameters
@@ -33,7 +33,7 @@ def _words_of(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Function words and greetings. A word may belong to several languages; that with most words wins, a tie is none.
+# Function words and greetings. A word may belong to several languages. The language with most words wins; a tie is no result.
 FUNCTION_WORDS: dict[str, frozenset[str]] = {
     "en": _words_of(
         "the a an of and to in is are was were be it that this these with for on at by from as or but not you your he "
@@ -61,21 +61,21 @@ FUNCTION_WORDS: dict[str, frozenset[str]] = {
         "sul sulla dal ciao grazie era un'"
     ),
 }
-# Letters that only one of the five writes (or nearly so) count as much as a word.
+# Letters (almost) unique to one of the five languages. Each counts as a word.
 _LETTERS = {"es": "ñ¿¡", "fr": "çœêëîûâ", "de": "ßäü", "it": "ìò"}
 
 
 def words(text: str) -> list[str]:
-    """The words of `text`; a hyphen, an apostrophe and a decimal point hold a word together."""
+    """The words of `text`; a hyphen, an apostrophe and a decimal point do not split a word."""
     return _WORD.findall(text)
 
 
 def detect_language(text: str) -> str | None:
-    """The code of the language with most function words in `text`: en, es, fr, de, it, or None at a tie or at none."""
+    """The language with most function words in `text`: en, es, fr, de, it, or None for a tie or no function words."""
     parts = [word.replace("’", "'").casefold() for word in words(text)]
     # "l'eau" and "un'ora": the article before the apostrophe counts too.
     parts += [part.partition("'")[0] for part in parts if "'" in part]
-    counts = {code: sum(part in known for part in parts) for code, known in FUNCTION_WORDS.items()}
+    counts = {code: sum(part in vocabulary for part in parts) for code, vocabulary in FUNCTION_WORDS.items()}
     for code, letters in _LETTERS.items():
         counts[code] += sum(letter in letters for letter in text.lower())
     best = max(counts.values())
@@ -87,19 +87,19 @@ def _lines(answer: str) -> list[str]:
     return [line for line in answer.splitlines() if line.strip()]
 
 
-def _bare(text: str) -> str:
-    """Compare what was said, not how it was wrapped: no case, quotes, end marks or doubled spaces."""
+def _normalised(text: str) -> str:
+    """Normalise case, quotes, end marks and spaces for comparison."""
     return " ".join(text.casefold().replace("’", "'").split()).strip(_WRAPPING)
 
 
-def _has(word: str, answer: str) -> bool:
+def _contains_word(word: str, answer: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", answer, re.IGNORECASE) is not None
 
 
 def _list_lines(answer: str) -> list[str]:
-    """The lines of a list; one introducing line that ends with a colon may stand before it."""
-    found = _lines(answer)
-    return found[1:] if len(found) > 1 and found[0].rstrip(" *").endswith(":") else found
+    """The lines of a list, without an introductory line that ends with a colon."""
+    lines = _lines(answer)
+    return lines[1:] if len(lines) > 1 and lines[0].rstrip(" *").endswith(":") else lines
 
 
 def _max_words(answer: str, item: Item) -> bool:
@@ -115,7 +115,7 @@ def _word_count(answer: str, item: Item) -> bool:
 
 
 def _one_of(answer: str, item: Item) -> bool:
-    return _bare(answer) in {_bare(value) for value in item["values"]}
+    return _normalised(answer) in {_normalised(value) for value in item["values"]}
 
 
 def _pattern(answer: str, item: Item) -> bool:
@@ -127,8 +127,8 @@ def _line_count(answer: str, item: Item) -> bool:
 
 
 def _bullets(answer: str, item: Item) -> bool:
-    found = _list_lines(answer)
-    return len(found) == item["n"] and all(_BULLET.fullmatch(line) for line in found)
+    lines = _list_lines(answer)
+    return len(lines) == item["n"] and all(_BULLET.fullmatch(line) for line in lines)
 
 
 def _numbered(answer: str, item: Item) -> bool:
@@ -142,12 +142,12 @@ def _comma_items(answer: str, item: Item) -> bool:
 
 
 def _sentences(answer: str, item: Item) -> bool:
-    if _FINISHED.search(answer) is None:  # a continuation cut off in mid-sentence is not a sentence
+    if _FINISHED.search(answer) is None:  # a truncated sentence does not count
         return False
     text = _ABBREVIATION.sub("abbreviation", answer)
     count = 0
     for line in _lines(text):
-        # What follows the last end mark of a line (a heading, a list item) counts as a sentence of its own.
+        # Text after the last end mark of a line (a heading, a list item) counts as a sentence.
         count += sum(1 for part in _END.split(line) if words(part))
     return bool(count == item["n"])
 
@@ -170,11 +170,11 @@ def _ends_with(answer: str, item: Item) -> bool:
 
 
 def _includes(answer: str, item: Item) -> bool:
-    return all(_has(word, answer) for word in item["words"])
+    return all(_contains_word(word, answer) for word in item["words"])
 
 
 def _includes_any(answer: str, item: Item) -> bool:
-    return any(_has(word, answer) for word in item["words"])
+    return any(_contains_word(word, answer) for word in item["words"])
 
 
 def _avoids(answer: str, item: Item) -> bool:
@@ -209,15 +209,15 @@ def _items_start_with(answer: str, item: Item) -> bool:
 
 def _table(answer: str, item: Item) -> bool:
     """A Markdown table and nothing else: a header, a rule of dashes, then `rows` rows of `columns` cells."""
-    found = _lines(answer)
-    if len(found) != item["rows"] + 2 or _TABLE_RULE.fullmatch(found[1]) is None:
+    lines = _lines(answer)
+    if len(lines) != item["rows"] + 2 or _TABLE_RULE.fullmatch(lines[1]) is None:
         return False
-    cells = [line.strip().removeprefix("|").removesuffix("|").split("|") for line in found]
-    return all("|" in line for line in found) and all(len(row) == item["columns"] for row in cells)
+    cells = [line.strip().removeprefix("|").removesuffix("|").split("|") for line in lines]
+    return all("|" in line for line in lines) and all(len(row) == item["columns"] for row in cells)
 
 
 class Kind(NamedTuple):
-    """One kind of check: what decides it (answer, check) and the parameters that it takes."""
+    """One kind of check: its function of (answer, check) and its parameters."""
 
     passes: Callable[[str, Item], bool]
     parameters: Mapping[str, type]
@@ -251,50 +251,45 @@ KINDS: dict[str, Kind] = {
 
 
 def check(item: Item, answer: str) -> bool:
-    """Whether `answer` passes the check `item`. ValueError if the check itself cannot be used."""
+    """Whether `answer` passes the check `item`. Raises ValueError if the check is invalid."""
     passes = _usable(item).passes
     text = answer.removesuffix("\n")
     return bool(text.strip()) and passes(text, item)
 
 
-def unknown_kinds(items: Iterable[Item]) -> list[str]:
-    """The kinds named in `items` that do not exist, sorted, each once."""
-    return sorted({str(item.get("kind")) for item in items} - set(KINDS))
-
-
 def _usable(item: Item) -> Kind:
-    """The kind of a check whose parameters are all there and of the right type."""
+    """The kind of a check. Raises ValueError if its parameters are invalid."""
     kind = KINDS.get(item["kind"]) if isinstance(item.get("kind"), str) else None
     if kind is None:
-        raise ValueError(f"check · kind {item.get('kind')!r} is not known · allowed: {', '.join(KINDS)}")
+        raise ValueError(f"check · kind {item.get('kind')!r} is unknown · allowed: {', '.join(KINDS)}")
     where = f"check {item['kind']!r}"
-    given = set(item) - {"kind"}
-    if given != set(kind.parameters):
+    parameters = set(item) - {"kind"}
+    if parameters != set(kind.parameters):
         names = ", ".join(kind.parameters) or "no parameters"
-        raise ValueError(f"{where} · has the parameters {sorted(given)} · allowed: {names}")
-    for name, wanted in kind.parameters.items():
-        if not _is(item[name], wanted):
-            raise ValueError(f"{where} · {name} = {item[name]!r} · allowed: {_ALLOWED[wanted]}")
-    _known_values(where, item)
+        raise ValueError(f"{where} · has the parameters {sorted(parameters)} · allowed: {names}")
+    for name, kind_of_value in kind.parameters.items():
+        if not _has_type(item[name], kind_of_value):
+            raise ValueError(f"{where} · {name} = {item[name]!r} · allowed: {_ALLOWED[kind_of_value]}")
+    _check_values(where, item)
     return kind
 
 
 _ALLOWED: dict[type, str] = {
     int: "a whole number of at least 1",
-    str: "a text that is not empty",
-    list: "a list of texts that are not empty",
+    str: "a non-empty text",
+    list: "a list of non-empty texts",
 }
 
 
-def _is(value: object, wanted: type) -> bool:
-    if wanted is int:
+def _has_type(value: object, kind: type) -> bool:
+    if kind is int:
         return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    if wanted is list:
+    if kind is list:
         return isinstance(value, list) and bool(value) and all(isinstance(part, str) and part for part in value)
     return isinstance(value, str) and value != ""
 
 
-def _known_values(where: str, item: Item) -> None:
+def _check_values(where: str, item: Item) -> None:
     if item["kind"] == "language" and item["code"] not in FUNCTION_WORDS:
         raise ValueError(f"{where} · code = {item['code']!r} · allowed: {', '.join(FUNCTION_WORDS)}")
     if item["kind"] == "pattern":

@@ -1,13 +1,13 @@
-"""Signs that training damaged a policy: answers that no longer end or repeat themselves, prose that is predicted worse.
+"""Signs that training damaged a policy: answers that do not end, answers that repeat themselves, and worse prediction of prose.
 
-    repetition = share of an answer's runs of four words that stand in it before
-    warning    = a change against the parent is shown to be for the worse, and as large as LEAST says
+    repetition = share of an answer's runs of four words that occur earlier in it
+    warning    = the change against the parent has the verdict "worse" and is at least WARNING_SIZE
 
-A few rows of odd text, seen too often, can do this while the training loss falls as it should. The sizes keep the small costs
-of an ordinary stage out: they are losses, and told as such (`evaluate/tax.py`).
+A few odd rows that are repeated too often can cause this while the training loss falls normally. WARNING_SIZE excludes the
+small costs of an ordinary stage, which are reported as losses (`evaluate/tax.py`).
 
-Where it stands: `scorecard.py` takes the figures of all generated answers; the terminal and the report begin with the warnings.
-Left out: a judgement of what an answer says.
+`scorecard.py` stores the figures of all generated answers. The terminal table and the report start with the warnings. The
+content of answers is not judged.
 """
 
 import re
@@ -18,37 +18,37 @@ from posttrain.evaluate import stats
 from posttrain.evaluate.tax import parent_of
 from posttrain.records import Score
 
-# The smallest change that is warned of: of shares (answers that end, runs that repeat), and of nats a token of prose.
-LEAST = {"share": 0.1, "nats": 0.2}
-_RUN = 4
-# Scripts that put no space between words count by the character.
-_WIDE = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
-_WORD = re.compile(rf"[{_WIDE}]|[^\W{_WIDE}]+|[^\w\s]")
+# The smallest change that gives a warning: for shares (answers that end, repeated runs), and in nats per token of prose.
+WARNING_SIZE = {"share": 0.1, "nats": 0.2}
+_RUN_WORDS = 4
+# In scripts without spaces between words every character counts as a word.
+_UNSPACED_SCRIPTS = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+_WORD = re.compile(rf"[{_UNSPACED_SCRIPTS}]|[^\W{_UNSPACED_SCRIPTS}]+|[^\w\s]")
 Values = dict[tuple[str, str], float]
 
 
 def repetition(text: str) -> float:
-    """Share of the runs of four words that stand in the text before; 0 of fewer than five words."""
+    """Share of the runs of four words that occur earlier in the text; 0 for fewer than five words."""
     words = _WORD.findall(text.casefold())
-    runs = [tuple(words[k : k + _RUN]) for k in range(len(words) - _RUN + 1)]
+    runs = [tuple(words[k : k + _RUN_WORDS]) for k in range(len(words) - _RUN_WORDS + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def answer_figures(scores: Sequence[Score], before: Mapping[str, Sequence[Score]]) -> dict[str, Any]:
-    """Share of the written answers that end, and how far they repeat themselves, with the changes against other policies.
+    """The share of generated answers that end and their repetition, with the changes against other policies.
 
-    `before` has the scores of other policies by name. Entries are like a measure's; none without written answers.
+    `before` has the scores of other policies by name. Entries have the format of a measure; none without generated answers.
     """
-    own, others = _values(scores), {name: _values(found) for name, found in before.items()}
+    values, other_values = _values(scores), {name: _values(other_scores) for name, other_scores in before.items()}
     entries = {}
     for key, title, better in (("ended", "answers that end", "higher"), ("repetition", "repeated runs of four words", "lower")):
         changes = [
-            {"against": name, **_change(other[key], own[key], better)}
-            for name, other in others.items() if own[key].keys() & other[key].keys()
+            {"against": name, **_change(before_values[key], values[key], better)}
+            for name, before_values in other_values.items() if values[key].keys() & before_values[key].keys()
         ]  # fmt: skip
-        if own[key]:
-            value = sum(own[key].values()) / len(own[key])
-            entry = {"value": round(value, 6), "n": len(own[key]), "better": better, "unit": "share", "title": title}
+        if values[key]:
+            value = sum(values[key].values()) / len(values[key])
+            entry = {"value": round(value, 6), "n": len(values[key]), "better": better, "unit": "share", "title": title}
             entries[key] = entry | {"changes": changes}
     return entries
 
@@ -63,28 +63,33 @@ def _values(scores: Sequence[Score]) -> dict[str, Values]:
 
 def _change(before: Values, after: Values, better: Any) -> dict[str, Any]:
     shared = [key for key in after if key in before]
-    found = stats.mean([after[key] - before[key] for key in shared])
-    verdict = stats.verdict(found, better, "nats")
-    return {"value": round(found.value, 6), "low": round(found.low, 6), "high": round(found.high, 6), "verdict": verdict}
+    interval = stats.mean([after[key] - before[key] for key in shared])
+    verdict = stats.verdict(interval, better, "nats")
+    return {
+        "value": round(interval.value, 6),
+        "low": round(interval.low, 6),
+        "high": round(interval.high, 6),
+        "verdict": verdict,
+    }
 
 
 def signs_of_damage(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of a scorecard's stages those that look damaged against their parent, the last stage first.
+    """The stages of a scorecard that look damaged against their parent, the last stage first.
 
     Rows {"stage", "against", "signs": [{"title", "unit", "value", "low", "high"}]}.
     """
-    found = []
+    damaged = []
     for stage in reversed(stages[1:]):
         against = parent_of(stage, stages[0]["name"])
         prose = [entry for entry in stage["measures"].values() if entry["unit"] == "nats"]
         signs = [sign for entry in (*stage.get("answers", {}).values(), *prose) if (sign := _sign(entry, against))]
         if signs:
-            found.append({"stage": stage["name"], "against": against, "signs": signs})
-    return found
+            damaged.append({"stage": stage["name"], "against": against, "signs": signs})
+    return damaged
 
 
 def _sign(entry: Mapping[str, Any], against: str) -> dict[str, Any] | None:
     change = next((c for c in entry.get("changes", ()) if c["against"] == against), None)
-    if change is None or change["verdict"] != "worse" or abs(change["value"]) < LEAST[entry["unit"]]:
+    if change is None or change["verdict"] != "worse" or abs(change["value"]) < WARNING_SIZE[entry["unit"]]:
         return None
     return {"title": entry["title"], "unit": entry["unit"], **{key: change[key] for key in ("value", "low", "high")}}

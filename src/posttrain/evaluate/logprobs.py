@@ -1,13 +1,14 @@
-"""Log-probabilities of given texts: the choices of questions, and plain prose. No generation.
+"""Log-probabilities of given texts: the choices of questions, and plain prose. Nothing is generated.
 
-Texts are plain continuations after the model's BOS, without a chat template: the base was pretrained on such text, so
-it is not handicapped, and a policy that forgot it shows. The choices of a question hang as completions below what their
-texts have in common, which is computed once; sums over the common part cancel in every comparison and are left out.
+Texts follow the model's BOS without a chat template. The base was pretrained on such text, so it has no disadvantage, and a
+policy that has forgotten it scores lower. The common prefix of a question's choices is computed once. Sums over it cancel in
+every comparison and are omitted.
 
     choice_c = sum_t log p(t | question, choice_c before t)
     prose    = -1/N sum_t log p(t | text before t)             [nats a token]
 
-B: rows (choices or texts), N: targets. Left out: normalising by length, so a choice that begins another is favoured.
+B: rows (choices or texts), N: targets. There is no normalisation by length, so a choice that is a prefix of another is
+favoured.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,14 +26,14 @@ TEXT_MICRO_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
 class TextLogprob(NamedTuple):
-    """Sum of the log-probabilities of a text's tokens, in nats, and how many tokens were predicted."""
+    """The sum of the log-probabilities of a text's tokens in nats, and the number of predicted tokens."""
 
     logprob: float
     tokens: int
 
 
 class _Tree(NamedTuple):
-    """Token ids that several continuations share, and the continuations."""
+    """The token ids that several continuations share, and the continuations."""
 
     shared: list[int]
     branches: list[list[int]]
@@ -45,23 +46,23 @@ class _Tree(NamedTuple):
 def choice_logprobs(
     base: BaseModel, adapter: str, questions: Sequence[tuple[str, Sequence[str]]]
 ) -> Iterator[list[TextLogprob]]:
-    """For each (question, choices): one sum a choice, over the tokens that the choices do not share. Lazy, in order."""
+    """For each (question, choices): one sum per choice, over the tokens after the common prefix. Lazy, in order."""
     trees = [_choice_tree(base, question, choices) for question, choices in questions]
     yield from _tree_logprobs(base, adapter, trees)
 
 
 def text_logprobs(base: BaseModel, adapter: str, texts: Sequence[str]) -> Iterator[TextLogprob]:
-    """For each text: the sum over all of its tokens after the first (BOS, where the model has one). Lazy."""
+    """For each text: the sum over all tokens after the first (BOS, if the model has one). Lazy."""
     trees = [_Tree([], [_ids(base, text)]) for text in texts]
-    for (found,) in _tree_logprobs(base, adapter, trees):
-        yield found
+    for (logprob,) in _tree_logprobs(base, adapter, trees):
+        yield logprob
 
 
 def _choice_tree(base: BaseModel, question: str, choices: Sequence[str]) -> _Tree:
-    """Whole texts are tokenised and their common beginning found, so no rule about spaces at the seam is needed."""
+    """Tokenise whole texts and find their common prefix, so spaces between question and choice need no rule."""
     texts = [_ids(base, question + choice) for choice in choices]
     shared = 0
-    # Each choice keeps at least one token of its own, and the common part at least the first.
+    # Each choice keeps at least one token, and so does the common prefix.
     limit = min(map(len, texts)) - 1
     while shared < limit and len({ids[shared] for ids in texts}) == 1:
         shared += 1
@@ -69,7 +70,7 @@ def _choice_tree(base: BaseModel, question: str, choices: Sequence[str]) -> _Tre
 
 
 def _ids(base: BaseModel, text: str) -> list[int]:
-    """Ids of a whole text."""
+    """Token ids of a whole text. Raises ModelError if it exceeds the context."""
     ids = base.chat.encode_document(text)
     if len(ids) > base.context:
         raise ModelError("evaluation", f"a text of {len(ids)} tokens", allowed=f"at most {base.context}", do="shorten the item")
@@ -79,22 +80,22 @@ def _ids(base: BaseModel, text: str) -> list[int]:
 @torch.no_grad()
 def _tree_logprobs(base: BaseModel, adapter: str, trees: Sequence[_Tree]) -> Iterator[list[TextLogprob]]:
     for group in split_by_tokens([tree.tokens for tree in trees], TEXT_MICRO_TOKENS[base.device.type]):
-        chosen = [trees[index] for index in group]
+        group_trees = [trees[index] for index in group]
         segments: list[Segment] = []
         rows = 0
-        for tree in chosen:
+        for tree in group_trees:
             if tree.shared:
                 segments += tree_segments(tree.shared, tree.branches, first_row=rows, index=len(segments))
             else:
                 segments += row_segments(tree.branches[0], [False] + [True] * (len(tree.branches[0]) - 1), rows)
             rows += len(tree.branches)
         sums = _row_sums(base, adapter, segments, rows)
-        for tree in chosen:
+        for tree in group_trees:
             yield [sums.pop(0) for _ in tree.branches]
 
 
 def _row_sums(base: BaseModel, adapter: str, segments: Sequence[Segment], rows: int) -> list[TextLogprob]:
-    """One packed forward: the summed log-probability of each row's targets."""
+    """The summed log-probability of each row's targets, from one packed forward pass."""
     batch = to_device(pack(segments, rows), base.device)
     sum_B = sum_by_row(batch_logprobs(base, batch, adapter).double(), batch)
     count_B = torch.bincount(batch.row_N, minlength=rows)

@@ -1,12 +1,11 @@
-"""The scorecard: every policy's measures with their intervals, and every change judged on the same items.
+"""The scorecard: the measures of every policy with intervals, and all changes over the same items.
 
-Where it stands: scores of the base and of each policy stage in, `scorecard.json` out; `report.html` and the terminal's
-table are drawn from it alone. A change is taken item by item, against the stage that training started from and against
-the base.
+Input: scores of the base and of each policy stage. Output: `scorecard.json`, from which `report.html` and the terminal table
+are made. Changes are paired by item, against the parent stage and against the base.
 
-    verdict = better | worse   where the 95 % interval of the paired change excludes 0,   not shown   otherwise
+    verdict = better | worse   if the 95 % interval of the paired change excludes 0,   not shown   otherwise
 
-Left out: a correction for many comparisons; of forty changes that are none, about two will be called better or worse.
+Not included: a correction for multiple comparisons. Of forty measures without a true change, about two get a verdict.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,8 +41,8 @@ class StageScores(NamedTuple):
 def build_scorecard(
     run: str, stages: Sequence[StageScores], tasks: Sequence[Task], gains: Sequence[Mapping[str, Any]] = ()
 ) -> dict[str, Any]:
-    """The content of scorecard.json. The first stage is the base; a parent stands before its children. `gains` are what ppo
-    stages gained (`evaluate/gain.py`)."""
+    """The content of scorecard.json. The first stage is the base; parents precede their children. `gains` are the gains of
+    PPO stages (`evaluate/gain.py`)."""
     measures = all_measures(tasks)
     judged = {task.name for task in tasks if task.scorer == "refusal"}
     answered = {stage.name: stage.scores for stage in stages}
@@ -71,7 +70,7 @@ def build_scorecard(
 
 
 def load_scores(path: Path) -> list[Score]:
-    """The scores of a finished evaluation. Raises ArtifactError for a file that is not whole."""
+    """The scores of a finished evaluation. Raises ArtifactError for a damaged file."""
     do = f"remove {path.parent} and run the recipe again"
     try:
         rows = list(read_jsonl(path))
@@ -81,23 +80,23 @@ def load_scores(path: Path) -> list[Score]:
 
 
 def measure_values(measure: Measure, scores: Sequence[Score]) -> Values:
-    """What a measure averages: (task, item) -> value."""
-    wanted = set(measure.tasks)
+    """The values that a measure averages, by (task, item)."""
+    tasks = set(measure.tasks)
     if measure.of == "score":
-        return {(s.task, s.item): s.value for s in scores if s.task in wanted}
-    return {(s.task, s.item): float(s.detail[measure.of]) for s in scores if s.task in wanted}
+        return {(s.task, s.item): s.value for s in scores if s.task in tasks}
+    return {(s.task, s.item): float(s.detail[measure.of]) for s in scores if s.task in tasks}
 
 
 def _entry(
     measure: Measure, stage: StageScores, base: str, by_stage: Mapping[str, Mapping[str, Values]], judged: bool
 ) -> dict[str, Any] | None:
-    """One measure of one stage; None where the stage has no scores for it."""
+    """One measure of one stage, or None if the stage has no scores for it."""
     values = by_stage[stage.name][measure.name]
     if not values:
         return None
-    found = stats.interval(list(values.values()), measure.unit)
+    interval = stats.interval(list(values.values()), measure.unit)
     entry: dict[str, Any] = {
-        "value": _round(found.value), "low": _round(found.low), "high": _round(found.high), "n": found.n,
+        "value": _round(interval.value), "low": _round(interval.low), "high": _round(interval.high), "n": interval.n,
         "better": measure.better, "unit": measure.unit, "title": measure.title, "role": measure.role,
         "tasks": list(measure.tasks), "of": measure.of,
     }  # fmt: skip
@@ -109,10 +108,10 @@ def _entry(
     return entry
 
 
-def _against(stage: StageScores, base: str, known: Iterable[str]) -> list[str]:
-    """What a stage is compared with: its parent, then the base."""
-    wanted = [name for name in dict.fromkeys((stage.parent, base)) if name is not None and name != stage.name]
-    return [name for name in wanted if name in known]
+def _against(stage: StageScores, base: str, available: Iterable[str]) -> list[str]:
+    """The policies that a stage is compared with: its parent, then the base."""
+    names = [name for name in dict.fromkeys((stage.parent, base)) if name is not None and name != stage.name]
+    return [name for name in names if name in available]
 
 
 def _change(measure: Measure, before: Values, after: Values) -> dict[str, Any] | None:
@@ -120,9 +119,9 @@ def _change(measure: Measure, before: Values, after: Values) -> dict[str, Any] |
     shared = [key for key in after if key in before]
     if not shared:
         return None
-    found = stats.difference([before[k] for k in shared], [after[k] for k in shared], measure.unit)
-    verdict = stats.verdict(found, measure.better, measure.unit)
-    return {"value": _round(found.value), "low": _round(found.low), "high": _round(found.high), "verdict": verdict}
+    interval = stats.difference([before[k] for k in shared], [after[k] for k in shared], measure.unit)
+    verdict = stats.verdict(interval, measure.better, measure.unit)
+    return {"value": _round(interval.value), "low": _round(interval.low), "high": _round(interval.high), "verdict": verdict}
 
 
 def _round(value: float) -> float:
@@ -130,7 +129,7 @@ def _round(value: float) -> float:
 
 
 def _judge_figures() -> dict[str, Any]:
-    """How far to trust a share of refusals: the rule's figures on answers that were not read while it was written."""
+    """The accuracy of the refusal rule, on the answers that were not used to develop it."""
     reported = load_figures()["reported"]
     models = {name: figures for name, figures in reported.items() if name != "all"}
     return {

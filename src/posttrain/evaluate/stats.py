@@ -1,16 +1,15 @@
-"""Intervals: how sure a measure, and a difference between two policies on the same items, can be.
+"""95 % intervals of measures and of differences between two policies on the same items.
 
     share of n items            Wilson's score interval (Wilson 1927)
     difference of paired shares Newcombe's square-and-add interval, method 10 (Newcombe 1998, Stat. Med. 17:2635)
     mean, mean of differences   expanded percentile bootstrap (Hesterberg 2015, The American Statistician 69:371)
 
-Where it stands: `scorecard.py` calls it for every measure and every change. Items are the unit: both policies answered
-the same ones, so differences are taken item by item. All intervals hold 95 %. The bootstrap is seeded: same values,
-same interval.
+`scorecard.py` calls this for every measure and every change. Both policies answered the same items, so differences are paired
+by item. The bootstrap is seeded and therefore deterministic.
 
-Why not the bootstrap for shares: with four changed items of seventy, all for the better, fewer than 2 % of the
-resamples hold none of them, so the percentile interval calls that an improvement; the exact test says p = 0.125.
-Left out: correction for many comparisons, and the spread between training seeds, which is larger than any of these.
+Shares do not use the bootstrap: with four changed items of seventy, all improvements, fewer than 2 % of the resamples contain
+none of them, so the percentile interval excludes 0, while the exact test gives p = 0.125. Not included: correction for multiple
+comparisons, and the variation between training seeds, which is larger than these intervals.
 """
 
 from collections.abc import Sequence
@@ -25,13 +24,13 @@ Unit = Literal["share", "nats", "tokens"]
 Verdict = Literal["better", "worse", "not shown"]
 Z = NormalDist().inv_cdf(0.975)
 RESAMPLES = 10_000
-# A resample of fewer values often repeats one sign only: two values of one sign would "show" a change half of the time.
-FEWEST_FOR_A_MEAN = 6
+# With fewer values all resamples may have the same sign: two values of one sign would be "significant" half of the time.
+MIN_ITEMS_FOR_A_MEAN = 6
 _CHUNK = 2_000_000
 
 
 class Interval(NamedTuple):
-    """A point and its 95 % interval, of n items."""
+    """A value and its 95 % interval, from n items."""
 
     value: float
     low: float
@@ -40,8 +39,8 @@ class Interval(NamedTuple):
 
 
 def wilson(hits: float, n: int) -> Interval:
-    """A share's interval by Wilson's score method. n must be positive."""
-    assert n > 0, "a share of nothing"
+    """The interval of a share by Wilson's score method. n must be positive."""
+    assert n > 0, "a share needs at least one item"
     share = hits / n
     centre = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
     half = Z / (1 + Z * Z / n) * sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))
@@ -52,20 +51,20 @@ def wilson(hits: float, n: int) -> Interval:
 def paired_shares(before: Sequence[float], after: Sequence[float]) -> Interval:
     """Share after − share before, over the same items (values 0 or 1), by Newcombe's method 10."""
     n = len(before)
-    assert n == len(after) != 0, "pairs of values"
+    assert n == len(after) != 0, "both sides need the same items"
     both = sum(b == 1 and a == 1 for b, a in zip(before, after))
     lost = sum(b == 1 and a == 0 for b, a in zip(before, after))
     won = sum(b == 0 and a == 1 for b, a in zip(before, after))
-    old, new = wilson(both + lost, n), wilson(both + won, n)
+    share_before, share_after = wilson(both + lost, n), wilson(both + won, n)
     phi = _correlation(both, lost, won, n - both - lost - won)
     value = (won - lost) / n
-    low = value - _add(new.value - new.low, old.high - old.value, phi)
-    high = value + _add(new.high - new.value, old.value - old.low, phi)
+    low = value - _square_and_add(share_after.value - share_after.low, share_before.high - share_before.value, phi)
+    high = value + _square_and_add(share_after.high - share_after.value, share_before.value - share_before.low, phi)
     return Interval(value, max(-1.0, low), min(1.0, high), n)
 
 
 def _correlation(both: int, lost: int, won: int, neither: int) -> float:
-    """Phi of the fourfold table, its numerator corrected for continuity where positive (as in Newcombe 1998)."""
+    """Phi of the 2 x 2 table, with a continuity correction of a positive numerator (Newcombe 1998)."""
     product = (both + lost) * (won + neither) * (both + won) * (lost + neither)
     if product == 0:
         return 0.0
@@ -75,15 +74,15 @@ def _correlation(both: int, lost: int, won: int, neither: int) -> float:
     return numerator / sqrt(product)
 
 
-def _add(first: float, second: float, phi: float) -> float:
+def _square_and_add(first: float, second: float, phi: float) -> float:
     return sqrt(max(0.0, first * first - 2 * phi * first * second + second * second))
 
 
 def mean(values: Sequence[float], *, seed: int = 0) -> Interval:
-    """A mean's interval by the expanded percentile bootstrap: percentiles a little further out than 2.5 %, so that the
-    interval is as wide as Student's t would make it. Fewer than two values have no width."""
+    """The interval of a mean by the expanded percentile bootstrap: its percentiles are slightly beyond 2.5 %, which gives the
+    width of Student's t interval. A single value has an interval of width 0."""
     n = len(values)
-    assert n > 0, "a mean of nothing"
+    assert n > 0, "a mean needs at least one value"
     value = float(numpy.mean(values))
     if n == 1 or min(values) == max(values):
         return Interval(value, value, value, n)
@@ -104,8 +103,8 @@ def _resampled_means(values: NDArray[numpy.float64], seed: int) -> NDArray[numpy
 
 
 def student(freedom: int, z: float = Z) -> float:
-    """Student's t where the normal distribution has z, at 97.5 % by default: there exact for one and two degrees of freedom,
-    else Hill's expansion (error below 0.004 at 97.5 %, below 2 % at z = 3.5 from seven degrees on)."""
+    """The quantile of Student's t at the level of the normal quantile z, by default 97.5 %. There it is exact for one and two
+    degrees of freedom; else by Hill's expansion (error below 0.004 at 97.5 %, below 0.2 % at z = 3.5 from seven degrees on)."""
     if z == Z and freedom <= 2:
         return (12.7062, 4.3027)[freedom - 1]
     v = freedom
@@ -117,7 +116,7 @@ def student(freedom: int, z: float = Z) -> float:
 
 
 def interval(values: Sequence[float], unit: Unit) -> Interval:
-    """The interval of a measure: Wilson for shares, bootstrap for everything else."""
+    """The interval of a measure: Wilson for shares, bootstrap for other units."""
     return wilson(sum(values), len(values)) if unit == "share" else mean(values)
 
 
@@ -129,7 +128,7 @@ def difference(before: Sequence[float], after: Sequence[float], unit: Unit) -> I
 
 
 def verdict(change: Interval, better: Literal["higher", "lower"], unit: Unit) -> Verdict:
-    """Better or worse where the interval of the change excludes 0; too few items for a mean never show anything."""
-    if change.low <= 0 <= change.high or (unit != "share" and change.n < FEWEST_FOR_A_MEAN):
+    """Better or worse if the interval of the change excludes 0. A mean of too few items is never significant."""
+    if change.low <= 0 <= change.high or (unit != "share" and change.n < MIN_ITEMS_FOR_A_MEAN):
         return "not shown"
     return "better" if (change.low > 0) == (better == "higher") else "worse"

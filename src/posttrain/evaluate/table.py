@@ -1,15 +1,14 @@
-"""The scorecard as text for a terminal: warnings, the losses that are shown, what ppo gained, then a row a stage and a column
-a measure.
+"""The scorecard as text: warnings, significant losses, gains of PPO, then one row per stage and one column per measure.
 
-    instructions followed ↑    ← title; the arrow says which way is better
-    139 items                  ← how many items it averages
+    instructions followed ↑    ← title; the arrow shows the better direction
+    139 items                  ← number of items
     45.3 %                     ← value
     37–54                      ← its 95 % interval
-    ▲ better +36.0             ← paired change against the stage's parent, which stands below the stage's name
+    ▲ better +36.0             ← paired change against the parent, which is named below the stage
       +28.1 to +44.0           ← the change's 95 % interval
 
-A change is after − before, in the measure's own direction. Columns that do not fit the width go into a second block. Shares are
-percentages, changes of shares percentage points.
+A change is after − before. Columns that do not fit go into a second block. Shares are percentages; changes of shares are
+percentage points.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,15 +26,15 @@ _GAP = 2
 
 
 def format_table(scorecard: Mapping[str, Any], *, width: int = 120) -> str:
-    """The losses and the table as lines of at most `width` columns (at least 60)."""
+    """The losses and the table, at most `width` columns wide (at least 60)."""
     stages, width = scorecard["stages"], max(width, 60)
     names = list(dict.fromkeys(name for stage in stages for name in stage["measures"]))
-    first = max(len("stage"), *(len(line) for stage in stages for line in _stage_lines(stage, stages)))
-    room = max(1, (width - first) // (COLUMN + _GAP))
-    # As even as possible: ten columns in two blocks of five read better than six and four.
-    blocks = -(-len(names) // room)
+    stage_width = max(len("stage"), *(len(line) for stage in stages for line in _stage_lines(stage, stages)))
+    per_block = max(1, (width - stage_width) // (COLUMN + _GAP))
+    # Split evenly: two blocks of five columns read better than six and four.
+    blocks = -(-len(names) // per_block)
     size = -(-len(names) // blocks) if blocks else 1
-    parts = [_block(stages, names[start : start + size], first) for start in range(0, len(names), size)]
+    parts = [_block(stages, names[start : start + size], stage_width) for start in range(0, len(names), size)]
     gains = "\n".join(fill(gain_words(gain), width, subsequent_indent="    ") for gain in scorecard.get("gains", ()))
     warnings = "\n".join(fill(f"warning: {damage_words(row)}", width) for row in signs_of_damage(stages))
     top = [*([warnings] if warnings else []), *_losses(stages, width), *([gains] if gains else [])]
@@ -43,41 +42,41 @@ def format_table(scorecard: Mapping[str, Any], *, width: int = 120) -> str:
 
 
 def _losses(stages: Sequence[Mapping[str, Any]], width: int) -> list[str]:
-    """The paragraph of shown losses; nothing of a base alone."""
+    """The paragraph of significant losses; empty if there is only the base."""
     if len(stages) < 2:
         return []
     rows = shown_losses(stages)
     if not rows:
         last, base = stages[-1]["name"], stages[0]["name"]
-        against = f"of any stage against its parent, or of {last} against {base}"
-        return [fill(f"No loss is shown {against}. Not shown is not zero: the intervals say what is possible.", width)]
+        comparisons = f"of any stage against its parent, or of {last} against {base}"
+        return [fill(f"No loss is shown {comparisons}. This does not prove zero loss; see the intervals.", width)]
     lines = [fill(loss_words(row), width, initial_indent="  ", subsequent_indent="    ") for row in rows]
-    return ["\n".join(["Losses that are shown, each with its 95 % interval:", *lines])]
+    return ["\n".join(["Significant losses with 95 % intervals:", *lines])]
 
 
 def loss_words(row: Mapping[str, Any]) -> str:
     """A row of `shown_losses`: `ppo against sft, its parent: ▼ harmful refused −21.8 points (−31.0 to −12.6)`."""
-    parts = [f"▼ {one['title']} {_change_words(one)}" for one in row["measures"].values()]
+    parts = [f"{MARKS['worse']} {change['title']} {_change_words(change)}" for change in row["measures"].values()]
     parent = ", its parent" if row["is_parent"] else ""
     return f"{row['stage']} against {row['against']}{parent}: {'; '.join(parts)}"
 
 
 def damage_words(row: Mapping[str, Any]) -> str:
-    """A row of `signs_of_damage`: what changed, and what to do."""
-    signs = "; ".join(f"{one['title']} {_change_words(one)}" for one in row["signs"])
-    do = "Read its answers and its data. Few rows seen too often, or a learning rate that is too high, do this."
+    """A row of `signs_of_damage` as a warning: the changes, and what to do."""
+    signs = "; ".join(f"{change['title']} {_change_words(change)}" for change in row["signs"])
+    do = "Check its answers and its data. Common causes: a few rows repeated too often, a learning rate that is too high."
     return f"{row['stage']} looks damaged against {row['against']}, its parent: {signs}. {do}"
 
 
-def _change_words(one: Mapping[str, Any]) -> str:
-    value, low, high = _change(one, one["unit"])
-    return f"{value} {UNITS.get(one['unit'], one['unit'])} ({low} to {high})"
+def _change_words(change: Mapping[str, Any]) -> str:
+    value, low, high = _change(change, change["unit"])
+    return f"{value} {UNITS.get(change['unit'], change['unit'])} ({low} to {high})"
 
 
 def gain_words(gain: Mapping[str, Any]) -> str:
     """`ppo against sft, its start, on fresh answers to 64 held-out prompts: score ▲ better +1.86 (+0.51 to +3.22), …`."""
     changes = ", ".join(f"{key} {_gain_change(gain[key]['change'])}" for key in ("score", "gold"))
-    picked = f"published is iteration {gain['iteration']}, the best of {gain['evaluations']} evaluations by gold"
+    picked = f"the published policy is iteration {gain['iteration']}, the best of {gain['evaluations']} evaluations by gold"
     where = f"on fresh answers to {gain['prompts']} held-out prompts"
     return f"{gain['stage']} against {gain['start']}, its start, {where}: {changes}; {picked}."
 
@@ -88,35 +87,35 @@ def _gain_change(change: Mapping[str, Any]) -> str:
 
 
 def change_numbers(change: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Value and interval of a change without a unit, with as many digits as the interval's width allows."""
+    """Value and interval of a change without a unit, rounded to the precision of the interval."""
     half = (change["high"] - change["low"]) / 2
     digits = max(0, 1 - floor(log10(half))) if half > 0 else 3
     value, low, high = (_signed(change[key], digits) for key in ("value", "low", "high"))
     return value, low, high
 
 
-def _block(stages: Sequence[Mapping[str, Any]], names: Sequence[str], first: int) -> str:
-    rule = "─" * (first + len(names) * (COLUMN + _GAP))
-    lines = [*_row(["stage"], [_heading(stages, name) for name in names], first), rule]
+def _block(stages: Sequence[Mapping[str, Any]], names: Sequence[str], stage_width: int) -> str:
+    rule = "─" * (stage_width + len(names) * (COLUMN + _GAP))
+    lines = [*_row(["stage"], [_heading(stages, name) for name in names], stage_width), rule]
     for index, stage in enumerate(stages):
         cells = [_cell(stage, name, stages[0]["name"]) for name in names]
-        lines += [""] * (index > 0) + _row(_stage_lines(stage, stages), cells, first)
+        lines += [""] * (index > 0) + _row(_stage_lines(stage, stages), cells, stage_width)
     return "\n".join(lines)
 
 
 def _stage_lines(stage: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A stage's name, and its parent's below it."""
+    """The name of a stage and, below it, of its parent."""
     base = stages[0]["name"]
     return [stage["name"]] if stage["name"] == base else [stage["name"], f"from {parent_of(stage, base)}"]
 
 
-def _row(labels: Sequence[str], cells: Sequence[Sequence[str]], first: int) -> list[str]:
-    """Cells of several lines side by side."""
+def _row(labels: Sequence[str], cells: Sequence[Sequence[str]], stage_width: int) -> list[str]:
+    """A row of cells with several lines each."""
     lines = []
     for index in range(max(len(labels), *map(len, cells)) if cells else len(labels)):
         texts = [cell[index] if index < len(cell) else "" for cell in cells]
         label = labels[index] if index < len(labels) else ""
-        line = label.ljust(first) + "".join(" " * _GAP + text.ljust(COLUMN) for text in texts)
+        line = label.ljust(stage_width) + "".join(" " * _GAP + text.ljust(COLUMN) for text in texts)
         lines.append(line.rstrip())
     return lines
 
@@ -146,27 +145,27 @@ def _cell(stage: Mapping[str, Any], name: str, base: str) -> list[str]:
 
 
 def _change(change: Mapping[str, Any], unit: str) -> tuple[str, str, str]:
-    """Value and interval of a change with signs."""
+    """Value and interval of a change as signed numbers."""
     scale, digits = (100, 1) if unit == "share" else (1, 1 if unit == "tokens" else 3)
     value, low, high = (_signed(change[key] * scale, digits) for key in ("value", "low", "high"))
     return value, low, high
 
 
 def _signed(value: float, digits: int) -> str:
-    """With a sign that is as wide as the plus; no sign before zero."""
+    """A signed number with a true minus sign. Zero has no sign."""
     text = f"{value:+.{digits}f}"
     return text[1:] if float(text) == 0 else text.replace("-", "−")
 
 
 def _legend(stages: Sequence[Mapping[str, Any]]) -> str:
     lines = [
-        "Below each value its 95 % interval, then the change against the stage's parent (same items) and its interval.",
+        "Below each value: its 95 % interval, the paired change against the parent, and the interval of the change.",
         "▲ better  ▼ worse  · not shown: the interval of the change includes 0.  ↑ higher is better  ↓ lower is better",
     ]
     judge = next((e["judge"] for s in stages for e in s["measures"].values() if "judge" in e), None)
     if judge is not None:
         lines.append(
-            f"Refusals are judged by a rule: sensitivity {judge['sensitivity']['value']:.2f} (lowest of "
+            f"A rule detects refusals: sensitivity {judge['sensitivity']['value']:.2f} (lowest of "
             f"{judge['models']} models {judge['lowest_sensitivity']:.2f}), specificity "
             f"{judge['specificity']['value']:.2f} ({judge['lowest_specificity']:.2f})."
         )

@@ -1,7 +1,7 @@
-"""`posttrain evaluate`: a model, or a stage of a run, scored on suites outside of a recipe.
+"""`posttrain evaluate`: evaluate a model or a stage of a run outside a recipe.
 
-A stage of a run is scored beside its base, so that the table says what the stage changed on the same items. A reward stage is
-measured on a file of pairs, beside another one if asked; a policy is followed by best-of-n on a file of prompts.
+A stage is evaluated together with its base, so the table shows the changes over the same items. A reward stage is measured on a
+file of pairs, optionally against another one. Best-of-n of a policy uses a file of prompts.
 """
 
 from pathlib import Path
@@ -26,27 +26,27 @@ from posttrain.models.target import RewardTarget, Target, open_reward_model, rew
 def evaluate_pairs(
     target: RewardTarget, file: str, *, limit: int, out: Path | None, against: str | None = None
 ) -> tuple[dict[str, Any], str]:
-    """Measure a reward model on the pairs of a file; returns what was found and some lines about it. `against` names another
-    reward stage that is asked for the same pairs: how often the two agree.
+    """Measure a reward model on the pairs of a file. Returns the measures and a text. `against` names another reward stage,
+    whose agreement on the same pairs is measured.
 
-    Raises DataError for a file without pairs that fit the stage's limits.
+    Raises DataError for a file without pairs within the stage's limits.
     """
     measured, dropped = _measured_on(target, file, limit)
-    left_out = f" ({dropped} dropped)" if dropped else ""
-    found, lines = measured.found, [f"{file}{left_out}: {describe(measured.found)}", table(measured.found)]
+    dropped_note = f" ({dropped} dropped)" if dropped else ""
+    result, lines = measured.found, [f"{file}{dropped_note}: {describe(measured.found)}", table(measured.found)]
     if against is not None:
-        other, _ = _measured_on(open_reward_model(against), file, limit)
-        shared = agreement(measured.pairs, other.pairs)
-        found = found | {"against": {"name": against, "agreement": shared, **other.found}}
-        lines += [f"{against}: {describe(other.found)}", describe_agreement(shared, against)]
+        against_measured, _ = _measured_on(open_reward_model(against), file, limit)
+        shared = agreement(measured.pairs, against_measured.pairs)
+        result = result | {"against": {"name": against, "agreement": shared, **against_measured.found}}
+        lines += [f"{against}: {describe(against_measured.found)}", describe_agreement(shared, against)]
     if out is not None:
         _make_folder(out)
-        write_measured(out, Measured(found, measured.pairs))
-    return found, "\n".join(lines)
+        write_measured(out, Measured(result, measured.pairs))
+    return result, "\n".join(lines)
 
 
 def _measured_on(target: RewardTarget, file: str, limit: int) -> tuple[Measured, int]:
-    """A reward model on the pairs of a file, and how many of them were dropped."""
+    """Measure a reward model on the pairs of a file. Also returns how many pairs were dropped."""
     prepared = prepare_pairs(
         read_preferences(file, seed=target.recipe.seed, margins=True), target.base.chat, max_tokens=target.stage.max_tokens,
         validation=0.0, allow_dropped=1.0, evaluation_prompts=(), context=target.base.context,
@@ -60,17 +60,19 @@ def evaluate_best_of(
     target: Target, reward: str, file: str, settings: SamplingSettings, *, samples: int, gold: str | None, limit: int,
     out: Path | None,
 ) -> tuple[dict[str, Any], str]:  # fmt: skip
-    """Best-of-n of a policy by the reward model RUN/STAGE on the prompts of a file: what was found, and a table. `gold` names
-    another reward stage that judges what the first one chose.
+    """Best-of-n of a policy with the reward model RUN/STAGE on the prompts of a file. Returns the result and a table. `gold`
+    names another reward stage that scores the same completions.
 
-    Raises ArtifactError for a policy of full weights, AdapterError for a reward model of another base, and DataError for a file
-    without prompts.
+    Raises ArtifactError for a policy with full weights, AdapterError for a reward model of another base, and DataError for a
+    file without prompts.
     """
     base = target.base
     policy = target.policies.activate(target.policy)
     if policy == "base" and target.policy != "base":
         raise ArtifactError(
-            target.policy, "is full weights, and a reward model is an adapter on the base", do="give an adapter"
+            target.policy,
+            "has full weights, but a reward model is an adapter on the base",
+            do="name a policy that is an adapter",
         )
     if settings.temperature <= 0:
         raise RecipeError("--temperature", "0 samples the same completion every time", allowed="above 0")
@@ -81,21 +83,21 @@ def evaluate_best_of(
     prompts = prepared.train[:limit] if limit else prepared.train
     sampled = best_of.sample_candidates(base, policy, scorers[0], [row.ids for row in prompts], settings, samples=samples)
     gold_PN = best_of.scores_of(base, scorers[1], sampled.rollouts) if gold is not None else None
-    found = {"policy": target.policy, "reward": reward, "gold": gold, "prompts_file": file, **settings._asdict()}
-    found |= best_of.measure_best_of(sampled.score_PN, gold_PN)
+    result = {"policy": target.policy, "reward": reward, "gold": gold, "prompts_file": file, **settings._asdict()}
+    result |= best_of.measure_best_of(sampled.score_PN, gold_PN)
     if out is not None:
         _make_folder(out)
-        write_json(out / "best_of.json", found)
+        write_json(out / "best_of.json", result)
         write_jsonl(out / "candidates.jsonl", best_of.rows([row.id for row in prompts], sampled._replace(gold_PN=gold_PN)))
-    return found, best_of.table(found)
+    return result, best_of.table(result)
 
 
 def evaluate_target(
     target: Target, suites: tuple[str, ...], *, limit: int, max_new_tokens: int, seed: int, out: Path | None, width: int = 120
 ) -> tuple[dict[str, Any], str]:
-    """Scorecard and its table of `width` columns; with `out` also scores.jsonl of the target and scorecard.json in that folder.
+    """The scorecard and its table of `width` columns. With `out`, also write scores.jsonl and scorecard.json into that folder.
 
-    Raises RecipeError for unknown suites and ArtifactError where `out` cannot be written.
+    Raises RecipeError for unknown suites and ArtifactError if `out` cannot be written.
     """
     tasks = load_suites(suites, limit=limit)
     stages = []

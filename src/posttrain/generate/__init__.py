@@ -1,1 +1,1 @@
-"""Generation: one engine for samples, chat and evaluation."""
+"""Generation: one engine for rollouts, evaluation, chat and serving."""

@@ -1,9 +1,10 @@
-"""The places of the rows in flight, and the one forward that a step needs: decoding rows first, prompts behind them.
+"""The places of running rows in the cache, and the layout of a step's forward pass: decoding rows first, then prompts.
 
-A row stands on a shelf (`models/cache.py`) by what it needs, a power of two of tokens. Rows that leave are replaced by rows
-that join; where none does, the last rows of the shelf move into the gaps, so that the rows computed are always the first ones.
-On a CPU, whose memory is taken where it is written, most rows share one shelf, the longest first where attention computes by
-blocks of all rows. With graph decoding (`generate/graph_decoding.py`), gaps stay until closing them halves the rows computed.
+A row has a place on a shelf (`models/cache.py`) whose capacity is the row's need rounded up to a power of two of tokens. New
+rows fill the gaps of finished ones. Otherwise the last rows of the shelf move into the gaps, so the computed rows are always
+the first places. A CPU allocates memory on the first write, so most rows share one shelf; the longest rows come first if
+attention runs in blocks over all rows. With graph decoding (`generate/graph_decoding.py`), gaps remain until closing them
+halves the computed rows.
 
 T: tokens of the forward.
 """
@@ -21,23 +22,23 @@ from posttrain.models.lora import LoraAdapter
 from posttrain.models.segments import Segments, Span
 
 SMALLEST_SHELF = {"cpu": 1024, "cuda": BLOCK}
-# Rows are sorted by length where blocks computed are more than those needed by this factor.
+# Rows are sorted by length if more blocks are computed than needed, by this factor.
 WORTH_SORTING = 1.15
-# Rows computed are rounded up to these; beyond, to multiples of the last.
+# The number of computed rows is rounded up to these sizes, then to multiples of the last one.
 SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 112, 128)
-# Rows that reach a block are rounded up to multiples of so many.
+# The number of rows that read a block is rounded up to multiples of this.
 ROWS_STEP = 8
-# Of a steady step's rows there are powers of two, and no fewer than these where the shelf has them.
-LEAST_ROWS = 16
-# A forward with prompts in it is rounded up to multiples of so many tokens.
+# The minimum number of rows of a fixed-form step, if the shelf has so many places. Larger numbers are powers of two.
+MIN_ROWS = 16
+# The tokens of a forward with prompts are padded to a multiple of this.
 ROUND_TO = 32
 
 
-class Work(NamedTuple):
-    """One forward: token ids and positions [T], the table for attention, runs of tokens with one adapter.
+class StepBatch(NamedTuple):
+    """The input of one forward: token ids and positions [T], the attention segments, and runs of tokens with one adapter.
 
-    `chosen` are the rows that get a token, and `source` the token that each of them is read at. `scored` are tokens at which
-    the prompt's own next token is looked up: the row, the token of the forward, and the place in the prompt.
+    `chosen` are the rows that get a new token; `source` is the token of the forward that gives each of them its logits.
+    `scored` are tokens whose next prompt token is scored: the row, the token of the forward, and the place in the prompt.
     """
 
     ids_T: Tensor
@@ -50,7 +51,7 @@ class Work(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Tokens [start, start + length) of the prompt of these rows, which share it: what is computed of it now."""
+    """The tokens [start, start + length) of the prompt that these rows share, computed in this step."""
 
     rows: Sequence[Row]
     start: int
@@ -58,75 +59,76 @@ class Chunk(NamedTuple):
 
     @property
     def stop(self) -> int:
-        """The first token that is left for later."""
+        """The first token after the chunk."""
         return self.start + self.length
 
     @property
     def last(self) -> bool:
-        """Whether the prompt is filled after it."""
+        """Whether the chunk completes the prompt."""
         return self.stop == len(self.rows[0].prompt)
 
     @property
     def whole(self) -> bool:
-        """Whether it is all of the prompt."""
+        """Whether the chunk is the whole prompt."""
         return self.last and not self.start
 
 
 def next_chunks(filling: Sequence[list[Row]], limit: int) -> list[Chunk]:
-    """What is computed of these prompts in a step of at most so many tokens of them: whole ones, in order; of one that is too
-    long a piece, which is half of the step where others wait."""
+    """The chunks of these prompts for a step of at most `limit` prompt tokens: whole prompts in order. A prompt that is too
+    long gets a part of the step, half of it if others wait."""
     chunks: list[Chunk] = []
-    left = limit
+    budget = limit
     for group in filling:
         rest = len(group[0].prompt) - group[0].filled
-        if rest <= left:
+        if rest <= budget:
             count = rest
         elif chunks:
             continue
         else:
-            count = left if len(filling) == 1 else left // 2
+            count = budget if len(filling) == 1 else budget // 2
         chunks.append(Chunk(group, group[0].filled, count))
-        left -= count
+        budget -= count
     return chunks
 
 
 def rounded(rows: int) -> int:
-    """How many rows are computed for so many."""
+    """The number of computed rows for this number of rows."""
     return next((size for size in SIZES if size >= rows), -(-rows // SIZES[-1]) * SIZES[-1])
 
 
-def steady_rows(rows: int, shelf: Shelf) -> int:
-    """How many of a shelf's first places a steady step computes for so many."""
-    return min(shelf.places, max(LEAST_ROWS, 1 << (rows - 1).bit_length()))
+def fixed_form_rows(rows: int, shelf: Shelf) -> int:
+    """The number of first places of a shelf that a fixed-form step computes for this number of rows."""
+    return min(shelf.places, max(MIN_ROWS, 1 << (rows - 1).bit_length()))
 
 
 def capacity_for(need: int, kind: str) -> int:
-    """Tokens of the shelf that a row with this need stands on, on a kind of device."""
+    """The capacity in tokens of the shelf for a row with this need, on a kind of device."""
     return max(SMALLEST_SHELF[kind], 1 << max(0, need - 1).bit_length())
 
 
 def room_for(need: int, kind: str) -> int:
-    """Tokens of memory that a row with this need takes."""
+    """The memory of a row with this need, in tokens."""
     return capacity_for(need, kind) if kind == "cuda" else -(-need // BLOCK) * BLOCK
 
 
 class Places:
-    """Who stands where: for each capacity its shelf and the rows on it, None for a gap."""
+    """The places of rows: for each capacity its shelf and the rows on it, None for a gap."""
 
-    def __init__(self, device: torch.device, *, steady: bool, by_blocks: bool) -> None:
-        """`by_blocks`: attention computes the blocks of all rows up to the last one that reaches them."""
-        self.device, self.steady, self.by_blocks = device, steady, by_blocks
+    def __init__(self, device: torch.device, *, fixed_forms: bool, by_blocks: bool) -> None:
+        """`fixed_forms` says that steps have fixed forms (graph decoding), `by_blocks` that attention runs over blocks of all
+        rows."""
+        self.device, self.fixed_forms, self.by_blocks = device, fixed_forms, by_blocks
         self.shelves: dict[int, tuple[Shelf, list[Row | None]]] = {}
 
     def rows(self) -> list[Row]:
-        """Everybody in flight."""
+        """All running rows."""
         return [row for _, rows in self.shelves.values() for row in rows if row is not None]
 
     def put(self, joining: Sequence[Row], waiting: Iterable[list[Row]], limit: int, tokens: int) -> None:
         """Give places to new rows, gaps first.
 
-        Where a shelf must grow, it does so for the rows `waiting` for one of its capacity as well, up to `limit`; on a CPU,
-        whose memory is taken only where it is written, for as many as `tokens` of them give room to, so that it need not again.
+        If a shelf must grow, it also grows for the `waiting` rows of its capacity, up to `limit`. On a CPU, which allocates
+        memory on the first write, it grows to `tokens` at once, so that it need not grow again.
         """
         kind = self.device.type
         for row in joining:
@@ -137,46 +139,48 @@ class Places:
             else:
                 rows.append(row)
             if len(rows) > shelf.places:
-                wanted = tokens // capacity
+                places = tokens // capacity
                 if kind != "cpu":
-                    wanted = len(joining) + sum(capacity_for(row.need, kind) == capacity for group in waiting for row in group)
+                    places = len(joining) + sum(capacity_for(row.need, kind) == capacity for group in waiting for row in group)
                 longest = max(row.cached for row in rows if row is not None)
-                shelf.grow(rounded(max(len(rows), min(limit, wanted))), longest)
+                shelf.grow(rounded(max(len(rows), min(limit, places))), longest)
             shelf.used = max(shelf.used, len(rows))
 
     def of(self, rows: Iterable[Row]) -> list[tuple[Row, Shelf, int]]:
-        """Shelf and place of each of these rows, in the order of the shelves."""
-        wanted = {id(row) for row in rows}
+        """The shelf and place of each of these rows, in the order of the shelves."""
+        row_ids = {id(row) for row in rows}
         return [
             (row, shelf, place)
-            for shelf, there in self.shelves.values()
-            for place, row in enumerate(there)
-            if row is not None and id(row) in wanted
+            for shelf, rows_on_shelf in self.shelves.values()
+            for place, row in enumerate(rows_on_shelf)
+            if row is not None and id(row) in row_ids
         ]
 
     def wipe(self, row: Row, shelf: Shelf, place: int) -> None:
-        """Zeros where a row stands whose keys may not be finite, and in free places: copies lie where it was moved from."""
-        there = next(rows for other, rows in self.shelves.values() if other is shelf)
-        free = [other for other in range(shelf.used) if other >= len(there) or there[other] is None]
-        shelf.clear([place, *free], row.cached + 1)  # a step that failed may have written one more
+        """Zero the place of a row whose keys may not be finite, and all free places, which may hold old copies of it."""
+        rows_on_shelf = next(rows for candidate, rows in self.shelves.values() if candidate is shelf)
+        free = [
+            candidate for candidate in range(shelf.used) if candidate >= len(rows_on_shelf) or rows_on_shelf[candidate] is None
+        ]
+        shelf.clear([place, *free], row.cached + 1)  # a failed step may have written one more
 
     def leave(self, leaving: Sequence[Row]) -> None:
-        """Take rows off their shelves; a shelf without rows is given up."""
-        gone = {id(row) for row in leaving}
+        """Remove rows from their shelves. Shelves without rows are freed."""
+        leaving_ids = {id(row) for row in leaving}
         for _, rows in self.shelves.values():
-            rows[:] = [None if id(row) in gone else row for row in rows]
+            rows[:] = [None if id(row) in leaving_ids else row for row in rows]
         self.shelves = {capacity: pair for capacity, pair in self.shelves.items() if any(pair[1])}
 
     def arrange(self) -> None:
-        """Close the gaps of each shelf, by its last rows or, where it saves products, by sorting all of them. Rows that rest
-        stand behind the others."""
+        """Close the gaps of each shelf with its last rows or, if that saves work, by sorting all rows. Resting rows come
+        last."""
         for shelf, places in self.shelves.values():
             rows = [row for row in places if row is not None and not row.resting]
             resting = [row for row in places if row is not None and row.resting]
-            if self.steady:
+            if self.fixed_forms:
                 while places[-1] is None:
                     places.pop()
-                if steady_rows(len(rows), shelf) == steady_rows(len(places), shelf):
+                if fixed_form_rows(len(rows), shelf) == fixed_form_rows(len(places), shelf):
                     continue
             if self.by_blocks and rows and shelf.block < shelf.capacity and _spare(rows, shelf.block):
                 order = sorted(rows, key=lambda row: -row.length)
@@ -192,42 +196,42 @@ class Places:
 
 
 def _closed(places: Sequence[Row | None], rows: Sequence[Row]) -> list[Row]:
-    """These rows without gaps: who stands far enough in front stays, the last ones stand where others do not."""
-    kept = {id(row) for row in places[: len(rows)]}.intersection(map(id, rows))
-    last = iter(reversed([row for row in rows if id(row) not in kept]))
-    return [row if row is not None and id(row) in kept else next(last) for row in places[: len(rows)]]
+    """These rows without gaps. Rows within the new length stay; the last rows fill the gaps."""
+    staying = {id(row) for row in places[: len(rows)]}.intersection(map(id, rows))
+    last = iter(reversed([row for row in rows if id(row) not in staying]))
+    return [row if row is not None and id(row) in staying else next(last) for row in places[: len(rows)]]
 
 
 def _spare(rows: Sequence[Row], block: int) -> bool:
-    """Whether many more blocks would be computed than are needed, because a long row stands behind short ones."""
+    """Whether many more blocks would be computed than needed, because a long row follows short ones."""
     needed = [row.length // block + 1 for row in rows]
     return sum(_reached(needed)) > WORTH_SORTING * sum(needed)
 
 
 def _reached(blocks: Sequence[int]) -> list[int]:
-    """For each block the rows up to the last one that sees it, by the number of blocks that each row sees."""
+    """For each block, the number of rows up to the last one that reads it, given the number of blocks of each row."""
     reached = [0] * max(blocks)
     for place, count in enumerate(blocks):
         reached[:count] = [place + 1] * count
     return reached
 
 
-def lay_out(places: Places, decoding: Iterable[Row], chunks: Sequence[Chunk]) -> Work:
-    """The forward of a step: a token of each row that is `decoding`, and these pieces of prompts.
+def lay_out(places: Places, decoding: Iterable[Row], chunks: Sequence[Chunk]) -> StepBatch:
+    """The forward of a step: one token of each `decoding` row, and these chunks of prompts.
 
-    What all whole prompts of an adapter begin with is computed once.
+    The common prefix of all whole prompts of an adapter is computed once.
     """
-    work, wanted = _Layout(places), {id(row) for row in decoding}
+    layout, decoding_ids = _Layout(places), {id(row) for row in decoding}
     for shelf, rows in places.shelves.values():
-        work.decode(shelf, [(place, row) for place, row in enumerate(rows) if row is not None and id(row) in wanted])
-    work.decoded = len(work.ids)
+        layout.decode(shelf, [(place, row) for place, row in enumerate(rows) if row is not None and id(row) in decoding_ids])
+    layout.decoded = len(layout.ids)
     for group in _by_adapter(chunks):
-        work.fill(group)
-    return work.finish()
+        layout.fill(group)
+    return layout.finish()
 
 
 class _Layout:
-    """A forward as it grows."""
+    """Builds the forward of a step."""
 
     def __init__(self, places: Places) -> None:
         self.places, self.decoded = places, 0
@@ -239,20 +243,20 @@ class _Layout:
         self.scored: list[tuple[Row, int, int]] = []
         self.readings: list[Reading] = []
         self.spans: list[Span] = []
-        # For each row that is filled: its chunk and the packed tokens of it.
+        # For each row with a chunk: the chunk and its tokens in the forward.
         self.filled: dict[int, tuple[Chunk, list[int]]] = {}
-        # Spans with a past: it stands behind all tokens, and their number is not known before the end.
-        self.late: list[tuple[int, Past]] = []
+        # Spans with cached tokens. These follow all tokens of the forward, so their position is set at the end.
+        self.past_spans: list[tuple[int, Past]] = []
 
     def decode(self, shelf: Shelf, decoding: list[tuple[int, Row]]) -> None:
-        """One token of each row on a shelf."""
+        """Add one token of each decoding row on a shelf."""
         if not decoding:
             return
         start, size = len(self.ids), min(rounded(decoding[-1][0] + 1), shelf.places)
         self.ids += [0] * size
         self.positions += [0] * size
         adapters = {row.adapter for _, row in decoding}
-        # Places without a row stretch the one run of the rows, or take the base.
+        # Places without a row extend the run of a single adapter, or use the base.
         runs: list[tuple[int, LoraAdapter | None]] = [(1, adapters.pop() if len(adapters) == 1 else None)] * size
         for place, row in decoding:
             self.ids[start + place], self.positions[start + place] = row.ids[-1], row.length
@@ -263,28 +267,28 @@ class _Layout:
         self.readings.append(_reading(shelf, start, size, decoding, self.places.device))
 
     def fill(self, chunks: Sequence[Chunk]) -> None:
-        """Pieces of prompts with one adapter."""
-        before, whole = len(self.ids), [chunk for chunk in chunks if chunk.whole]
-        shared = _shared_beginning([chunk.rows[0].prompt for chunk in whole]) if whole else 0
+        """Add chunks of prompts with one adapter."""
+        first_token, whole_chunks = len(self.ids), [chunk for chunk in chunks if chunk.whole]
+        shared = _shared_prefix([chunk.rows[0].prompt for chunk in whole_chunks]) if whole_chunks else 0
         above: tuple[tuple[int, int], ...] = ()
         if shared:
             above = ((len(self.ids) - self.decoded, shared),)
             self.spans.append(Span(*above[0]))
-            self.ids += whole[0].rows[0].prompt[:shared]
+            self.ids += whole_chunks[0].rows[0].prompt[:shared]
             self.positions += range(shared)
         for chunk in chunks:
-            skipped = shared if chunk.whole else 0
-            start, stop = chunk.start + skipped, chunk.stop
-            if chunk.start:  # what is cached of it is read at the first of its rows
+            prefix_tokens = shared if chunk.whole else 0
+            start, stop = chunk.start + prefix_tokens, chunk.stop
+            if chunk.start:  # its cached tokens are read from the first of its rows
                 ((_, shelf, place),) = self.places.of(chunk.rows[:1])
-                self.late.append((len(self.spans), Past(shelf, place, chunk.start)))
+                self.past_spans.append((len(self.spans), Past(shelf, place, chunk.start)))
             first = len(self.ids)
             self.spans.append(Span(first - self.decoded, stop - start, above if chunk.whole else ()))
             self.ids += chunk.rows[0].prompt[start:stop]
             self.positions += range(start, stop)
-            tokens = [*range(before, before + skipped), *range(first, len(self.ids))]
+            tokens = [*range(first_token, first_token + prefix_tokens), *range(first, len(self.ids))]
             self._after(chunk, tokens)
-        self.runs.append((len(self.ids) - before, chunks[0].rows[0].adapter))
+        self.runs.append((len(self.ids) - first_token, chunks[0].rows[0].adapter))
 
     def _after(self, chunk: Chunk, tokens: list[int]) -> None:
         for row in chunk.rows:
@@ -297,26 +301,28 @@ class _Layout:
             self.chosen.extend(answering)
             self.source.extend([tokens[-1]] * len(answering))
 
-    def finish(self) -> Work:
-        """The forward, rounded up to a size that comes often."""
+    def finish(self) -> StepBatch:
+        """The forward, padded to a multiple of ROUND_TO tokens."""
         if self.spans:
             spare = -len(self.ids) % ROUND_TO
             self.ids += [0] * spare
             self.positions += [0] * spare
             self.runs.append((spare, self.runs[-1][1]))
         behind = len(self.ids) - self.decoded
-        for index, past in self.late:
+        for index, past in self.past_spans:
             self.spans[index] = self.spans[index]._replace(ancestors=((behind, past.length),))
             behind += past.length
         device = self.places.device
-        step = CacheStep(self.decoded, tuple(self.readings), tuple(self._fillings()), tuple(past for _, past in self.late))
-        return Work(
+        step = CacheStep(
+            self.decoded, tuple(self.readings), tuple(self._fillings()), tuple(past for _, past in self.past_spans)
+        )
+        return StepBatch(
             torch.tensor(self.ids, device=device), torch.tensor(self.positions, device=device),
             Segments(tuple(self.spans), step=step), merged(self.runs), self.chosen, self.source, self.scored,
         )  # fmt: skip
 
     def _fillings(self) -> Iterator[Filling]:
-        """Where the tokens of the prompts go, shelf by shelf."""
+        """Where the keys of the prompts are stored, by shelf."""
         device = self.places.device
         for shelf, rows in self.places.shelves.values():
             moves = [(place, *self.filled[id(row)]) for place, row in enumerate(rows) if id(row) in self.filled]
@@ -331,38 +337,38 @@ class _Layout:
 
 def _reading(shelf: Shelf, start: int, size: int, decoding: list[tuple[int, Row]], device: torch.device) -> Reading:
     lengths = [row.length for _, row in decoding]
-    seen = min(-(-(max(lengths) + 1) // BLOCK) * BLOCK, shelf.capacity)
+    keys = min(-(-(max(lengths) + 1) // BLOCK) * BLOCK, shelf.capacity)
     blocks = [0] * (decoding[-1][0] + 1)
     for place, row in decoding:
         blocks[place] = row.length // shelf.block + 1
-    # A place without a row sees its first key.
+    # A place without a row reads its first key.
     reached = (size, *(min(size, -(-count // ROWS_STEP) * ROWS_STEP) for count in _reached(blocks)[1:]))
     place_N = torch.tensor([place for place, _ in decoding], device=device)
-    return Reading(shelf, start, size, place_N, torch.tensor(lengths, device=device), place_N + start, seen, reached, {})
+    return Reading(shelf, start, size, place_N, torch.tensor(lengths, device=device), place_N + start, keys, reached, {})
 
 
 def _by_adapter(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
-    """Prompts of one adapter side by side."""
-    found: dict[LoraAdapter | None, list[Chunk]] = {}
+    """Group chunks by adapter."""
+    by_adapter: dict[LoraAdapter | None, list[Chunk]] = {}
     for chunk in chunks:
-        found.setdefault(chunk.rows[0].adapter, []).append(chunk)
-    return list(found.values())
+        by_adapter.setdefault(chunk.rows[0].adapter, []).append(chunk)
+    return list(by_adapter.values())
 
 
-def _shared_beginning(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts begin with, a system prompt for instance; each keeps one of its own. 0 where not worth it."""
+def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """The length of the common prefix of all prompts, at most all but one token of each. 0 if sharing it saves too little."""
     limit = min(map(len, prompts)) - 1
     first = prompts[0]
-    same = next((i for i in range(limit) if any(prompt[i] != first[i] for prompt in prompts)), limit)
-    return same if len(prompts) > 1 and same >= WORTH_SHARING else 0
+    shared = next((i for i in range(limit) if any(prompt[i] != first[i] for prompt in prompts)), limit)
+    return shared if len(prompts) > 1 and shared >= WORTH_SHARING else 0
 
 
 def merged(runs: list[tuple[int, LoraAdapter | None]]) -> list[tuple[int, LoraAdapter | None]]:
-    """Neighbouring runs of one adapter as one."""
-    found: list[tuple[int, LoraAdapter | None]] = []
+    """Merge adjacent runs of the same adapter."""
+    merged_runs: list[tuple[int, LoraAdapter | None]] = []
     for count, adapter in runs:
-        if found and found[-1][1] is adapter:
-            found[-1] = (found[-1][0] + count, adapter)
+        if merged_runs and merged_runs[-1][1] is adapter:
+            merged_runs[-1] = (merged_runs[-1][0] + count, adapter)
         elif count:
-            found.append((count, adapter))
-    return found
+            merged_runs.append((count, adapter))
+    return merged_runs

@@ -1,6 +1,6 @@
-"""Work on many rows at once that fails because of some of them: halves are tried, down to those that fail by themselves.
+"""Isolate the items that make work on a batch fail, by trying halves down to single items.
 
-One bad item among n costs about 2 log2 n tries more, and only in the step in which it fails: it is not there in the next one.
+One bad item among n costs about 2 log2 n more tries, and only in the step in which it fails.
 """
 
 import logging
@@ -9,19 +9,19 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
-Found = TypeVar("Found")
+Output = TypeVar("Output")
 
 
 def by_halves(
-    items: Sequence[T], work: Callable[[Sequence[T]], Sequence[Found]], failed: Callable[[T, Exception], None]
-) -> list[Found]:
-    """What the work gives for these items, without those that it fails for even when they are alone; `failed` gets these.
+    items: Sequence[T], work: Callable[[Sequence[T]], Sequence[Output]], failed: Callable[[T, Exception], None]
+) -> list[Output]:
+    """Run `work` on the items and return its results. `failed` is called for each item that fails alone.
 
-    The work must leave nothing behind where it raises.
+    `work` must have no effect if it raises.
     """
     try:
         return list(work(items))
-    except Exception as raised:  # noqa: BLE001 - whatever it is, it is told to whom it concerns
+    except Exception as raised:  # noqa: BLE001 - `failed` gets every kind of error
         error = raised
         release(error)
     if len(items) == 1:
@@ -32,6 +32,6 @@ def by_halves(
 
 
 def release(error: Exception) -> None:
-    """Write down where something failed, and let go of the tensors in its frames: memory may be what was missing."""
+    """Log an error and free the tensors in its frames, because memory may be what is short."""
     logging.getLogger(__name__).error("a step of the engine failed", exc_info=error)
     traceback.clear_frames(error.__traceback__)

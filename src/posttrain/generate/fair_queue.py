@@ -1,7 +1,7 @@
-"""Rows that wait for a place: first come first served for each owner, and between owners whoever has had the least.
+"""Fair queueing of rows: first come first served for each owner; between owners, the one with the fewest tokens is next.
 
-What an owner has had is counted in tokens, prompts and answers alike; one that comes anew starts at the least of those that
-wait, so that nobody saves up (the virtual token counter of Sheng et al. 2024, "Fairness in Serving Large Language Models").
+Tokens of prompts and answers both count. A returning owner starts from the lowest current count, so idle time earns no credit
+(the virtual token counter of Sheng et al. 2024, "Fairness in Serving Large Language Models").
 """
 
 from collections import Counter, deque
@@ -11,63 +11,62 @@ from contextlib import contextmanager
 from posttrain.errors import BusyError
 from posttrain.generate.requests import Row
 
-# Of the places of a server, what is kept for owners that come anew. It is also the least that one of many owners may have: a
-# step with more rows takes longer for all, but few owners may want many.
-LEAST_SHARE = 1 / 8
+# The share of a server's places that is reserved for owners that hold none. It is also the minimum share of one of many owners:
+# a step with more rows takes longer for all, but often few owners want many rows.
+MIN_SHARE = 1 / 8
 
 
 def share_of_places(places: int, owners: int) -> int:
-    """How many places, and rows of a step, one of so many owners may have that want some."""
-    return max(1, int(places * (1 - LEAST_SHARE) * max(LEAST_SHARE, 1 / owners)))
+    """The number of places, and of rows of a step, that each of `owners` owners may have."""
+    return max(1, int(places * (1 - MIN_SHARE) * max(MIN_SHARE, 1 / owners)))
 
 
-class Shares:
-    """Places that owners hold, of which no owner can have so many that another gets none.
+class OwnerShares:
+    """Places that owners hold. No owner can hold so many that another gets none.
 
-    One owner holds at most `each`, and an equal share of twice as many where there are more than two owners. Beyond these a
-    reserve is kept, an eighth of all, for owners that hold none. `what` says of a number of them what they do: "completions
-    wait".
+    One owner holds at most `each`. More than two owners share twice as many equally. A reserve of an eighth of all places is
+    for owners that hold none. `state` describes a held place in error texts: "completions wait".
     """
 
-    def __init__(self, each: int, where: str, what: str) -> None:
-        self._each, self._where, self._what = each, where, what
+    def __init__(self, each: int, where: str, state: str) -> None:
+        self._each, self._where, self._state = each, where, state
         self._open = 2 * each
-        self._all = self._open + max(1, int(self._open * LEAST_SHARE / (1 - LEAST_SHARE)))
+        self._all = self._open + max(1, int(self._open * MIN_SHARE / (1 - MIN_SHARE)))
         self.held: Counter[str] = Counter()
 
     @property
     def total(self) -> int:
-        """Places that are held."""
+        """The number of held places."""
         return self.held.total()
 
     def check(self, owner: str, count: int = 1) -> None:
-        """Raise BusyError where an owner cannot have so many more."""
-        held, total = self.held[owner], self.held.total()
-        share = max(1, min(self._each, self._open // (len(self.held) + (not held))))
-        own, every = (share, self._open) if held else (self._each, self._all)
-        if held + count > own:
-            self._refuse(held, count, own, f' of "{owner}"' if owner else "")
-        if total + count > every:
-            self._refuse(total, count, every, " of all")
+        """Raise BusyError if an owner cannot take `count` more places."""
+        held_by_owner, total = self.held[owner], self.held.total()
+        share = max(1, min(self._each, self._open // (len(self.held) + (not held_by_owner))))
+        owner_limit, total_limit = (share, self._open) if held_by_owner else (self._each, self._all)
+        if held_by_owner + count > owner_limit:
+            self._refuse(held_by_owner, count, owner_limit, f' of "{owner}"' if owner else "")
+        if total + count > total_limit:
+            self._refuse(total, count, total_limit, " of all")
 
     def _refuse(self, held: int, count: int, most: int, whose: str) -> None:
-        found = f"{held} {self._what} and {count} more are asked for"
-        raise BusyError(self._where, found, allowed=f"at most {most}{whose}", do="ask again later")
+        problem = f"{held} {self._state} and {count} more are requested"
+        raise BusyError(self._where, problem, allowed=f"at most {most}{whose}", do="try again later")
 
     def take(self, owner: str, count: int = 1) -> None:
-        """Hold so many more. Raises BusyError as `check` does."""
+        """Take `count` places. Raises BusyError as `check` does."""
         self.check(owner, count)
         self.held[owner] += count
 
     def give(self, owner: str, count: int = 1) -> None:
-        """Give back so many."""
+        """Return `count` places."""
         self.held[owner] -= count
         if not self.held[owner]:
             del self.held[owner]
 
     @contextmanager
     def hold(self, owner: str, count: int = 1) -> Iterator[None]:
-        """Hold so many for the length of a block. Raises BusyError as `check` does."""
+        """Hold `count` places for the length of a block. Raises BusyError as `check` does."""
         self.take(owner, count)
         try:
             yield
@@ -75,26 +74,27 @@ class Shares:
             self.give(owner, count)
 
 
-class PromptTime:
-    """What the prompts of one owner take of the time of others: while answers of others are under way, at most half.
+class PromptDebts:
+    """Limits how much the prompts of one owner delay the answers of others: to at most half of the time.
 
-    A step with prompts takes longer for all. By how much is its owner's debt, which the steps pay that it lets go by.
+    A step with prompts takes longer for all rows. The extra time is a debt of their owner. Its next prompts wait until steps
+    without them have paid the debt.
     """
 
     def __init__(self) -> None:
-        # Seconds of a step without prompts, the last one's weighing a quarter.
-        self._usual: float | None = None
+        # Seconds of a step without prompts, as a moving average with weight 1/4 for the last one.
+        self._usual_seconds: float | None = None
         self._debts: dict[str, float] = {}
 
-    def may(self, owner: str, decoding: Mapping[str, int]) -> bool:
-        """Whether prompts of this owner are computed in a step in which rows of these owners get tokens."""
+    def may_prefill(self, owner: str, decoding: Mapping[str, int]) -> bool:
+        """Whether prompts of this owner may be computed in a step in which these owners have decoding rows."""
         return owner not in self._debts or not decoding.keys() - {owner}
 
     def pay(self, seconds: float, prompts: Mapping[str, int], decoding: Mapping[str, int]) -> None:
-        """A step took so many seconds, with these tokens of prompts by owner."""
+        """Account for a step of `seconds` with these prompt tokens by owner."""
         if not prompts:
-            self._usual = seconds if self._usual is None else 0.75 * self._usual + 0.25 * seconds
-        usual = seconds if self._usual is None else min(seconds, self._usual)
+            self._usual_seconds = seconds if self._usual_seconds is None else 0.75 * self._usual_seconds + 0.25 * seconds
+        usual = seconds if self._usual_seconds is None else min(seconds, self._usual_seconds)
         self._debts = {owner: debt - usual for owner, debt in self._debts.items() if debt > usual}
         for owner, tokens in prompts.items():
             if decoding.keys() - {owner} and seconds > usual:
@@ -102,14 +102,14 @@ class PromptTime:
 
 
 class FairQueue:
-    """Groups of rows that share a prompt and join together."""
+    """Waiting groups of rows. The rows of a group share a prompt and start together."""
 
     def __init__(self) -> None:
         self._groups: dict[str, deque[list[Row]]] = {}
-        self._had: Counter[str] = Counter()
+        self._tokens: Counter[str] = Counter()
 
     def __len__(self) -> int:
-        """Completions that wait."""
+        """The number of waiting completions."""
         return sum(map(len, self))
 
     def __iter__(self) -> Iterator[list[Row]]:
@@ -117,43 +117,43 @@ class FairQueue:
 
     @property
     def counts(self) -> Counter[str]:
-        """Completions that wait, by owner."""
+        """Waiting completions by owner."""
         return Counter({owner: sum(map(len, groups)) for owner, groups in self._groups.items()})
 
     @property
     def owners(self) -> set[str]:
-        """Who has something waiting."""
+        """Owners with waiting groups."""
         return set(self._groups)
 
     def add(self, group: list[Row]) -> None:
-        """Put a group behind the others of its owner."""
+        """Append a group to its owner's queue."""
         owner = group[0].request.owner
         if owner not in self._groups:
-            least = min((self._had[other] for other in self._groups), default=0)
-            self._had[owner] = max(self._had[owner], least)
+            lowest = min((self._tokens[waiting_owner] for waiting_owner in self._groups), default=0)
+            self._tokens[owner] = max(self._tokens[owner], lowest)
             self._groups[owner] = deque()
         self._groups[owner].append(group)
 
     def next(self, may: Callable[[str], bool]) -> list[Row] | None:
-        """The group that comes next, which stays, among the owners that may have another place."""
+        """The next group among the owners for which `may` is true. It stays in the queue."""
         owners = [owner for owner in self._groups if may(owner)]
-        return self._groups[min(owners, key=lambda owner: self._had[owner])][0] if owners else None
+        return self._groups[min(owners, key=lambda owner: self._tokens[owner])][0] if owners else None
 
     def take(self, group: list[Row]) -> None:
-        """The group leaves the queue."""
+        """Remove a group from the queue."""
         owner = group[0].request.owner
         self._groups[owner].remove(group)
         if not self._groups[owner]:
             del self._groups[owner]
 
     def charge(self, owner: str, tokens: int) -> None:
-        """Count what an owner had."""
-        self._had[owner] += tokens
-        if len(self._had) > 10_000:  # owners that were forgotten start at the least of those that wait
-            self._had = Counter({owner: had for owner, had in self._had.items() if owner in self._groups})
+        """Add tokens to an owner's count."""
+        self._tokens[owner] += tokens
+        if len(self._tokens) > 10_000:  # dropped owners start again from the lowest count
+            self._tokens = Counter({owner: used for owner, used in self._tokens.items() if owner in self._groups})
 
     def drop(self, number: int) -> list[Row]:
-        """Take one row out of its group; the row, where it waited."""
+        """Remove a row from its group. Returns it in a list, which is empty if the row is not waiting."""
         for group in list(self):
             for row in group:
                 if row.number == number:

@@ -1,4 +1,4 @@
-"""What is asked of the engine, what it tells, and one completion on its way."""
+"""Requests to the engine, its events, and the state of one completion."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -12,11 +12,11 @@ from posttrain.records import Finish, Rollout
 
 
 class Request(NamedTuple):
-    """A prompt, and how it is to be answered. `completions` answers have the indices `first`, `first + 1`, ...
+    """A prompt and how to answer it. The `completions` answers have the indices `first`, `first + 1`, ...
 
-    Randomness is a function of (seed, index, position): the same request gives the same answers in any company. With
-    `prompt_logprobs` the prompt is scored too, and `max_new_tokens` may be 0. The engine is fair between owners. An answer that
-    `continues` the prompt's text keeps a space in front, which some tokenizers leave out at the beginning of a text.
+    Random numbers are a function of (seed, index, position), so the answers do not depend on other requests. With
+    `prompt_logprobs` the prompt is scored too, and `max_new_tokens` may be 0. The engine is fair between owners. `continues`
+    says that answers continue the prompt's text: they keep a leading space, which some tokenizers drop at the start of a text.
     """
 
     prompt: Sequence[int]
@@ -33,7 +33,7 @@ Top = tuple[tuple[int, float], ...]
 
 
 class TokenScore(NamedTuple):
-    """A token of a prompt: its log-probability after what stands before it, and the likeliest tokens there."""
+    """A prompt token with its log-probability given the tokens before it, and the likeliest tokens at its position."""
 
     token: int
     logprob: float
@@ -41,11 +41,11 @@ class TokenScore(NamedTuple):
 
 
 class Event(NamedTuple):
-    """A token of a completion, or its end, or both. `token` is None where it ended without a new one.
+    """A new token of a completion, or its end, or both. `token` is None if the completion ended without a new one.
 
-    `top` are the likeliest tokens (`top_logprobs` of them) under the model's own distribution. `prompt`, where it was asked
-    for, comes with a completion's first event: a score for each token of the prompt but the first. `found` tokens of the prompt
-    were known from before, and not computed. Where computing it failed, its last event has the `error` instead of a rollout.
+    `top` has the `top_logprobs` likeliest tokens under the model's own distribution. `prompt`, if requested, comes with the
+    first event: a score for each prompt token but the first. `cached_tokens` is the number of prompt tokens that came from the
+    prefix cache. If the completion failed, its last event has the `error` instead of a rollout.
     """
 
     row: int
@@ -55,28 +55,28 @@ class Event(NamedTuple):
     rollout: Rollout | None
     top: Top = ()
     prompt: tuple[TokenScore, ...] | None = None
-    found: int = 0
+    cached_tokens: int = 0
     error: Exception | None = None
 
     @property
     def over(self) -> bool:
-        """Whether nothing more comes of this completion."""
+        """Whether this is the last event of its completion."""
         return self.rollout is not None or self.error is not None
 
 
 class Row:
-    """One completion: `number` names it to the caller, `adapter` is what it is computed with."""
+    """The state of one completion. `number` identifies it to the caller; `adapter` is None for the base."""
 
     def __init__(
         self, number: int, request: Request, completion: int, adapter: LoraAdapter | None, chat: ChatFormat,
         fingerprint: str | None = None,
     ) -> None:  # fmt: skip
         self.number, self.request, self.adapter = number, request, adapter
-        # What the weights are known by, for the cache of prompts; None where they may change.
+        # The hash of the weights, for the prefix cache; None if they may change.
         self.fingerprint = fingerprint
-        # Tokens of the prompt that are in the cache, and that were known from before.
-        self.filled = self.found = 0
-        # Whether it keeps its place without getting tokens, because others of its owner do.
+        # Prompt tokens in the cache, and those of them that came from the prefix cache.
+        self.filled = self.cached_tokens = 0
+        # Whether the row is paused: it keeps its place but gets no tokens.
         self.resting = False
         self.scores: list[TokenScore] = []
         self.prompt, self.settings = tuple(request.prompt), request.settings
@@ -84,11 +84,11 @@ class Row:
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.model_logprobs: list[float] = []
-        # What computing it failed with; it has no answer then.
+        # The error that ended the row, which has no answer then.
         self.error: Exception | None = None
         self.finish: Finish | None = None if self.settings.max_new_tokens or request.prompt_logprobs else "length"
         self._ends = (*sorted(chat.end_ids), *self.settings.stop_ids)
-        self._seen = dict.fromkeys(self.prompt) if self.settings.repetition_penalty != 1 else {}
+        self._seen_tokens = dict.fromkeys(self.prompt) if self.settings.repetition_penalty != 1 else {}
         self._text = ""
         self._decode = partial(chat.decode, middle=request.continues)
         self._stream: TextStream | None = None
@@ -97,12 +97,12 @@ class Row:
 
     @property
     def need(self) -> int:
-        """Tokens that the cache must have room for: the prompt, and all new tokens but the last, which is never computed."""
+        """Tokens to reserve in the cache: the prompt and all new tokens but the last, which is never computed."""
         return len(self.prompt) + max(0, self.settings.max_new_tokens - 1)
 
     @property
     def length(self) -> int:
-        """Tokens in the cache before the newest, once the prompt is filled."""
+        """Tokens in the cache before the newest one, once the prompt is complete."""
         return len(self.prompt) + len(self.ids) - 1
 
     @property
@@ -112,23 +112,23 @@ class Row:
 
     @property
     def over(self) -> bool:
-        """Whether it gets no more tokens."""
+        """Whether the row has ended."""
         return self.finish is not None or self.error is not None
 
     def draw(self) -> Draw:
-        """What this row brings to its next choice."""
+        """The inputs of this row to the choice of its next token."""
         settings, position = self.settings, len(self.ids)
         number = uniform(settings.seed, self._index, position) if settings.temperature else 0.0
-        return Draw(settings, number, tuple(self._seen), self._ends if position < settings.min_new_tokens else ())
+        return Draw(settings, number, tuple(self._seen_tokens), self._ends if position < settings.min_new_tokens else ())
 
     def accept(self, token: int, logprob: float, model_logprob: float) -> None:
-        """Take one token; what ends a completion is kept as its last."""
+        """Append a token. A token that ends the completion is its last."""
         self.ids.append(token)
         if self.settings.logprobs:
             self.logprobs.append(logprob)
             self.model_logprobs.append(model_logprob)
-        if self._seen:
-            self._seen[token] = None
+        if self._seen_tokens:
+            self._seen_tokens[token] = None
         if token in self._chat.end_ids:
             self.finish = "end"
         elif token in self.settings.stop_ids:
@@ -143,7 +143,7 @@ class Row:
         return stream.stopped
 
     def rollout(self) -> Rollout:
-        """The completion as it stands."""
+        """The completion so far."""
         ended = self.finish in ("end", "stop id")
         text = self._text if self.finish == "stop string" else self._decode(self.ids[:-1] if ended else self.ids)
         return Rollout(

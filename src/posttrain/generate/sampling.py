@@ -1,8 +1,8 @@
-"""From logits to tokens: settings of a row, what they do to its distribution, and the draw. Pure functions, no model.
+"""Sampling: from logits to tokens. Pure functions, no model.
 
-In this order, as transformers has it:
+The settings of a row apply in this order, as in transformers:
 
-    z_t = z_t / penalty where z_t > 0 else z_t penalty      t was there before     repetition penalty (Keskar et al. 2019)
+    z_t = z_t / penalty where z_t > 0 else z_t penalty      if t occurred before   repetition penalty (Keskar et al. 2019)
     z_t = z_t + bias_t                                                             logit bias
     z_t = -inf for tokens that end                          before min_new_tokens  minimum length
     p = softmax(z / temperature)
@@ -10,9 +10,9 @@ In this order, as transformers has it:
     keep the smallest set of likeliest with mass top_p                             top-p (Holtzman et al. 2020)
     keep p_t >= min_p max p                                                        min-p (Nguyen et al. 2024)
 
-Tokens as likely as the last one that is kept are kept too, so that no cut depends on an order. Temperature 0 takes the
-likeliest token, the first of equals, and its log-probability at temperature 1. A row's randomness is a function of (seed,
-index, position) and nothing else; the token is where it falls in the cumulative distribution: one number a row.
+Tokens tied with the last one kept are kept too, so no cut depends on an order. Temperature 0 takes the likeliest token (the
+first of equals) and its log-probability at temperature 1. Each row draws one random number, a function of (seed, index,
+position) alone; the token is where the number falls in the cumulative distribution.
 
 R: rows, b: rows of a block, V: vocabulary, W: tokens of a block of the vocabulary, C: such blocks.
 """
@@ -28,19 +28,19 @@ from torch.nn import functional
 from posttrain.errors import ModelError
 from posttrain.kernels import token_chooser
 
-# Tokens of the vocabulary that are looked through at once when one of them is chosen.
+# Tokens of the vocabulary per block, when a token is looked up.
 BLOCK = 512
-# Rows worked on at once on a CPU: their float32 logits stay in the cache for all passes over them.
+# Rows processed at once on a CPU, so that their float32 logits stay in the CPU cache over all passes.
 BLOCK_ROWS = 4
-# Candidates that top-p looks at before it sorts the whole vocabulary.
+# Candidates that top-p checks before it sorts the whole vocabulary.
 CANDIDATES = 1024
-# Temperatures below it leave float32, and are taken for it: only the likeliest token is left long before.
-LEAST_TEMPERATURE = 1e-30
+# Lower temperatures underflow float32 and are raised to this, where only the likeliest token has any weight.
+MIN_TEMPERATURE = 1e-30
 _MASK = 2**64 - 1
 
 
 class SamplingSettings(NamedTuple):
-    """How to choose tokens. `logprobs=False` saves passes over the vocabulary where nobody reads them."""
+    """How to choose tokens. `logprobs=False` saves passes over the vocabulary if log-probabilities are not needed."""
 
     max_new_tokens: int = 64
     temperature: float = 0.0
@@ -58,22 +58,22 @@ class SamplingSettings(NamedTuple):
 
     @property
     def cuts(self) -> bool:
-        """Whether tokens are left out of the draw."""
+        """Whether top-k, top-p or min-p exclude tokens."""
         return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
 
     @property
     def shifts(self) -> bool:
-        """Whether logits of tokens that may come are changed."""
+        """Whether the penalty or the bias changes logits."""
         return self.repetition_penalty != 1 or bool(self.logit_bias)
 
     @property
     def plain(self) -> bool:
-        """Whether what is sampled from is the model's own distribution."""
+        """Whether tokens are sampled from the model's own distribution."""
         return self.temperature in (0, 1) and not self.cuts and not self.shifts and not self.min_new_tokens
 
 
 class Draw(NamedTuple):
-    """What one row brings to one choice: its settings, a number in [0, 1), tokens seen before, tokens forbidden now."""
+    """The inputs of one row to one choice: settings, a number in [0, 1), tokens that occurred before, forbidden tokens."""
 
     settings: SamplingSettings
     uniform: float = 0.0
@@ -86,10 +86,10 @@ class Draw(NamedTuple):
         return self.settings.shifts or bool(self.forbidden)
 
 
-class Chosen(NamedTuple):
-    """Tokens with their log-probabilities under the distribution sampled from and the model's own, all [R].
+class ChosenTokens(NamedTuple):
+    """Tokens with their log-probabilities under the sampling distribution and the model's own, all [R].
 
-    Where a row's logits are no numbers to choose by, `finite` is false and the token means nothing.
+    If a row's logits are not finite, `finite` is false and its token is meaningless.
     """
 
     tokens: list[int]
@@ -99,7 +99,7 @@ class Chosen(NamedTuple):
 
 
 def check_settings(settings: SamplingSettings, vocabulary: int) -> None:
-    """Raise ModelError for settings that cannot be."""
+    """Raise ModelError for invalid settings."""
     s = settings
     ids = [*s.stop_ids, *(token for token, _ in s.logit_bias)]
     unknown = next((i for i in ids if not 0 <= i < vocabulary), None)
@@ -119,13 +119,13 @@ def check_settings(settings: SamplingSettings, vocabulary: int) -> None:
         (0 <= s.top_logprobs <= vocabulary, f"top_logprobs = {s.top_logprobs}", f"0 to {vocabulary}"),
         (all(math.isfinite(bias) for _, bias in s.logit_bias), "a logit_bias that is not finite", "finite numbers"),
     ]  # fmt: skip
-    for fine, found, allowed in problems:
-        if not fine:
-            raise ModelError("generation", found, allowed=allowed)
+    for valid, problem, allowed in problems:
+        if not valid:
+            raise ModelError("generation", problem, allowed=allowed)
 
 
 def uniform(seed: int, index: int, position: int) -> float:
-    """A number in [0, 1) for each token of each row: the mixing function of SplitMix64 (Steele et al. 2014), chained."""
+    """A random number in [0, 1) for each token of each row: the mixing function of SplitMix64 (Steele et al. 2014), chained."""
     return (_mix(_mix(_mix(seed) + index) + position) >> 11) / 2**53
 
 
@@ -137,80 +137,81 @@ def _mix(x: int) -> int:
 
 
 def draw_numbers(draws: Sequence[Draw], device: torch.device) -> Tensor:
-    """What `choose_tokens` reads of each row, in one piece [4, R], float64: the number that it draws, its temperature, whether
-    it is greedy, whether its distribution is the model's own. Made before a forward, it need not wait for that."""
+    """The inputs of `choose_tokens` as one float64 tensor [4, R]: random number, temperature, whether the row is greedy,
+    whether it samples from the model's own distribution. Copied to the device before the forward, so that it does not wait."""
     settings = [draw.settings for draw in draws]
     temperatures = [_temperature(s) or 1.0 for s in settings]
     rows = [[draw.uniform for draw in draws], temperatures, [not s.temperature for s in settings], [s.plain for s in settings]]
     return torch.tensor(rows, dtype=torch.float64).to(device)
 
 
-def choose_tokens(logits_RV: Tensor, draws: Sequence[Draw], numbers_4R: Tensor | None = None) -> Chosen:
-    """The next token of each row; what a row gets does not depend on the others. Waits for the device once."""
+def choose_tokens(logits_RV: Tensor, draws: Sequence[Draw], numbers_4R: Tensor | None = None) -> ChosenTokens:
+    """The next token of each row, independent of the other rows. Synchronises with the device once."""
     choose = token_chooser(logits_RV)
     if choose is None:
         return _chosen(_choose_all(logits_RV, draws, numbers_4R))
-    # Rows whose distribution is neither moved nor cut are the compiled function's, whatever stands beside them. It knows of
-    # tokens that are forbidden.
-    others = [r for r, draw in enumerate(draws) if draw.settings.shifts or draw.settings.cuts]
+    # The compiled function handles all rows without changed logits and cuts. It supports forbidden tokens.
+    uncompiled = [r for r, draw in enumerate(draws) if draw.settings.shifts or draw.settings.cuts]
     rows = [(draw.uniform, _temperature(draw.settings), draw.settings.logprobs) for draw in draws]
-    found = choose(logits_RV, rows, [draw.forbidden for draw in draws])
-    if others:
-        own = zip(*_choose_all(logits_RV[others], [draws[r] for r in others], None), strict=True)
-        for r, row in zip(others, own, strict=True):
-            found[r] = row
-    return _chosen(list(zip(*found, strict=True)))
+    chosen_rows = choose(logits_RV, rows, [draw.forbidden for draw in draws])
+    if uncompiled:
+        computed = zip(*_choose_all(logits_RV[uncompiled], [draws[r] for r in uncompiled], None), strict=True)
+        for r, row in zip(uncompiled, computed, strict=True):
+            chosen_rows[r] = row
+    return _chosen(list(zip(*chosen_rows, strict=True)))
 
 
 def _temperature(settings: SamplingSettings) -> float:
-    return max(settings.temperature, LEAST_TEMPERATURE) if settings.temperature else 0.0
+    return max(settings.temperature, MIN_TEMPERATURE) if settings.temperature else 0.0
 
 
-def _chosen(columns: Sequence[Sequence[float]]) -> Chosen:
+def _chosen(columns: Sequence[Sequence[float]]) -> ChosenTokens:
     token_R, logprob_R, model_R, finite_R = columns
-    return Chosen([int(token) for token in token_R], list(logprob_R), list(model_R), [bool(finite) for finite in finite_R])
+    return ChosenTokens(
+        [int(token) for token in token_R], list(logprob_R), list(model_R), [bool(finite) for finite in finite_R]
+    )
 
 
 def _choose_all(logits_RV: Tensor, draws: Sequence[Draw], numbers_4R: Tensor | None) -> list[list[float]]:
-    """By torch's operations: tokens, both log-probabilities and whether they are of finite logits, [4, R]."""
+    """Choose with torch operations: tokens, both log-probabilities and whether the logits are finite, [4, R]."""
     numbers_4R = draw_numbers(draws, logits_RV.device) if numbers_4R is None else numbers_4R
     size = BLOCK_ROWS if logits_RV.device.type == "cpu" else len(draws)
     parts = [
         _choose(logits_RV[i : i + size], draws[i : i + size], numbers_4R[:, i : i + size]) for i in range(0, len(draws), size)
     ]
-    found: list[list[float]] = torch.cat(parts, 1).tolist()
-    return found
+    columns: list[list[float]] = torch.cat(parts, 1).tolist()
+    return columns
 
 
 def token_logprobs(logits_NV: Tensor, tokens: Sequence[int]) -> list[float]:
     """log p of a token of each row under the model's own distribution."""
     z_NV = logits_NV.float()
     index_N1 = torch.tensor(tokens, device=z_NV.device)[:, None]
-    found: list[float] = (z_NV.gather(1, index_N1)[:, 0] - torch.logsumexp(z_NV, 1)).tolist()
-    return found
+    logprobs: list[float] = (z_NV.gather(1, index_N1)[:, 0] - torch.logsumexp(z_NV, 1)).tolist()
+    return logprobs
 
 
 def top_tokens(logits_RV: Tensor, counts: Sequence[int]) -> list[tuple[tuple[int, float], ...]]:
     """The likeliest tokens of each row with their log-probabilities under the model's own distribution, likeliest first."""
-    found: list[tuple[tuple[int, float], ...]] = [()] * len(counts)
+    tops: list[tuple[tuple[int, float], ...]] = [()] * len(counts)
     for row, count in enumerate(counts):
         if count:
             z_V = logits_RV[row].float()
             values_n, ids_n = z_V.topk(count)
-            found[row] = tuple(zip(ids_n.tolist(), (values_n - torch.logsumexp(z_V, 0)).tolist(), strict=True))
-    return found
+            tops[row] = tuple(zip(ids_n.tolist(), (values_n - torch.logsumexp(z_V, 0)).tolist(), strict=True))
+    return tops
 
 
 def _choose(logits_bV: Tensor, draws: Sequence[Draw], numbers_4b: Tensor) -> Tensor:
-    """Tokens, both log-probabilities and whether they are of finite logits [4, b], float64."""
+    """Tokens, both log-probabilities and whether the logits are finite [4, b], float64."""
     settings = [draw.settings for draw in draws]
     uniform_b, temperature_b, greedy_b, plain_b = numbers_4b
-    told = any(s.logprobs for s in settings)
+    with_logprobs = any(s.logprobs for s in settings)
     z_bV = logits_bV.float()
-    model_total_b = torch.logsumexp(z_bV, 1) if told and not all(s.plain for s in settings) else None
+    model_total_b = torch.logsumexp(z_bV, 1) if with_logprobs and not all(s.plain for s in settings) else None
     if any(draw.moves for draw in draws):
         z_bV = move_logits(z_bV, draws)
-    if not told and not any(s.temperature for s in settings):
+    if not with_logprobs and not any(s.temperature for s in settings):
         likeliest_b = _argmax(z_bV)
         largest_b = z_bV.gather(1, likeliest_b[:, None])[:, 0].double()
         none_b = torch.zeros_like(largest_b)
@@ -228,8 +229,8 @@ def _choose(logits_bV: Tensor, draws: Sequence[Draw], numbers_4b: Tensor) -> Ten
     logprob_b = (weight_b if total_b is None else weight_b / total_b).log()
     model_b = logprob_b
     if model_total_b is not None:
-        own_b = (logits_bV.gather(1, token_b[:, None])[:, 0].float() - model_total_b).double()
-        model_b = torch.where(plain_b.bool(), logprob_b, own_b)
+        model_logprob_b = (logits_bV.gather(1, token_b[:, None])[:, 0].float() - model_total_b).double()
+        model_b = torch.where(plain_b.bool(), logprob_b, model_logprob_b)
     return torch.stack([token_b.double(), logprob_b, model_b, logprob_b.isfinite().double()])
 
 
@@ -240,7 +241,7 @@ def _numbers(values: Sequence[float], like: Tensor, dtype: torch.dtype) -> Tenso
 def _tempered(z_bV: Tensor, settings: Sequence[SamplingSettings], temperature_b: Tensor) -> Tensor:
     if all(s.temperature in (0, 1) for s in settings):
         return z_bV
-    # The largest is taken off first: at a temperature near 0 the others may then fall to -inf, and none rises to inf.
+    # Subtract the maximum first: near temperature 0 other logits may become -inf, but none becomes inf.
     return (z_bV - z_bV.amax(1, keepdim=True)) / temperature_b.float()[:, None]
 
 
@@ -262,7 +263,7 @@ def move_logits(z_bV: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 
 def cut(weights_bV: Tensor, settings: Sequence[SamplingSettings]) -> Tensor:
-    """Weights [b, V] with zeros where top-k, top-p or min-p leave tokens out; each is a least weight a row."""
+    """Weights [b, V] with zeros where top-k, top-p or min-p exclude tokens; each is a minimum weight per row."""
     vocabulary = weights_bV.shape[1]
     cutting = [s if s.cuts else SamplingSettings() for s in settings]
     largest = [min(s.top_k, vocabulary) or vocabulary for s in cutting]
@@ -285,10 +286,10 @@ def _at_least(weights_bV: Tensor, least_b: Tensor) -> Tensor:
 
 
 def _top_p_weight(weights_bV: Tensor, top_p_b: Tensor) -> Tensor:
-    """The weight of the last token that is needed for mass top_p [b]; 0 where all are."""
+    """The weight of the last token needed for mass top_p [b]; 0 if all are."""
     wanted_b1 = (weights_bV.sum(1, dtype=torch.float64) * top_p_b)[:, None]
     count = min(CANDIDATES, weights_bV.shape[1])
-    # On a GPU the whole is sorted at once: looking whether candidates are enough would wait for it.
+    # On a GPU sort everything at once: checking whether the candidates suffice would synchronise.
     if weights_bV.is_cuda:
         count = weights_bV.shape[1]
     while True:
@@ -302,14 +303,14 @@ def _top_p_weight(weights_bV: Tensor, top_p_b: Tensor) -> Tensor:
 
 
 def _in_blocks(x_bV: Tensor, filler: float) -> Tensor:
-    """The vocabulary cut into blocks [b, C, W]: what is looked for is found in its block, then inside of it."""
+    """The vocabulary in blocks [b, C, W], for a search first over blocks and then within one."""
     spare = -x_bV.shape[1] % BLOCK
     padded_bV = functional.pad(x_bV, (0, spare), value=filler) if spare else x_bV
     return padded_bV.view(len(padded_bV), -1, BLOCK)
 
 
 def _argmax(z_bV: Tensor) -> Tensor:
-    """The first of the largest logits [b]: at 262k tokens a twentieth of the time of argmax, which is not vectorised."""
+    """The first index of the largest logit [b]. Takes 1/20 of the time of torch.argmax at 262k tokens."""
     blocks_bCW = _in_blocks(z_bV, -math.inf)
     block_b = blocks_bCW.amax(2).argmax(1)
     return block_b * BLOCK + blocks_bCW[torch.arange(len(block_b), device=block_b.device), block_b].argmax(1)
@@ -320,7 +321,7 @@ def _draw(weights_bV: Tensor, uniform_b: Tensor) -> tuple[Tensor, Tensor]:
     blocks_bCW = _in_blocks(weights_bV, 0.0)
     cumulative_bC = blocks_bCW.sum(2, dtype=torch.float64).cumsum(1)
     total_b = cumulative_bC[:, -1]
-    # Rounding must not carry a draw past the last token with any weight, neither here nor inside of a block.
+    # Rounding must not move a draw past the last token with weight, here or within a block.
     draw_b1 = torch.minimum(uniform_b * total_b, torch.nextafter(total_b, torch.zeros_like(total_b)))[:, None]
     block_b1 = torch.searchsorted(cumulative_bC, draw_b1, right=True).clamp(max=cumulative_bC.shape[1] - 1)
     before_b1 = torch.where(block_b1 > 0, cumulative_bC.gather(1, (block_b1 - 1).clamp(min=0)), 0.0)
@@ -328,4 +329,4 @@ def _draw(weights_bV: Tensor, uniform_b: Tensor) -> tuple[Tensor, Tensor]:
     place_b1 = torch.searchsorted(inside_bW.cumsum(1), draw_b1 - before_b1, right=True)
     last_b1 = BLOCK - 1 - (inside_bW.flip(1) > 0).int().argmax(1, keepdim=True)
     token_b = (block_b1 * BLOCK + torch.minimum(place_b1, last_b1))[:, 0]
-    return token_b.clamp(max=weights_bV.shape[1] - 1), total_b  # out of it only where weights are no numbers
+    return token_b.clamp(max=weights_bV.shape[1] - 1), total_b  # out of range only if weights are NaN

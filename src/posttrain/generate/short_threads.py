@@ -1,8 +1,8 @@
-"""Work beside the engine in threads that end with it.
+"""Run a function in a short-lived thread, so that OpenMP workers do not outlive it.
 
-Whatever thread once ran a parallel product keeps OpenMP's workers for as long as it lives. With more of them than processors
-all of them sleep between products, and waking up takes as long as the products of one row: a stream was half as fast.
-A thread of a pool would live on.
+A thread that ran a parallel operation keeps its OpenMP workers for as long as it lives. With more workers than processors, all
+of them sleep between operations, and waking them takes as long as the products of one row: a stream ran at half speed. A thread
+of a pool would stay alive.
 """
 
 import asyncio
@@ -14,16 +14,16 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def apart(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """What the work returns; raises what it raises."""
-    with ThreadPoolExecutor(1) as brief:
-        return brief.submit(work, *args, **kwargs).result()
+def run_in_short_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run the work in a short-lived thread and return its result."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work, *args, **kwargs).result()
 
 
-async def beside(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """The same while the event loop goes on."""
-    brief = ThreadPoolExecutor(1)
+async def await_in_short_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """The same without blocking the event loop."""
+    pool = ThreadPoolExecutor(1)
     try:
-        return await asyncio.wrap_future(brief.submit(work, *args, **kwargs))
+        return await asyncio.wrap_future(pool.submit(work, *args, **kwargs))
     finally:
-        brief.shutdown(wait=False)
+        pool.shutdown(wait=False)

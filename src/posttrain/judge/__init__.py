@@ -1,1 +1,1 @@
-"""Whoever compares or grades answers, behind one interface, and the audit that a judge must pass."""
+"""Judges that compare or grade answers, and the audit that a judge must pass."""

@@ -1,6 +1,6 @@
-"""Fifty instructions that an answer may carry in order to win: what a judge must not obey.
+"""Fifty instructions to the judge, injected into answers. A judge must not follow them.
 
-Written for this project: ten openings, each with five demands. They are appended to the answer that the judge preferred less.
+Ten openings with five demands each. They are appended to the answer that the judge preferred less.
 """
 
 _OPENINGS = (

@@ -1,10 +1,10 @@
-"""A language model in memory as a judge: a policy of a run, or any base model.
+"""A language model as a judge: a policy of a run, or any base model.
 
-The probability of an option is read off the next-token distribution, so one forward a prompt is enough and nothing is sampled:
+The probability of an option comes from the next-token distribution, so one forward per prompt suffices and nothing is sampled:
 
     p(A) = exp l_A / (exp l_A + exp l_B)        l: log-probability of the first token in which the replies "A" and "B" differ
 
-Where both options together have less than MIN_MASS of the probability, the model was not answering the question: it abstains.
+If both options together have a probability below MIN_MASS, the model does not answer the question, and the judge abstains.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import torch
 
 from posttrain.data.packing import split_by_tokens
 from posttrain.judge.prompts import comparison, grading
-from posttrain.judge.verdict import Comparison, Grading, Reply, Verdict, combine
+from posttrain.judge.verdict import ComparisonRequest, GradingRequest, Reply, Verdict, combine
 from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import MICRO_TOKENS, batch_logprobs, pack_trees, sum_by_row
 from posttrain.records import Message
@@ -24,7 +24,7 @@ _Tree = tuple[list[int], list[list[int]]]
 
 
 class LocalJudge:
-    """`adapter` is the policy's name on the base, "base" for none."""
+    """`adapter` is the name of the policy's adapter in the base, "base" for none."""
 
     def __init__(self, base: BaseModel, adapter: str, name: str) -> None:
         self.base, self.adapter, self.name = base, adapter, name
@@ -33,19 +33,22 @@ class LocalJudge:
         """Kind, name and the hashes of the base."""
         return {"judge": self.name, "kind": "local", "adapter": self.adapter, **self.base.identity()}
 
-    def compare(self, asked: Sequence[Comparison]) -> list[Verdict]:
-        """Both orders of every comparison in packed batches."""
+    def compare(self, requests: Sequence[ComparisonRequest]) -> list[Verdict]:
+        """Judge both orders of every request, in packed batches."""
         prompts = [
-            comparison(one.question, one.prompt, *pair) for one in asked for pair in ((one.a, one.b), (one.b, one.a))
+            comparison(request.question, request.prompt, first, second)
+            for request in requests for first, second in ((request.a, request.b), (request.b, request.a))
         ]  # fmt: skip
-        replies = self._read(prompts, ("A", "B"))
+        replies = self._option_replies(prompts, ("A", "B"))
         return [combine(a_first, b_first) for a_first, b_first in zip(replies[::2], replies[1::2], strict=True)]
 
-    def grade(self, asked: Sequence[Grading]) -> list[Reply]:
+    def grade(self, requests: Sequence[GradingRequest]) -> list[Reply]:
         """The probability of yes."""
-        return self._read([grading(one.question, one.prompt, one.answer) for one in asked], ("Yes", "No"))
+        return self._option_replies(
+            [grading(request.question, request.prompt, request.answer) for request in requests], ("Yes", "No")
+        )
 
-    def _read(self, prompts: Sequence[Sequence[Message]], options: tuple[str, str]) -> list[Reply]:
+    def _option_replies(self, prompts: Sequence[Sequence[Message]], options: tuple[str, str]) -> list[Reply]:
         trees = [self._tree(messages, options) for messages in prompts]
         replies = [Reply(None, f"does not fit the context of {self.base.context} tokens")] * len(trees)
         fitting = [n for n, tree in enumerate(trees) if len(tree[0]) < self.base.context]
@@ -56,7 +59,7 @@ class LocalJudge:
         return replies
 
     def _tree(self, messages: Sequence[Message], options: tuple[str, str]) -> _Tree:
-        """The prompt with what both options begin with, and below it the first token in which they differ."""
+        """The prompt with the common prefix of both options, and for each option its first different token."""
         prompt, replies = self.base.chat.encode_completions(messages, [Message("assistant", option) for option in options])
         shared = 0
         while replies[0][shared] == replies[1][shared]:
@@ -73,6 +76,6 @@ class LocalJudge:
 def _reply(first: float, second: float) -> Reply:
     """Log-probabilities of the two options as a reply."""
     mass = exp(first) + exp(second)
-    if not mass >= MIN_MASS:  # also where it is no number
-        return Reply(None, "it would reply neither of the two options")
+    if not mass >= MIN_MASS:  # also true for NaN
+        return Reply(None, "its reply would be neither of the two options")
     return Reply(exp(first) / mass)

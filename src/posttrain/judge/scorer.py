@@ -1,4 +1,4 @@
-"""A reward model as a judge: it scores each answer by itself, so orders cannot matter. It knows one question, its own.
+"""A reward model as a judge. It scores each answer separately, so the order does not matter. It ignores the question.
 
 p(A) = sigmoid(score(A) - score(B))        (Bradley and Terry 1952)
 """
@@ -9,14 +9,14 @@ from math import exp
 import torch
 
 from posttrain.data.packing import split_by_tokens
-from posttrain.judge.verdict import Comparison, Grading, Reply, Verdict
+from posttrain.judge.verdict import ComparisonRequest, GradingRequest, Reply, Verdict
 from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import MICRO_TOKENS, pack_trees, row_scores
 from posttrain.records import Message
 
 
 class RewardJudge:
-    """`adapter` is the reward model's name on the base. The question of a comparison is ignored."""
+    """`adapter` is the name of the reward model in the base. The question of a request is ignored."""
 
     def __init__(self, base: BaseModel, adapter: str, name: str) -> None:
         self.base, self.adapter, self.name = base, adapter, name
@@ -25,9 +25,9 @@ class RewardJudge:
         """Kind, name and the hashes of the base."""
         return {"judge": self.name, "kind": "reward", "adapter": self.adapter, **self.base.identity()}
 
-    def compare(self, asked: Sequence[Comparison]) -> list[Verdict]:
-        """Sigmoid of the difference of scores; both orders are the same number."""
-        scores = self._scores([(one.prompt, answer) for one in asked for answer in (one.a, one.b)])
+    def compare(self, requests: Sequence[ComparisonRequest]) -> list[Verdict]:
+        """The sigmoid of the difference of scores, the same for both orders."""
+        scores = self._scores([(request.prompt, answer) for request in requests for answer in (request.a, request.b)])
         verdicts = []
         for a, b in zip(scores[::2], scores[1::2], strict=True):
             if a is None or b is None:
@@ -37,14 +37,14 @@ class RewardJudge:
                 verdicts.append(Verdict(p, p, p))
         return verdicts
 
-    def grade(self, asked: Sequence[Grading]) -> list[Reply]:
-        """A score has no yes: every grading is an abstention."""
-        return [Reply(None, "a reward model compares and does not grade") for _ in asked]
+    def grade(self, requests: Sequence[GradingRequest]) -> list[Reply]:
+        """Abstain: a score alone does not say yes or no."""
+        return [Reply(None, "a reward model cannot grade single answers") for _ in requests]
 
     @torch.no_grad()
-    def _scores(self, asked: Sequence[tuple[str, str]]) -> list[float | None]:
+    def _scores(self, answers: Sequence[tuple[str, str]]) -> list[float | None]:
         trees = []
-        for prompt, answer in asked:
+        for prompt, answer in answers:
             ids, replies = self.base.chat.encode_completions([Message("user", prompt)], [Message("assistant", answer)])
             trees.append((ids, replies))
         lengths = [len(prompt) + len(replies[0]) for prompt, replies in trees]

@@ -1,16 +1,16 @@
-"""Questions and verdicts: what is asked of a judge, and how two orders become one probability.
+"""Requests to a judge and its verdicts, and how the two orders of a pair are combined.
 
     p = (p(A | A is shown first) + p(A | A is shown second)) / 2
 
-A judge that prefers A in one order and B in the other has followed the order, not the answers: it abstains. It abstains as
-well where a reply cannot be read. Averaging alone would turn such pairs into labels near 1/2 that look like judgements.
+A judge that prefers A in one order and B in the other abstains, because it followed the order and not the answers. It also
+abstains if a reply is unreadable. The average alone would give such pairs labels near 1/2 that look like judgements.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 
-class Comparison(NamedTuple):
+class ComparisonRequest(NamedTuple):
     """One question about two answers to a prompt."""
 
     prompt: str
@@ -19,8 +19,8 @@ class Comparison(NamedTuple):
     question: str
 
 
-class Grading(NamedTuple):
-    """One question about one answer to a prompt, to be answered with yes or no."""
+class GradingRequest(NamedTuple):
+    """A yes-or-no question about one answer to a prompt."""
 
     prompt: str
     answer: str
@@ -28,16 +28,16 @@ class Grading(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """One reading of a judge: the probability of the first option (the answer shown first; yes), or None and why."""
+    """One reply: the probability of the first option (the answer shown first, or yes), or None and the reason."""
 
     probability: float | None
     why: str = ""
 
 
 class Verdict(NamedTuple):
-    """`probability` that A is better, None where the judge abstains and `why` says the reason.
+    """The `probability` that A is better, or None if the judge abstains, with the reason in `why`.
 
-    `first` and `second` are the probabilities of A where it was shown first and where it was shown second.
+    `first` and `second` are the probabilities of A when it is shown first and second.
     """
 
     probability: float | None
@@ -47,33 +47,33 @@ class Verdict(NamedTuple):
 
     @property
     def shown_first(self) -> tuple[float, ...]:
-        """Of each order that was answered, the probability of the answer that was shown first."""
+        """For each order with a reply, the probability of the answer shown first."""
         return tuple(p for p in (self.first, None if self.second is None else 1 - self.second) if p is not None)
 
 
-class Judge(Protocol):
-    """Whoever compares and grades. `identity` is what a manifest says of it."""
+class PairwiseJudge(Protocol):
+    """A judge that compares and grades answers. `identity` goes into manifests."""
 
     @property
     def name(self) -> str:
-        """How messages name it."""
+        """The name in messages."""
         ...
 
     def identity(self) -> dict[str, str]:
         """Kind, model and fingerprints."""
         ...
 
-    def compare(self, asked: Sequence[Comparison]) -> list[Verdict]:
-        """A verdict for each, in order; both orders are asked."""
+    def compare(self, requests: Sequence[ComparisonRequest]) -> list[Verdict]:
+        """A verdict for each request, in order. Both orders are judged."""
         ...
 
-    def grade(self, asked: Sequence[Grading]) -> list[Reply]:
-        """The probability of yes for each, in order."""
+    def grade(self, requests: Sequence[GradingRequest]) -> list[Reply]:
+        """The probability of yes for each request, in order."""
         ...
 
 
 def combine(a_first: Reply, b_first: Reply) -> Verdict:
-    """One verdict of two orders. `a_first` is the reply where A was shown first, `b_first` where B was."""
+    """Combine the replies of two orders. A is shown first in `a_first`, B in `b_first`."""
     first = a_first.probability
     second = None if b_first.probability is None else 1 - b_first.probability
     if first is None or second is None:

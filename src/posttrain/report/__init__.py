@@ -1,1 +1,1 @@
-"""The report and what `show` and `compare` print: drawn from a run's artifacts alone, without torch."""
+"""The report, `show` and `compare`. They read only the artifacts of a run and do not import torch."""

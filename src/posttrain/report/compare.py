@@ -1,16 +1,15 @@
-"""`posttrain compare A B`: two policies on the items that both answered, measure by measure, and what that adds up to.
+"""`posttrain compare A B`: a paired comparison of two policies on the items that both answered, and an overall verdict.
 
     change   = B − A over the same items, with its 95 % interval (evaluate/stats.py)
-    loss     = a change of A to B whose verdict is "worse", length left out; told first
+    loss     = a change with the verdict "worse", except of length; printed first
 
-    verdict  = B dominates A   something is shown better and nothing worse (or the other way round)
-               trade-off       something is better and something is worse
+    verdict  = B dominates A   at least one measure is better and none is worse (or A dominates B)
+               trade-off       some measures are better and some are worse
                not shown to differ
 
-Where it stands: scores.jsonl of two evaluations in, of one run or of two. They are refused where a change would not mean
-what it says: other texts under the same item, other limits of an answer's length, other definitions of a measure.
-Left out of the Pareto verdict: length, which leans one way only because a measure has to. Left out altogether: measures
-counted in tokens where the two bases cut text into different ones; a correction for many comparisons.
+Input: scores.jsonl of two evaluations, of one run or of two. Evaluations that are not comparable are refused: different prompts
+under the same item, different limits of the answer length, different definitions of a measure. The verdict ignores length,
+which has no better direction. Not included: measures in tokens if the tokenizers differ; a correction for multiple comparisons.
 """
 
 from collections.abc import Iterable, Mapping
@@ -26,13 +25,13 @@ from posttrain.records import Score
 from posttrain.report import formatting
 from posttrain.report.run import EVALUATIONS, read_recipe, read_scorecard, stage_names
 
-# Settings of an evaluation that change what an answer can be.
-_SAME = ("max_new_tokens", "code")
+# Evaluation settings that both sides must share.
+_MUST_MATCH = ("max_new_tokens", "code")
 Key = tuple[str, str]
 
 
-class _Side(NamedTuple):
-    """One of the two: its evaluation, its scores, and how its run defines the measures."""
+class _Evaluation(NamedTuple):
+    """The evaluation of one policy: its manifest, its scores, and the measures as its run defines them."""
 
     name: str
     manifest: dict[str, Any]
@@ -43,9 +42,9 @@ class _Side(NamedTuple):
 def compare(a: Path, b: Path) -> tuple[dict[str, Any], str]:
     """Paired comparison of two stages (`RUN/STAGE`, `RUN/base`; a run is its last stage): data and text.
 
-    Raises ArtifactError where one was not evaluated, they share no items, or their evaluations do not mean the same.
+    Raises ArtifactError if one was not evaluated, they share no items, or the evaluations are not comparable.
     """
-    before, after = _side(a), _side(b)
+    before, after = _read_evaluation(a), _read_evaluation(b)
     notes = _check(before, after)
     rows = {name: row for name in before.measures if name in after.measures and (row := _row(name, before, after)) is not None}
     if not rows:
@@ -53,70 +52,77 @@ def compare(a: Path, b: Path) -> tuple[dict[str, Any], str]:
     verdict = _pareto(rows.values())
     shared = len(before.scores.keys() & after.scores.keys())
     losses = [name for name, row in rows.items() if row["change"]["verdict"] == "worse" and row["unit"] != "tokens"]
-    found = {
+    comparison = {
         "a": before.name, "b": after.name, "items": shared, "losses": losses, "measures": rows, "verdict": verdict,
         "notes": notes,
     }  # fmt: skip
-    return found, _text(found)
+    return comparison, _text(comparison)
 
 
-def _side(path: Path) -> _Side:
-    """Raises ArtifactError where the path is no evaluated stage of a run."""
-    whole = (path / "recipe.toml").is_file()
-    run = path if whole else path.parent
+def _read_evaluation(path: Path) -> _Evaluation:
+    """Read an evaluation. Raises ArtifactError if the path is not an evaluated stage of a run."""
+    is_run = (path / "recipe.toml").is_file()
+    run = path if is_run else path.parent
     names = ["base", *stage_names(read_recipe(run)[0])]
     scored = [name for name in names if read_manifest(run / EVALUATIONS / name) is not None]
     allowed = f"there is: {', '.join(scored)}" if scored else ""
-    if not scored or not (whole or path.name in scored):
+    if not scored or not (is_run or path.name in scored):
         raise ArtifactError(str(path), "not evaluated", allowed=allowed, do="run the recipe first")
-    name = scored[-1] if whole else path.name
+    name = scored[-1] if is_run else path.name
     folder = run / EVALUATIONS / name
     manifest = read_manifest(folder)
-    assert manifest is not None, "it was among the scored"
+    assert manifest is not None, "`scored` holds only names with a manifest"
     verify_files(folder, ("scores.jsonl",))
     scores = {(s.task, s.item): s for s in load_scores(folder / "scores.jsonl")}
-    return _Side(str(run / name), manifest, scores, _measures(run))
+    return _Evaluation(str(run / name), manifest, scores, _measures(run))
 
 
 def _measures(run: Path) -> dict[str, Measure]:
-    """The measures of a run's suites as its scorecard defines them, in its order."""
-    found: dict[str, Measure] = {}
+    """The measures as the scorecard of a run defines them, in its order."""
+    measures: dict[str, Measure] = {}
     for stage in read_scorecard(run)["stages"]:
-        for name, e in stage["measures"].items():
-            if "tasks" not in e or "of" not in e:
+        for name, entry in stage["measures"].items():
+            if "tasks" not in entry or "of" not in entry:
                 path = run / "scorecard.json"
-                raise ArtifactError(
-                    str(path), f"does not say what {name} averages", do=f"remove {path} and run the recipe again"
-                )
-            found.setdefault(
-                name, Measure(name, tuple(e["tasks"]), e["of"], e["unit"], e["better"], e.get("role", ""), e["title"])
+                raise ArtifactError(str(path), f"has no definition of {name}", do=f"remove {path} and run the recipe again")
+            measures.setdefault(
+                name,
+                Measure(
+                    name,
+                    tuple(entry["tasks"]),
+                    entry["of"],
+                    entry["unit"],
+                    entry["better"],
+                    entry.get("role", ""),
+                    entry["title"],
+                ),
             )
-    return found
+    return measures
 
 
-def _check(a: _Side, b: _Side) -> list[str]:
-    """Refuse what cannot be compared; returns what a reader must know of the rest."""
+def _check(a: _Evaluation, b: _Evaluation) -> list[str]:
+    """Raise ArtifactError if the two are not comparable. Returns notes for the reader."""
     where = f"{a.name} and {b.name}"
     shared = a.scores.keys() & b.scores.keys()
     if not shared:
         raise ArtifactError(where, "no items in common", do="evaluate both on the same suites")
-    settings, others = a.manifest.get("settings", {}), b.manifest.get("settings", {})
-    for key in _SAME:
-        if settings.get(key) != others.get(key):
-            found = f"evaluated with {key} = {settings.get(key)} and {others.get(key)}"
-            raise ArtifactError(where, found, allowed="the same for both", do="evaluate both with the same recipe")
+    settings, other_settings = a.manifest.get("settings", {}), b.manifest.get("settings", {})
+    for key in _MUST_MATCH:
+        if settings.get(key) != other_settings.get(key):
+            problem = f"evaluated with {key} = {settings.get(key)} and {other_settings.get(key)}"
+            raise ArtifactError(where, problem, allowed="the same for both", do="evaluate both with the same recipe")
     changed = sorted(key for key in shared if a.scores[key].prompt != b.scores[key].prompt)
     if changed:
-        found = f"{len(changed)} items ask something else, the first is {changed[0][1]} of {changed[0][0]}"
-        raise ArtifactError(where, found, allowed="the same text under the same item", do="evaluate both on the same suites")
+        problem = f"{len(changed)} items have different prompts, first {changed[0][1]} of {changed[0][0]}"
+        raise ArtifactError(where, problem, allowed="the same prompt for the same item", do="evaluate both on the same suites")
     for name in a.measures.keys() & b.measures.keys():
         if _definition(a.measures[name]) != _definition(b.measures[name]):
             raise ArtifactError(where, f"the suites define {name} differently", do="evaluate both on the same suites")
     notes = []
-    if settings.get("suites") != others.get("suites"):
-        notes.append(f"The suites differ; compared are the {len(shared)} items of both. Rules that score may differ too.")
+    if settings.get("suites") != other_settings.get("suites"):
+        notes.append(f"The suites differ; only the {len(shared)} shared items are compared. The scoring rules may differ too.")
     if not _same_tokens(a, b):
-        notes.append("The bases cut text into different tokens: measures counted in tokens are left out.")
+        notes.append("The tokenizers differ: measures in tokens are not compared.")
     return notes
 
 
@@ -124,12 +130,12 @@ def _definition(measure: Measure) -> tuple[object, ...]:
     return measure.tasks, measure.of, measure.unit, measure.better
 
 
-def _same_tokens(a: _Side, b: _Side) -> bool:
+def _same_tokens(a: _Evaluation, b: _Evaluation) -> bool:
     return bool(a.manifest.get("base", {}).get("tokenizer_hash") == b.manifest.get("base", {}).get("tokenizer_hash"))
 
 
-def _row(name: str, a: _Side, b: _Side) -> dict[str, Any] | None:
-    """One measure over the shared items; None where there are none, or where the numbers do not mean the same."""
+def _row(name: str, a: _Evaluation, b: _Evaluation) -> dict[str, Any] | None:
+    """One measure over the shared items. None if there are none or the values are not comparable."""
     measure = b.measures[name]
     if measure.unit != "share" and not _same_tokens(a, b):
         return None
@@ -146,8 +152,8 @@ def _row(name: str, a: _Side, b: _Side) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def _interval(found: stats.Interval) -> dict[str, float]:
-    return {"value": round(found.value, 6), "low": round(found.low, 6), "high": round(found.high, 6)}
+def _interval(interval: stats.Interval) -> dict[str, float]:
+    return {"value": round(interval.value, 6), "low": round(interval.low, 6), "high": round(interval.high, 6)}
 
 
 def _pareto(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -159,23 +165,25 @@ def _pareto(rows: Iterable[Mapping[str, Any]]) -> str:
     return "A dominates B" if "worse" in verdicts else "not shown to differ"
 
 
-def _losses(found: Mapping[str, Any]) -> list[str]:
-    rows = [found["measures"][name] for name in found["losses"]]
-    told = [f"▼ {row['title']} {formatting.change_words(row['change'], row['unit'])}" for row in rows]
-    return [f"B lost against A: {'; '.join(told)}", ""] if told else []
+def _loss_lines(comparison: Mapping[str, Any]) -> list[str]:
+    rows = [comparison["measures"][name] for name in comparison["losses"]]
+    losses = [
+        f"{formatting.MARKS['worse']} {row['title']} {formatting.change_words(row['change'], row['unit'])}" for row in rows
+    ]
+    return [f"Losses of B against A: {'; '.join(losses)}", ""] if losses else []
 
 
-_MEANING = {
-    "B dominates A": "at least one measure is shown better, none worse",
-    "A dominates B": "at least one measure is shown worse, none better",
+_VERDICT_MEANING = {
+    "B dominates A": "at least one measure is better and none is worse",
+    "A dominates B": "at least one measure is worse and none is better",
     "trade-off": "B is better in some measures and worse in others",
-    "not shown to differ": "every interval of a change includes 0",
+    "not shown to differ": "the interval of every change includes 0",
 }
 
 
-def _text(found: Mapping[str, Any]) -> str:
+def _text(comparison: Mapping[str, Any]) -> str:
     cells = [("", "A", "95 %", "B", "95 %", "B − A", "95 %", "verdict", "items")]
-    for row in found["measures"].values():
+    for row in comparison["measures"].values():
         unit, change = row["unit"], row["change"]
         arrow = "↑" if row["better"] == "higher" else "↓"
         cells.append((
@@ -184,7 +192,15 @@ def _text(found: Mapping[str, Any]) -> str:
             formatting.signed(change["value"], unit),
             formatting.signed_span(change, unit), f"{formatting.MARKS[change['verdict']]} {change['verdict']}", str(row["n"]),
         ))  # fmt: skip
-    lines = [f"A  {found['a']}", f"B  {found['b']}", "", *_losses(found), formatting.aligned(cells), "", *found["notes"]]
-    lines.append("Intervals hold 95 %. A change is paired over the same items; ↑ higher is better, ↓ lower is better.")
-    lines.append(f"{found['verdict']}: {_MEANING[found['verdict']]} (length apart).")
+    lines = [
+        f"A  {comparison['a']}",
+        f"B  {comparison['b']}",
+        "",
+        *_loss_lines(comparison),
+        formatting.aligned(cells),
+        "",
+        *comparison["notes"],
+    ]
+    lines.append("Intervals are 95 %. Changes are paired over the same items. ↑ higher is better, ↓ lower is better.")
+    lines.append(f"{comparison['verdict']}: {_VERDICT_MEANING[comparison['verdict']]} (ignoring length).")
     return "\n".join(lines)

@@ -1,7 +1,6 @@
-"""What every stage really learned from: sources, rows, lengths, what was cut, dropped or left out, and three examples.
+"""The data section: sources, rows, lengths, truncated, dropped and excluded rows, and three examples of every stage.
 
-Where it stands: data_report.json of each stage in, a section out. The texts are data: they leave escaped. Fields that
-this version does not know are listed as they are.
+Input: data_report.json of each stage. Texts are escaped. Unknown fields are listed unchanged.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,11 +10,11 @@ from markupsafe import Markup
 
 from posttrain.report import formatting, plots
 from posttrain.report.markup import details, el, facts, join, section
-from posttrain.report.run import Run, Stage
+from posttrain.report.run import RunRecord, StageRecord
 
 _LONGEST = 4000
-# Shown in words of their own, or not facts of the data.
-_TOLD = frozenset(
+# Fields with their own rows below, and fields that are not shown.
+_SHOWN_FIELDS = frozenset(
     {
         "tokens",
         "trained_tokens",
@@ -35,15 +34,15 @@ _TOLD = frozenset(
 )
 
 
-def data(run: Run) -> Markup:
-    """The section of data reports; nothing where no stage has one."""
+def data(run: RunRecord) -> Markup:
+    """The section of data reports; empty if no stage has one."""
     parts = [_stage(stage, stage.data_report) for stage in run.stages if stage.data_report is not None]
     if not parts:
         return Markup("")
-    return section("data", "Data", *parts, lead="What training saw after rendering, cutting and leaving out.")
+    return section("data", "Data", *parts, lead="What training used after rendering, truncating and filtering.")
 
 
-def _stage(stage: Stage, report: Mapping[str, Any]) -> Markup:
+def _stage(stage: StageRecord, report: Mapping[str, Any]) -> Markup:
     bins = report.get("length_histogram") or []
     labels = [f"{b['from']}–{b['to']}" if b.get("to") else f"over {b['from'] - 1}" for b in bins]
     figure = ""
@@ -51,7 +50,7 @@ def _stage(stage: Stage, report: Mapping[str, Any]) -> Markup:
         first = next(i for i, b in enumerate(bins) if b["rows"])
         chart = plots.histogram(labels[first:], [b["rows"] for b in bins[first:]], stage.name)
         figure = el("figure", el("figcaption", el("strong", "rows by length")), chart)
-    body = el("div.beside", facts([*_sources(report), *_rows(report), *_other(report)]), figure)
+    body = el("div.beside", facts([*_sources(report), *_rows(report), *_unknown_fields(report)]), figure)
     return el(
         "div.stage", el("h3", stage.name, " ", el("span.kind", stage.kind)), body, *_examples(report.get("examples") or [])
     )
@@ -88,28 +87,28 @@ def _rows(report: Mapping[str, Any]) -> list[tuple[str, Markup | str]]:
         reasons = "".join(f" · {count:,} {reason}" for reason, count in report["dropped"].items())
         rows.append(("dropped", join([_count(sum(report["dropped"].values()), "rows"), reasons])))
     if "contaminated" in report:
-        rows.append(("left out", _count(report["contaminated"], "rows that an evaluation asks")))
+        rows.append(("left out", _count(report["contaminated"], "rows whose prompt is in an evaluation")))
     if "duplicates" in report:
         rows.append(("duplicates", _count(report["duplicates"], "rows")))
     if "ptx" in report:
         mix = report["ptx"]
-        lost = f"{mix['truncated']:,} cut, {mix['dropped']:,} dropped, {mix['contaminated']:,} that an evaluation asks left out"
+        lost = f"{mix['truncated']:,} cut, {mix['dropped']:,} dropped, {mix['contaminated']:,} in an evaluation"
         rows.append(("pretraining mix", f"{mix['rows']:,} rows, {mix['tokens']:,} tokens; {lost}"))
     if report.get("ends_trained") is not None:
         rows.append(("turns end", f"{report['ends_trained']:.1%} of the uncut rows end in a trained end-of-turn token"))
     return rows
 
 
-def _count(count: int, what: str) -> Markup:
-    """Something that should be none stands out where it is not."""
-    return el("span.count" if count else "span.none", f"{count:,} {what}")
+def _count(count: int, label: str) -> Markup:
+    """A count that should be 0; other values are highlighted."""
+    return el("span.count" if count else "span.none", f"{count:,} {label}")
 
 
-def _other(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _unknown_fields(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         (str(k).replace("_", " "), formatting.plain(v))
         for k, v in report.items()
-        if k not in _TOLD and not isinstance(v, dict | list)
+        if k not in _SHOWN_FIELDS and not isinstance(v, dict | list)
     ]
 
 
@@ -117,7 +116,7 @@ def _examples(examples: Sequence[Mapping[str, Any]]) -> list[Markup]:
     if not examples:
         return []
     shown = [el("h4", str(example.get("id", ""))) + el("pre.example", *_pieces(example)) for example in examples]
-    return [details(join([f"{len(examples)} rows as training sees them; ", el("mark", "marked"), " is trained"]), *shown)]
+    return [details(join([f"{len(examples)} rows as in training; ", el("mark", "marked"), " text is trained"]), *shown)]
 
 
 def _pieces(example: Mapping[str, Any]) -> list[Markup | str]:

@@ -1,4 +1,4 @@
-"""Numbers, changes and verdicts as text. Shares are percentages, changes of shares percentage points."""
+"""Numbers, changes and verdicts as text. Shares are percentages; changes of shares are percentage points."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ _DIGITS = {"share": 1, "nats": 3, "tokens": 1}
 
 
 def scale(unit: str) -> float:
-    """What a value of this unit is multiplied by to be shown."""
+    """The factor from a value to its displayed number."""
     return 100.0 if unit == "share" else 1.0
 
 
@@ -21,7 +21,7 @@ def number(value: float, unit: str) -> str:
 
 
 def measured(value: float, unit: str) -> str:
-    """A value as a reader sees it: `45.3 %`, `3.207`."""
+    """A value with its unit: `45.3 %`, `3.207`."""
     return number(value, unit) + ("\u202f%" if unit == "share" else "")
 
 
@@ -31,7 +31,7 @@ def span(entry: Mapping[str, Any], unit: str) -> str:
 
 
 def signed(value: float, unit: str) -> str:
-    """A change without its unit, with a sign as wide as the plus; zero has none."""
+    """A change with its sign and without its unit. Uses a true minus sign; zero has no sign."""
     text = f"{value * scale(unit):+.{_DIGITS.get(unit, 3)}f}"
     return text[1:] if float(text) == 0 else text.replace("-", "−")
 
@@ -47,23 +47,23 @@ def change_words(change: Mapping[str, Any], unit: str) -> str:
 
 
 def unit_word(unit: str) -> str:
-    """What changes of this unit are counted in."""
+    """The unit of a change: `points` for shares."""
     return UNITS.get(unit, unit)
 
 
 def change_against(entry: Mapping[str, Any], name: str) -> dict[str, Any] | None:
-    """The change of a scorecard's entry against one policy."""
+    """The change of a scorecard entry against one policy."""
     return next((c for c in entry.get("changes", ()) if c["against"] == name), None)
 
 
 def is_worse(entry: Mapping[str, Any], name: str) -> bool:
-    """Whether a scorecard's entry is shown to be worse than one policy's."""
+    """Whether the verdict of a scorecard entry against one policy is "worse"."""
     change = change_against(entry, name)
     return change is not None and change["verdict"] == "worse"
 
 
 def plain(value: Any) -> str:
-    """Any number or setting in few characters."""
+    """A number or setting in short form."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "–"}[value]
     if isinstance(value, float):
@@ -84,7 +84,7 @@ def duration(seconds: float | None) -> str:
 
 
 def shorten(text: str, longest: int) -> str:
-    """Cut in the middle, where names differ least."""
+    """Shorten a name by cutting out its middle."""
     if len(text) <= longest:
         return text
     head = (longest - 1) // 2
@@ -92,6 +92,6 @@ def shorten(text: str, longest: int) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their longest cell."""
+    """A table with aligned columns."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

@@ -1,7 +1,7 @@
-"""HTML and SVG elements as values: whatever is not markup already is escaped, so data can never become markup.
+"""HTML and SVG elements. Every plain `str` is escaped, so data cannot become markup.
 
-Where it stands: every section builds its part with `el`; `render.py` puts the parts into the page. Model output, data,
-recipe text and names come in as plain `str` and leave escaped.
+Every section builds its part with `el`; `render.py` assembles the page. Model output, data, recipe text and names are plain
+`str`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,33 +20,33 @@ def el(tag: str, *children: Content, attrs: Mapping[str, object] | None = None) 
 
 
 def join(children: Iterable[Content]) -> Markup:
-    """Pieces end to end, each escaped unless it is markup."""
+    """Concatenate pieces. Each is escaped unless it is markup."""
     return Markup("").join(c if isinstance(c, Markup) else escape(_control_free(c)) for c in children)
 
 
 def section(anchor: str, title: str, *children: Content, lead: Content = "") -> Markup:
-    """A section of the page with its heading and an optional line that says how to read it."""
+    """A section of the page with its heading and an optional introduction."""
     head = [el("h2", title), el("p.lead", lead)] if lead else [el("h2", title)]
     return el("section", *head, *children, attrs={"id": anchor})
 
 
 def details(summary: Content, *children: Content) -> Markup:
-    """Something that is opened by a tap."""
+    """A collapsed block."""
     return el("details", el("summary", summary), el("div.inside", *children))
 
 
 def facts(rows: Iterable[tuple[Content, Content]]) -> Markup:
-    """Names and values below each other."""
+    """A list of names and values."""
     return el("dl.facts", *(el("div", el("dt", name), el("dd", value)) for name, value in rows))
 
 
 def scroll(*children: Content, label: str) -> Markup:
-    """A box that scrolls sideways on its own, so that the page never does."""
+    """A box that scrolls horizontally, so that the page does not."""
     return el("div.scroll", *children, attrs={"tabindex": "0", "role": "region", "aria-label": label})
 
 
 def _control_free(text: str) -> str:
-    """Characters that HTML does not allow, shown as the replacement character."""
+    """Replace the characters that HTML does not allow with the replacement character."""
     if text.isprintable():
         return text
     return "".join(

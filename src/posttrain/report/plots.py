@@ -1,8 +1,8 @@
-"""Charts as inline SVG, drawn with matplotlib; the only file that knows it.
+"""Charts as inline SVG. Only this file imports matplotlib.
 
-Where it stands: sections hand over numbers, and get markup whose colours are the page's CSS variables, so that one
-drawing serves light and dark. Text stays text. Points carry a `<title>`, which browsers show on hover. The same numbers
-give the same bytes. Left out: scripts, zooming, and anything that loads from elsewhere.
+Input: numbers. Output: markup whose colours are CSS variables of the page, so one drawing serves light and dark mode. Text
+stays text. Points have a `<title>`, which browsers show on hover. The output is deterministic. Not included: scripts, zooming
+and external resources.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 WIDTH, HEIGHT = 340, 216
-# Colours that stand for CSS variables of the page until the drawing is done.
+# Placeholder colours, replaced by CSS variables of the page after drawing.
 INK, SOFT, LINE, GOOD = "#0f0f01", "#0f0f02", "#0f0f03", "#0f0f04"
 COLOURS = 8
 _THEME = {INK: "var(--ink)", SOFT: "var(--soft)", LINE: "var(--line)", GOOD: "var(--better)"}
@@ -33,21 +33,15 @@ _STYLE: dict[str, Any] = {
     "xtick.color": LINE, "ytick.color": LINE, "xtick.labelcolor": SOFT, "ytick.labelcolor": SOFT, "text.color": SOFT,
     "axes.spines.top": False, "axes.spines.right": False, "path.simplify_threshold": 0.3,
 }  # fmt: skip
-# The page's light colours, for a drawing that stands alone.
-_LIGHT = {
-    "ink": "#1a1d21", "soft": "#5a626c", "line": "#dddfe2", "better": "#00735a", "c0": "#6b7280", "c1": "#0072b2",
-    "c2": "#d55e00", "c3": "#009e73", "c4": "#b0528c", "c5": "#b07d00", "c6": "#2b9fd8", "c7": "#7a5195",
-    "font": "Helvetica, Arial, sans-serif",
-}  # fmt: skip
 MOST_POINTS = 240
 _ROOT_TICKS = (0.01, 0.1, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256)
-# More stages than this crowd: the caption names them then.
+# With more stages than this, the caption names them instead of labels.
 MOST_NAMED = 4
 _HOVERS = 40
 
 
 class Series(NamedTuple):
-    """A line of a chart: values of steps, in the page's colour of that number. `sparse` is drawn with its points."""
+    """A line of a chart. `colour` is a number of the page's palette. `sparse` lines show their points."""
 
     label: str
     colour: int
@@ -57,7 +51,7 @@ class Series(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A stage against the base: changes in gain and capability as (value, low, high), and its parent."""
+    """A stage against the base: changes in gain and capability as (value, low, high), and the parent."""
 
     name: str
     colour: int
@@ -66,20 +60,20 @@ class Point(NamedTuple):
     capability: tuple[float, float, float]
 
 
-class Measured(NamedTuple):
-    """Evaluations of a policy, in the page's colour of that number: places, values and half of their 95 % intervals."""
+class EvaluationSeries(NamedTuple):
+    """Evaluations of a policy: positions, values and half of their 95 % intervals."""
 
     label: str
     colour: int
     xs: Sequence[float]
     ys: Sequence[float]
     bars: Sequence[float]
-    # The evaluation that is ringed, if one is.
+    # The index of the ringed evaluation.
     chosen: int | None = None
 
 
 class Curve(NamedTuple):
-    """A fitted curve, dashed, and the place of its peak."""
+    """A fitted curve, drawn dashed, and its peak."""
 
     label: str
     colour: int
@@ -89,7 +83,7 @@ class Curve(NamedTuple):
 
 
 class FrontierPoint(NamedTuple):
-    """A policy at its distance: the budget that it was made with, KL and value as (value, low, high)."""
+    """A policy: its name, and KL and value as (value, low, high)."""
 
     name: str
     x: tuple[float, float, float]
@@ -97,7 +91,7 @@ class FrontierPoint(NamedTuple):
 
 
 class FrontierLine(NamedTuple):
-    """The policies of one method, the nearest first."""
+    """The policies of one method, by increasing KL."""
 
     label: str
     colour: int
@@ -111,45 +105,50 @@ class _Hover(NamedTuple):
 
 
 def colour(number: int) -> str:
-    """The colour of a series or stage: they repeat after eight."""
+    """The colour of a series or stage. Colours repeat after eight."""
     return f"#0f0f1{number % COLOURS}"
 
 
-def curves(series: Sequence[Series], about: str = "", *, over: str = "step") -> Markup:
-    """Metrics over steps, or over what `over` names. A dense noisy line is drawn faint, its running mean strong. `about` tells
-    it from its like."""
+def curves(series: Sequence[Series], about: str = "", *, x_name: str = "step") -> Markup:
+    """Metrics over steps, or over `x_name`. A dense noisy line is drawn faint with its running mean on top. `about` is the
+    start of the accessible label."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(WIDTH, HEIGHT)
         hovers: list[_Hover] = []
-        for one in series:
-            xs, ys = _thinned(one.xs, one.ys)
-            window = max(3, len(xs) // 15) if not one.sparse and _noisy(ys) else 0
-            axes.plot(xs, ys, color=colour(one.colour), linewidth=1 if window else 1.8, alpha=0.35 if window else 1,
-                      marker="o" if one.sparse or len(xs) == 1 else None, markersize=4.5, zorder=3)  # fmt: skip
+        for line in series:
+            xs, ys = _thinned(line.xs, line.ys)
+            window = max(3, len(xs) // 15) if not line.sparse and _noisy(ys) else 0
+            axes.plot(xs, ys, color=colour(line.colour), linewidth=1 if window else 1.8, alpha=0.35 if window else 1,
+                      marker="o" if line.sparse or len(xs) == 1 else None, markersize=4.5, zorder=3)  # fmt: skip
             if window:
-                axes.plot(xs, _running_mean(ys, window), color=colour(one.colour), linewidth=2, zorder=4)
+                axes.plot(xs, _running_mean(ys, window), color=colour(line.colour), linewidth=2, zorder=4)
             every = max(1, len(xs) // _HOVERS)
-            hovers += [_Hover(x, y, f"{one.label} · {over} {x:.0f}: {y:.4g}") for x, y in list(zip(xs, ys))[::every]]
+            hovers += [_Hover(x, y, f"{line.label} · {x_name} {x:.0f}: {y:.4g}") for x, y in list(zip(xs, ys))[::every]]
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.set_xlabel(over)
-        return _svg(figure, axes, hovers, ": ".join(filter(None, (about, ", ".join(one.label for one in series)))))
+        axes.set_xlabel(x_name)
+        return _svg(figure, axes, hovers, ": ".join(filter(None, (about, ", ".join(line.label for line in series)))))
 
 
-def against_distance(measured: Sequence[Measured], curves: Sequence[Curve], *, ylabel: str, about: str) -> Markup:
+def against_distance(measured: Sequence[EvaluationSeries], curves: Sequence[Curve], *, ylabel: str, about: str) -> Markup:
     """Evaluations over sqrt(KL) with their intervals, fitted curves, a cross at a curve's peak."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(WIDTH, HEIGHT)
         hovers: list[_Hover] = []
-        for one in measured:
-            tint = colour(one.colour)
-            axes.errorbar(one.xs, one.ys, yerr=one.bars, color=tint, linewidth=1.4 if len(one.xs) > 1 else 0, elinewidth=1.4,
-                          marker="o", markersize=4.5, alpha=0.9, zorder=4)  # fmt: skip
-            if one.chosen is not None:
-                axes.plot([one.xs[one.chosen]], [one.ys[one.chosen]], "o", markersize=11, markerfacecolor="none",
-                          markeredgecolor=INK, markeredgewidth=1.5, zorder=6)  # fmt: skip
+        for policy in measured:
+            tint = colour(policy.colour)
+            axes.errorbar(
+                policy.xs, policy.ys, yerr=policy.bars, color=tint, linewidth=1.4 if len(policy.xs) > 1 else 0,
+                elinewidth=1.4, marker="o", markersize=4.5, alpha=0.9, zorder=4,
+            )  # fmt: skip
+            if policy.chosen is not None:
+                axes.plot(
+                    [policy.xs[policy.chosen]], [policy.ys[policy.chosen]], "o", markersize=11, markerfacecolor="none",
+                    markeredgecolor=INK, markeredgewidth=1.5, zorder=6,
+                )  # fmt: skip
             hovers += [
-                _Hover(x, y, f"{one.label} · √KL {x:.3g}: {y:.4g} ± {bar:.2g}") for x, y, bar in zip(one.xs, one.ys, one.bars)
+                _Hover(x, y, f"{policy.label} · √KL {x:.3g}: {y:.4g} ± {bar:.2g}")
+                for x, y, bar in zip(policy.xs, policy.ys, policy.bars)
             ]
         for curve in curves:
             axes.plot(curve.xs, curve.ys, "--", color=colour(curve.colour), linewidth=1.6, zorder=3)
@@ -166,7 +165,7 @@ def against_distance(measured: Sequence[Measured], curves: Sequence[Curve], *, y
 
 
 def histogram(labels: Sequence[str], counts: Sequence[int], about: str = "") -> Markup:
-    """Rows by their length in tokens. `about` tells it from its like."""
+    """Rows by their length in tokens. `about` is the start of the accessible label."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(WIDTH, 180)
         axes.bar(range(len(counts)), counts, color=colour(1), width=0.82, zorder=3)
@@ -181,10 +180,10 @@ def histogram(labels: Sequence[str], counts: Sequence[int], about: str = "") -> 
 def capability_and_gain(
     points: Sequence[Point], *, base: str, labels: tuple[str, ...], lower: tuple[bool, ...] = (False, False)
 ) -> Markup:
-    """Every stage against the base at the origin, with the intervals of both changes and the way the stages went.
+    """Every stage against the base at the origin, with the intervals of both changes and a line to its parent.
 
-    `labels` are of the gain (right) and of capability (up); an axis whose measure is better when `lower` is turned around, so
-    that right and up are better.
+    `labels` are for the gain (right) and the capability (up). `lower` inverts the axis of a measure for which lower is better,
+    so right and up are always better.
     """
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(WIDTH, 270)
@@ -221,8 +220,8 @@ def capability_and_gain(
 def frontier_chart(
     lines: Sequence[FrontierLine], *, x_label: str, y_label: str, start: float | None = None, about: str = ""
 ) -> Markup:
-    """Value against a KL, a line a method, with the intervals of both; every line begins at the start where it is known.
-    Places go by the square root of the KL, as values do near the start (Gao et al. 2023)."""
+    """Value against KL with the intervals of both, one line per method. Lines begin at `start` if it is given. The x axis is
+    scaled by the square root of the KL, as values are near the start (Gao et al. 2023)."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(round(WIDTH * 1.5), 320)
         hovers: list[_Hover] = []
@@ -251,9 +250,9 @@ def frontier_chart(
 
 
 def _root(x: NDArray[numpy.float64]) -> NDArray[numpy.float64]:
-    """The square root, 0 below 0: an axis asks outside of its limits as well."""
-    found: NDArray[numpy.float64] = numpy.sqrt(numpy.clip(x, 0, None))
-    return found
+    """The square root, 0 for negative values, which matplotlib passes as well."""
+    roots: NDArray[numpy.float64] = numpy.sqrt(numpy.clip(x, 0, None))
+    return roots
 
 
 def _span(figure: tuple[float, float, float]) -> str:
@@ -261,12 +260,14 @@ def _span(figure: tuple[float, float, float]) -> str:
 
 
 def reliability(bins: Sequence[Mapping[str, float]], about: str = "") -> Markup:
-    """How often a reward model is right against how sure it says it is, with intervals; on the dotted line the two agree."""
+    """Calibration of a reward model: accuracy against stated confidence, with intervals. On the dotted line the two agree."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(WIDTH, 250)
         axes.plot([0.5, 1], [0.5, 1], color=SOFT, linestyle=":", linewidth=1.2, zorder=1)
-        for one in bins:
-            axes.plot([one["said"]] * 2, [one["low"], one["high"]], color=colour(1), linewidth=1.6, alpha=0.55, zorder=2)
+        for bucket in bins:
+            axes.plot(
+                [bucket["said"]] * 2, [bucket["low"], bucket["high"]], color=colour(1), linewidth=1.6, alpha=0.55, zorder=2
+            )
         axes.plot(
             [b["said"] for b in bins], [b["right"] for b in bins], "-o", color=colour(1), linewidth=1.6, markersize=5, zorder=3
         )
@@ -280,36 +281,21 @@ def reliability(bins: Sequence[Mapping[str, float]], about: str = "") -> Markup:
         return _svg(figure, axes, hovers, ": ".join(filter(None, (about, "reliability"))))
 
 
-def standalone(drawing: Markup) -> str:
-    """A drawing as an SVG file of its own: light, with the colours and fonts that a page would give it."""
-    text = str(drawing)
-    for name, found in _LIGHT.items():
-        text = text.replace(f"var(--{name})", found)
-    width, height = re.findall(r'viewBox="0 0 (\d+) (\d+)"', text)[0]
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="{width}" height="{height}" '
-    )
-    text = text.replace("<svg ", head, 1)
-    inside = text.index(">") + 1
-    style = "<style>.hover circle { fill: transparent }</style>"
-    return f'{text[:inside]}{style}<rect width="100%" height="100%" fill="#ffffff"/>{text[inside:]}\n'
-
-
 def _label_points(axes: Any, at: dict[str, tuple[float, float]], points: Sequence[Point], base: str) -> None:
-    """Names beside the points, to the left where a point stands far right; names that would meet move up and down."""
+    """Label the points, on the left side for points far right. Labels that would overlap move up."""
     low, high = axes.get_xlim()
     bottom, top = axes.get_ylim()
-    taken: list[tuple[float, float]] = []
+    placed: list[tuple[float, float]] = []
     for name in (base, *(p.name for p in points if len(points) <= MOST_NAMED)):
         x, y = (at[name][0] - low) / (high - low), (at[name][1] - bottom) / (top - bottom)
-        while any(abs(x - other) < 0.3 and abs(y - level) < 0.075 for other, level in taken):
+        while any(abs(x - other_x) < 0.3 and abs(y - level) < 0.075 for other_x, level in placed):
             y += 0.08
-        taken.append((x, y))
+        placed.append((x, y))
         right = x > 0.72
         offset = -9 if right else 9
-        place = (low + x * (high - low), bottom + y * (top - bottom))
+        position = (low + x * (high - low), bottom + y * (top - bottom))
         axes.annotate(
-            name, place, xytext=(offset, 8), textcoords="offset points", color=INK, ha="right" if right else "left",
+            name, position, xytext=(offset, 8), textcoords="offset points", color=INK, ha="right" if right else "left",
             va="center", fontsize=11.5, fontweight="bold", annotation_clip=False, zorder=6,
         )  # fmt: skip
 
@@ -330,7 +316,7 @@ def _figure(width: int, height: int) -> tuple[Figure, Any]:
 
 
 def _thinned(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
-    """At most MOST_POINTS points: means of equal runs of steps."""
+    """Reduce a series to at most MOST_POINTS points by averaging equal runs of steps."""
     size = -(-len(xs) // MOST_POINTS)
     if size <= 1:
         return list(xs), list(ys)
@@ -339,7 +325,7 @@ def _thinned(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], lis
 
 
 def _noisy(ys: Sequence[float]) -> bool:
-    """Whether a line turns so often that its mean says more: a learning rate does not, a loss a step does."""
+    """Whether a line changes direction so often that a running mean helps: true for a loss, false for a learning rate."""
     steps = [b - a for a, b in itertools.pairwise(ys)]
     turns = sum(a * b < 0 for a, b in itertools.pairwise(steps))
     return len(ys) >= 30 and turns > len(ys) / 5
@@ -352,17 +338,17 @@ def _running_mean(ys: Sequence[float], window: int) -> list[float]:
 
 
 def _svg(figure: Figure, axes: Any, hovers: Sequence[_Hover], about: str, *, radius: float = 7) -> Markup:
-    """The drawing with the page's colours and fonts, without what an inline drawing must not carry, and with hover texts."""
+    """The drawing as inline SVG with the page's colours and fonts, and with hover texts."""
     target = io.StringIO()
     with warnings.catch_warnings():
-        # The page's fonts draw the text, not matplotlib's: what its font lacks does not matter.
+        # The page's fonts draw the text, so glyphs missing in matplotlib's font do not matter.
         warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
         figure.savefig(target, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     width, height = (round(size * 72) for size in figure.get_size_inches())
-    places = axes.transData.transform([(h.x, h.y) for h in hovers]) if hovers else []
+    positions = axes.transData.transform([(h.x, h.y) for h in hovers]) if hovers else []
     dots = "".join(
         f'<circle cx="{x:.1f}" cy="{height - y:.1f}" r="{radius:g}"><title>{escape(hover.text)}</title></circle>'
-        for (x, y), hover in zip(places, hovers)
+        for (x, y), hover in zip(positions, hovers)
     )
     return Markup(_inline(target.getvalue(), dots, about, width, height))
 
@@ -374,9 +360,9 @@ def _inline(svg: str, dots: str, about: str, width: int, height: int) -> str:
     inner = re.sub(r'<g id="[^"]*"', "<g", inner)
     inner = re.sub(r"(?<=font: )([^;\"]*?px) [^;\"]*", r"\1 var(--font)", inner)
     inner = re.sub(r"font-family: [^;\"]*;? ?", "", inner)
-    inner = re.sub(r"#0f0f[01][0-9]", lambda found: _THEME[found[0]], inner)
-    inner = re.sub(r"<[^>]*>", lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), inner)  # places, not labels
-    mark = hashlib.sha256((about + inner).encode()).hexdigest()[:6]  # several drawings stand in one page: their ids must differ
+    inner = re.sub(r"#0f0f[01][0-9]", lambda match: _THEME[match[0]], inner)
+    inner = re.sub(r"<[^>]*>", lambda match: re.sub(r"(\.\d\d)\d+", r"\1", match[0]), inner)  # coordinates, not labels
+    mark = hashlib.sha256((about + inner).encode()).hexdigest()[:6]  # ids must be unique among all drawings of a page
     inner = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{mark}", inner)
     inner = re.sub(r"\s*\n\s*", "\n", inner)
     label = escape(about)

@@ -1,6 +1,6 @@
-"""What a reader needs to run it again or to doubt it: time and tokens, settings, hashes, versions, the recipe.
+"""The provenance section: time and tokens, settings, hashes, versions and the recipe.
 
-Where it stands: manifests and recipe.toml in, a section out; details stand behind taps.
+Input: manifests and recipe.toml. Details are collapsed.
 """
 
 from collections.abc import Mapping
@@ -10,35 +10,35 @@ from markupsafe import Markup
 
 from posttrain.report import formatting
 from posttrain.report.markup import Content, details, el, facts, scroll, section
-from posttrain.report.run import Run
+from posttrain.report.run import RunRecord
 
-# Told elsewhere in the report, or a table of their own here.
-_APART = frozenset({"settings", "metrics", "files", "libraries", "warnings", "inputs", "data", "rows", "base"})
+# Fields shown elsewhere in the report or in a group below.
+_GROUPED_FIELDS = frozenset({"settings", "metrics", "files", "libraries", "warnings", "inputs", "data", "rows", "base"})
 
 
-def provenance(run: Run) -> Markup:
+def provenance(run: RunRecord) -> Markup:
     """The section of times, settings, versions and hashes."""
-    made = [(stage.name, stage.manifest) for stage in run.stages if stage.manifest]
+    stages = [(stage.name, stage.manifest) for stage in run.stages if stage.manifest]
     scored = [(f"evaluate {policy.name}", policy.manifest) for policy in run.policies]
-    everything = sorted([*made, *scored], key=lambda pair: _order(run, pair[0]))
-    parts: list[Markup] = [_times(everything)] if everything else []
-    parts += [_manifest(name, manifest) for name, manifest in everything]
+    manifests = sorted([*stages, *scored], key=lambda pair: _order(run, pair[0]))
+    parts: list[Markup] = [_times(manifests)] if manifests else []
+    parts += [_manifest(name, manifest) for name, manifest in manifests]
     parts.append(details("recipe.toml", el("pre", run.recipe_text)))
-    lead = "Everything that decides a result is in a fingerprint: settings, inputs, data, base, seed, version of the code."
+    lead = "A fingerprint covers everything that determines a result: settings, inputs, data, base, seed, code version."
     return section("provenance", "Settings, versions, hashes, time", *parts, lead=lead)
 
 
-def _order(run: Run, name: str) -> tuple[int, bool]:
-    """A stage, then its evaluation; the base's first."""
+def _order(run: RunRecord, name: str) -> tuple[int, bool]:
+    """The sort key: each stage followed by its evaluation, the base first."""
     names = ["base", *(stage.name for stage in run.stages)]
     return names.index(name.removeprefix("evaluate ")), name.startswith("evaluate ")
 
 
-def _times(everything: list[tuple[str, dict[str, Any]]]) -> Markup:
+def _times(manifests: list[tuple[str, dict[str, Any]]]) -> Markup:
     head = el("tr", *(el("th", title) for title in ("step", "kind", "time", "steps", "tokens", "tokens/s", "fingerprint")))
-    rows = [el("tr", *(el("td", cell) for cell in _time_row(name, manifest))) for name, manifest in everything]
-    total = formatting.duration(sum(m.get("seconds", 0.0) for _, m in everything))
-    foot = el("tr", el("td", "together"), el("td", ""), el("td", total), *(el("td", "") for _ in range(4)))
+    rows = [el("tr", *(el("td", cell) for cell in _time_row(name, manifest))) for name, manifest in manifests]
+    total = formatting.duration(sum(m.get("seconds", 0.0) for _, m in manifests))
+    foot = el("tr", el("td", "total"), el("td", ""), el("td", total), *(el("td", "") for _ in range(4)))
     return scroll(el("table.times", el("thead", head), el("tbody", *rows, foot)), label="time and tokens")
 
 
@@ -56,13 +56,13 @@ def _manifest(name: str, manifest: Mapping[str, Any]) -> Markup:
     plain = [
         (key, formatting.plain(value))
         for key, value in manifest.items()
-        if key not in _APART and not isinstance(value, dict | list)
+        if key not in _GROUPED_FIELDS and not isinstance(value, dict | list)
     ]
     groups: list[Content] = [_group("artifact", plain)]
     for key in ("settings", "base", "inputs", "data", "rows", "libraries", "metrics", "files"):
-        found = flat(manifest.get(key) or {})
-        if found:
-            groups.append(_group(key, found))
+        rows = flat(manifest.get(key) or {})
+        if rows:
+            groups.append(_group(key, rows))
     return details(name, *groups)
 
 
@@ -71,11 +71,14 @@ def _group(title: str, rows: list[tuple[str, str]]) -> Markup:
 
 
 def flat(value: Any, path: str = "") -> list[tuple[str, str]]:
-    """Nested tables as dotted names and short texts."""
+    """Flatten nested tables to dotted names and short texts."""
     if isinstance(value, dict):
-        return [row for key, one in value.items() for row in flat(one, f"{path}.{key}".lstrip("."))]
+        return [row for key, item in value.items() for row in flat(item, f"{path}.{key}".lstrip("."))]
     if isinstance(value, list):
         return [
-            (path, ", ".join(formatting.plain(one) if not isinstance(one, dict | list) else str(one) for one in value) or "–")
+            (
+                path,
+                ", ".join(formatting.plain(item) if not isinstance(item, dict | list) else str(item) for item in value) or "–",
+            )
         ]
     return [(path, formatting.plain(value))]

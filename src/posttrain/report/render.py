@@ -1,8 +1,8 @@
-"""The report: one HTML file that opens offline, on a phone and in the dark, and runs nothing.
+"""The report: one HTML file without scripts. It works offline, on a phone and in dark mode.
 
-Where it stands: `pipeline.py` calls `write_report` when a run is done, `posttrain report` calls it again. A section is a
-function from the loaded run to markup; it stands in SECTIONS, and one that has nothing to say returns nothing. The page's
-policy allows no script and no request. The same artifacts give the same bytes.
+`pipeline.py` calls `write_report` at the end of a run; `posttrain report` calls it again. A section is a function from the run
+to markup, listed in SECTIONS; an empty result omits the section. The page's policy allows no script and no request. The output
+is deterministic.
 """
 
 from collections.abc import Callable
@@ -17,14 +17,14 @@ from posttrain.report.headline import headline
 from posttrain.report.markup import el, join
 from posttrain.report.picture import picture
 from posttrain.report.provenance import provenance
-from posttrain.report.run import Run, load_run
+from posttrain.report.run import RunRecord, load_run
 from posttrain.report.samples import samples
 from posttrain.report.scores import scorecard, tax
 from posttrain.report.training import training
 from posttrain.stages import KINDS
 from posttrain.stages.kind import load_function
 
-SECTIONS: tuple[tuple[str, str, Callable[[Run], Markup]], ...] = (
+SECTIONS: tuple[tuple[str, str, Callable[[RunRecord], Markup]], ...] = (
     ("pipeline", "Pipeline", picture),
     ("scorecard", "Scorecard", scorecard),
     ("tax", "Tax and gain", tax),
@@ -63,17 +63,17 @@ _PAGE = Markup("""<!doctype html>
 
 
 def write_report(run: Path) -> Path:
-    """Write report.html into a run folder from its artifacts alone.
+    """Write report.html into a run folder, from its artifacts only.
 
-    Raises ArtifactError where the folder is no run, nothing was evaluated yet, or a file is missing or damaged.
+    Raises ArtifactError if the folder is not a run, nothing was evaluated yet, or a file is missing or damaged.
     """
     path = run / "report.html"
     write_bytes(path, render(load_run(run)).encode(errors="replace"))
     return path
 
 
-def render(run: Run) -> str:
-    """The page as text."""
+def render(run: RunRecord) -> str:
+    """The page as HTML."""
     parts = [(anchor, title, part) for anchor, title, make in SECTIONS if (part := make(run))]
     links = [el("a", title, attrs={"href": f"#{anchor}"}) for anchor, title, _ in parts]
     return _PAGE.format(

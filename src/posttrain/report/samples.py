@@ -1,6 +1,6 @@
 """The sample prompts, answered by the base and by every policy side by side.
 
-Where it stands: samples.jsonl of each evaluation in, a section out. An answer is text and stays text: it leaves escaped.
+Input: samples.jsonl of each evaluation. Answers are escaped.
 """
 
 from collections.abc import Mapping
@@ -9,23 +9,23 @@ from typing import Any
 from markupsafe import Markup
 
 from posttrain.report.markup import el, section
-from posttrain.report.run import Run
+from posttrain.report.run import RunRecord
 
 _LONGEST = 6000
 
 
-def samples(run: Run) -> Markup:
-    """The section of answers; nothing where no policy answered."""
+def samples(run: RunRecord) -> Markup:
+    """The section of answers; empty if there are none."""
     answers = {policy.name: {str(row.get("prompt", "")): row for row in policy.samples} for policy in run.policies}
     prompts = list(dict.fromkeys(prompt for rows in answers.values() for prompt in rows))
     if not prompts:
         return Markup("")
     cards = []
     for prompt in prompts:
-        given = [_answer(name, rows[prompt]) for name, rows in answers.items() if prompt in rows]
-        cards.append(el("article.prompt", el("h3", prompt), el("div.answers", *given)))
+        answer_cards = [_answer(name, rows[prompt]) for name, rows in answers.items() if prompt in rows]
+        cards.append(el("article.prompt", el("h3", prompt), el("div.answers", *answer_cards)))
     return section(
-        "samples", "The same prompts, answered by every stage", *cards, lead="Greedy answers, nothing chosen or edited."
+        "samples", "The same prompts, answered by every stage", *cards, lead="Greedy answers, not selected and not edited."
     )
 
 

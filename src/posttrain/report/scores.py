@@ -1,7 +1,7 @@
 """The scorecard as a table, and the changes in capability beside those in gain.
 
-Where it stands: scorecard.json in, two sections out. A row a measure, a column a stage; below each value its interval as
-text and as a strip, then the paired changes against the parent and against the base, marked by sign, word and colour.
+Input: scorecard.json. Output: two sections. The table has one row per measure and one column per stage. A cell shows the value,
+its interval as text and as a strip, and the paired changes against the parent and the base, marked by sign, word and colour.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,21 +13,21 @@ from posttrain.evaluate.tax import parent_of
 from posttrain.report import formatting, plots
 from posttrain.report.headline import verdict_badge
 from posttrain.report.markup import Content, el, scroll, section
-from posttrain.report.run import Run
+from posttrain.report.run import RunRecord
 
-_READ = (
+_LEAD = (
     "Each value with its 95\u202f% interval. Changes are paired over the same items: ",
-    "better or worse only where the interval of the change excludes 0. ",
-    "Of forty changes that are none, about two will still be called one.",
+    "the verdict is better or worse only if the interval of the change excludes 0. ",
+    "Of forty measures without a true change, about two still get such a verdict.",
 )
 
 
-def scorecard(run: Run) -> Markup:
+def scorecard(run: RunRecord) -> Markup:
     """The section with the table of all measures and stages."""
     stages = run.scorecard["stages"]
     names = list(dict.fromkeys(name for stage in stages for name in stage["measures"]))
     if not names:
-        return section("scorecard", "Scorecard", el("p", "No measure was taken."))
+        return section("scorecard", "Scorecard", el("p", "Nothing was measured."))
     extent = {name: _extent(stages, name) for name in names}
     head = el("tr", el("th", "measure"), *(_stage_head(stage) for stage in stages))
     rows = [
@@ -35,7 +35,7 @@ def scorecard(run: Run) -> Markup:
         for name in names
     ]
     table = el("table.scorecard", el("thead", head), el("tbody", *rows))
-    return section("scorecard", "Scorecard", scroll(table, label="scorecard"), _judge(stages), lead="".join(_READ))
+    return section("scorecard", "Scorecard", scroll(table, label="scorecard"), _judge(stages), lead="".join(_LEAD))
 
 
 def _stage_head(stage: Mapping[str, Any]) -> Markup:
@@ -46,20 +46,20 @@ def _stage_head(stage: Mapping[str, Any]) -> Markup:
 
 def _measure_head(stages: Sequence[Mapping[str, Any]], name: str) -> Markup:
     entry = next(stage["measures"][name] for stage in stages if name in stage["measures"])
-    way = "higher is better" if entry["better"] == "higher" else "lower is better"
-    about = f"{name} · {entry['n']} items · {way}"
+    direction = "higher is better" if entry["better"] == "higher" else "lower is better"
+    about = f"{name} · {entry['n']} items · {direction}"
     role = el("span.role", entry["role"]) if entry.get("role") else ""
     items = el("span.small", f"{entry['n']} items")
     return el("th", _title(entry), items, role, attrs={"scope": "row", "title": about})
 
 
 def _title(entry: Mapping[str, Any]) -> Markup:
-    """A measure's title, and the way that is better."""
+    """A measure's title and an arrow to the better direction."""
     return el("span.name", entry["title"], "\u00a0", el("span.way", "↑" if entry["better"] == "higher" else "↓"))
 
 
 def _extent(stages: Iterable[Mapping[str, Any]], name: str) -> tuple[float, float]:
-    """The ends of a measure's strips: 0 to 1 for shares, else what the intervals span, with a margin."""
+    """The range of a measure's strips: 0 to 1 for shares, else the range of the intervals with a margin."""
     entries = [stage["measures"][name] for stage in stages if name in stage["measures"]]
     if entries[0]["unit"] == "share":
         return 0.0, 1.0
@@ -79,7 +79,7 @@ def _cell(stage: Mapping[str, Any], name: str, extent: tuple[float, float], base
         _strip(entry, extent),
     ]
     changes = entry.get("changes", ())
-    # Against the base once more only where the parent is another policy.
+    # If the parent is the base, there is one change.
     for change in changes[:2]:
         label = "vs base" if change["against"] == base else f"vs {change['against']}"
         span = el("span.small", formatting.signed_span(change, unit))
@@ -88,7 +88,7 @@ def _cell(stage: Mapping[str, Any], name: str, extent: tuple[float, float], base
 
 
 def _strip(entry: Mapping[str, Any], extent: tuple[float, float]) -> Markup:
-    """The interval on the measure's own axis."""
+    """The interval on the axis of the measure."""
     low, high = extent
     width = (high - low) or 1.0
     left, right, at = (min(100.0, max(0.0, (entry[key] - low) / width * 100)) for key in ("low", "high", "value"))
@@ -101,10 +101,10 @@ def _judge(stages: Sequence[Mapping[str, Any]]) -> Markup:
     if judge is None:
         return Markup("")
     text = (
-        f"Refusals are judged by a rule. On {judge['answers']} answers of {judge['models']} models that people labelled it "
-        f"finds {_share(judge['sensitivity'])} of the refusals (of the model it fits least "
-        f"{judge['lowest_sensitivity']:.0%}) and leaves {_share(judge['specificity'])} of the other answers alone "
-        f"(least {judge['lowest_specificity']:.0%})."
+        f"A rule detects refusals. On {judge['answers']} answers of {judge['models']} models with human labels it "
+        f"finds {_share(judge['sensitivity'])} of the refusals (for the worst model "
+        f"{judge['lowest_sensitivity']:.0%}) and accepts {_share(judge['specificity'])} of the other answers "
+        f"(worst {judge['lowest_specificity']:.0%})."
     )
     return el("p.note", text)
 
@@ -113,8 +113,8 @@ def _share(figure: Mapping[str, Any]) -> str:
     return f"{figure['value']:.0%} ({figure['low']:.0%} to {figure['high']:.0%})"
 
 
-def tax(run: Run) -> Markup:
-    """The section that sets the change in capability beside the gain."""
+def tax(run: RunRecord) -> Markup:
+    """The section that compares the change in capability with the gain."""
     stages = run.scorecard["stages"]
     entries = {n: e for stage in stages for n, e in stage["measures"].items() if e.get("role") in ("gain", "capability")}
     columns = [
@@ -124,9 +124,9 @@ def tax(run: Run) -> Markup:
     if not entries or not columns:
         return Markup("")
     lead = (
-        "Changes are after − before, in each measure's own direction; its arrow says which way is better. In the drawings up "
-        "and right are better, and what lies below the line through the base has lost capability. Bars are 95\u202f% intervals "
-        "of paired changes."
+        "Changes are after − before; the arrow of a measure shows its better direction. In the charts up and right are "
+        "better; points below the line through the base have lost capability. Bars are 95\u202f% intervals of paired "
+        "changes."
     )
     charts = _charts(run, entries)
     figures = el("div.plots", *charts) if charts else ""
@@ -134,23 +134,23 @@ def tax(run: Run) -> Markup:
 
 
 def colour(order: Sequence[str], name: str) -> int:
-    """A stage's colour; grey is the base's alone."""
-    place = order.index(name)
-    return 1 + (place - 1) % (plots.COLOURS - 1) if place else 0
+    """The colour of a stage. Only the base is grey."""
+    position = order.index(name)
+    return 1 + (position - 1) % (plots.COLOURS - 1) if position else 0
 
 
-def _charts(run: Run, entries: Mapping[str, Any]) -> list[Markup]:
-    """A chart a gain measure: every stage against the base, joined to the stage it started from."""
+def _charts(run: RunRecord, entries: Mapping[str, Any]) -> list[Markup]:
+    """One chart per gain measure: every stage against the base, with a line to its parent."""
     gains, costs = ([name for name, e in entries.items() if e["role"] == role] for role in ("gain", "capability"))
     if not gains or not costs:
         return []
-    # The first capability measure pools the others; one of another unit has an axis of its own.
+    # The first capability measure pools the others. A measure with another unit gets its own chart.
     chosen = [costs[0], *[c for c in costs if entries[c]["unit"] != entries[costs[0]]["unit"]][:1]]
     pairs = [*[(gain, chosen[0]) for gain in gains[:2]], *[(gains[0], cost) for cost in chosen[1:]]]
     return [_chart(run, (gain, entries[gain]), (cost, entries[cost])) for gain, cost in pairs]
 
 
-def _chart(run: Run, gain: tuple[str, Mapping[str, Any]], cost: tuple[str, Mapping[str, Any]]) -> Markup:
+def _chart(run: RunRecord, gain: tuple[str, Mapping[str, Any]], cost: tuple[str, Mapping[str, Any]]) -> Markup:
     stages = run.scorecard["stages"]
     base, order = stages[0]["name"], [stage["name"] for stage in stages]
     points = []
@@ -168,7 +168,7 @@ def _chart(run: Run, gain: tuple[str, Mapping[str, Any]], cost: tuple[str, Mappi
 
 
 def _against(stage: Mapping[str, Any], name: str, base: str) -> tuple[float, float, float] | None:
-    """A measure's change against the base with its interval, as it is shown."""
+    """A measure's change against the base with its interval, in displayed units."""
     entry = stage["measures"].get(name)
     change = formatting.change_against(entry, base) if entry else None
     if entry is None or change is None:
@@ -177,8 +177,8 @@ def _against(stage: Mapping[str, Any], name: str, base: str) -> tuple[float, flo
     return change["value"] * factor, change["low"] * factor, change["high"] * factor
 
 
-def _change_table(run: Run, entries: Mapping[str, Any], columns: Sequence[tuple[str, str]]) -> Markup:
-    """A row a measure, a column a comparison, the last stage's first."""
+def _change_table(run: RunRecord, entries: Mapping[str, Any], columns: Sequence[tuple[str, str]]) -> Markup:
+    """One row per measure, one column per comparison, the last stage first."""
     measures = {stage["name"]: stage["measures"] for stage in run.scorecard["stages"]}
     names = [f"{stage} vs {against}" for stage, against in columns]
     head = el("tr", el("th", "change"), *(el("th", name, attrs={"scope": "col"}) for name in names))

@@ -1,7 +1,7 @@
-"""`posttrain show`: a run in a screen of text, or a stage with all that it was made of.
+"""`posttrain show`: a summary of a run, or a stage with its settings and its lineage.
 
-Where it stands: artifacts in, the data for `--json` and the text for people out. A run is its scorecard and its stages; a
-stage is its manifest and its lineage, back to the rows and the base that it comes from. `compare` stands beside it.
+Input: artifacts. Output: the data for `--json` and the text. A run shows its scorecard and its stages; a stage shows its
+manifest and its lineage back to the data and the base.
 """
 
 import shutil
@@ -24,9 +24,9 @@ _NAME = 14
 
 
 def show(target: Path) -> tuple[dict[str, Any], str]:
-    """A run folder, or a stage in it (`base` too): data and text.
+    """Data and text of a run folder, or of a stage in it (also `base`).
 
-    Raises ArtifactError where there is neither, or a file of it is missing or damaged.
+    Raises ArtifactError if there is neither, or a file is missing or damaged.
     """
     if (target / "recipe.toml").is_file() or not (target.parent / "recipe.toml").is_file():
         return _show_run(target)
@@ -42,10 +42,10 @@ def _show_run(run: Path) -> tuple[dict[str, Any], str]:
     ]
     scorecard = read_scorecard(run) if (run / "scorecard.json").is_file() else None
     losses = shown_losses(scorecard["stages"]) if scorecard else []
-    found = {"run": recipe.get("name", run.name), "losses": losses, "stages": stages, "scorecard": scorecard}
+    data = {"run": recipe.get("name", run.name), "losses": losses, "stages": stages, "scorecard": scorecard}
     width = shutil.get_terminal_size((120, 24)).columns
-    table = format_table(scorecard, width=width) if scorecard else "no scorecard yet: nothing was evaluated to its end"
-    return found, f"{table}\n\n{_stage_table(stages)}"
+    table = format_table(scorecard, width=width) if scorecard else "no scorecard yet: no evaluation is finished"
+    return data, f"{table}\n\n{_stage_table(stages)}"
 
 
 def _evaluated(run: Path, name: str) -> bool:
@@ -68,14 +68,16 @@ def _show_stage(run: Path, name: str) -> tuple[dict[str, Any], str]:
     names = stage_names(recipe)
     manifest = read_manifest(run / name) if name in names else None
     if manifest is None:
-        made = ["base", *(n for n in names if read_manifest(run / n) is not None)]
-        found = "not finished" if name in names else "no stage of this run"
-        raise ArtifactError(str(run / name), found, allowed=f"there is: {', '.join(made)}", do="posttrain run makes the others")
+        finished = ["base", *(n for n in names if read_manifest(run / n) is not None)]
+        problem = "not finished" if name in names else "no stage of this run"
+        raise ArtifactError(
+            str(run / name), problem, allowed=f"there is: {', '.join(finished)}", do="finish the run with `posttrain run`"
+        )
     chain = lineage(run, name)
     card = read_scorecard(run) if (run / "scorecard.json").is_file() else {"stages": []}
     losses = [row for row in shown_losses(card["stages"]) if row["stage"] == name]
     lines = [*_summary(manifest)]
-    lines += ["", "losses that are shown", *(f"  {loss_words(row)}" for row in losses)] if losses else []
+    lines += ["", "significant losses", *(f"  {loss_words(row)}" for row in losses)] if losses else []
     lines += ["", "settings", *_indented(flat(manifest.get("settings", {})))]
     lines += ["", "final metrics", *_indented(flat(manifest.get("metrics", {})))] if manifest.get("metrics") else []
     lines += [f"\nwarning: {warning}" for warning in manifest.get("warnings", ())]
@@ -111,8 +113,8 @@ def _indented(rows: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _lineage(chain: Sequence[Mapping[str, Any]], base: Mapping[str, Any]) -> list[str]:
-    """Every artifact behind a stage, the stage first, each with the hashes and rows of its data; the base last."""
-    known = {str(manifest.get("name")): manifest["fingerprint"] for manifest in chain}
+    """Every artifact that a stage was made from, with the hashes and rows of its data: the stage first, the base last."""
+    fingerprints = {str(manifest.get("name")): manifest["fingerprint"] for manifest in chain}
     lines = []
     for manifest in chain:
         inputs = manifest.get("inputs", {})
@@ -122,6 +124,6 @@ def _lineage(chain: Sequence[Mapping[str, Any]], base: Mapping[str, Any]) -> lis
         for path, digest in manifest.get("data", {}).items():
             rows = manifest.get("rows", {}).get(path)
             lines.append(f"    data {path}: {formatting.plain(rows)} rows, sha256 {digest}")
-        older = [name for name, mark in inputs.items() if name in known and known[name] != mark]
+        older = [name for name, fingerprint in inputs.items() if name in fingerprints and fingerprints[name] != fingerprint]
         lines += [f"    made from an earlier {name}: {inputs[name]}" for name in older]
     return [*lines, f"  base {base.get('model', '?')}: weights {base.get('weights_hash', '?')}"]

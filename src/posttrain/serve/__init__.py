@@ -1,1 +1,1 @@
-"""Serving: talking to a model in the terminal."""
+"""Serving a model: the HTTP server with the APIs of the openai package, and chat in the terminal."""

@@ -1,6 +1,6 @@
-"""The routes; the only file that imports the web framework. Each reads a request, asks the service, and writes a shape.
+"""The routes. Each parses a request, calls the service and returns a response model. Only this file imports FastAPI.
 
-Left out: pages of documentation, which would fetch scripts from elsewhere. The schema lies at /openapi.json.
+Not included: the documentation pages of FastAPI, which load scripts from other hosts. The schema is at /openapi.json.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from posttrain.serve.connections import connection_limit
 from posttrain.serve.errors import Refusal, encode, refusal
 from posttrain.serve.keys import KeyFile
 from posttrain.serve.metrics import CONTENT_TYPE, UNKNOWN
-from posttrain.serve.middleware import OWNER, Gate
+from posttrain.serve.middleware import OWNER, Middleware
 from posttrain.serve.parse import tokenize
 from posttrain.serve.protocol import (
     MESSAGE_REFUSED,
@@ -47,20 +47,20 @@ from posttrain.serve.responses import (
     Tokens,
 )
 from posttrain.serve.service import Service
-from posttrain.serve.streaming import LEFT, answer_of, chunks_of, server_sent
-from posttrain.serve.turns import in_turn
+from posttrain.serve.streaming import CLIENT_CLOSED, answer_of, chunks_of, server_sent
+from posttrain.serve.turns import run_in_text_thread
 
 PLAYGROUND = files("posttrain") / "serve" / "playground.html"
-# Of the connections that there may be, one owner may have one in so many inside: all together have at most two thirds inside or
-# sending, and the others are for those that come.
-SHARED = 7
-# Where requests are for answers, which are counted.
-ANSWERING = ("/v1/chat/completions", "/v1/completions")
+# One owner may hold 1 / OWNER_FRACTION of the connection limit as admitted requests. All owners together hold at most two
+# thirds of it, which leaves connections for new clients.
+OWNER_FRACTION = 7
+# Routes that generate text; the metrics count their requests.
+GENERATION_PATHS = ("/v1/chat/completions", "/v1/completions")
 _ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in ("4XX", "5XX")}
 
 
-def build_app(service: Service, *, keys: KeyFile | None, hosts: frozenset[str]) -> Gate:
-    """The whole application: routes behind the gate. `hosts` are the names it listens to where there are no keys."""
+def build_app(service: Service, *, keys: KeyFile | None, hosts: frozenset[str]) -> Middleware:
+    """Build the application: the routes behind the middleware. Without keys, only requests to `hosts` are admitted."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -71,28 +71,28 @@ def build_app(service: Service, *, keys: KeyFile | None, hosts: frozenset[str]) 
         title="posttrain", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False,
         responses=_ERRORS,
     )  # fmt: skip
-    gate = Gate(
+    middleware = Middleware(
         app, keys=keys, hosts=hosts, limits=service.limits,
-        places=max(1, min(service.places, connection_limit() // SHARED)),
+        places=max(1, min(service.places, connection_limit() // OWNER_FRACTION)),
         refused=lambda status: service.metrics.request(UNKNOWN, status),
     )  # fmt: skip
     _add_errors(app, service)
     _add_generation(app, service)
     _add_models(app, service)
     _add_tokens(app, service)
-    _add_watching(app, service, gate)
-    return gate
+    _add_monitoring(app, service, middleware)
+    return middleware
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
     async def generate(body: ChatRequest | CompletionRequest, request: Request) -> Response:
-        """An answer, or its stream. Errors before the first token have a status of their own in both."""
+        """Return an answer or stream it. An error before the first token sets the HTTP status in both cases."""
         model = service.name_of(body.model)
         service.metrics.begin(model)
         flow = None
         try:
             flow = await service.open(body, request.scope[OWNER])
-            if not flow.ask.stream:
+            if not flow.parsed.stream:
                 answer = await answer_of(flow)
                 flow.cancel()
                 service.metrics.end(model, 200)
@@ -106,10 +106,10 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             raise
 
         async def stream() -> AsyncIterator[bytes]:
-            status = LEFT
+            status = CLIENT_CLOSED
             try:
-                async for event, so_far in server_sent(first, chunks):
-                    status = so_far
+                async for event, final_status in server_sent(first, chunks):
+                    status = final_status
                     yield event
             finally:
                 flow.cancel()
@@ -119,17 +119,17 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 
     streamed: dict[str, Any] = {"content": {"text/event-stream": {}}}
 
-    @app.post(ANSWERING[0], responses={200: {"model": ChatCompletion, **streamed}})
+    @app.post(GENERATION_PATHS[0], responses={200: {"model": ChatCompletion, **streamed}})
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         return await generate(body, request)
 
-    @app.post(ANSWERING[1], responses={200: {"model": Completion, **streamed}})
+    @app.post(GENERATION_PATHS[1], responses={200: {"model": Completion, **streamed}})
     async def completions(body: CompletionRequest, request: Request) -> Response:
         return await generate(body, request)
 
 
 def _status(error: BaseException) -> int:
-    return LEFT if isinstance(error, asyncio.CancelledError) else refusal(error).status
+    return CLIENT_CLOSED if isinstance(error, asyncio.CancelledError) else refusal(error).status
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
@@ -169,18 +169,18 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         vocabulary = base.vocabulary
         if body.tokens and max(body.tokens) >= vocabulary:
             raise Refusal(400, "tokens", f"token id {max(body.tokens)}", allowed=f"0 to {vocabulary - 1}", param="tokens")
-        return _json(Detokenized(prompt=await in_turn(base.chat.decode, body.tokens, True, middle=False)))
+        return _json(Detokenized(prompt=await run_in_text_thread(base.chat.decode, body.tokens, True, middle=False)))
 
 
-def _add_watching(app: FastAPI, service: Service, gate: Gate) -> None:
+def _add_monitoring(app: FastAPI, service: Service, middleware: Middleware) -> None:
     @app.get("/health", responses={200: {"model": Status}})
     async def health() -> Response:
         return _json(Status(status="ok"))
 
     @app.get("/ready", responses={200: {"model": Status}})
     async def ready() -> Response:
-        if gate.draining or not service.ready:
-            raise Refusal(503, "server", "not ready", do="ask again later", code="not_ready")
+        if middleware.draining or not service.ready:
+            raise Refusal(503, "server", "not ready", do="try again later", code="not_ready")
         return _json(Status(status="ready"))
 
     @app.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
@@ -198,7 +198,7 @@ def _add_watching(app: FastAPI, service: Service, gate: Gate) -> None:
 
 
 def page_policy(page: str) -> str:
-    """A content security policy under which the page's own scripts and styles run, known by hash, and nothing else does."""
+    """A content security policy that allows only the page's own scripts and styles, by their hashes."""
     allowed = {
         tag: " ".join(
             f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
@@ -218,48 +218,48 @@ def _add_errors(app: FastAPI, service: Service) -> None:
         return Response(body, problem.status, headers, media_type="application/json")
 
     @app.exception_handler(PosttrainError)
-    async def told(request: Request, error: PosttrainError) -> Response:
+    async def posttrain_error(request: Request, error: PosttrainError) -> Response:
         return answer(refusal(error))
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
-        if request.url.path in ANSWERING:
+        if request.url.path in GENERATION_PATHS:
             model = error.body.get("model") if isinstance(error.body, dict) else None
             service.metrics.request(service.name_of(model) if isinstance(model, str) else UNKNOWN, 400)
-        return answer(_mistake(error))
+        return answer(_validation_refusal(error))
 
     @app.exception_handler(HTTPException)
-    async def unknown(request: Request, error: HTTPException) -> Response:
+    async def http_error(request: Request, error: HTTPException) -> Response:
         return answer(Refusal(error.status_code, "request", error.detail), dict(error.headers or {}))
 
     @app.exception_handler(Exception)
-    async def defect(request: Request, error: Exception) -> Response:
+    async def unexpected(request: Request, error: Exception) -> Response:
         return answer(refusal(error))
 
 
-def _mistake(error: RequestValidationError) -> Refusal:
-    """The first mistake in a body; of the ways in which a value fits none of several types, the one that got furthest."""
-    found = [(_place(error.body, one["loc"][1:], missing=one["type"] == "missing"), one) for one in error.errors()[:50]]
-    place, one = max(found, key=lambda pair: len(pair[0]))
-    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")[:200]
-    told = one["msg"].removeprefix("Value error, ")
-    if one["type"] == "extra_forbidden":
-        told = "not served" if place[-1] in (*REFUSED, *MESSAGE_REFUSED) else "no such field"
-    return Refusal(400, param or "body", told, param=param or None)
+def _validation_refusal(error: RequestValidationError) -> Refusal:
+    """Report the validation error with the longest path: for a union of types, the alternative that matched furthest."""
+    located = [(_error_path(error.body, e["loc"][1:], missing=e["type"] == "missing"), e) for e in error.errors()[:50]]
+    path, deepest = max(located, key=lambda pair: len(pair[0]))
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")[:200]
+    message = deepest["msg"].removeprefix("Value error, ")
+    if deepest["type"] == "extra_forbidden":
+        message = "not supported" if path[-1] in (*REFUSED, *MESSAGE_REFUSED) else "no such field"
+    return Refusal(400, param or "body", message, param=param or None)
 
 
-def _place(body: Any, loc: Sequence[int | str], *, missing: bool) -> list[int | str]:
-    """Where in a body something is wrong, or missing. `loc` names types as well, which are passed over."""
-    place = []
+def _error_path(body: Any, loc: Sequence[int | str], *, missing: bool) -> list[int | str]:
+    """The path of an error in the body. pydantic's `loc` also contains type names, which are skipped."""
+    path = []
     for part in loc:
         if isinstance(part, int):
-            inside = isinstance(body, list) and part < len(body)
+            exists = isinstance(body, list) and part < len(body)
         else:
-            inside = isinstance(body, dict) and part in body
-        if inside:
+            exists = isinstance(body, dict) and part in body
+        if exists:
             body = body[part]
-            place.append(part)
-    return [*place, *loc[-1:]] if missing else place
+            path.append(part)
+    return [*path, *loc[-1:]] if missing else path
 
 
 def _json(value: pydantic.BaseModel) -> Response:

@@ -1,15 +1,15 @@
-"""The verb `serve` and its options. What it needs is imported when it runs: the command itself must start at once."""
+"""The command `serve` and its options. Heavy imports happen inside `serve`, so that the command line starts fast."""
 
 import argparse
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
-from posttrain.arguments import seconds, whole
+from posttrain.arguments import integer, seconds
 from posttrain.errors import RecipeError
 from posttrain.terminal import say, show_text
 
-# What the extra "serve" brings.
+# Packages of the extra "serve".
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 
 
@@ -22,35 +22,35 @@ def add_options(serve: argparse.ArgumentParser) -> None:
         default=[],
         type=_named,
         metavar="NAME=PATH",
-        help="serve this adapter as well, by this name",
+        help="also serve this adapter under this name",
     )
-    serve.add_argument("--adapters-dir", type=Path, metavar="DIR", help="adapters in here may be loaded while it runs")
+    serve.add_argument("--adapters-dir", type=Path, metavar="DIR", help="clients may load adapters from this folder")
     serve.add_argument(
         "--adapter-bytes",
-        type=whole(1),
+        type=integer(1),
         default=2**31,
         metavar="N",
-        help="memory for adapters and for the engine's copies of them, each as wide as the widest (default: 2147483648)",
+        help="memory for adapters and the engine's slots, each slot as wide as the widest adapter (default: 2147483648)",
     )
-    serve.add_argument("--name", help="the name of the base (default: as it was asked for, of a folder its last part)")
-    serve.add_argument("--template", default="auto", help="chat template of a model without one (a run knows its own)")
+    serve.add_argument("--name", help="the name of the base (default: the model as given; for a folder its last part)")
+    serve.add_argument("--template", default="auto", help="chat template for a model without one (runs record theirs)")
     serve.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; others than loopback need --keys (default: 127.0.0.1)"
+        "--host", default="127.0.0.1", help="address to listen on; any but loopback needs --keys (default: 127.0.0.1)"
     )
-    serve.add_argument("--port", type=whole(0, 2**16 - 1), default=8000, help="0 takes a free one (default: 8000)")
-    serve.add_argument("--keys", type=Path, metavar="FILE", help="only holders of these keys may ask")
+    serve.add_argument("--port", type=integer(0, 2**16 - 1), default=8000, help="0 picks a free port (default: 8000)")
+    serve.add_argument("--keys", type=Path, metavar="FILE", help="require one of the API keys in this file")
     _add_limits(serve)
 
 
 def _add_limits(serve: argparse.ArgumentParser) -> None:
-    size, time = (whole(1), "N"), (seconds, "S")
+    size, time = (integer(1), "N"), (seconds, "S")
     limits: tuple[tuple[str, float, tuple[Callable[[str], float], str], str], ...] = (
         ("body-bytes", 2**20, size, "largest request"),
         ("prompt-chars", 2**18, size, "longest prompt in characters"),
         ("max-tokens", 4096, size, "most new tokens a request may ask for"),
-        ("default-tokens", 512, size, "new tokens of a chat answer where none are named"),
+        ("default-tokens", 512, size, "new tokens of a chat answer if the request sets no limit"),
         ("completions", 16, size, "most completions of one request, over its prompts"),
-        ("queue", 256, size, "requests that may wait; more get 429"),
+        ("queue", 256, size, "requests that may wait; further ones get 429"),
         ("header-seconds", 10.0, time, "the headers of a request must be sent within this time"),
         ("body-seconds", 30.0, time, "a request must be sent within this time"),
         ("queue-seconds", 60.0, time, "an answer must begin within this time"),
@@ -69,11 +69,11 @@ def _named(text: str) -> tuple[str, Path]:
 
 
 def serve(options: argparse.Namespace) -> int:
-    """Listen until a signal comes. Raises PosttrainError for what cannot be served."""
+    """Serve until SIGTERM or Ctrl-C. Raises PosttrainError if the target cannot be served."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise RecipeError("posttrain serve", f"{', '.join(missing)} not installed", do='pip install "posttrain[serve]"')
-    from posttrain.generate.short_threads import apart
+    from posttrain.generate.short_threads import run_in_short_thread
     from posttrain.kernels import advice
     from posttrain.serve.keys import KeyFile
     from posttrain.serve.limits import Limits
@@ -87,16 +87,16 @@ def serve(options: argparse.Namespace) -> int:
         options.queue, options.body_seconds, options.queue_seconds, options.request_seconds, options.shutdown_timeout,
         options.header_seconds,
     )  # fmt: skip
-    service = apart(
+    service = run_in_short_thread(
         open_service, options.target, adapters=options.adapter, folder=options.adapters_dir, name=options.name,
         template=options.template, budget_bytes=options.adapter_bytes, limits=limits,
     )  # fmt: skip
-    note = apart(advice, service.base.dtype, service.base.device)
+    note = run_in_short_thread(advice, service.base.dtype, service.base.device)
     if note is not None:
         say(f"note: {note}")
     names = ", ".join(served.name for served in service.store.models())
     listen(
         service, host=options.host, port=options.port, keys=keys,
-        told=lambda address: show_text(f"serving {names} at {address}/v1"),
+        announce=lambda address: show_text(f"serving {names} at {address}/v1"),
     )  # fmt: skip
     return 0

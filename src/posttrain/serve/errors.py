@@ -1,9 +1,8 @@
-"""What a client is told when a request is not answered: one JSON envelope, the openai package's, for every error.
+"""The error envelope of the openai package, used for every error response.
 
     {"error": {"message", "type", "param", "code"}}
 
-`Refusal` carries the HTTP status beside the words. Left out: tracebacks, file names and what was in the request, none of
-which is a stranger's business.
+`Refusal` adds the HTTP status. Responses contain no traceback, no file name and no text of the request.
 """
 
 import json
@@ -16,13 +15,13 @@ TYPES = {
     405: "invalid_request_error", 408: "timeout_error", 413: "invalid_request_error", 429: "rate_limit_error",
     500: "server_error", 503: "unavailable_error",
 }  # fmt: skip
-# Seconds after which a client that was turned away may come again.
+# Seconds after which a refused client may retry.
 RETRY_AFTER = 1
 
 
 class Refusal(PosttrainError):
-    """An answer that is an error. `param` names the field at fault, `code` is a word for programs, `scheme` how a key may be
-    given."""
+    """An error response. `param` names the invalid field, `code` is machine-readable, `scheme` is the authentication scheme of
+    a 401."""
 
     def __init__(
         self, status: int, where: str, found: str, *, allowed: str = "", do: str = "", param: str | None = None,
@@ -32,20 +31,20 @@ class Refusal(PosttrainError):
         self.status, self.param, self.code, self.scheme = status, param, code, scheme
 
     def headers(self) -> dict[str, str]:
-        """What goes with the status."""
+        """The HTTP headers of this status."""
         if self.status in (429, 503):
             return {"retry-after": str(RETRY_AFTER)}
-        asked = 'Basic realm="posttrain", charset="UTF-8"' if self.scheme == "basic" else "Bearer"
-        return {"www-authenticate": asked} if self.status == 401 else {}
+        challenge = 'Basic realm="posttrain", charset="UTF-8"' if self.scheme == "basic" else "Bearer"
+        return {"www-authenticate": challenge} if self.status == 401 else {}
 
     def body(self) -> dict[str, Any]:
-        """The envelope."""
+        """The JSON envelope."""
         kind = TYPES.get(self.status, TYPES[400])
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
 def refusal(error: BaseException) -> Refusal:
-    """The envelope of anything that was raised. What is no mistake of the client's is told without its words."""
+    """Convert any exception. The message of an internal error is not sent; only its type is."""
     if isinstance(error, Refusal):
         return error
     if isinstance(error, BusyError):
@@ -54,9 +53,9 @@ def refusal(error: BaseException) -> Refusal:
         return Refusal(404, error.where, error.found, allowed=error.allowed, do=error.do, param="model", code="model_not_found")
     if isinstance(error, PosttrainError):
         return Refusal(400, error.where, error.found, allowed=error.allowed, do=error.do)
-    return Refusal(500, "server", f"a defect: {type(error).__name__}", do="see the server's log", code="internal_error")
+    return Refusal(500, "server", f"internal error: {type(error).__name__}", do="see the server's log", code="internal_error")
 
 
 def encode(value: Any) -> bytes:
-    """JSON as bytes. A lone surrogate, which UTF-8 cannot hold, becomes a question mark."""
+    """JSON as UTF-8. A lone surrogate, which UTF-8 cannot encode, becomes a question mark."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")

@@ -1,12 +1,12 @@
-"""The API keys of a server: a JSON file that holds of each key its sha256, its name, what it may do and since when.
+"""The API keys of a server: a JSON file with the sha256, name, scopes and creation time of each key.
 
-A key is a random token of 256 bits that is shown once, when it is made. Its hash needs no salt and no slow function: those
-protect passwords, which can be guessed; 2^256 tokens cannot, and a slow hash would let anyone keep the server busy with
-wrong keys. No torch here: a key is made at once.
+A key is a random token of 256 bits, shown once when it is created. Its hash needs no salt and no slow function: those protect
+passwords, which can be guessed. 2^256 tokens cannot be guessed, and a slow hash would let anyone load the server with
+wrong keys. This file does not import torch, so the command is fast.
 
-A running server reads its file again once it has changed (`KeyFile`), so that a key that is revoked opens nothing any more.
+A running server rereads its file when it changes (`KeyFile`), so revoking a key takes effect at once.
 
-Left out: keys that expire, and keys in a database.
+Not included: keys that expire, and keys in a database.
 """
 
 import fcntl
@@ -32,13 +32,13 @@ from posttrain.errors import ArtifactError, RecipeError
 SCOPES = ("use", "admin")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,99}")
 _HASH = re.compile(r"[0-9a-f]{64}")
-# A file may change again within one tick of its file system's clock: what was written this lately is read at every request.
+# A file can change twice within one tick of the file system's clock, so a file written this recently is reread at each request.
 _TICK_SECONDS = 2.0
 _LOG = logging.getLogger(__name__)
 
 
 class Key(NamedTuple):
-    """One key as it lies in the file."""
+    """One entry of the key file."""
 
     name: str
     sha256: str
@@ -47,94 +47,94 @@ class Key(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """The keys of a file."""
+    """The entries of a key file."""
 
     keys: tuple[Key, ...]
 
     @classmethod
     def read(cls, path: Path) -> "Keys":
-        """The keys of a file. Raises ArtifactError where it is not one, or is open to other users of the machine."""
+        """Read a key file. Raises ArtifactError if it is malformed, or readable by other users of the machine."""
         where = str(path)
         try:
-            # A pipe is opened without waiting for who writes into it, and then refused.
+            # O_NONBLOCK: opening a pipe must not wait for a writer. A pipe is refused below.
             with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
                 mode = os.fstat(file.fileno()).st_mode
                 data = file.read() if stat.S_ISREG(mode) else b""
         except OSError as error:
-            raise ArtifactError(where, f"cannot be read ({error.strerror})", do="make it with `posttrain keys add`") from None
+            raise ArtifactError(where, f"cannot be read ({error.strerror})", do="create it with `posttrain keys add`") from None
         if mode & 0o077:
-            raise ArtifactError(where, f"mode {stat.S_IMODE(mode):o}", allowed="600: its owner alone", do=f"chmod 600 {path}")
+            raise ArtifactError(where, f"mode {stat.S_IMODE(mode):o}", allowed="600 (only the owner)", do=f"chmod 600 {path}")
         try:
             rows = json.loads(data)["keys"]
             keys = tuple(_parse(row) for row in rows)
         except (ValueError, TypeError, KeyError, RecursionError):
-            raise ArtifactError(where, "not a file of keys", do="make another one with `posttrain keys add`") from None
+            raise ArtifactError(where, "not a key file", do="create a new one with `posttrain keys add`") from None
         if len({key.name for key in keys}) < len(keys):
-            raise ArtifactError(where, "two keys of one name", do="remove one of them")
+            raise ArtifactError(where, "two keys with the same name", do="remove one of them")
         return cls(keys)
 
     def check(self, presented: str) -> Key | None:
-        """The key that a client presents, or None. Takes the same time whichever it is, or none."""
+        """The entry of the presented key, or None. The time does not depend on which key matches."""
         digest = hashlib.sha256(presented.encode(errors="replace")).hexdigest()
-        found = None
+        match = None
         for key in self.keys:
             if hmac.compare_digest(key.sha256, digest):
-                found = key
-        return found
+                match = key
+        return match
 
 
 class KeyFile:
-    """The keys of a file as it is now. One that cannot be read any more leaves the keys in force that were read last.
+    """The current keys of a file. If the file becomes unreadable, the keys that were read last stay valid.
 
-    Raises ArtifactError as `Keys.read` does where it cannot be read at the start.
+    Raises ArtifactError as `Keys.read` does if the file cannot be read at the start.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._seen, self._told = path, _state(path), False
+        self._path, self._read_state, self._warned = path, _state(path), False
         self._keys = Keys.read(path)
 
     def check(self, presented: str) -> Key | None:
-        """As `Keys.check`, of the keys that the file has now."""
+        """Like `Keys.check`, with the current content of the file."""
         state = _state(self._path)
-        if state != self._seen or (state is not None and abs(time.time() - state.written) < _TICK_SECONDS):
-            self._told = self._told and state == self._seen
-            self._seen = state
+        if state != self._read_state or (state is not None and abs(time.time() - state.written) < _TICK_SECONDS):
+            self._warned = self._warned and state == self._read_state
+            self._read_state = state
             self._read()
         return self._keys.check(presented)
 
     def _read(self) -> None:
         try:
             self._keys = Keys.read(self._path)
-            self._told = False
+            self._warned = False
         except ArtifactError as error:
-            if not self._told:
-                _LOG.warning("%s; the keys that were read last stay in force", error)
-            self._told = True
+            if not self._warned:
+                _LOG.warning("%s; the keys that were read last stay valid", error)
+            self._warned = True
 
 
 class _State(NamedTuple):
-    """What changes with a file: its place on disk, its length, and when it was written or renamed.
+    """Values that change with a file: device and inode, size, and the times of writing and renaming.
 
     `times` are nanoseconds, `written` is seconds.
     """
 
-    place: tuple[int, int]
+    inode: tuple[int, int]
     size: int
     times: tuple[int, int]
     written: float
 
 
 def _state(path: Path) -> _State | None:
-    """None where there is no file."""
+    """None if there is no file."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return _State((found.st_dev, found.st_ino), found.st_size, (found.st_mtime_ns, found.st_ctime_ns), found.st_mtime)
+    return _State((status.st_dev, status.st_ino), status.st_size, (status.st_mtime_ns, status.st_ctime_ns), status.st_mtime)
 
 
 def _parse(row: dict[str, Any]) -> Key:
-    """Raises ValueError, TypeError or KeyError for what is not a key."""
+    """Parse an entry. Raises ValueError, TypeError or KeyError if it is malformed."""
     key = Key(row["name"], row["sha256"], tuple(row["scopes"]), row["created"])
     datetime.fromisoformat(key.created)
     if not _NAME.fullmatch(key.name) or not _HASH.fullmatch(key.sha256) or not key.scopes or set(key.scopes) - set(SCOPES):
@@ -143,18 +143,20 @@ def _parse(row: dict[str, Any]) -> Key:
 
 
 def add_key(path: Path, name: str, scopes: Sequence[str]) -> str:
-    """Make a key and write it into a file, which is made where there is none; returns the secret, which is kept nowhere.
+    """Create a key, add it to the file (created if missing) and return the secret, which is stored nowhere.
 
-    Raises RecipeError for a name or a scope that cannot be, ArtifactError where the file cannot be read or written.
+    Raises RecipeError for an invalid name or scope, ArtifactError if the file cannot be read or written.
     """
     if not _NAME.fullmatch(name):
-        raise RecipeError("--name", f"{name[:100]!r}", allowed="up to 100 letters, digits, . _ @ -, first no sign")
+        raise RecipeError(
+            "--name", f"{name[:100]!r}", allowed="up to 100 letters, digits, . _ @ -, starting with a letter or digit"
+        )
     if not scopes or set(scopes) - set(SCOPES):
         raise RecipeError("scopes", ", ".join(scopes) or "none", allowed=", ".join(SCOPES))
     with _locked(path):
         keys = Keys.read(path).keys if path.exists() else ()
         if name in (key.name for key in keys):
-            raise RecipeError("--name", f'"{name}" has a key', do="choose another name, or revoke that key first")
+            raise RecipeError("--name", f'a key named "{name}" exists', do="choose another name, or revoke that key first")
         secret = f"pt-{secrets.token_urlsafe(32)}"
         digest = hashlib.sha256(secret.encode()).hexdigest()
         created = datetime.now(UTC).isoformat(timespec="seconds")
@@ -163,18 +165,18 @@ def add_key(path: Path, name: str, scopes: Sequence[str]) -> str:
 
 
 def revoke_key(path: Path, name: str) -> None:
-    """Take a key out of a file. Raises RecipeError where it has none of that name, ArtifactError as `Keys.read` does."""
+    """Remove a key from the file. Raises RecipeError for an unknown name, ArtifactError as `Keys.read` does."""
     with _locked(path):
         keys = Keys.read(path).keys
-        left = tuple(key for key in keys if key.name != name)
-        if len(left) == len(keys):
+        remaining = tuple(key for key in keys if key.name != name)
+        if len(remaining) == len(keys):
             raise RecipeError("NAME", f"no key {name[:100]!r}", allowed=f"there is: {', '.join(key.name for key in keys)}")
-        _write(path, left)
+        _write(path, remaining)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Others who change keys in this folder wait; the file itself is replaced, so the lock lies on the folder."""
+    """Lock the folder against other key changes. The file itself is replaced, so it cannot carry the lock."""
     try:
         folder = os.open(path.parent, os.O_RDONLY)
     except OSError as error:
@@ -187,11 +189,11 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _unwritable(path: Path, error: OSError) -> ArtifactError:
-    return ArtifactError(str(path), f"cannot be written ({error.strerror})", do="name a file in a folder of your own")
+    return ArtifactError(str(path), f"cannot be written ({error.strerror})", do="name a file in a folder that you can write to")
 
 
 def _write(path: Path, keys: tuple[Key, ...]) -> None:
-    """Whole or not at all, and never readable by others: a temporary file begins with mode 600."""
+    """Replace the file atomically. mkstemp creates mode 600, so others can never read it."""
     text = json.dumps({"keys": [key._asdict() for key in keys]}, indent=2) + "\n"
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)

@@ -1,6 +1,6 @@
-"""What one server gives away at most. Everything here is checked before a prompt is tokenised.
+"""The limits of one server. They are checked before a prompt is tokenised.
 
-Lengths of fields that no server needs longer (stop strings, logit biases, messages) stand in `protocol.py`.
+`protocol.py` holds the fixed limits of single fields (stop strings, logit biases, messages).
 """
 
 from typing import NamedTuple
@@ -24,28 +24,28 @@ class Limits(NamedTuple):
     header_seconds: float = 10.0
 
     def check_completions(self, prompts: int, n: int) -> None:
-        """Raise Refusal where one request asks for too many."""
+        """Raise Refusal if a request asks for too many completions."""
         if prompts * n > self.completions:
-            found = f"{n} completions of each of {prompts} prompts" if prompts > 1 else f"{n} completions"
-            raise Refusal(400, "n", found, allowed=f"at most {self.completions} a request", param="n")
+            completions = f"{n} completions for each of {prompts} prompts" if prompts > 1 else f"{n} completions"
+            raise Refusal(400, "n", completions, allowed=f"at most {self.completions} per request", param="n")
 
     def check_text(self, field: str, characters: int) -> None:
-        """Raise Refusal for a prompt that is too long to be looked at."""
+        """Raise Refusal for a prompt with too many characters."""
         if characters > self.prompt_chars:
             raise Refusal(
                 400, field, f"{characters} characters", allowed=f"at most {self.prompt_chars}", do="shorten it", param=field,
                 code="context_length_exceeded",
             )  # fmt: skip
 
-    def tokens(self, asked: int | None, default: int, prompt: int, context: int) -> int:
-        """How many new tokens an answer may have. Raises Refusal where it is more than this server or the model allows."""
-        if asked is not None and asked > self.max_tokens:
-            raise Refusal(400, "max_tokens", str(asked), allowed=f"at most {self.max_tokens}", param="max_tokens")
+    def tokens(self, requested: int | None, default: int, prompt: int, context: int) -> int:
+        """The number of new tokens of an answer. Raises Refusal if it exceeds the limit of the server or of the model."""
+        if requested is not None and requested > self.max_tokens:
+            raise Refusal(400, "max_tokens", str(requested), allowed=f"at most {self.max_tokens}", param="max_tokens")
         room = context - prompt
-        wanted = min(default, self.max_tokens, max(room, 1)) if asked is None else asked
-        if wanted > room:
+        tokens = min(default, self.max_tokens, max(room, 1)) if requested is None else requested
+        if tokens > room:
             raise Refusal(
-                400, "max_tokens", f"a prompt of {prompt} tokens and {wanted} new ones", allowed=f"together at most {context}",
+                400, "max_tokens", f"a prompt of {prompt} tokens and {tokens} new ones", allowed=f"together at most {context}",
                 do="shorten the prompt or max_tokens", param="max_tokens", code="context_length_exceeded",
             )  # fmt: skip
-        return wanted
+        return tokens

@@ -1,15 +1,15 @@
-"""What every request passes before a route sees it, as plain ASGI: who asks, how much, whether there is room, who has left.
+"""The ASGI middleware that every request passes before a route: authentication, admission, the body, disconnection.
 
-    key        without a good one nothing but /health answers, and a browser that opens the page asks for it; without keys
-               only names of this machine are listened to, so that a page of another site cannot reach in (DNS rebinding)
-    room       a bounded number of requests is inside, of which each owner (a key; without keys everybody is one) has a share,
-               and none is taken while the server goes down
-    body       read here to its end or its limit, so that no route waits for a slow sender; who sends slowly holds places for
-               bodies, and no place inside
-    turn       bodies are handed to the routes, which parse them, one at a time and in turn between owners
-    leaving    a client that closes its connection ends its request, streaming or not
+    key          without a valid key only /health answers; a browser that opens the page asks its user for the key. Without a
+                 key file only requests to names of this machine are admitted, which prevents DNS rebinding
+    admission    a bounded number of requests is admitted, each owner (a key; without keys all clients are one owner) has a
+                 share of it, and none is admitted during shutdown
+    body         read here completely or up to its limit, so no route waits for a slow sender. Bodies being read have their own
+                 places, so a slow sender holds no place of an admitted request
+    parsing      routes receive and parse bodies one at a time, in turn between owners
+    disconnect   a client that closes its connection cancels its request, streaming or not
 
-Left out: TLS and limits by address, which belong to a proxy in front.
+Not included: TLS and limits by address. Use a proxy for them.
 """
 
 import asyncio
@@ -19,11 +19,11 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from posttrain.errors import BusyError
-from posttrain.generate.fair_queue import Shares
+from posttrain.generate.fair_queue import OwnerShares
 from posttrain.serve.errors import Refusal, encode, refusal
 from posttrain.serve.keys import KeyFile
 from posttrain.serve.limits import Limits
-from posttrain.serve.turns import TextThreads, Turns, asking
+from posttrain.serve.turns import FairSemaphore, TextThreads, requests_of
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -32,22 +32,23 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = frozenset({"/health"})
-# What a browser opens by its address: it may ask its user for the key and send it as a password. Nowhere else, or a page of
-# another site could use what the browser remembers.
+# The page that a browser opens. Only here may the key be an HTTP Basic password: browsers remember it, and on other paths a
+# page of another site could use it.
 PAGE = "/"
-# Routes that change what is served.
+# Routes that load and unload adapters.
 ADMIN_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
-# Routes whose requests are counted, those that are turned away here as well.
+# Routes whose refused requests are counted.
 COUNTED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
-# Routes that answer while the server goes down.
-WATCHING_PATHS = frozenset({"/health", "/ready", "/metrics"})
-# Of a body that is refused, as much is read, for so long, as lets a client see the answer rather than a reset connection.
+# Routes that answer during shutdown.
+MONITORING_PATHS = frozenset({"/health", "/ready", "/metrics"})
+# How much of a refused body is read, in largest bodies, and for how long: a client that is still sending would otherwise see
+# a reset connection instead of the answer.
 SPARE_BODIES, SPARE_SECONDS = 8, 5.0
-# What the gate notes of a request: whose it is, once it may come in, and that it holds a place.
-OWNER, HOLDS = "posttrain.owner", "posttrain.holds"
-# Requests of one owner may have as many bytes as so many of the largest bodies.
+# Keys of the ASGI scope: the owner of an admitted request, and whether it holds a place.
+OWNER, HOLDS_PLACE = "posttrain.owner", "posttrain.holds"
+# All requests of one owner together may have as many bytes as this number of largest bodies.
 BODIES = 64
-# Beyond the limit of a request's time: what a client that reads nothing may still hold on to.
+# Extra time beyond the request limit, after which a client that reads nothing loses its place.
 LAST_SECONDS = 30.0
 HEADERS = {
     b"x-content-type-options": b"nosniff",
@@ -57,11 +58,11 @@ HEADERS = {
 }
 
 
-class Gate:
-    """The application behind its checks. `places` is how many requests of one owner may be inside; `inside` how many of all
-    are, those whose body is read counted.
+class Middleware:
+    """The application behind its checks. `places` is the number of admitted requests per owner. `admitted` is the current
+    number over all owners, including requests whose body is being read.
 
-    `refused` hears the status of each request for an answer that is turned away here.
+    `refused` is called with the status of each generation request that is refused here.
     """
 
     def __init__(
@@ -75,31 +76,31 @@ class Gate:
         refused: Callable[[int], None],
     ) -> None:
         self.app, self._keys, self._hosts, self._limits, self._refused = app, keys, hosts, limits, refused
-        self.places = Shares(places, "server", "requests are inside")
-        self._bodies = Shares(places, "server", "bodies are read")
-        self._bytes = Shares(BODIES * limits.body_bytes, "server", "bytes of requests are inside")
-        self._entering, self._threads = Turns(1, 1), TextThreads(limits.queue_seconds)
+        self.places = OwnerShares(places, "server", "requests are admitted")
+        self._bodies = OwnerShares(places, "server", "bodies are being read")
+        self._bytes = OwnerShares(BODIES * limits.body_bytes, "server", "bytes of requests are admitted")
+        self._entering, self._threads = FairSemaphore(1, 1), TextThreads(limits.queue_seconds)
         self.draining = False
-        # The limits of time of the bodies that are read.
+        # The timeouts of the bodies being read.
         self._reading: set[asyncio.Timeout] = set()
 
     @property
-    def inside(self) -> int:
-        """Requests that hold a place."""
+    def admitted(self) -> int:
+        """The number of requests that hold a place."""
         return self.places.total + self._bodies.total
 
     async def empty(self) -> None:
-        """Wait until nobody is inside."""
-        while self.inside:
+        """Wait until no request is admitted."""
+        while self.admitted:
             await asyncio.sleep(0.02)
 
     def stop_reading(self) -> None:
-        """Wait no longer for bodies that are not there yet."""
+        """Stop waiting for bodies that are incomplete."""
         for limit in self._reading:
             limit.reschedule(asyncio.get_running_loop().time())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request (or the lifespan of the application)."""
+        """Handle one request, or the lifespan of the application."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -107,37 +108,37 @@ class Gate:
         send, incoming = _with_headers(send), _Incoming(receive)
         try:
             owner = self._admit(scope["path"], headers)
-            anyone = scope["path"] in OPEN_PATHS
-            if not anyone:
+            open_path = scope["path"] in OPEN_PATHS
+            if not open_path:
                 scope[OWNER] = owner
-            with asking(self._threads, owner):
-                if scope["method"] == "POST" and not anyone:
+            with requests_of(self._threads, owner):
+                if scope["method"] == "POST" and not open_path:
                     await self._post(scope, headers, owner, incoming, send)
                 else:  # no route reads a body then
                     await self._run(scope, b"", owner, incoming, send)
         except (Refusal, BusyError) as problem:
-            if not incoming.over and b"expect" not in headers:  # a client that asks first has sent no body yet
+            if not incoming.over and b"expect" not in headers:  # with "Expect: 100-continue" no body was sent yet
                 await self._discard(incoming)
             await self._turn_away(scope, send, refusal(problem))
 
     async def _post(
         self, scope: Scope, headers: dict[bytes, bytes], owner: str, receive: "_Incoming", send: Send
     ) -> None:  # fmt: skip
-        """A request that holds a place. Raises Refusal or BusyError before the route has it."""
+        """Admit a POST request and run its route. Raises Refusal or BusyError before the route runs."""
         most, length = self._limits.body_bytes, headers.get(b"content-length", b"0")
         size = most if b"transfer-encoding" in headers or not length.isdigit() else int(length[:20])
         if size > most:
             raise self._too_long()
         self.places.check(owner)
         with self._bytes.hold(owner, size):
-            scope[HOLDS] = True
+            scope[HOLDS_PLACE] = True
             try:
                 with self._bodies.hold(owner):
                     body = await self._read(receive)
                 with self.places.hold(owner):
                     await self._run(scope, body, owner, receive, send)
             finally:
-                del scope[HOLDS]
+                del scope[HOLDS_PLACE]
 
     async def _turn_away(self, scope: Scope, send: Send, problem: Refusal) -> None:
         if scope["path"] in COUNTED_PATHS:
@@ -145,19 +146,19 @@ class Gate:
         await _answer(send, problem)
 
     def _admit(self, path: str, headers: dict[bytes, bytes]) -> str:
-        """Whose request it is. Raises Refusal where it may not come in."""
-        owner = self._who(path, headers)
-        if self.draining and path not in WATCHING_PATHS:
-            raise Refusal(503, "server", "going down", do="ask again later", code="shutting_down")
+        """The owner of a request. Raises Refusal if it is not admitted."""
+        owner = self._owner(path, headers)
+        if self.draining and path not in MONITORING_PATHS:
+            raise Refusal(503, "server", "shutting down", do="try again later", code="shutting_down")
         return owner
 
-    def _who(self, path: str, headers: dict[bytes, bytes]) -> str:
+    def _owner(self, path: str, headers: dict[bytes, bytes]) -> str:
         if path in OPEN_PATHS:
             return ""
         if self._keys is None:
             host = headers.get(b"host", b"").decode("latin-1").lower()
             if _without_port(host) not in self._hosts:
-                raise Refusal(403, "Host", "another name than this machine's", do="give the server a --keys file", code="host")
+                raise Refusal(403, "Host", "not a name of this machine", do="start the server with --keys FILE", code="host")
             return ""
         schemes = ("bearer", "basic") if path == PAGE else ("bearer",)
         key = self._keys.check(_presented(headers, schemes))
@@ -170,7 +171,7 @@ class Gate:
         return key.name
 
     async def _read(self, receive: "_Incoming") -> bytes:
-        """The body. Raises Refusal for one that is too long or too slow."""
+        """Read the body. Raises Refusal if it is too long or too slow."""
         body, seconds = bytearray(), self._limits.body_seconds
         try:
             async with asyncio.timeout(seconds) as limit:
@@ -181,7 +182,7 @@ class Gate:
                         raise self._too_long()
         except TimeoutError:
             receive.over = True
-            raise Refusal(408, "body", f"not there after {seconds:g} seconds", do="send it faster", code="timeout") from None
+            raise Refusal(408, "body", f"incomplete after {seconds:g} seconds", do="send it faster", code="timeout") from None
         finally:
             self._reading.discard(limit)
         return bytes(body)
@@ -191,34 +192,34 @@ class Gate:
         return Refusal(413, "body", f"more than {most} bytes", allowed=f"at most {most}", code="body_too_large")
 
     async def _discard(self, receive: "_Incoming") -> None:
-        """Read on for a while, to be heard when the answer is sent."""
-        left = SPARE_BODIES * self._limits.body_bytes
+        """Read more of a refused body, so that the client is ready to read the answer."""
+        remaining = SPARE_BODIES * self._limits.body_bytes
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(SPARE_SECONDS, self._limits.body_seconds)):
-                while left > 0 and not receive.over:
-                    left -= len((await receive()).get("body", b""))
+                while remaining > 0 and not receive.over:
+                    remaining -= len((await receive()).get("body", b""))
 
     async def _run(self, scope: Scope, body: bytes, owner: str, receive: Receive, send: Send) -> None:
-        """The route, until it has answered or its client has left."""
-        given = False
+        """Run the route until it has answered or the client disconnects."""
+        body_sent = False
 
-        async def again() -> Message:
-            nonlocal given
-            if not given:
-                given = True
+        async def receive_body() -> Message:
+            nonlocal body_sent
+            if not body_sent:
+                body_sent = True
                 if body:
                     await self._entering.acquire(owner)
-                    # What the route does until it waits for something, parsing above all, is its turn.
+                    # The turn ends when the route first waits, which is after parsing.
                     asyncio.get_running_loop().call_soon(self._entering.release, owner)
                 return {"type": "http.request", "body": body, "more_body": False}
-            await asyncio.Event().wait()  # leaving is watched here and nowhere else
+            await asyncio.Event().wait()  # `disconnected` below watches for the disconnection
             raise AssertionError
 
-        async def gone() -> None:
+        async def disconnected() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
 
-        tasks = asyncio.ensure_future(self.app(scope, again, send)), asyncio.ensure_future(gone())
+        tasks = asyncio.ensure_future(self.app(scope, receive_body, send)), asyncio.ensure_future(disconnected())
         longest = self._limits.request_seconds + LAST_SECONDS
         try:
             await asyncio.wait(tasks, timeout=longest, return_when=asyncio.FIRST_COMPLETED)
@@ -231,7 +232,7 @@ class Gate:
 
 
 class _Incoming:
-    """The messages of a request, and whether its body is over or is waited for no longer."""
+    """The messages of a request. `over` is true once the body is complete or given up."""
 
     def __init__(self, receive: Receive) -> None:
         self._receive, self.over = receive, False
@@ -243,14 +244,14 @@ class _Incoming:
 
 
 def _presented(headers: dict[bytes, bytes], schemes: tuple[str, ...]) -> str:
-    """The key that a request brings, or nothing."""
-    scheme, _, given = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+    """The key in the Authorization header, or an empty string."""
+    scheme, _, credentials = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
     if scheme.lower() not in schemes:
         return ""
     if scheme.lower() == "bearer":
-        return given.strip()
-    with contextlib.suppress(ValueError):  # what is no base64 or no text is no key
-        return base64.b64decode(given.strip(), validate=True).decode().partition(":")[2]
+        return credentials.strip()
+    with contextlib.suppress(ValueError):  # invalid base64 or UTF-8: no key
+        return base64.b64decode(credentials.strip(), validate=True).decode().partition(":")[2]
     return ""
 
 
@@ -260,16 +261,16 @@ def _without_port(host: str) -> str:
 
 
 def _with_headers(send: Send) -> Send:
-    """What every answer says, unless it says something else."""
+    """Add the default headers to every response that does not set them."""
 
-    async def outer(message: Message) -> None:
+    async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
-            there = {name.lower() for name, _ in message.get("headers", [])}
-            more = [pair for pair in HEADERS.items() if pair[0] not in there]
-            message = {**message, "headers": [*message.get("headers", []), *more]}
+            present = {name.lower() for name, _ in message.get("headers", [])}
+            missing = [pair for pair in HEADERS.items() if pair[0] not in present]
+            message = {**message, "headers": [*message.get("headers", []), *missing]}
         await send(message)
 
-    return outer
+    return send_with_headers
 
 
 async def _answer(send: Send, problem: Refusal) -> None:

@@ -1,7 +1,7 @@
-"""From what a client sends to what the engine is asked: prompts become tokens, fields become sampling settings.
+"""Convert request bodies for the engine: prompts become tokens, fields become sampling settings.
 
-Lengths are checked first, on the event loop; templates and tokenizers, which take time on long prompts, then run in a
-thread. Conversations go through the base's one renderer, so a prompt has the ids that training gave it.
+Lengths are checked first, in the event loop. Templates and tokenizers are slow on long prompts and run in a thread.
+Conversations use the same renderer as training, so a prompt has the same token ids.
 """
 
 import secrets
@@ -14,15 +14,15 @@ from posttrain.records import Message
 from posttrain.serve.errors import Refusal
 from posttrain.serve.limits import Limits
 from posttrain.serve.protocol import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest, TokenizeRequest
-from posttrain.serve.turns import in_turn
+from posttrain.serve.turns import run_in_text_thread
 
-# New tokens of /v1/completions where none are named, as in the openai package.
+# Default number of new tokens of /v1/completions, as in the OpenAI API.
 COMPLETION_TOKENS = 16
 
 
-class Ask(NamedTuple):
-    """Prompts of one request as token ids, how each is answered and how often. `echoed` stands before each answer; it is what
-    the client wrote where the prompts were `written` as text."""
+class ParsedRequest(NamedTuple):
+    """The prompts of one request as token ids, the sampling settings and the completions per prompt. `echoed` is the text
+    before each answer. `written` says that the prompts were text and not token ids."""
 
     prompts: list[list[int]]
     settings: SamplingSettings
@@ -33,39 +33,41 @@ class Ask(NamedTuple):
     stream: bool = False
     usage: bool = False
     written: bool = False
-    # Of each prompt whether it has a text that its answers continue; those of a chat never do.
+    # For each prompt, whether answers continue its text. Always False for chat.
     continues: tuple[bool, ...] = (False,)
 
 
-async def chat_ask(body: ChatRequest, base: BaseModel, limits: Limits) -> Ask:
-    """Raises Refusal for what is too long or cannot be, DataError where the template refuses the conversation."""
+async def parse_chat(body: ChatRequest, base: BaseModel, limits: Limits) -> ParsedRequest:
+    """Parse a chat request. Raises Refusal for invalid or too long input, DataError if the template rejects the messages."""
     if body.top_logprobs is not None and not body.logprobs:
-        raise Refusal(400, "top_logprobs", "no logprobs", do='set "logprobs": true as well', param="top_logprobs")
+        raise Refusal(400, "top_logprobs", "needs logprobs", do='set "logprobs": true', param="top_logprobs")
     if body.max_tokens is not None and body.max_completion_tokens is not None:
-        raise Refusal(400, "max_tokens", "max_completion_tokens as well", do="give one of them", param="max_tokens")
+        raise Refusal(
+            400, "max_tokens", "set together with max_completion_tokens", do="set only one of them", param="max_tokens"
+        )
     n = body.n or 1
     limits.check_completions(1, n)
     ids = await _render(body.messages, base, limits)
-    asked = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-    longest = limits.tokens(asked, limits.default_tokens, len(ids), base.context)
+    requested = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
+    longest = limits.tokens(requested, limits.default_tokens, len(ids), base.context)
     settings = _settings(body, base, longest, bool(body.logprobs), body.top_logprobs or 0)
-    return Ask([ids], settings, n, True, None, bool(body.logprobs), bool(body.stream), _usage(body))
+    return ParsedRequest([ids], settings, n, True, None, bool(body.logprobs), bool(body.stream), _usage(body))
 
 
-async def completion_ask(body: CompletionRequest, base: BaseModel, limits: Limits) -> Ask:
-    """Raises Refusal for what is too long or cannot be."""
+async def parse_completion(body: CompletionRequest, base: BaseModel, limits: Limits) -> ParsedRequest:
+    """Parse a completion request. Raises Refusal for invalid or too long input."""
     prompts, n = body.prompts, body.n or 1
     limits.check_completions(len(prompts), n)
     limits.check_text("prompt", sum(len(prompt) for prompt in prompts if isinstance(prompt, str)))
     vocabulary, ids = base.vocabulary, []
     for prompt in prompts:
         if isinstance(prompt, str):
-            ids.append(await in_turn(base.chat.encode_text, prompt, control=True))
+            ids.append(await run_in_text_thread(base.chat.encode_text, prompt, control=True))
         else:
             ids.append(prompt)
         if not ids[-1]:
             raise Refusal(400, "prompt", "an empty prompt", do="give at least one token", param="prompt")
-        if max(ids[-1]) >= vocabulary:  # a text may spell a special token for which the embedding has no row
+        if max(ids[-1]) >= vocabulary:  # text can contain a special token that has no row in the embedding
             raise Refusal(400, "prompt", f"token id {max(ids[-1])}", allowed=f"0 to {vocabulary - 1}", param="prompt")
     longest = max(len(prompt) for prompt in ids)
     tokens = limits.tokens(body.max_tokens, COMPLETION_TOKENS, longest, base.context)
@@ -75,33 +77,33 @@ async def completion_ask(body: CompletionRequest, base: BaseModel, limits: Limit
     if body.echo:
         texts = zip(prompts, ids, strict=True)
         decode = partial(base.chat.decode, middle=False)
-        echoed = [p if isinstance(p, str) else await in_turn(decode, i) for p, i in texts]
+        echoed = [p if isinstance(p, str) else await run_in_text_thread(decode, i) for p, i in texts]
     written = isinstance(prompts[0], str)
-    continues = tuple([await in_turn(base.chat.has_text, prompt) for prompt in ids])
-    return Ask(ids, settings, n, False, echoed, scored, bool(body.stream), _usage(body), written, continues)
+    continues = tuple([await run_in_text_thread(base.chat.has_text, prompt) for prompt in ids])
+    return ParsedRequest(ids, settings, n, False, echoed, scored, bool(body.stream), _usage(body), written, continues)
 
 
 async def tokenize(body: TokenizeRequest, base: BaseModel, limits: Limits) -> list[int]:
-    """Ids of a text as /v1/completions reads it, or of a conversation; without `add_generation_prompt` those that training
-    gives the whole of it.
+    """Token ids of a text as /v1/completions reads it, or of messages. With `add_generation_prompt` false, the ids are those of
+    a whole training conversation.
 
-    Raises Refusal unless there is one of both.
+    Raises Refusal unless exactly one of `prompt` and `messages` is set.
     """
     if (body.prompt is None) == (body.messages is None):
-        raise Refusal(400, "prompt", "prompt and messages", allowed="one of both", param="prompt")
+        raise Refusal(400, "prompt", "prompt and messages", allowed="exactly one of them", param="prompt")
     if body.messages is not None:
         return await _render(body.messages, base, limits, prompt=body.add_generation_prompt is not False)
     assert body.prompt is not None
     limits.check_text("prompt", len(body.prompt))
-    return await in_turn(base.chat.encode_text, body.prompt, control=True)
+    return await run_in_text_thread(base.chat.encode_text, body.prompt, control=True)
 
 
 async def _render(turns: list[ChatMessage], base: BaseModel, limits: Limits, *, prompt: bool = True) -> list[int]:
     messages = [Message("system" if turn.role == "developer" else turn.role, turn.text) for turn in turns]
     limits.check_text("messages", sum(len(message.content) for message in messages))
     if prompt:
-        return await in_turn(base.chat.encode_prompt, messages)
-    return (await in_turn(base.chat.encode, messages)).ids
+        return await run_in_text_thread(base.chat.encode_prompt, messages)
+    return (await run_in_text_thread(base.chat.encode, messages)).ids
 
 
 def _settings(body: GenerationRequest, base: BaseModel, tokens: int, scored: bool, top: int) -> SamplingSettings:

@@ -1,8 +1,8 @@
-"""What clients send, in the openai package's shapes (and vLLM's for sampling, tokenising and adapters).
+"""Request bodies: the OpenAI API, with the additions of vLLM for sampling, tokenising and adapters.
 
-Every field is known by name. What would change an answer and is not served is refused, unless it says what is done anyway
-(`"tools": []`); what changes no answer is ignored; all else is refused as unknown. Lengths that no client needs longer
-stop here, before anything is computed from them.
+A field that would change the answer and is not supported is refused, unless its value asks for the default behaviour
+(`"tools": []`). A field that does not affect the answer is ignored. Any other unknown field is refused. Fixed length limits
+apply here, before any computation.
 """
 
 import itertools
@@ -11,19 +11,19 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 STOPS, STOP_CHARS, BIASES, MESSAGES, PROMPTS, TOP_LOGPROBS, FIELDS = 16, 256, 1024, 256, 128, 20, 64
-# Fields that change no answer here.
+# Fields that do not affect the answer.
 IGNORED = frozenset({
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
     "parallel_tool_calls",
 })  # fmt: skip
-# Fields that would change the answer and are not served: values that say what is done anyway, `null` being one of them.
+# Unsupported fields that would change the answer, with the values that ask for the default behaviour; `null` is always one.
 REFUSED: dict[str, tuple[Any, ...]] = {
     "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "prediction": (), "suffix": ("",),
     "reasoning_effort": ("none",), "verbosity": ("medium",), "web_search_options": (), "frequency_penalty": (0,),
     "presence_penalty": (0,), "best_of": (1,), "moderation": (),
 }  # fmt: skip
-# The same for a message: what a client sends back of an earlier answer.
+# The same for the fields of a message, as clients send earlier answers back.
 MESSAGE_IGNORED = frozenset({"name"})
 MESSAGE_REFUSED: dict[str, tuple[Any, ...]] = {
     "tool_calls": ([],), "tool_call_id": (), "function_call": (), "audio": (), "refusal": (), "annotations": ([],),
@@ -31,11 +31,11 @@ MESSAGE_REFUSED: dict[str, tuple[Any, ...]] = {
 
 
 def _encodable(text: str) -> str:
-    """JSON can spell half of a surrogate pair, which is no character."""
+    """Reject a lone surrogate, which JSON can contain and UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("a lone surrogate, which is no character") from None
+        raise ValueError("contains a lone surrogate, which is not a character") from None
     return text
 
 
@@ -46,7 +46,7 @@ StopText = Annotated[Text, Field(min_length=1, max_length=STOP_CHARS)]
 
 
 def _drop(raw: Any, ignored: frozenset[str], refused: dict[str, tuple[Any, ...]]) -> Any:
-    """A request without what changes nothing."""
+    """Remove the fields that do not affect the answer."""
     if not isinstance(raw, dict):
         return raw
     return {
@@ -57,28 +57,28 @@ def _drop(raw: Any, ignored: frozenset[str], refused: dict[str, tuple[Any, ...]]
 
 
 class Body(BaseModel):
-    """An object of JSON: no field that is not known, no value of another type."""
+    """A JSON object with strict types and no unknown fields."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _few(cls, raw: Any) -> Any:
-        # Said before each is looked at: thousands of wrong ones would be thousands of complaints.
+        # Checked first: thousands of unknown fields would give thousands of validation errors.
         if isinstance(raw, dict) and len(raw) > FIELDS:
-            raise ValueError(f"{len(raw)} fields")
+            raise ValueError(f"{len(raw)} fields, more than {FIELDS}")
         return raw
 
 
 class TextPart(Body):
-    """A piece of a message's content."""
+    """A text part of a message's content."""
 
     type: Literal["text"]
     text: Text
 
 
 class ChatMessage(Body):
-    """A turn: `developer` is another word for `system`."""
+    """A message. `developer` means the same as `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=MESSAGES, fail_fast=True)]
@@ -90,7 +90,7 @@ class ChatMessage(Body):
 
     @property
     def text(self) -> str:
-        """The content as one text."""
+        """The content as one string."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
@@ -98,14 +98,14 @@ Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MESSAGES,
 
 
 class StreamOptions(Body):
-    """What a stream holds besides the answer."""
+    """Options of a stream."""
 
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
 class GenerationRequest(Body):
-    """What both kinds of completion take."""
+    """Fields of both kinds of completion."""
 
     model: Name
     n: Annotated[int, Field(ge=1, le=PROMPTS)] | None = None
@@ -152,7 +152,7 @@ class ChatRequest(GenerationRequest):
 
 
 class CompletionRequest(GenerationRequest):
-    """POST /v1/completions. `max_tokens` 0 with `echo` scores the prompt and writes nothing."""
+    """POST /v1/completions. With `echo`, `max_tokens` 0 scores the prompt and generates nothing."""
 
     prompt: (
         Text
@@ -169,7 +169,7 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
-        """One or more prompts of one kind."""
+        """The prompts as a list, all text or all token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
@@ -178,7 +178,7 @@ class CompletionRequest(GenerationRequest):
 
 
 class TokenizeRequest(Body):
-    """POST /tokenize: a text, or a conversation through the model's template."""
+    """POST /tokenize: a text, or messages rendered with the model's template."""
 
     model: Name | None = None
     prompt: Text | None = None
@@ -194,7 +194,7 @@ class DetokenizeRequest(Body):
 
 
 class LoadAdapterRequest(Body):
-    """POST /v1/load_lora_adapter. `load_inplace` lets a name that is there get other weights."""
+    """POST /v1/load_lora_adapter. `load_inplace` allows replacing the weights of an existing name."""
 
     lora_name: Name
     lora_path: Annotated[Text, Field(min_length=1, max_length=1024)]

@@ -1,6 +1,4 @@
-"""What clients get, in the openai package's shapes. Left out: tool calls, audio, refusals and details of tokens other than what
-was known of a prompt, which are never there.
-"""
+"""Response bodies of the OpenAI API. Not included: tool calls, audio, refusals and token details other than `cached_tokens`."""
 
 from typing import Literal
 
@@ -10,13 +8,13 @@ FinishReason = Literal["stop", "length"]
 
 
 class PromptTokensDetails(BaseModel):
-    """Of the tokens of prompts those that were known from before, and not computed."""
+    """Prompt tokens found in the prefix cache."""
 
     cached_tokens: int
 
 
 class Usage(BaseModel):
-    """Tokens: a prompt of several completions counts once; the token that ends an answer is one of its tokens."""
+    """Token counts. A prompt with several completions counts once. The token that ends an answer is counted."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -25,7 +23,7 @@ class Usage(BaseModel):
 
 
 class TopLogprob(BaseModel):
-    """A token that could have stood there; `bytes` is null where the token alone is no whole character."""
+    """An alternative token. `bytes` is null if the token alone is not a whole character."""
 
     token: str
     bytes: list[int] | None
@@ -42,14 +40,14 @@ class TokenLogprob(BaseModel):
 
 
 class ChatLogprobs(BaseModel):
-    """One entry a token."""
+    """One entry per token."""
 
     content: list[TokenLogprob]
     refusal: None
 
 
-class Answered(BaseModel):
-    """The assistant's turn."""
+class AssistantMessage(BaseModel):
+    """The assistant's message."""
 
     role: Literal["assistant"]
     content: str
@@ -60,13 +58,13 @@ class ChatChoice(BaseModel):
     """A completion."""
 
     index: int
-    message: Answered
+    message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
 
 
 class ChatCompletion(BaseModel):
-    """The answer of /v1/chat/completions. `system_fingerprint` begins the content hash of what answered."""
+    """The answer of /v1/chat/completions. `system_fingerprint` is the start of the content hash of the policy."""
 
     id: str
     object: Literal["chat.completion"]
@@ -78,14 +76,14 @@ class ChatCompletion(BaseModel):
 
 
 class Delta(BaseModel):
-    """What a chunk adds."""
+    """The new part of a message in a chunk."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
 
 
 class ChatChunkChoice(BaseModel):
-    """What a chunk adds to one completion."""
+    """The new part of one completion in a chunk."""
 
     index: int
     delta: Delta
@@ -94,7 +92,7 @@ class ChatChunkChoice(BaseModel):
 
 
 class ChatChunk(BaseModel):
-    """A server-sent event of /v1/chat/completions; `usage` is there where it was asked for."""
+    """A server-sent event of /v1/chat/completions; `usage` is present if requested."""
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -106,7 +104,7 @@ class ChatChunk(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """One entry a token in each list; the first token of a prompt has no log-probability."""
+    """One entry per token in each list. The first token of a prompt has no log-probability."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -115,7 +113,7 @@ class CompletionLogprobs(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """A completion, or in a stream what a chunk adds to it."""
+    """A completion, or its new part in a chunk."""
 
     index: int
     text: str
@@ -124,7 +122,7 @@ class CompletionChoice(BaseModel):
 
 
 class Completion(BaseModel):
-    """The answer of /v1/completions, and in a stream each of its events."""
+    """The answer of /v1/completions, or one event of its stream."""
 
     id: str
     object: Literal["text_completion"]
@@ -136,7 +134,7 @@ class Completion(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A policy that can be asked for by its `id`. `root` is the base, `parent` what its training started from."""
+    """A served policy. `root` is the base, `parent` the policy that its training started from."""
 
     id: str
     object: Literal["model"]
@@ -151,7 +149,7 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
-    """The base first."""
+    """All served policies, the base first."""
 
     object: Literal["list"]
     data: list[ModelCard]
@@ -178,7 +176,7 @@ class Status(BaseModel):
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong, and where."""
+    """The content of an error."""
 
     message: str
     type: str
@@ -187,6 +185,6 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Every error."""
+    """The body of every error response."""
 
     error: ErrorDetail

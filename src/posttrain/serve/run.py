@@ -1,7 +1,7 @@
-"""From a target on disk to a listening server and, on SIGTERM, back.
+"""Start the server for a target on disk, and shut it down on SIGTERM.
 
-On the first SIGTERM or Ctrl-C /ready and new requests get 503, requests in flight have `shutdown_seconds` to finish, and
-what is left then ends with an error of its own. A second signal does not wait. The exit code is 0.
+After the first SIGTERM or Ctrl-C, /ready and new requests get 503. Running requests have `shutdown_seconds` to finish; after
+that they end with an error. A second signal ends the wait. The exit code is 0.
 """
 
 import asyncio
@@ -23,21 +23,21 @@ from posttrain.models.adapter_config import ADAPTER_CONFIG
 from posttrain.models.adapter_files import ADAPTER_WEIGHTS, FULL_WEIGHTS
 from posttrain.models.target import Target, open_target
 from posttrain.serve.app import build_app
-from posttrain.serve.connections import ACCEPTED_AT_ONCE, Connections, connection_limit, quiet
+from posttrain.serve.connections import ACCEPTED_AT_ONCE, Connections, connection_limit, limited_logging
 from posttrain.serve.keys import KeyFile
 from posttrain.serve.limits import Limits
-from posttrain.serve.middleware import Gate
+from posttrain.serve.middleware import Middleware
 from posttrain.serve.service import Service
 from posttrain.serve.store import AdapterStore
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
-# A connection that is not used is kept this long, which is longer than common clients keep theirs.
+# Keep-alive time of an idle connection; longer than that of common clients.
 KEEP_ALIVE_SECONDS = 75
-# How long a thread may keep others of Python waiting.
+# Switch interval of Python threads.
 SWITCH_SECONDS = 0.0005
-# What clients have to read the last events.
+# Time for clients to read the last events.
 LAST_SECONDS = 5
-# Connections that may wait to be taken.
+# Connections that may wait to be accepted.
 BACKLOG = 2048
 
 
@@ -45,45 +45,45 @@ def open_service(
     target: str, *, adapters: Sequence[tuple[str, Path]] = (), folder: Path | None = None, name: str | None = None,
     template: str = "auto", budget_bytes: int, limits: Limits,
 ) -> Service:  # fmt: skip
-    """Load what is to be served: a model, or a run with all of its finished policies and their scores.
+    """Load a model, or a run with all of its finished policies and their scores.
 
-    Raises PosttrainError for what cannot be loaded.
+    Raises PosttrainError if something cannot be loaded.
     """
-    found = open_target(target, template=template)
-    run = found.policies.run if found.recipe is not None else None
-    if run is not None and found.recipe is not None and found.recipe.adapter.kind == "full":
-        return _whole(found, run, name, adapters, folder, limits)
-    model = found.base.source.model
+    opened = open_target(target, template=template)
+    run = opened.policies.run if opened.recipe is not None else None
+    if run is not None and opened.recipe is not None and opened.recipe.adapter.kind == "full":
+        return _full_weights_service(opened, run, name, adapters, folder, limits)
+    model = opened.base.source.model
     base_name = name or (Path(model).name if Path(model).exists() else model)
-    store = AdapterStore(found.base, base_name=base_name, folder=folder, budget_bytes=budget_bytes)
+    store = AdapterStore(opened.base, base_name=base_name, folder=folder, budget_bytes=budget_bytes)
     if run is not None:
         scores = read_scores(run)
-        for policy in found.names[1:]:
+        for policy in opened.names[1:]:
             verify_files(run / policy, (ADAPTER_WEIGHTS, ADAPTER_CONFIG))
             kind, parent = _origin(run / policy)
             store.offer(policy, run / policy, stage=kind, parent=parent, scores=scores.get(policy))
     for public, path in adapters:
         store.offer(public, path)
-    return Service(found.base, store, limits)
+    return Service(opened.base, store, limits)
 
 
-def _whole(
-    found: Target, run: Path, name: str | None, adapters: Sequence[tuple[str, Path]], folder: Path | None, limits: Limits
+def _full_weights_service(
+    opened: Target, run: Path, name: str | None, adapters: Sequence[tuple[str, Path]], folder: Path | None, limits: Limits
 ) -> Service:
-    """One policy of full fine-tuning in place of the base."""
+    """Serve one policy of full fine-tuning in place of the base."""
     if adapters or folder is not None:
-        raise RecipeError("--adapter", f"{run} has whole weights", do="serve the base model to put adapters on it")
-    found.policies.activate(found.policy)
-    assert found.policy == "base" or (run / found.policy / FULL_WEIGHTS).exists()
+        raise RecipeError("--adapter", f"{run} has full weights instead of adapters", do="serve the base model to use adapters")
+    opened.policies.activate(opened.policy)
+    assert opened.policy == "base" or (run / opened.policy / FULL_WEIGHTS).exists()
     kind, parent, scores = None, None, None
-    if found.policy != "base":
-        kind, parent = _origin(run / found.policy)
-        scores = read_scores(run).get(found.policy)
+    if opened.policy != "base":
+        kind, parent = _origin(run / opened.policy)
+        scores = read_scores(run).get(opened.policy)
     store = AdapterStore(
-        found.base, base_name=name or found.policy, folder=None, budget_bytes=0, stage=kind, scores=scores,
-        parent=found.base.source.model if parent == "base" else parent,
+        opened.base, base_name=name or opened.policy, folder=None, budget_bytes=0, stage=kind, scores=scores,
+        parent=opened.base.source.model if parent == "base" else parent,
     )  # fmt: skip
-    return Service(found.base, store, limits)
+    return Service(opened.base, store, limits)
 
 
 def _origin(folder: Path) -> tuple[str | None, str]:
@@ -93,7 +93,7 @@ def _origin(folder: Path) -> tuple[str | None, str]:
 
 
 def read_scores(run: Path) -> dict[str, dict[str, float]]:
-    """Of each policy the value of each measure, where the run was evaluated."""
+    """The value of each measure by policy, if the run was evaluated."""
     path = run / "scorecard.json"
     if not path.is_file():
         return {}
@@ -104,7 +104,7 @@ def read_scores(run: Path) -> dict[str, dict[str, float]]:
 
 
 def check_host(host: str, keys: KeyFile | None) -> None:
-    """Raise RecipeError for an address that others can reach, where there are no keys."""
+    """Raise RecipeError for an address that other machines can reach, if there are no keys."""
     if keys is None and not _is_loopback(host):
         raise RecipeError(
             f"--host {host}", "can be reached from other machines, and there are no keys", allowed="127.0.0.1 without keys",
@@ -119,31 +119,33 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def serve(service: Service, *, host: str, port: int, keys: KeyFile | None, told: Callable[[str], None]) -> None:
-    """Listen until a signal comes. `told` gets the address once requests are taken. Raises RecipeError for a bad address."""
+def serve(service: Service, *, host: str, port: int, keys: KeyFile | None, announce: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or Ctrl-C. Calls `announce` with the address. Raises RecipeError for a bad address."""
     check_host(host, keys)
-    # What was loaded stays: without this every large request would have the collector look through all of it.
+    # The loaded objects stay for the life of the process. Freezing them keeps the garbage collector from scanning them.
     gc.collect()
     gc.freeze()
-    # The engine's thread gives way to the loop this soon; each answer that is written waits for it several times.
+    # A short switch interval: each answer waits several times for the engine's thread to yield to the event loop.
     sys.setswitchinterval(SWITCH_SECONDS)
-    gate = build_app(service, keys=keys, hosts=LOOPBACK | {host, f"[{host}]"})
-    asyncio.run(_until_signals(gate, service, bind(host, port), told))
+    middleware = build_app(service, keys=keys, hosts=LOOPBACK | {host, f"[{host}]"})
+    asyncio.run(_until_signals(middleware, service, bind(host, port), announce))
 
 
-async def _until_signals(gate: Gate, service: Service, listener: socket.socket, told: Callable[[str], None]) -> None:
-    asked, loop = asyncio.Semaphore(0), asyncio.get_running_loop()
+async def _until_signals(
+    middleware: Middleware, service: Service, listener: socket.socket, announce: Callable[[str], None]
+) -> None:
+    stop_signals, loop = asyncio.Semaphore(0), asyncio.get_running_loop()
 
     def started(address: str) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn's own handlers would end the process with the signal
-            loop.add_signal_handler(number, asked.release)
-        told(address)
+            loop.add_signal_handler(number, stop_signals.release)
+        announce(address)
 
-    await listen(gate, service, listener, asked, started)
+    await listen(middleware, service, listener, stop_signals, started)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket on an address; port 0 takes a free one. Raises RecipeError where it cannot be had."""
+    """Bind a socket; port 0 picks a free one. Raises RecipeError if the address cannot be bound."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
@@ -154,47 +156,53 @@ def bind(host: str, port: int) -> socket.socket:
             listener.close()
             raise
     except OSError as error:
-        raise RecipeError(f"--host {host} --port {port}", str(error.strerror or error), do="choose another") from None
+        raise RecipeError(
+            f"--host {host} --port {port}", str(error.strerror or error), do="choose another address or port"
+        ) from None
     return listener
 
 
 async def listen(
-    gate: Gate, service: Service, listener: socket.socket, asked: asyncio.Semaphore, started: Callable[[str], None]
+    middleware: Middleware,
+    service: Service,
+    listener: socket.socket,
+    stop_signals: asyncio.Semaphore,
+    started: Callable[[str], None],
 ) -> None:
-    """Take requests from a bound socket until `asked` is released; a second time, and nothing is waited for."""
+    """Serve on a bound socket until `stop_signals` is released. A second release ends the wait for running requests."""
     connections = Connections(most=connection_limit(), header_seconds=service.limits.header_seconds)
     config = uvicorn.Config(
-        gate, log_config=None, access_log=False, server_header=False, proxy_headers=False, ws="none",
+        middleware, log_config=None, access_log=False, server_header=False, proxy_headers=False, ws="none",
         http=connections.protocol, lifespan="on", timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=LAST_SECONDS + 1, backlog=ACCEPTED_AT_ONCE,
     )  # fmt: skip
     server = uvicorn.Server(config)
-    work = asyncio.create_task(server.serve(sockets=[listener]))
-    while not server.started and not work.done():
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started and not serving.done():
         await asyncio.sleep(0.01)
     if server.started:
-        listener.listen(BACKLOG)  # asyncio takes as many in one turn of its loop as it lets wait
+        listener.listen(BACKLOG)  # asyncio accepts as many connections per turn of its loop as its own backlog
         address, port = listener.getsockname()[:2]
         started(f"http://{f'[{address}]' if ':' in address else address}:{port}")
-    ending = _drain(server, connections, gate, service, asked)
-    beside = asyncio.create_task(ending), asyncio.create_task(connections.watch())
-    with quiet():
-        await work
-    for task in beside:
+    ending = _drain(server, connections, middleware, service, stop_signals)
+    background = asyncio.create_task(ending), asyncio.create_task(connections.watch())
+    with limited_logging():
+        await serving
+    for task in background:
         task.cancel()
 
 
 async def _drain(
-    server: uvicorn.Server, connections: Connections, gate: Gate, service: Service, asked: asyncio.Semaphore
+    server: uvicorn.Server, connections: Connections, middleware: Middleware, service: Service, stop_signals: asyncio.Semaphore
 ) -> None:  # fmt: skip
-    await asked.acquire()
-    gate.draining = True
-    hurry = asyncio.create_task(asked.acquire())
-    finished = asyncio.create_task(gate.empty())
-    await asyncio.wait((hurry, finished), timeout=service.limits.shutdown_seconds, return_when=asyncio.FIRST_COMPLETED)
-    hurry.cancel()
+    await stop_signals.acquire()
+    middleware.draining = True
+    second_signal = asyncio.create_task(stop_signals.acquire())
+    finished = asyncio.create_task(middleware.empty())
+    await asyncio.wait((second_signal, finished), timeout=service.limits.shutdown_seconds, return_when=asyncio.FIRST_COMPLETED)
+    second_signal.cancel()
     finished.cancel()
-    gate.stop_reading()
+    middleware.stop_reading()
     await service.stop()
     server.should_exit = True
     await asyncio.sleep(LAST_SECONDS)

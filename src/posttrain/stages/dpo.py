@@ -71,7 +71,7 @@ KIND = StageKind(
         Chart("margin", ("margin",)),
         Chart("accuracy", ("accuracy",)),
         Chart("log-ratio to the reference, nats", ("chosen_log_ratio", "rejected_log_ratio")),
-        Chart("KL to the reference, nats a token", ("dpo/kl",)),
+        Chart("KL to the reference, nats per token", ("dpo/kl",)),
         Chart("log-probability, nats", ("chosen_logprob", "rejected_logprob"), False),
         Chart("ranks chosen above rejected", ("ranking_accuracy",), False),
         Chart("gradient weight", ("gradient_weight",), False),

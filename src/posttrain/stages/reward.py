@@ -40,7 +40,7 @@ KIND = StageKind(
         Chart("loss", ("loss",)),
         Chart("accuracy", ("accuracy",)),
         Chart("scores of both sides", ("chosen_score", "rejected_score"), False),
-        Chart("middle of a pair's scores", ("center",), False),
+        Chart("mean of a pair's scores", ("center",), False),
     ),
     sections=(Section("reward", "Reward model", "posttrain.report.rewards:rewards"),),
 )

@@ -23,5 +23,5 @@ KIND = StageKind(
     reads=lambda stage: Reads((stage.init,)),
     check=lambda stage, earlier: None,
     estimate=training_work,
-    charts=(Chart("loss", ("loss",)), Chart("trained tokens a step", ("targets",), False)),
+    charts=(Chart("loss", ("loss",)), Chart("trained tokens per step", ("targets",), False)),
 )
