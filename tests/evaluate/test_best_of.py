@@ -105,7 +105,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--best-of", "RUN/rm"], "--best-of · no --prompts · give --prompts as well"),
+        (["--best-of", "RUN/rm"], "--best-of · no --prompts · add --prompts"),
         (["--gold", "RUN/rm"], "--gold · no --best-of"),
         (["--against", "RUN/rm"], "--against · no --pairs"),
         (["--best-of", "RUN/sft", "--prompts", "starter/preferences.jsonl"], "not a finished reward stage · there is: rm"),
