@@ -360,9 +360,7 @@ def _look(failed: int) -> None:
 
 def run(calls: Any, count: int, room: int) -> None:
     """The calls of a program (`record.py`); `room`: bytes that a thread needs for a tile's rows, 0 without tiles."""
-    bounds.require(
-        0 <= count * CALL <= len(calls) and room >= 0, f"{count} calls in {len(calls)} numbers, {room} bytes of room"
-    )
+    bounds.require(0 <= count * CALL <= len(calls) and room >= 0, f"{count} calls in {len(calls)} numbers, room {room}")
     failed = _call().run(calls, _n(count), _n(room))
     bounds.require(failed < 2, "a call of no kind")
     _look(failed)

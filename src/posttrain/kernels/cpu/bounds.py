@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Numbers of one vector (native/vectors.h), and tokens of one tile (native/tiles.c).
+# Numbers of one vector (c/vectors.h), and tokens of one tile (native/tiles.c).
 LANES = 16
 # Numbers of a row of a tile: inputs, and columns of adapters, come in as many.
 DEEP = 32
-# Numbers of a call in a program: its kind, whether it waits, and its arguments (native/program.c).
+# Numbers of a call in a program: its kind, whether it waits, and its arguments (c/program.c).
 CALL = 16
 
 SIGNATURES = {
@@ -124,7 +124,7 @@ def check_copy(a: Tensor, b: Tensor, own_a: Tensor, own_b: Tensor) -> None:
 def check_slots(
     a: Tensor, b: Tensor, rank: int, slot_T: Tensor | None, order: Tensor | None, *, shape: tuple[int, int, int]
 ) -> None:
-    """Adapters side by side (`compiled.Slots`) for so many tokens, inputs and outputs."""
+    """Adapters side by side (`bindings.Slots`) for so many tokens, inputs and outputs."""
     tokens, inputs, outputs = shape
     require(len(a) % DEEP == 0, f"{len(a)} columns, no multiple of {DEEP}")
     require(rank > 0 and (DEEP % rank == 0 or rank % DEEP == 0) and rank <= len(a), f"rank {rank} in {len(a)} columns")

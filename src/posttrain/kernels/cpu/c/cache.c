@@ -2,7 +2,7 @@
 #include "rows.h"
 #include "team.h"
 
-/* In the order that compiled.attend gives them. Strides are in numbers. */
+/* In the order that bindings.attend gives them. Strides are in numbers. */
 struct cache {
     int64_t rows, kv_heads, groups, width, block, places, window;
     int64_t q_head, q_token, k_head, k_token, v_head, v_token;

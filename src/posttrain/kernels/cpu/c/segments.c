@@ -17,7 +17,7 @@
 #define ROWS 32
 #define ROWS_OF(s) ((s)->groups > ROWS ? (s)->groups : ROWS / (s)->groups * (s)->groups)
 
-/* In the order that compiled.py gives them. Strides are in numbers. */
+/* In the order that bindings.py gives them. Strides are in numbers. */
 struct sizes {
     int64_t spans, tokens, key_tokens, kv_heads, groups, width, window;
     int64_t q_head, q_token, k_head, k_token, v_head, v_token, grad_head, grad_token;
