@@ -56,4 +56,4 @@ found.gated(x.data_ptr(), x.data_ptr(), 800000, 0, y.data_ptr())
 """
     done = run(environment, "-c", code)
     assert done.returncode != 0
-    assert "ERROR: AddressSanitizer: heap-buffer-overflow" in done.stderr
+    assert "ERROR: AddressSanitizer" in done.stderr
