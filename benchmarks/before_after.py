@@ -42,6 +42,13 @@ def rate(line: str, warm_up: int) -> float:
     return float(sum(found["units"][warm_up:]) / sum(found["seconds"][warm_up:]))
 
 
+def shorten(path: Path, prompts: int, new_tokens: int) -> None:
+    """Leave so many prompts and new tokens of a prepared workload of rollouts."""
+    if path.exists():
+        work = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**work, "prompts": work["prompts"][:prompts], "new_tokens": new_tokens}), encoding="utf-8")
+
+
 def main() -> None:
     """Run every kind of work and print a JSON object a kind."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -50,6 +57,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--work", nargs="*", default=list(WORK), choices=list(WORK))
     parser.add_argument("--dtype", default="auto", help="of the sft steps: auto, bfloat16 or float32")
+    parser.add_argument("--prompts", type=int, default=64, help="prompts of rollouts and adapters")
+    parser.add_argument("--new-tokens", type=int, default=64, help="longest answer of rollouts and adapters, in tokens")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data", help="folder of the public data sets")
     options = parser.parse_args()
     sides = {"before": options.before.resolve(), "after": options.after.resolve()}
@@ -58,6 +67,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             words = {"FOLDER": folder, "DATA": str(options.data), "DTYPE": options.dtype}
             run(sides["before"], prepare, words)
+            shorten(Path(folder) / "rollouts.json", options.prompts, options.new_tokens)
             rates: dict[str, list[float]] = {side: [] for side in sides}
             for _ in range(options.runs):
                 for side, checkout in sides.items():
