@@ -362,3 +362,17 @@ def test_0_unpickled_classes_and_0_connections_while_everything_is_loaded(tmp_pa
     last, _, count = done.stdout.splitlines()[-1].rpartition(" ")
     assert "Path" in last
     assert count == "1", done.stdout.splitlines()[-1]
+
+
+def test_no_test_module_imports_another():
+    """What tests share lies in modules of its own, so that each file of tests can be read and run alone."""
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    names = {path.stem for path in files if path.stem.startswith("test_")}
+    wrong = [
+        f"{path.name}:{node.lineno}"
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if (isinstance(node, ast.ImportFrom) and node.module in names)
+        or (isinstance(node, ast.Import) and {alias.name for alias in node.names} & names)
+    ]
+    assert wrong == []

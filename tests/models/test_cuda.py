@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_attention import LONG, PACKINGS, dense, random_heads, token_rows
-from test_target_logprobs import exact, problem
+from head_problems import exact, problem
+from packed_examples import LONG, PACKINGS, dense, random_heads, token_rows
 from torch import Tensor
 
 from bases import CONFIGS, make_base

@@ -1,10 +1,8 @@
 """Chunked log-probabilities and their gradients against log_softmax in float64."""
 
-from typing import NamedTuple
-
 import pytest
 import torch
-from torch import Tensor
+from head_problems import exact, problem
 
 from posttrain import kernels
 from posttrain.kernels import HeadRows, reference
@@ -17,33 +15,6 @@ def functions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """Both ways of a head on a CPU."""
     if request.param == "reference":
         monkeypatch.setattr(kernels, "_cpu", reference)
-
-
-class Problem(NamedTuple):
-    """Hidden states, head, targets, and the gradient that comes in."""
-
-    hidden_ND: Tensor
-    head_VD: Tensor
-    target_N: Tensor
-    slope_N: Tensor
-
-
-def problem(rows: int = 37, vocabulary: int = 151, width: int = 24, *, sharp: float = 0.5, seed: int = 0) -> Problem:
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(rows, width, generator=generator)
-    head = torch.randn(vocabulary, width, generator=generator) * sharp
-    target = torch.randint(0, vocabulary, (rows,), generator=generator)
-    return Problem(hidden, head, target, torch.randn(rows, generator=generator))
-
-
-def exact(given: Problem, softcap: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """log p, and the gradients in hidden and head, by float64 autograd."""
-    hidden, head = given.hidden_ND.double().requires_grad_(), given.head_VD.double().requires_grad_()
-    logits = hidden @ head.T
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    value = torch.log_softmax(logits, -1).gather(1, given.target_N[:, None])[:, 0]
-    return value.detach(), *torch.autograd.grad((value * given.slope_N.double()).sum(), [hidden, head])
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

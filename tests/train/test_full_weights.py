@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from full_recipes import recipe_of
+from rollout_kl import kl_of_rollouts
 from safetensors.torch import load_file
-from test_reference import kl_of_rollouts
 from tiny_stages import StopAt, demonstrations, digest, preferences, rows_of
 
 from posttrain.cli import main
@@ -19,7 +20,7 @@ from posttrain.models.adapter_files import Policies, reload_base
 from posttrain.models.base_model import BaseModel, load_base
 from posttrain.models.batches import pack_rows, row_scores
 from posttrain.pipeline import run_recipe
-from posttrain.recipe import Recipe, parse_recipe, to_toml
+from posttrain.recipe import parse_recipe, to_toml
 from posttrain.train.ppo import train_ppo
 from posttrain.train.reward import train_reward
 from posttrain.train.stage import StageContext
@@ -39,17 +40,6 @@ def run(whole: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "rm").mkdir()
     train_reward(StageContext(whole, Policies(whole, folder), recipe, folder / "rm", StopAt(0).stop), recipe.stage[0])  # type: ignore[arg-type]
     return folder
-
-
-def recipe_of(folder: Path, **ppo: Any) -> Recipe:
-    data = str(preferences(folder / "p.jsonl", rows=20))
-    rm = {"kind": "reward", "name": "rm", "data": data, "epochs": 4, "batch": 8, "validation": 0.0, "learning_rate": 1e-3}
-    ppo = {
-        "kind": "ppo", "name": "ppo", "reward": "rm", "data": data, "iterations": 3, "prompts": 6, "minibatch": 3,
-        "max_new_tokens": 6, "learning_rate": 1e-4, **ppo,
-    }  # fmt: skip
-    raw = {"name": "t", "base": {"model": "random:tiny"}, "adapter": {"kind": "full"}, "stage": [rm, ppo], "seed": 3}
-    return parse_recipe(raw)
 
 
 def run_ppo(base: BaseModel, run: Path, name: str, *, stop_at: int = 0, **ppo: Any) -> Path:

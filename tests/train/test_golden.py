@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_ppo import random_reward_model, run_ppo
+from ppo_runs import random_reward_model, run_ppo
 from tiny_stages import demonstrations, digest, preferences, rows_of, run_stage
 
 from posttrain.models.base_model import BaseModel, load_base

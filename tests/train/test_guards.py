@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_ppo import random_reward_model, run_ppo
+from ppo_runs import random_reward_model, run_ppo
 from tiny_stages import newest, rows_of
 
 from posttrain.errors import Interrupted, NonFiniteError

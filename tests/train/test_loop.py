@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_schedule import settings as loop_settings
+from loop_settings import settings as loop_settings
 from torch import Tensor, nn
 
 from posttrain.errors import Interrupted, NonFiniteError

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_ppo import run_ppo
+from ppo_runs import run_ppo
 from tiny_stages import rows_of
 
 from posttrain.generate.engine import SamplingSettings, generate

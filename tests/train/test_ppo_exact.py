@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers
-from test_ppo import random_adapter, random_reward_model, run_ppo
+from ppo_runs import random_adapter, random_reward_model, run_ppo
 from tiny_stages import newest, rows_of, write_rows
 from torch import Tensor
 

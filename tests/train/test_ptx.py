@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_ppo import first_gradient, run_ppo
+from ppo_runs import first_gradient, run_ppo
 from tiny_stages import WORDS, demonstrations, rows_of, write_rows
 
 from posttrain.data.prepare import PreparedRows

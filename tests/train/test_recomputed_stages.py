@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_full_weights import recipe_of as full_recipe
-from test_ppo import random_adapter, random_reward_model, run_ppo
+from full_recipes import recipe_of as full_recipe
+from ppo_runs import random_adapter, random_reward_model, run_ppo
 from tiny_stages import StopAt, demonstrations, digest, preferences, rows_of, run_stage
 
 from posttrain.data.prepare import TrainRow

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_ppo import random_adapter, run_ppo
+from ppo_runs import random_adapter, run_ppo
+from rollout_kl import kl_of_rollouts
 from tiny_stages import hashes, preferences, rows_of, run_stage
 
 from posttrain.errors import Interrupted, TrainingError
 from posttrain.models.adapter_files import full_state
 from posttrain.models.base_model import BaseModel
-from posttrain.models.batches import batch_logprobs, pack_trees
-from posttrain.train.checkpoint import Checkpoint, load_newest, load_step, save_checkpoint
+from posttrain.train.checkpoint import Checkpoint, load_newest, save_checkpoint
 
 LORA: dict[str, Any] = {}
 FULL: dict[str, Any] = {"kind": "full"}
@@ -112,17 +112,6 @@ class Watch:
 
     def close(self) -> None:
         """Nothing to close."""
-
-
-@torch.no_grad()
-def kl_of_rollouts(base: BaseModel, reference: str, folder: Path, iteration: int) -> float:
-    """KL in nats a completion of an iteration's rollouts, from what lies on disk and a reference that this test brings."""
-    saved = load_step(folder / "checkpoints/rollouts", iteration)
-    assert saved is not None
-    prompts, completions = saved.state["prompts"], saved.state["completions"]
-    trees = zip(prompts, completions, strict=True)
-    reference_N = torch.cat([batch_logprobs(base, pack_trees([tree], base.device), reference) for tree in trees])
-    return float((saved.tensors["old"] - reference_N).sum()) / sum(map(len, completions))
 
 
 @pytest.mark.parametrize("init", ["sft", "base"])

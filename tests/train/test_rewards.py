@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_ppo import SMALL, random_reward_model, recipe_of, run_ppo
+from ppo_runs import SMALL, random_reward_model, recipe_of, run_ppo
 from tiny_stages import StopAt, digest, newest, preferences, rows_of, run_stage
 
 from posttrain.errors import AdapterError, NonFiniteError, RecipeError, TrainingError

@@ -3,9 +3,9 @@
 from math import cos, isclose, pi
 
 import pytest
+from loop_settings import settings
 
 from posttrain.train.schedule import (
-    LoopSettings,
     epochs_seen,
     learning_rate,
     run_order,
@@ -13,14 +13,6 @@ from posttrain.train.schedule import (
     total_steps,
     validation_interval,
 )
-
-
-def settings(**changes: object) -> LoopSettings:
-    plain = LoopSettings(
-        epochs=1.0, batch=4, learning_rate=1.0, schedule="cosine", warmup=0.0, weight_decay=0.0, clip=1.0, keep="last",
-        patience=0, validate_every=0, checkpoint_every=0, checkpoint_minutes=2.0, seed=0,
-    )  # fmt: skip
-    return plain._replace(**changes)
 
 
 def test_warm_up_rises_in_equal_steps_to_the_peak():

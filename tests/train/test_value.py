@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from ppo_runs import first_gradient, random_adapter, random_reward_model, run_ppo
 from safetensors.torch import load_file
-from test_ppo import first_gradient, random_adapter, random_reward_model, run_ppo
 from tiny_stages import newest, rows_of
 
 from posttrain.errors import AdapterError
