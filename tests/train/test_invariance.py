@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from rows_of_ids import ROWS, ids, train_rows
 from torch import Tensor
 
 from posttrain.data.packing import pack, row_segments
@@ -21,25 +22,9 @@ from posttrain.train.reward import reward_task
 from posttrain.train.sft import sft_task
 from posttrain.train.stage import TrainedPolicy
 
-ROWS = 11
 TOLERANCE = 1e-6
 # How the rows of a step may be cut into micro-batches; the last window of the third is ragged.
 CUTS = [[1] * ROWS, [2] * 5 + [1], [4, 4, 3], [10, 1], [3, 1, 7]]
-
-
-def ids(chance: random.Random, low: int, high: int) -> list[int]:
-    return [chance.randrange(7, 260) for _ in range(chance.randint(low, high))]
-
-
-def train_rows() -> list[TrainRow]:
-    """Conversations whose trained tokens are 1 to 29 of their tokens."""
-    chance = random.Random(1)
-    rows = []
-    for i in range(ROWS):
-        tokens = ids(chance, 4, 40)
-        first = chance.randrange(1, len(tokens))
-        rows.append(TrainRow(f"row-{i}", tokens, [k >= first for k in range(len(tokens))]))
-    return rows
 
 
 def pair_rows() -> list[PairRow]:

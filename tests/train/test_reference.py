@@ -85,7 +85,7 @@ def test_a_damaged_reference_is_computed_again(base: BaseModel, tmp_path: Path, 
 
 def test_dropout_is_off_where_nothing_is_learned(base: BaseModel, tmp_path: Path):
     """With dropout the validation loss of a policy is a property of the policy: twice the same number."""
-    from test_invariance import train_rows
+    from rows_of_ids import train_rows
 
     from posttrain.models.lora import LoraSettings
     from posttrain.train.sft import mean_loss
