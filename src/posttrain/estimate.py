@@ -24,6 +24,7 @@ from posttrain.data.doctor import prepare_stage
 from posttrain.evaluate.suites import sample_prompts
 from posttrain.models.base_model import choose_device, load_chat, native_bfloat16
 from posttrain.plan import Plan, make_plan
+from posttrain.progress import clock
 from posttrain.recipe import Recipe
 from posttrain.records import Message
 from posttrain.stages import KINDS, Stage, row_stages
@@ -130,17 +131,12 @@ def _text(found: dict[str, Any]) -> str:
     for entry in found["steps"]:
         numbers = f"{'':>7} {'':>9} {'':>7}"
         if "rows" in entry:
-            numbers = f"{entry['rows']:>7,} {entry['tokens']:>9,} {_clock(entry['seconds']):>7}"
+            numbers = f"{entry['rows']:>7,} {entry['tokens']:>9,} {clock(entry['seconds']) if entry['seconds'] else '<1s':>7}"
         why = f"{entry['why']}; {entry['unknown']}" if "unknown" in entry else entry["why"]
         lines.append(f"{entry['step']:<18} {_WORD[entry['status']]:<7} {numbers}  {why}")
-    time_needed = f"about {_clock(found['seconds'])}" if found["seconds"] else "under a second"
+    time_needed = f"about {clock(found['seconds'])}" if found["seconds"] else "under a second"
     lines += ["", f"{time_needed} of computing on this machine; nothing was changed"]
     return "\n".join(lines)
 
 
 _WORD = {"done": "skip", "resume": "resume", "due": "run"}
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s" if rest else "<1s"

@@ -11,7 +11,6 @@ import ctypes
 import gc
 import json
 import platform
-import re
 import shutil
 import subprocess
 import time
@@ -22,8 +21,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from posttrain import __version__
 from posttrain.artifacts import (
+    EVALUATIONS,
     disk_error,
     is_disk_error,
+    os_error_in,
     partial_folder,
     publish,
     recover,
@@ -36,7 +37,7 @@ from posttrain.errors import ArtifactError, Interrupted, ModelError, MovedError,
 from posttrain.evaluate.gain import published_gains
 from posttrain.evaluate.scorecard import StageScores, build_scorecard, load_scores
 from posttrain.locks import HeldFolder, run_lock
-from posttrain.plan import EVALUATIONS, WORKING_ON, Plan, Step, make_plan, unfinished
+from posttrain.plan import WORKING_ON, Plan, Step, make_plan, unfinished
 from posttrain.recipe import Recipe
 from posttrain.stages import KINDS, ROWS_FILE, Stage, row_stages
 from posttrain.stages.kind import Outcome, Preparation, load_function
@@ -145,11 +146,11 @@ def _work(plan: Plan, stop: StopSignal, held: HeldFolder) -> None:
             raise Interrupted(f"stopped before {step.name}; run the same command to go on")
         try:
             _do(plan, step, policies, stop, held)
-        except SafetensorError as error:  # it tells what the disk said only in words
-            number = re.search(r"os error (\d+)", str(error))
-            if number is None:
+        except SafetensorError as error:  # reports a disk error only in its message
+            disk = os_error_in(str(error))
+            if disk is None:
                 raise
-            raise disk_error(step.folder, OSError(int(number[1]), str(error))) from error
+            raise disk_error(step.folder, disk) from error
 
 
 def _do(plan: Plan, step: Step, policies: "Policies", stop: StopSignal, held: HeldFolder) -> None:

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from posttrain.artifacts import fingerprint, partial_folder, read_manifest
+from posttrain.artifacts import EVALUATIONS, fingerprint, partial_folder, read_manifest
 from posttrain.data.chat import TEMPLATES
 from posttrain.data.sources import data_hashes
 from posttrain.evaluate.suites import Task, evaluation_prompts, first_items, load_suites, suite_fingerprint
@@ -20,7 +20,6 @@ from posttrain.train.function_source import source_hash
 
 # Raise a number when the code of that step would make something else of the same input; stages have their own (`stages/`).
 CODE_VERSION = {"evaluate": 1, "measure": 2}
-EVALUATIONS = "evaluate"
 # In a partial folder: what it is being built for.
 WORKING_ON = "working_on.json"
 # Settings that change when or how often work is saved or where it runs, but not what comes out.
