@@ -80,13 +80,13 @@ def make_plan(recipe: Recipe, run: Path, *, until: str | None = None) -> Plan:
     source = locate_base(pinned(recipe.base.model, run))
     base_print = fingerprint(_base_identity(recipe, source))
     known = {"base": base_print}
-    suites, asked = suite_fingerprint(tasks), fingerprint(sorted(prompts))
+    suites, prompts_hash = suite_fingerprint(tasks), fingerprint(sorted(prompts))
     hashes: dict[str, str] = {}
     steps = [_evaluation_step(recipe, run, suites, "base", base_print)]
     later = False
     for written in recipe.stage:
         stage = with_rows_of(written, run)
-        step = _stage_step(recipe, run, stage, known, asked, hashes)
+        step = _stage_step(recipe, run, stage, known, prompts_hash, hashes)
         known[stage.name] = step.fingerprint
         made = [step]
         if KINDS[stage.kind].makes == "policy":
@@ -106,9 +106,11 @@ def _base_identity(recipe: Recipe, source: BaseModelFolder) -> list[str]:
     return [source.weights_hash, source.tokenizer_hash, base.template, template, base.dtype]
 
 
-def _stage_step(recipe: Recipe, run: Path, stage: Stage, known: dict[str, str], asked: str, hashes: dict[str, str]) -> Step:
-    """`known` has the fingerprints of the base and of earlier stages, `asked` is that of the evaluation prompts. `hashes`
-    caches the hashes of data."""
+def _stage_step(
+    recipe: Recipe, run: Path, stage: Stage, known: dict[str, str], prompts_hash: str, hashes: dict[str, str]
+) -> Step:
+    """`known` has the fingerprints of the base and of earlier stages, `prompts_hash` is that of the evaluation prompts.
+    `hashes` caches the hashes of data."""
     kind = KINDS[stage.kind]
     reads = kind.reads(stage)
     inputs = {name: known[name] for name in sorted({*reads.policies, *reads.reward_models, *row_stages(stage)})}
@@ -119,7 +121,7 @@ def _stage_step(recipe: Recipe, run: Path, stage: Stage, known: dict[str, str], 
         "stage": stage.model_dump(mode="json", exclude=set(_NO_EFFECT), exclude_none=True),
         "adapter": recipe.adapter.model_dump(mode="json"),
         "seed": recipe.seed,
-        "evaluation_prompts": asked,
+        "evaluation_prompts": prompts_hash,
         "code": kind.code,
     }
     work = fingerprint({"settings": settings, "inputs": {**inputs, "base": known["base"]}, "data": data})

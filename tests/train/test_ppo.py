@@ -327,7 +327,7 @@ def test_prompts_come_once_and_evaluations_are_left_out(chat: ChatFormat, tmp_pa
     with pytest.raises(DataError, match="no prompt of at most 3 tokens"):
         prepare_prompts(data, chat, seed=0, max_prompt_tokens=3, evaluation_prompts=())
     asked = {"max_prompt_tokens": 60, "evaluation_prompts": ("a", "b", "asked")}
-    with pytest.raises(DataError, match=r"no prompt of at most 60 tokens \(1 longer, 4 asked by an evaluation\)"):
+    with pytest.raises(DataError, match=r"no prompt of at most 60 tokens \(1 longer, 4 evaluation prompts\)"):
         prepare_prompts(data, chat, seed=0, **asked)  # type: ignore[arg-type]
 
 

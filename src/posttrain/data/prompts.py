@@ -72,7 +72,7 @@ def prepare_prompts(
             held_out_ids |= {tuple(ids)} if in_validation(messages, validation) else set()
     if len(unique) == len(held_out_ids):
         where = "data " + ", ".join(f'"{s.path}"' for s in read.sources)
-        lost = {"longer": long, "asked by an evaluation": contaminated, "held out": len(held_out_ids)} | reasons(problems)
+        lost = {"longer": long, "evaluation prompts": contaminated, "held out": len(held_out_ids)} | reasons(problems)
         why = ", ".join(f"{count} {what}" for what, count in lost.items() if count) or "none could be read"
         raise DataError(
             where, f"no prompt of at most {max_prompt_tokens} tokens ({why})", do="raise max_prompt_tokens or give other data"
