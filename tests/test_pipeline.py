@@ -148,7 +148,7 @@ def test_unfinished_work_for_other_settings_is_told_before_it_goes(tmp_path: Pat
     (tmp_path / "run/.sft.partial").mkdir(parents=True)
     (tmp_path / "run/.sft.partial/working_on.json").write_text('{"fingerprint": "of another learning rate"}')
     plan = plan_of(capsys, tmp_path / "run")
-    assert plan["sft"] == ("due", "begun anew: the unfinished one there is of other settings or data")
+    assert plan["sft"] == ("due", "starts again: the unfinished work has other settings or data")
     assert plan["dpo"] == ("due", "not made yet")
 
 
@@ -232,7 +232,7 @@ def test_sigterm_saves_ends_with_0_and_the_next_run_goes_on(tmp_path: Path, caps
     assert done.stderr.splitlines()[-1] == "sft: stopped after step 2 of 3; run the same command to go on"
     assert main(command(tmp_path / "run")) == 0
     errors = capsys.readouterr().err
-    assert "sft: an unfinished one is there" in errors
+    assert "sft: unfinished work is there" in errors
     assert "sft 1/3" not in errors
     assert weights(tmp_path / "run") == weights(undisturbed_run())
 

@@ -79,7 +79,7 @@ MISTAKES = [
     (
         'name = "dpo"\ninit = "sft"',
         'name = "sft"',
-        'stage "sft" · a second stage of that name · give each stage a name of its own',
+        'stage "sft" · a second stage of that name · give each stage a different name',
     ),
     ('name = "sft"', 'name = "base"', 'stage "base" · the name "base" is reserved · choose another name'),
     (

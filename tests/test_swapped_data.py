@@ -33,7 +33,7 @@ def test_a_file_that_is_replaced_while_an_earlier_stage_trains_is_not_trained_on
         _, error = process.communicate()
     assert process.returncode == 2, error
     assert "pairs.jsonl" in error.splitlines()[-1]
-    assert "was changed while the run was under way" in error.splitlines()[-1]
+    assert "was changed during the run" in error.splitlines()[-1]
     assert read_manifest(run / "sft") is not None
     assert read_manifest(run / "dpo") is None
     done = subprocess.run(command, capture_output=True, text=True)

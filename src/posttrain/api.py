@@ -17,14 +17,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from posttrain.artifacts import read_manifest
+from posttrain.artifacts import EVALUATIONS, read_manifest
 from posttrain.errors import ArtifactError, RecipeError
 from posttrain.evaluate.table import format_table
 from posttrain.pipeline import run_folder, run_recipe
 from posttrain.recipe import Recipe, load_recipe, parse_recipe, to_toml
 from posttrain.records import ROLES, Message, Rollout
 from posttrain.report.compare import compare as compare_stages
-from posttrain.report.run import EVALUATIONS, read_scorecard
+from posttrain.report.run import read_scorecard
 from posttrain.stages import makes
 
 if TYPE_CHECKING:

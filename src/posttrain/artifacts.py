@@ -21,6 +21,8 @@ from posttrain.errors import ArtifactError
 from posttrain.file_types import check_manifest
 
 MANIFEST = "manifest.json"
+# The folder of a run that contains the scores of its policies and reward models.
+EVALUATIONS = "evaluate"
 
 
 def fingerprint(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Where converted models, compiled kernels and the verdicts of checked bases are kept."""
+"""The folder of converted models, compiled kernels and the results of checks of bases."""
 
 import os
 from pathlib import Path
@@ -7,9 +7,9 @@ from posttrain.errors import ModelError
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: $POSTTRAIN_CACHE, else the user's cache folder.
+    """The cache folder: $POSTTRAIN_CACHE, else `posttrain` in the user's cache folder.
 
-    Raises ModelError where neither is known.
+    Raises ModelError if neither is known.
     """
     explicit = os.environ.get("POSTTRAIN_CACHE")
     if explicit:

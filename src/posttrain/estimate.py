@@ -1,15 +1,16 @@
-"""The plan of a run with rows, tokens and a time, before anything is spent (`posttrain run --dry-run`).
+"""The plan of a run with rows, tokens and a time estimate (`posttrain run --dry-run`).
 
-The data is rendered as training would render it; the model is only counted. The time is arithmetic over a speed that is
-measured here and now by a few matrix products:
+The data is rendered as training would render it. Of the model, only the parameters are counted. The time is the number of
+operations divided by a speed that a few matrix products measure on this machine:
 
-    training a token   6 P operations (forward 2 P, backward 4 P) less 2 P where the weights are frozen, P of the body;
-                       2 P more where layers are computed again
+    training a token   6 P operations (forward 2 P, backward 4 P) less 2 P if the weights are frozen, P of the body;
+                       2 P more if layers are recomputed
     a target           4 V D with a frozen head (logits and their gradient), 6 V D with a trained one
     a decoded token    2 (P + V D)
 
-An evaluation reads its prompts, questions and prose (2 P a token, 2 V D a scored one) and writes its longest answers.
-Left out: attention, loading and the report. So it is a lower bound, with a factor for what is not a matrix product.
+An evaluation reads its prompts, questions and prose (2 P a token, 2 V D a scored token) and writes answers of the greatest
+length. Attention, loading and the report are not counted. So the time is a lower bound, with a factor for operations that are
+not matrix products.
 """
 
 import json
@@ -24,6 +25,7 @@ from posttrain.data.doctor import prepare_stage
 from posttrain.evaluate.suites import sample_prompts
 from posttrain.models.base_model import choose_device, load_chat, native_bfloat16
 from posttrain.plan import Plan, make_plan
+from posttrain.progress import clock
 from posttrain.recipe import Recipe
 from posttrain.records import Message
 from posttrain.stages import KINDS, Stage, row_stages
@@ -34,7 +36,7 @@ EFFICIENCY = 0.55
 
 
 def describe(recipe: Recipe, run: Path, *, until: str | None = None) -> tuple[dict[str, Any], str]:
-    """The plan as data and as text. Raises PosttrainError for whatever would stop the run before training."""
+    """The plan as data and as text. Raises PosttrainError for every mistake that would stop the run before training."""
     plan = make_plan(recipe, run, until=until)
     chat = load_chat(plan.source, recipe.base.template)
     body, head = _parameters(plan)
@@ -46,7 +48,7 @@ def describe(recipe: Recipe, run: Path, *, until: str | None = None) -> tuple[di
         unmade = due & set(row_stages(step.stage)) if step.stage is not None else set()
         if unmade:
             entry["unknown"] = f"its rows are made by {', '.join(sorted(unmade))}"
-        elif step.status != "done" and step.kind != "measure":  # scoring a few pairs takes no time worth showing
+        elif step.status != "done" and step.kind != "measure":  # the time to score a few pairs is negligible
             work = _stage_work(plan, step.stage, chat, body, head) if step.stage is not None else evaluation
             entry |= {
                 "rows": work.rows,
@@ -56,15 +58,15 @@ def describe(recipe: Recipe, run: Path, *, until: str | None = None) -> tuple[di
             }
         rows.append(entry)
     total = sum(entry.get("seconds", 0) for entry in rows)
-    found = {
+    estimate = {
         "run": str(run), "base": recipe.base.model, "weights_hash": plan.source.weights_hash, "parameters": body + head,
         "steps": rows, "seconds": total,
     }  # fmt: skip
-    return found, _text(found)
+    return estimate, _text(estimate)
 
 
 def _parameters(plan: Plan) -> tuple[int, int]:
-    """Weights of the body's matrices and of the head, read off the safetensors headers."""
+    """Number of weights in the matrices of the body, and in the head, from the headers of the safetensors files."""
     config = json.loads((plan.source.folder / "config.json").read_text(encoding="utf-8"))
     config = config.get("text_config", config)
     head = int(config["vocab_size"]) * int(config["hidden_size"])
@@ -85,8 +87,8 @@ def _speed(recipe: Recipe) -> float:
     """Operations a second that a step will reach on this machine."""
     device = choose_device(recipe.base.device)
     wants_bfloat16 = recipe.base.dtype == "bfloat16" or (recipe.base.dtype == "auto" and native_bfloat16())
-    narrow = wants_bfloat16 and (recipe.adapter.kind == "lora" or device.type == "cuda")
-    dtype = torch.bfloat16 if narrow else torch.float32
+    uses_bfloat16 = wants_bfloat16 and (recipe.adapter.kind == "lora" or device.type == "cuda")
+    dtype = torch.bfloat16 if uses_bfloat16 else torch.float32
     a = torch.randn(1024, 1024).to(device, dtype)
     best = float("inf")
     for _ in range(8):
@@ -105,7 +107,7 @@ def _stage_work(plan: Plan, stage: Stage, chat: ChatFormat, body: int, head: int
 
 
 def _evaluation(plan: Plan, chat: ChatFormat, body: int, head: int) -> Work:
-    """One policy's answers: `tokens` are those read and written, `targets` those whose probability is needed."""
+    """The evaluation of one policy. `tokens` counts tokens read and written, `targets` those whose probability is needed."""
     settings = plan.recipe.evaluation
     samples = len(settings.samples or sample_prompts(plan.tasks))
     read, targets = samples * settings.sample_tokens, samples * settings.sample_tokens
@@ -124,23 +126,18 @@ def _evaluation(plan: Plan, chat: ChatFormat, body: int, head: int) -> Work:
     return Work(sum(len(task.items) for task in plan.tasks), read, targets, 2.0 * (read * body + targets * head))
 
 
-def _text(found: dict[str, Any]) -> str:
-    lines = [f"{found['run']} · {found['base']} · {found['parameters'] / 1e6:,.1f}M parameters", ""]
+def _text(estimate: dict[str, Any]) -> str:
+    lines = [f"{estimate['run']} · {estimate['base']} · {estimate['parameters'] / 1e6:,.1f}M parameters", ""]
     lines.append(f"{'step':<18} {'':<7} {'rows':>7} {'tokens':>9} {'time':>7}  why")
-    for entry in found["steps"]:
+    for entry in estimate["steps"]:
         numbers = f"{'':>7} {'':>9} {'':>7}"
         if "rows" in entry:
-            numbers = f"{entry['rows']:>7,} {entry['tokens']:>9,} {_clock(entry['seconds']):>7}"
+            numbers = f"{entry['rows']:>7,} {entry['tokens']:>9,} {clock(entry['seconds']) if entry['seconds'] else '<1s':>7}"
         why = f"{entry['why']}; {entry['unknown']}" if "unknown" in entry else entry["why"]
         lines.append(f"{entry['step']:<18} {_WORD[entry['status']]:<7} {numbers}  {why}")
-    time_needed = f"about {_clock(found['seconds'])}" if found["seconds"] else "under a second"
+    time_needed = f"about {clock(estimate['seconds'])}" if estimate["seconds"] else "under a second"
     lines += ["", f"{time_needed} of computing on this machine; nothing was changed"]
     return "\n".join(lines)
 
 
 _WORD = {"done": "skip", "resume": "resume", "due": "run"}
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s" if rest else "<1s"

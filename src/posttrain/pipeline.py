@@ -1,9 +1,9 @@
-"""The order of the stages: the only file that knows it. A plan is walked step by step; each step leaves one artifact.
+"""Run a plan: the only module that knows the order of the stages. Each step of the plan makes one artifact.
 
     recipe -> plan -> [evaluate base] -> stage -> [evaluate it] -> ... -> scorecard.json -> report.html
 
-Nothing heavy is imported until a step is due, so a finished run answers in a second. A step is built in a hidden sibling
-folder that remembers what it works for; a kill leaves that folder, and the next run goes on from its checkpoints.
+Heavy modules are imported only when a step is due, so a finished run returns in a second. A step is built in a hidden sibling
+folder that records the fingerprint of the step. A kill leaves that folder, and the next run resumes from its checkpoints.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import ctypes
 import gc
 import json
 import platform
-import re
 import shutil
 import subprocess
 import time
@@ -22,8 +21,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from posttrain import __version__
 from posttrain.artifacts import (
+    EVALUATIONS,
     disk_error,
     is_disk_error,
+    os_error_in,
     partial_folder,
     publish,
     recover,
@@ -36,7 +37,7 @@ from posttrain.errors import ArtifactError, Interrupted, ModelError, MovedError,
 from posttrain.evaluate.gain import published_gains
 from posttrain.evaluate.scorecard import StageScores, build_scorecard, load_scores
 from posttrain.locks import HeldFolder, run_lock
-from posttrain.plan import EVALUATIONS, WORKING_ON, Plan, Step, make_plan, unfinished
+from posttrain.plan import WORKING_ON, Plan, Step, make_plan, unfinished
 from posttrain.recipe import Recipe
 from posttrain.stages import KINDS, ROWS_FILE, Stage, row_stages
 from posttrain.stages.kind import Outcome, Preparation, load_function
@@ -47,7 +48,7 @@ from posttrain.waiting_threads import sleep_while_waiting
 if TYPE_CHECKING:
     from posttrain.models.adapter_files import Policies
 
-# What a stage needs only while it works: not part of the artifact.
+# Files that a step needs only while it runs. They are not part of the artifact.
 SCRATCH = ("checkpoints", WORKING_ON)
 
 
@@ -60,12 +61,12 @@ class RunOutcome(NamedTuple):
 
 
 def run_folder(recipe: Recipe, out: Path | None) -> Path:
-    """Where a recipe's run lives."""
+    """The run folder of a recipe: `out`, or `runs/NAME`."""
     return out if out is not None else Path("runs") / recipe.name
 
 
 def check_until(recipe: Recipe, until: str | None) -> None:
-    """Raises RecipeError for a stage that is not there."""
+    """Raises RecipeError if `until` is not a stage of the recipe."""
     names = [stage.name for stage in recipe.stage]
     if until is not None and until not in names:
         found = f'"{until}" is not a stage'
@@ -73,18 +74,18 @@ def check_until(recipe: Recipe, until: str | None) -> None:
 
 
 def run_recipe(recipe: Recipe, recipe_text: str, run: Path, *, until: str | None = None) -> RunOutcome:
-    """Make every artifact of a recipe that is not there yet, then the scorecard and the report.
+    """Make every missing artifact of a recipe, then the scorecard and the report.
 
-    Raises PosttrainError for whatever the user can mend, Interrupted when asked to stop (state is saved).
+    Raises PosttrainError for mistakes that the user can correct, and Interrupted after a request to stop (state is saved).
     """
     check_until(recipe, until)
     sleep_while_waiting()
     try:
         with StopSignal().installed() as stop:
             fresh = not run.exists()
-            if fresh:  # a mistake in what the recipe names leaves no folder behind
+            if fresh:  # a mistake in the recipe creates no folder
                 _check_data(make_plan(recipe, run, until=until))
-            with run_lock(run) as held, _noticing(held):
+            with run_lock(run) as locked, _report_moves(locked):
                 for folder in (run, run / EVALUATIONS):
                     recover(folder, scratch=SCRATCH)
                 plan = make_plan(recipe, run, until=until)
@@ -92,8 +93,8 @@ def run_recipe(recipe: Recipe, recipe_text: str, run: Path, *, until: str | None
                     if not fresh:
                         _check_data(plan)
                     write_bytes(run / "recipe.toml", recipe_text.encode())
-                    _work(plan, stop, held)
-                held.check()
+                    _run_due_steps(plan, stop, locked)
+                locked.check()
                 return _finish(plan)
     except OSError as error:
         if is_disk_error(error):
@@ -102,19 +103,19 @@ def run_recipe(recipe: Recipe, recipe_text: str, run: Path, *, until: str | None
 
 
 @contextlib.contextmanager
-def _noticing(held: HeldFolder) -> Iterator[None]:
-    """Whatever the file system refuses inside is told as what it is where the run folder was renamed or removed."""
+def _report_moves(locked: HeldFolder) -> Iterator[None]:
+    """Replace errors of the file system by MovedError if the run folder was renamed or removed."""
     try:
         yield
     except MovedError:
         raise
     except (OSError, ArtifactError):
-        held.check()
+        locked.check()
         raise
 
 
-def _work(plan: Plan, stop: StopSignal, held: HeldFolder) -> None:
-    """Load the base once, then do what is due. Raises Interrupted between steps when asked."""
+def _run_due_steps(plan: Plan, stop: StopSignal, locked: HeldFolder) -> None:
+    """Load the base once, then run the steps that are due. Raises Interrupted between steps after a request to stop."""
     say(f"loading {plan.recipe.base.model}")
     from safetensors import SafetensorError
 
@@ -137,25 +138,25 @@ def _work(plan: Plan, stop: StopSignal, held: HeldFolder) -> None:
     if (note := advice(base.dtype, base.device)) is not None:
         say(f"note: {note}")
     policies = Policies(base, plan.run)
-    token_ids(base, recipe.adapter.train_tokens)  # a name that the vocabulary lacks is told before hours are spent
+    token_ids(base, recipe.adapter.train_tokens)  # reports a token that is not in the vocabulary before training
     for warning in () if full else untrained_tokens(base, recipe.adapter.train_tokens):
         say(f"warning: {warning}")
     for step in plan.due:
         if stop.asked:
             raise Interrupted(f"stopped before {step.name}; run the same command to go on")
         try:
-            _do(plan, step, policies, stop, held)
-        except SafetensorError as error:  # it tells what the disk said only in words
-            number = re.search(r"os error (\d+)", str(error))
-            if number is None:
+            _run_step(plan, step, policies, stop, locked)
+        except SafetensorError as error:  # reports a disk error only in its message
+            disk = os_error_in(str(error))
+            if disk is None:
                 raise
-            raise disk_error(step.folder, OSError(int(number[1]), str(error))) from error
+            raise disk_error(step.folder, disk) from error
 
 
-def _do(plan: Plan, step: Step, policies: "Policies", stop: StopSignal, held: HeldFolder) -> None:
-    """One step from an empty or unfinished folder to a published artifact. Raises ArtifactError where the run is elsewhere."""
+def _run_step(plan: Plan, step: Step, policies: "Policies", stop: StopSignal, locked: HeldFolder) -> None:
+    """Build one step in a new or unfinished folder and publish it. Raises ArtifactError if the run folder was moved."""
     started = time.monotonic()
-    held.check()
+    locked.check()
     folder = _open_partial(step)
     if step.stage is not None:
         extra = _run_stage(plan, step, folder, policies, stop)
@@ -163,23 +164,23 @@ def _do(plan: Plan, step: Step, policies: "Policies", stop: StopSignal, held: He
         work = _measure if step.kind == "measure" else _evaluate
         extra = work(plan, step, folder, policies, stop)
     manifest = _manifest(plan, step, policies, extra, time.monotonic() - started)
-    held.check()
+    locked.check()
     publish(folder, step.folder, manifest, scratch=SCRATCH)
-    _give_back_memory()
+    _release_memory()
 
 
-def _give_back_memory() -> None:
-    """What a step freed goes back to the system: else its fragments lie below the next step's peak (glibc keeps them)."""
+def _release_memory() -> None:
+    """Return freed memory to the system. Otherwise glibc keeps the fragments, and they add to the peak of the next step."""
     gc.collect()
     with contextlib.suppress(AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _check_data(plan: Plan) -> None:
-    """Render the data of every stage that is due, and import its reward functions: a mistake in the last one must not cost the
-    hours of the first.
+    """Render the data of every stage that is due, and import its reward functions, so that mistakes in a late stage appear
+    before the first stage trains.
 
-    Raises DataError as the stage would, RecipeError for a function that is not there.
+    Raises DataError as the stage would, and RecipeError for a function that does not exist.
     """
     if not any(step.stage for step in plan.due):
         return
@@ -195,7 +196,7 @@ def _check_data(plan: Plan) -> None:
         if step.stage is None:
             continue
         kind = KINDS[step.stage.kind]
-        if not due & set(row_stages(step.stage)):  # rows that this run makes first are checked when they are there
+        if not due & set(row_stages(step.stage)):  # rows that this run has still to make are checked later
             report = prepare_stage(step.stage, chat, preparation(plan)).report
             refuse_changed(hashes_in(report), step.data)
             for warning in (*report["warnings"], *kind.warnings(step.stage)):
@@ -211,7 +212,7 @@ def preparation(plan: Plan) -> Preparation:
 
 
 def _open_partial(step: Step) -> Path:
-    """The hidden folder that a step is built in; one that worked for something else is thrown away."""
+    """The hidden folder in which a step is built. A folder with another fingerprint is removed first."""
     folder = partial_folder(step.folder)
     if unfinished(step.folder) != step.work:
         shutil.rmtree(folder, ignore_errors=True)
@@ -222,7 +223,7 @@ def _open_partial(step: Step) -> Path:
 
 
 def _run_stage(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: StopSignal) -> dict[str, Any]:
-    """Do the work of one stage; returns what its manifest says beyond the plan."""
+    """Run one stage. Returns the fields of its manifest that the plan does not have."""
     from posttrain.progress import open_trackers
     from posttrain.train.checkpoint import Owner
     from posttrain.train.stage import StageContext
@@ -235,9 +236,9 @@ def _run_stage(plan: Plan, step: Step, folder: Path, policies: "Policies", stop:
     trackers = open_trackers(
         plan.recipe.trackers, folder=plan.run, run=plan.recipe.name, stage=step.name, settings=step.settings
     )
-    with contextlib.closing(HeldFolder(folder)) as held:
+    with contextlib.closing(HeldFolder(folder)) as partial:
         context = StageContext(
-            policies.base, policies, plan.recipe, folder, stop, trackers, plan.evaluation_prompts, Owner(step.work, held),
+            policies.base, policies, plan.recipe, folder, stop, trackers, plan.evaluation_prompts, Owner(step.work, partial),
             step.settings.get("functions", {}), plan.data,
         )  # fmt: skip
         outcome: Outcome = load_function(KINDS[stage.kind].run)(context, stage)
@@ -247,7 +248,7 @@ def _run_stage(plan: Plan, step: Step, folder: Path, policies: "Policies", stop:
 
 
 def _evaluate(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: StopSignal) -> dict[str, Any]:
-    """Score one policy on every task and let it answer the sample prompts."""
+    """Score one policy on every task and generate its answers to the sample prompts."""
     from posttrain.evaluate.run import answer_samples, evaluate_policy, write_scores
 
     recipe = plan.recipe
@@ -297,10 +298,10 @@ def sample_prompts(plan: Plan) -> tuple[str, ...]:
 def _manifest(plan: Plan, step: Step, policies: "Policies", extra: dict[str, Any], seconds: float) -> dict[str, Any]:
     kind = "scores" if step.stage is None else artifact_kind(step.stage, full=plan.recipe.adapter.kind == "full")
     report = partial_folder(step.folder) / "data_report.json"
-    found = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
-    sources = [*found.get("sources", []), *found.get("ptx", {}).get("sources", [])]
+    data_report = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
+    sources = [*data_report.get("sources", []), *data_report.get("ptx", {}).get("sources", [])]
     rows = {source["path"]: source["rows"] for source in sources}
-    # What is planned lacks the rows that earlier stages made.
+    # The plan has no hashes of rows that earlier stages make.
     read = {source["path"]: source["sha256"] for source in sources}
     base = policies.base
     return {
@@ -311,13 +312,13 @@ def _manifest(plan: Plan, step: Step, policies: "Policies", extra: dict[str, Any
 
 
 def artifact_kind(stage: Stage, *, full: bool) -> str:
-    """The word of a manifest for what a stage leaves."""
+    """The `kind` in the manifest of a stage's artifact."""
     words = {"policy": "weights" if full else "adapter", "reward model": "reward", "rows": "rows"}
     return words[KINDS[stage.kind].makes]
 
 
 def environment(device: str, dtype: str) -> dict[str, Any]:
-    """Versions and machine: what a reader needs to run it again."""
+    """Versions and machine, as needed to reproduce the run."""
     libraries = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
     return {
         "version": __version__, "commit": _commit(), "libraries": {name: version(name) for name in libraries},
@@ -327,10 +328,10 @@ def environment(device: str, dtype: str) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this package runs from ("-dirty" where it was changed since), or None."""
+    """The commit of the checkout that this package runs from, with "-dirty" if files were changed, or None."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
-        return None  # installed: a repository around it is somebody else's
+        return None  # installed: a repository around it belongs to another project
     try:
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
@@ -339,7 +340,7 @@ def _commit() -> str | None:
 
 
 def _finish(plan: Plan) -> RunOutcome:
-    """Scorecard and report from what lies on disk; rewritten only when something changed."""
+    """Write the scorecard and the report from the artifacts. They are rewritten only if something changed."""
     scored = [step for step in plan.steps if step.kind == "evaluate"]
     stages = []
     for step in scored:
@@ -364,10 +365,10 @@ def _finish(plan: Plan) -> RunOutcome:
 
 def _read_scorecard(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        scorecard = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return scorecard if isinstance(scorecard, dict) else None
 
 
 def stage_kind(recipe: Recipe, policy: str) -> tuple[str, str | None]:

@@ -1,15 +1,15 @@
-"""What a run will do, before it does anything: every step with its fingerprint, and whether it stands, resumes or is due.
+"""Plan a run: every step with its fingerprint, and whether the step is done, resumes or is due.
 
-Where it stands: `pipeline.py` walks the steps that are planned here; `--dry-run` prints them. No torch: a run that has
-nothing to do must say so in a second. A step's fingerprint is a hash of its settings, of what goes in, and of the version
-of its code; a published artifact with the same fingerprint is skipped.
+`pipeline.py` runs these steps; `--dry-run` prints them. This module does not import torch, so that a run with nothing to do
+returns in a second. The fingerprint of a step is a hash of its settings, its inputs and the version of its code. A step whose
+published artifact has the same fingerprint is skipped.
 """
 
 import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from posttrain.artifacts import fingerprint, partial_folder, read_manifest
+from posttrain.artifacts import EVALUATIONS, fingerprint, partial_folder, read_manifest
 from posttrain.data.chat import TEMPLATES
 from posttrain.data.sources import data_hashes
 from posttrain.evaluate.suites import Task, evaluation_prompts, first_items, load_suites, suite_fingerprint
@@ -18,19 +18,18 @@ from posttrain.recipe import Recipe
 from posttrain.stages import KINDS, Stage, data_of, row_stages, with_rows_of
 from posttrain.train.function_source import source_hash
 
-# Raise a number when the code of that step would make something else of the same input; stages have their own (`stages/`).
+# Increase a number when the code of that step gives other results for the same input. Stages have version numbers in `stages/`.
 CODE_VERSION = {"evaluate": 1, "measure": 2}
-EVALUATIONS = "evaluate"
-# In a partial folder: what it is being built for.
+# The file of a partial folder that records the fingerprint of its step.
 WORKING_ON = "working_on.json"
-# Settings that change when or how often work is saved or where it runs, but not what comes out.
+# Settings that change the place of the work and when it is saved, but not the result.
 _NO_EFFECT = frozenset({"name", "checkpoint_every", "checkpoint_minutes"})
 
 Status = Literal["done", "resume", "due"]
 
 
 class Step(NamedTuple):
-    """One artifact to make: what a stage makes, or the scores of a policy or reward model."""
+    """One artifact to make: the artifact of a stage, or the scores of a policy or reward model."""
 
     name: str
     kind: str
@@ -38,13 +37,13 @@ class Step(NamedTuple):
     stage: Stage | None
     folder: Path
     fingerprint: str
-    # Fingerprints of the artifacts that go in, by name.
+    # Fingerprints of the input artifacts, by name.
     inputs: dict[str, str]
     data: dict[str, str]
     settings: dict[str, Any]
     status: Status
     why: str
-    # What an unfinished one must have been begun for, to go on: the fingerprint, but that a function may have been mended.
+    # Unfinished work resumes if it has this hash: the fingerprint without the sources of reward functions.
     work: str
 
 
@@ -65,29 +64,29 @@ class Plan(NamedTuple):
 
     @property
     def due(self) -> tuple[Step, ...]:
-        """The steps that will be worked on."""
+        """The steps that the run will work on."""
         return tuple(step for step in self.steps if step.status != "done")
 
 
 def make_plan(recipe: Recipe, run: Path, *, until: str | None = None) -> Plan:
-    """The steps of a recipe in a run folder; what comes after the stage `until` is in it only where it is done already.
+    """The steps of a recipe in a run folder. Steps after the stage `until` are included only if they are done.
 
-    Raises PosttrainError for a base, a suite or data that is not there.
+    Raises PosttrainError for a base, a suite or data that does not exist.
     """
     whole = load_suites(recipe.evaluation.suites)
     tasks = first_items(whole, recipe.evaluation.limit)
-    # Training leaves out rows that any evaluation asks, also those beyond the limit.
+    # Training leaves out the prompts of all evaluation items, including items beyond the limit.
     prompts = evaluation_prompts(whole)
     source = locate_base(pinned(recipe.base.model, run))
     base_print = fingerprint(_base_identity(recipe, source))
     known = {"base": base_print}
-    suites, asked = suite_fingerprint(tasks), fingerprint(sorted(prompts))
+    suites, prompts_hash = suite_fingerprint(tasks), fingerprint(sorted(prompts))
     hashes: dict[str, str] = {}
     steps = [_evaluation_step(recipe, run, suites, "base", base_print)]
     later = False
     for written in recipe.stage:
         stage = with_rows_of(written, run)
-        step = _stage_step(recipe, run, stage, known, asked, hashes)
+        step = _stage_step(recipe, run, stage, known, prompts_hash, hashes)
         known[stage.name] = step.fingerprint
         made = [step]
         if KINDS[stage.kind].makes == "policy":
@@ -101,14 +100,17 @@ def make_plan(recipe: Recipe, run: Path, *, until: str | None = None) -> Plan:
 
 def _base_identity(recipe: Recipe, source: BaseModelFolder) -> list[str]:
     base = recipe.base
-    own = source.folder / "chat_template.jinja"  # beside the files that the tokenizer's hash covers
-    template = own.read_text(encoding="utf-8") if base.template == "auto" and own.exists() else TEMPLATES.get(base.template, "")
+    path = source.folder / "chat_template.jinja"  # not covered by the hash of the tokenizer
+    has_own = base.template == "auto" and path.exists()
+    template = path.read_text(encoding="utf-8") if has_own else TEMPLATES.get(base.template, "")
     return [source.weights_hash, source.tokenizer_hash, base.template, template, base.dtype]
 
 
-def _stage_step(recipe: Recipe, run: Path, stage: Stage, known: dict[str, str], asked: str, hashes: dict[str, str]) -> Step:
-    """`known` has the fingerprints of what comes before, `asked` that of the evaluations' prompts; hashes of data are cached in
-    `hashes`."""
+def _stage_step(
+    recipe: Recipe, run: Path, stage: Stage, known: dict[str, str], prompts_hash: str, hashes: dict[str, str]
+) -> Step:
+    """`known` has the fingerprints of the base and of earlier stages, `prompts_hash` is that of the evaluation prompts.
+    `hashes` caches the hashes of data."""
     kind = KINDS[stage.kind]
     reads = kind.reads(stage)
     inputs = {name: known[name] for name in sorted({*reads.policies, *reads.reward_models, *row_stages(stage)})}
@@ -119,7 +121,7 @@ def _stage_step(recipe: Recipe, run: Path, stage: Stage, known: dict[str, str], 
         "stage": stage.model_dump(mode="json", exclude=set(_NO_EFFECT), exclude_none=True),
         "adapter": recipe.adapter.model_dump(mode="json"),
         "seed": recipe.seed,
-        "evaluation_prompts": asked,
+        "evaluation_prompts": prompts_hash,
         "code": kind.code,
     }
     work = fingerprint({"settings": settings, "inputs": {**inputs, "base": known["base"]}, "data": data})
@@ -147,7 +149,7 @@ def _evaluation_step(recipe: Recipe, run: Path, suites: str, policy: str, policy
 
 
 def _measuring_step(run: Path, stage: Stage, mark_of_stage: str) -> Step:
-    """A reward model is measured on the pairs that its stage held out."""
+    """The step that measures a reward model on the held-out pairs of its stage."""
     settings = {"code": CODE_VERSION["measure"]}
     mark = fingerprint({"settings": settings, "reward": mark_of_stage})
     folder, inputs = run / EVALUATIONS / stage.name, {stage.name: mark_of_stage}
@@ -160,13 +162,13 @@ def _status(
 ) -> tuple[Status, str]:
     manifest = read_manifest(folder)
     if manifest is not None and manifest["fingerprint"] == mark:
-        gone = [name for name in manifest.get("files", {}) if not (folder / name).is_file()]
-        return ("due", f"{gone[0]} is missing") if gone else ("done", "its manifest matches")
-    begun = unfinished(folder)
-    if begun == (work or mark):
-        return "resume", "an unfinished one is there"
+        missing = [name for name in manifest.get("files", {}) if not (folder / name).is_file()]
+        return ("due", f"{missing[0]} is missing") if missing else ("done", "its manifest matches")
+    unfinished_work = unfinished(folder)
+    if unfinished_work == (work or mark):
+        return "resume", "unfinished work is there"
     if manifest is None:
-        return "due", "begun anew: the unfinished one there is of other settings or data" if begun else "not made yet"
+        return "due", "starts again: the unfinished work has other settings or data" if unfinished_work else "not made yet"
     changed = _differences(manifest.get("settings", {}), settings)
     changed += [f"input {name}" for name, value in inputs.items() if manifest.get("inputs", {}).get(name) != value]
     changed += [f"data {name}" for name, value in data.items() if manifest.get("data", {}).get(name) != value]
@@ -174,16 +176,16 @@ def _status(
 
 
 def unfinished(folder: Path) -> str | None:
-    """The fingerprint that an unfinished step works for, if there is one."""
+    """The fingerprint of the unfinished work on a step, or None."""
     try:
-        found = json.loads((partial_folder(folder) / WORKING_ON).read_text(encoding="utf-8"))
-        return str(found["fingerprint"])
+        marker = json.loads((partial_folder(folder) / WORKING_ON).read_text(encoding="utf-8"))
+        return str(marker["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _differences(before: Any, after: Any, path: str = "") -> list[str]:
-    """Dotted names of the settings that differ, with both values where they are short."""
+    """Dotted names of the settings that differ, with both values if they are short."""
     if isinstance(before, dict) and isinstance(after, dict):
         names = sorted(before.keys() | after.keys())
         return [d for n in names for d in _differences(before.get(n), after.get(n), f"{path}.{n}".lstrip("."))]

@@ -85,7 +85,7 @@ class Progress:
         parts += [f"{name} {value:.4g}" for name, value in values.items()]
         if self._tokens:
             parts.append(f"{self._tokens / seconds:,.0f} tokens/s")
-        parts.append(f"{_clock(seconds_left)} left" if self.done < self.total else f"{_clock(seconds)}")
+        parts.append(f"{clock(seconds_left)} left" if self.done < self.total else f"{clock(seconds)}")
         self._show(" · ".join(parts))
 
     def _show(self, line: str) -> None:
@@ -101,7 +101,8 @@ class Progress:
             self._stream.flush()
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A duration in short: `42s` or `4m05s`."""
     minutes, rest = divmod(int(seconds + 0.5), 60)
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 

@@ -1,7 +1,7 @@
-"""A recipe: read, and checked as a whole before the base is loaded.
+"""Read a recipe and check all of it before the base is loaded.
 
-A recipe is TOML. Its settings are in `settings.py` and `stages/`. A stage names earlier stages; that those exist and made the
-kind of artifact that is needed is checked here.
+A recipe is TOML. Its settings are in `settings.py` and `stages/`. A stage names earlier stages. This module checks that those
+exist and make the kind of artifact that the stage needs.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from posttrain.stages import KINDS, Stage, data_of
 from posttrain.stages.kind import Content, Earlier
 from posttrain.stages.shared_settings import StageSettings
 
-# What a stage may not be called: words with a meaning in references, files and folders of a run, devices of Windows.
+# Names that a stage may not have: words with a meaning in references, files and folders of a run, devices of Windows.
 RESERVED_NAMES = frozenset(
     {"base", "init", "evaluate", "recipe.toml", "scorecard.json", "report.html", "tensorboard", "wandb", "mlruns"}
     | {"con", "nul", "aux", "prn"}
@@ -66,7 +66,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
 
 
 def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
-    """Check a recipe that is already a table: every setting, then every reference between stages."""
+    """Check a parsed recipe: every setting, then every reference between stages."""
     try:
         recipe = Recipe.model_validate(_tuples(raw))
     except ValidationError as error:
@@ -76,14 +76,14 @@ def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
 
 
 def to_toml(recipe: Recipe) -> str:
-    """The recipe as TOML with every override applied: what a run folder keeps."""
+    """The recipe as TOML with every override applied, as the run folder stores it."""
     return tomli_w.dumps(recipe.model_dump(mode="json", exclude_unset=True))
 
 
 def _tuples(value: Any) -> Any:
-    """TOML's lists as tuples: types are checked strictly, and a frozen recipe holds no list."""
+    """Convert lists of TOML to tuples, because types are checked strictly and a frozen recipe contains no list."""
     if isinstance(value, dict):
-        return {key: _tuples(one) for key, one in value.items()}
+        return {key: _tuples(item) for key, item in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
@@ -109,7 +109,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def _override_value(text: str) -> Any:
-    """A TOML value; whatever is none is a string, so that --set sft.data=my.jsonl needs no quotes."""
+    """Parse a TOML value. Other text is a string, so that --set sft.data=my.jsonl needs no quotes."""
     try:
         value = parse_toml(f"value = {text}")["value"]
     except Unreadable:
@@ -118,7 +118,7 @@ def _override_value(text: str) -> Any:
 
 
 _TABLES: dict[str, type[BaseModel]] = {"base": Base, "adapter": Adapter, "evaluation": Evaluation}
-# Words for complaints that pydantic tells in terms of its own.
+# What is allowed, for errors that pydantic describes in its internal terms.
 _ALLOWED = {
     "string_pattern_mismatch": "lower-case letters, digits, _ . -, at most 64, a letter or digit first",
     "model_type": "a table",
@@ -131,20 +131,20 @@ _ALLOWED = {
 
 
 def _explain(error: ValidationError, raw: dict[str, Any], where: str) -> RecipeError:
-    """Turn pydantic's first complaint into the error formula; say how many more mistakes there are."""
+    """Turn the first error of pydantic into a RecipeError, and add the number of further mistakes."""
     mistakes: dict[tuple[int | str, ...], Any] = {}
-    for found in error.errors(include_url=False):
-        # A setting of several types complains once a type: the complaint that went deepest into it is the one to tell.
-        setting = found["loc"][: 4 if found["loc"][:1] == ("stage",) else 2]
-        if setting not in mistakes or len(found["loc"]) > len(mistakes[setting]["loc"]):
-            mistakes[setting] = found
+    for mistake in error.errors(include_url=False):
+        # A setting that allows several types has an error for each type. The error with the longest path is the most precise.
+        setting = mistake["loc"][: 4 if mistake["loc"][:1] == ("stage",) else 2]
+        if setting not in mistakes or len(mistake["loc"]) > len(mistakes[setting]["loc"]):
+            mistakes[setting] = mistake
     first = next(iter(mistakes.values()))
     more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
     place, fields, path = _place(first["loc"], raw)
     place, key = f"{where} · {place}", ".".join(path)
     if first["type"] == "extra_forbidden":
-        found_name = f'unknown setting "{path[-1]}"{more}'
-        return RecipeError(place, found_name, allowed=f"there is: {', '.join(fields)}", do=nearest(path[-1], fields))
+        unknown = f'unknown setting "{path[-1]}"{more}'
+        return RecipeError(place, unknown, allowed=f"there is: {', '.join(fields)}", do=nearest(path[-1], fields))
     if first["type"] == "missing" or first["type"] == "union_tag_not_found":
         kinds = f"there is: {', '.join(KINDS)}" if first["type"] != "missing" else ""
         return RecipeError(place, f'"{key or "kind"}" is missing{more}', allowed=kinds, do="add it")
@@ -163,7 +163,7 @@ def _explain(error: ValidationError, raw: dict[str, Any], where: str) -> RecipeE
 
 
 def _place(loc: tuple[int | str, ...], raw: dict[str, Any]) -> tuple[str, list[str], list[str]]:
-    """Words for where in the recipe a complaint lies, the settings that exist there, and the path of the setting there."""
+    """The place of an error in the recipe in words, the settings that exist there, and the path of the setting."""
     place, fields, rest = "top level", list(Recipe.model_fields), loc
     if loc[:1] == ("stage",) and len(loc) > 1:
         stages = raw["stage"]
@@ -177,12 +177,12 @@ def _place(loc: tuple[int | str, ...], raw: dict[str, Any]) -> tuple[str, list[s
             fields = list(table.model_fields) if table is not None else []
     elif loc and loc[0] in _TABLES and len(loc) > 1:
         place, fields, rest = f"[{loc[0]}]", list(_TABLES[str(loc[0])].model_fields), loc[1:]
-    # Tables inside a setting are mixed sources and parts of a reward: (data, its type, number of the source, its setting).
+    # The path into a list of tables (sources, parts of a reward) is: setting, its type, number of the table, setting in it.
     return place, fields, [str(part) for part in (*rest[:1], *rest[3:4])]
 
 
 def _table_in(annotation: Any) -> type[BaseModel] | None:
-    """The table that a setting holds which is a list of tables."""
+    """The type of the tables in a setting that is a list of tables, or None."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((table for part in get_args(annotation) if (table := _table_in(part)) is not None), None)
@@ -200,7 +200,7 @@ def _check_references(recipe: Recipe, where: str) -> None:
         if stage.name in RESERVED_NAMES:
             raise RecipeError(place, f'the name "{stage.name}" is reserved', do="choose another name")
         if stage.name in seen:
-            raise RecipeError(place, "a second stage of that name", do="give each stage a name of its own")
+            raise RecipeError(place, "a second stage of that name", do="give each stage a different name")
         earlier = Earlier(place, recipe.adapter.kind == "full", tuple(policies), tuple(reward_models), rows)
         earlier.check_policy("init", stage.init, "base")
         _check_rows(stage, earlier)
@@ -217,7 +217,7 @@ def _check_references(recipe: Recipe, where: str) -> None:
 
 
 def _check_rows(stage: Stage, earlier: Earlier) -> None:
-    """Sources `stage:NAME` name earlier stages that make rows of a content that the stage reads."""
+    """Check that every source `stage:NAME` is an earlier stage that makes rows which this stage can read."""
     contents = {entry.field: entry.contents for entry in KINDS[stage.kind].inputs}
     for field, sources in data_of(stage).items():
         for name in (source.stage for source in sources if source.stage is not None):

@@ -1,7 +1,7 @@
 """The settings that all runs share: typed, frozen, documented.
 
-`recipe.py` reads TOML into these tables; `stages/` has the settings of each kind of stage. The text under each field feeds
-`docs/configuration.md`.
+`recipe.py` reads TOML into these tables. `stages/` has the settings of each kind of stage. `docs/configuration.md` is generated
+from the text under each field.
 """
 
 from pathlib import Path
@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-# Sizes that a number of a recipe may have, where its own setting does not say less: whole ones fit 32 bits, others float32.
+# Limits of every number in a recipe; a setting may have narrower limits. Integers fit 32 bits, other numbers fit float32.
 SMALLEST, LARGEST_WHOLE, LARGEST = 1e-12, 2**31, 1e37
 
-# What data begins with that an earlier stage made.
+# The prefix of data that an earlier stage makes.
 ROWS_OF = "stage:"
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 
@@ -26,7 +26,7 @@ class Settings(BaseModel):
     @field_validator("*", mode="after")
     @classmethod
     def _of_a_usual_size(cls, value: Any) -> Any:
-        """Numbers whose products and quotients stay finite; the zero below zero is zero."""
+        """Limit numbers so that their products and quotients stay finite. Replace −0.0 by 0.0."""
         if isinstance(value, bool) or not isinstance(value, int | float):
             return value
         largest = LARGEST_WHOLE if isinstance(value, int) else LARGEST
@@ -43,12 +43,12 @@ class Base(Settings):
     template: Literal["auto", "gemma", "chatml", "llama3", "plain"] = "auto"
     """Chat template: `auto` (the model's own), `gemma`, `chatml`, `llama3` or `plain`."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Type of the frozen weights; `auto` is bfloat16 where the processor multiplies it natively, else float32."""
+    """Type of the frozen weights; `auto` is bfloat16 if the processor multiplies it natively, else float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; `auto` takes a CUDA device where there is one."""
+    """Where to compute; `auto` takes a CUDA device if there is one."""
     recompute: bool = False
-    """Whether training keeps of each layer its input alone, and computes the rest again in the backward: less memory, one more
-    forward a step. No result depends on it, so it may be changed between a stop and a resume."""
+    """Whether training stores only the input of each layer and computes the rest again in the backward pass. This takes less
+    memory and one more forward pass a step. No result depends on it, so it may be changed between a stop and a resume."""
 
 
 class Adapter(Settings):
@@ -61,13 +61,13 @@ class Adapter(Settings):
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """Scale: the low-rank product is multiplied by alpha / R."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the adapter's inputs set to zero while training; ppo stages train without."""
+    """Share of the adapter's inputs set to zero while training; ppo stages train without dropout."""
     targets: Literal["all", "attention", "mlp"] | tuple[str, ...] = "all"
     """Linear layers that get an adapter: `all`, `attention`, `mlp`, or a list of layer names such as `q_proj`."""
     scaling: Literal["standard", "rslora"] = "standard"
     """`standard` scales by alpha / R, `rslora` by alpha / sqrt(R) (Kalajdzievski 2023)."""
     train_tokens: tuple[str, ...] = ()
-    """Tokens whose embedding rows are trained beside the adapter, for template tokens that the base never saw."""
+    """Tokens whose embedding rows are trained with the adapter, for template tokens that the base never saw."""
 
 
 class Source(Settings):
@@ -77,8 +77,8 @@ class Source(Settings):
     """A file (.jsonl .json .parquet .csv), a `save_to_disk` folder, a hub dataset id, `starter/<file>`, or `stage:<name>`: the
     rows that an earlier stage made."""
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    """Share of this source's rows that is used: 0.5 takes half of them, 2 takes each twice."""
-    # Where the rows of `stage:<name>` lie. Not a setting: a fingerprint must not depend on the run folder's place.
+    """Share of this source's rows that is used: 0.5 takes half of them, 2 takes each row twice."""
+    # The file with the rows of `stage:<name>`. Not a setting, because a fingerprint must not depend on the path of the run.
     _file: Path | None = PrivateAttr(None)
 
     @model_validator(mode="before")
@@ -88,16 +88,16 @@ class Source(Settings):
 
     @property
     def stage(self) -> str | None:
-        """The stage that makes these rows, or None where they come from a file or a hub."""
+        """The stage that makes these rows, or None if they come from a file or a hub."""
         return self.path.removeprefix(ROWS_OF) if self.path.startswith(ROWS_OF) else None
 
     @property
     def file(self) -> Path | None:
-        """The file that `stage:<name>` stands for, once the run folder is known."""
+        """The file that `stage:<name>` refers to, once the run folder is known."""
         return self._file
 
     def at(self, file: Path) -> Self:
-        """This source with the file that it stands for."""
+        """This source with the file that it refers to."""
         located = self.model_copy()
         located._file = file
         return located
@@ -112,15 +112,15 @@ def as_sources(data: Data) -> tuple[Source, ...]:
 
 
 class Evaluation(Settings):
-    """What the base and every policy are measured on."""
+    """How the base and every policy are measured."""
 
     suites: tuple[str, ...] = ("starter",)
     """Names of built-in suites, or paths of suite files (TOML)."""
     limit: Annotated[int, Field(ge=0)] = 0
-    """Items of each task that are used, the first ones; 0 uses all."""
+    """The number of items of each task that are used, from the first; 0 uses all."""
     max_new_tokens: Annotated[int, Field(ge=1, le=8192)] = 64
-    """Longest answer in tokens; an answer that has not stopped by then counts as not stopping."""
+    """Longest answer in tokens; an answer of this length without an end token counts as not stopping."""
     sample_tokens: Annotated[int, Field(ge=1, le=8192)] = 128
     """Longest answer to a sample prompt in tokens."""
     samples: tuple[str, ...] = ()
-    """Prompts that every policy answers side by side in the report; none takes the six of the starter suite."""
+    """Prompts that every policy answers side by side in the report; an empty list takes the six of the starter suite."""

@@ -155,7 +155,7 @@ def test_gold_that_pays_is_told(base: BaseModel, tmp_path: Path) -> None:
     """What is the same, or a part of it, cannot fall while the score rises: the rule would never stop anything."""
     result = run_gold(base, tmp_path / "ppo", gold="planted_rewards:proxy", **{**SHORT, "iterations": 1})
     (warning,) = result.warnings
-    assert warning.startswith("gold pays as well: planted_rewards:proxy; ")
+    assert warning.startswith("gold is also part of the reward: planted_rewards:proxy; ")
     assert run_gold(base, tmp_path / "other", **{**SHORT, "iterations": 1}).warnings == ()
 
 

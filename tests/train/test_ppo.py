@@ -194,8 +194,8 @@ def test_completions_are_shown_with_their_scores(base: BaseModel, tmp_path: Path
         ({"value_init": "sft"}, 'value_init = "sft" is not an earlier reward stage · there is: auto, reward, policy, rm, rm2'),
         ({"value": "shared", "value_init": "rm2"}, 'value_init = "rm2" with value = "shared" · auto or policy'),
         ({"value": "both"}, "value = 'both' · 'auto', 'own' or 'shared'"),
-        ({"target_kl": 6.0, "kl_coef": 0.0}, "target_kl = 6 with kl_coef = 0, which no factor moves · kl_coef above 0"),
-        ({"kl_horizon": 10_000}, "kl_horizon without target_kl, which it follows · target_kl above 0"),
+        ({"target_kl": 6.0, "kl_coef": 0.0}, "target_kl = 6 with kl_coef = 0, which a factor cannot change · kl_coef above 0"),
+        ({"kl_horizon": 10_000}, "kl_horizon without target_kl · target_kl above 0"),
         ({"ptx_coef": 1.0}, "ptx_coef = 1 without ptx_data · both or neither"),
         ({"ptx_data": "starter/demonstrations.jsonl"}, "ptx_data with ptx_coef = 0 · both or neither"),
         ({"kl_coef": -0.1}, "kl_coef = -0.1 · greater than or equal to 0"),
@@ -220,7 +220,7 @@ def test_a_reward_stage_called_like_a_word_of_value_init(word: str) -> None:
     """Nothing is in doubt until `value_init` says the word, and with `reward` where it is that very model."""
     assert value_source(named(f"rm {word}").stage[-1]) == "rm"  # type: ignore[arg-type]
     assert value_source(named(f"{word} rm").stage[-1]) == word  # type: ignore[arg-type]
-    told = f'value_init = "{word}" is a word of its own and a reward stage · give the stage another name'
+    told = f'value_init = "{word}" is a keyword and also a reward stage · give the stage another name'
     with pytest.raises(RecipeError, match=told):
         named(f"rm {word}", value_init=word)
     if word == "reward":
@@ -263,7 +263,7 @@ def test_prompts_come_once_and_evaluations_are_left_out(chat: ChatFormat, tmp_pa
     with pytest.raises(DataError, match="no prompt of at most 3 tokens"):
         prepare_prompts(data, chat, seed=0, max_prompt_tokens=3, evaluation_prompts=())
     asked = {"max_prompt_tokens": 60, "evaluation_prompts": ("a", "b", "asked")}
-    with pytest.raises(DataError, match=r"no prompt of at most 60 tokens \(1 longer, 4 asked by an evaluation\)"):
+    with pytest.raises(DataError, match=r"no prompt of at most 60 tokens \(1 longer, 4 evaluation prompts\)"):
         prepare_prompts(data, chat, seed=0, **asked)  # type: ignore[arg-type]
 
 

@@ -194,7 +194,7 @@ def test_a_mended_function_goes_on_and_an_edited_one_is_made_anew(
     assert kept.is_dir()
     (tmp_path / "my_rewards.py").write_text(FAILING.replace("> 0", "> 9"))
     assert main(["run", "r.toml"]) == 0
-    assert "ppo: an unfinished one is there" in capsys.readouterr().err
+    assert "ppo: unfinished work is there" in capsys.readouterr().err
     assert [row["step"] for row in rows_of(tmp_path / "runs/r/ppo")] == [1, 2, 3, 4]
     assert main(["run", "r.toml", "--dry-run"]) == 0
     assert "resume" not in capsys.readouterr().out

@@ -148,7 +148,7 @@ def test_a_reward_model_of_another_base_or_tokenizer_is_refused(
     [
         ({"reward": []}, "reward has no part · a reward stage, a function or a list of parts"),
         ({"reward": ""}, "reward has no part"),
-        ({"reward": [{}]}, "a part of reward with neither models nor function · either of them · name one"),
+        ({"reward": [{}]}, "a part of reward with neither models nor function · one of the two · name one"),
         ({"reward": [{"models": ["rm"], "function": "a:b"}]}, "a part of reward with both models and function"),
         ({"reward": [{"models": ["rm", "rx"]}]}, 'reward = "rx" is not an earlier reward stage · there is: rm'),
         ({"reward": [{"models": ["rm", "rm"]}]}, 'reward names "rm" twice · each once'),
@@ -160,8 +160,8 @@ def test_a_reward_model_of_another_base_or_tokenizer_is_refused(
         ({"reward": [{"models": ["rm"], "combine": "min"}]}, 'combine = "min" of 1 models · two or more'),
         ({"reward": [{"models": ["rm"], "combine": "max"}]}, "reward.combine = 'max' · 'mean', 'min' or 'mean_minus_variance'"),
         ({"reward": [{"function": "a:b", "timeout": 0.0}]}, "reward.timeout = 0.0 · greater than 0"),
-        ({"reward": "a.b:c:d"}, 'reward = "a.b:c:d" names no function · package.module:function'),
-        ({"reward": "../x:f"}, 'reward = "../x:f" names no function'),
+        ({"reward": "a.b:c:d"}, 'reward = "a.b:c:d" is not the name of a function · package.module:function'),
+        ({"reward": "../x:f"}, 'reward = "../x:f" is not the name of a function'),
         ({"reward": 3}, "reward = 3"),
         ({"gold": "rmm"}, 'gold = "rmm" is not an earlier reward stage · there is: rm, rm2 · did you mean "rm"'),
         ({"gold": [{"models": ["rm"]}], "validation": 0.0}, "gold with validation = 0 · 0 < validation < 0.5"),
@@ -183,7 +183,7 @@ def test_two_parts_that_metrics_would_call_the_same(tmp_path: Path) -> None:
     ):
         rewards = [{"kind": "reward", "name": name, "data": "p.jsonl"} for name in names]
         ppo = {"kind": "ppo", "name": "ppo", "reward": parts, "data": "p.jsonl"}
-        with pytest.raises(RecipeError, match=f'reward has two parts that metrics call "{called}" · a name of its own each'):
+        with pytest.raises(RecipeError, match=f'reward has two parts with the name "{called}" in metrics · different names'):
             parse_recipe({"name": "t", "base": {"model": "random:tiny"}, "stage": [*rewards, ppo]})
 
 

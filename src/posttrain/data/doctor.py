@@ -1,7 +1,7 @@
-"""`posttrain data check`: a file rendered exactly as a stage of a recipe would render it, with the numbers about it.
+"""`posttrain data check`: a file rendered exactly as a stage of a recipe would render it, with statistics.
 
-It calls what the stages call, so it shows what they see; only the limit on dropped rows is lifted, since looking at a bad file
-is the point.
+It calls the functions that the stages call, so it shows the data that they see. Only the limit on dropped rows is lifted, so
+that a bad file can be inspected.
 """
 
 from collections.abc import Collection
@@ -21,7 +21,7 @@ _TITLES: dict[Content, str] = {"demonstrations": "demonstrations", "preferences"
 
 
 class Check(NamedTuple):
-    """What to look at, and as which stage."""
+    """A check: the stage whose settings apply, with the file as its data, and the base that renders it."""
 
     stage: Stage
     content: Content
@@ -31,13 +31,13 @@ class Check(NamedTuple):
 
 
 def prepare_stage(stage: Stage, chat: ChatFormat, how: Preparation) -> Prepared:
-    """A stage's data as it will use it. Raises DataError as the stage would."""
+    """The data of a stage as it will use it. Raises DataError as the stage would."""
     prepared: Prepared = load_function(KINDS[stage.kind].prepare)(stage, chat, how)
     return prepared
 
 
 def plan_check(file: str, recipe: Recipe | None, stage_name: str | None, *, model: str, template: str) -> Check:
-    """Which stage's limits and which base's renderer a file is looked at with. Raises DataError or RecipeError."""
+    """Choose the stage whose limits, and the base whose renderer, apply to a file. Raises DataError or RecipeError."""
     columns = list(read_rows(file)[0].value)
     content = content_of(columns)
     if content is None:
@@ -47,10 +47,10 @@ def plan_check(file: str, recipe: Recipe | None, stage_name: str | None, *, mode
         )  # fmt: skip
     kinds = [name for name, kind in KINDS.items() if kind.inputs[0].contents == (content,)]
     if recipe is None:
-        made = KINDS[kinds[0]].settings(kind=kinds[0], name="check", data=file)
+        stage = KINDS[kinds[0]].settings(kind=kinds[0], name="check", data=file)
         if model == "random:tiny" and template == "auto":
             template = "gemma"
-        return Check(made, content, 0, model, template)
+        return Check(stage, content, 0, model, template)
     fitting = [s for s in recipe.stage if s.kind in kinds]
     wanted = " or ".join(kinds)
     there = ", ".join(s.name for s in fitting) or f"no {wanted} stage"
@@ -65,7 +65,7 @@ def plan_check(file: str, recipe: Recipe | None, stage_name: str | None, *, mode
 def check_rows(
     check: Check, chat: ChatFormat, *, context: int, evaluation_prompts: Collection[str] = ()
 ) -> tuple[dict[str, Any], str]:
-    """The report as data and as text, for a base that can hold `context` tokens."""
+    """The report as data and as text, for a base with a context of `context` tokens."""
     report = prepare_stage(check.stage, chat, Preparation(check.seed, evaluation_prompts, context, allow_dropped=1.0)).report
     title = f"{_TITLES[check.content]} as {check.model} ({chat.template_name} template) would train on them"
     dropped = sum(report["dropped"].values())

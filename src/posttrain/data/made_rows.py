@@ -1,4 +1,4 @@
-"""Rows that a stage makes: rows.jsonl in its folder, which later stages name as `stage:NAME`."""
+"""Write the rows that a stage makes: rows.jsonl in its folder. Later stages refer to it as `stage:NAME`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,10 +14,9 @@ from posttrain.stages.kind import Result
 def write_made_rows(
     folder: Path, rows: Sequence[Mapping[str, Any]], report: dict[str, Any], *, planned: Mapping[str, str], where: str
 ) -> Result:
-    """Write the rows into a stage's folder, with the report of the data that they were made from.
+    """Write the rows into the folder of a stage, with the report on the data that they were made from.
 
-    `planned` has the hashes of the data when the run was planned. Raises DataError where there is no row, or the data
-    was changed.
+    `planned` has the hashes of the data from the plan of the run. Raises DataError if there is no row or the data was changed.
     """
     refuse_changed(hashes_in(report), planned)
     if not rows:

@@ -1,8 +1,8 @@
 """Prompts for a policy to answer: the beginnings of demonstrations, or the prompts of preference pairs.
 
-Where it stands: the ppo stage samples completions of these; nothing of the answers in the files is used. Each prompt once;
-prompts that an evaluation asks are left out. Those that are too long for the stage, or that the chat template refuses, are
-dropped and counted.
+The ppo stage samples completions of these prompts. The answers in the files are not used. Each prompt occurs once. Prompts of
+evaluation items are left out. Prompts that are too long for the stage, or that the chat template refuses, are dropped and
+counted.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -17,12 +17,12 @@ from posttrain.errors import DataError
 from posttrain.records import Message
 from posttrain.settings import Data
 
-# Share of the rows that may give no prompt without a warning.
+# If a larger share of the rows gives no prompt, there is a warning.
 ALLOW_DROPPED = 0.01
 
 
 class PromptRow(NamedTuple):
-    """A prompt as ids, up to where the assistant begins to speak, and the texts of its messages, a blank line between them."""
+    """A prompt as token ids up to the start of the answer, and the texts of its messages, separated by blank lines."""
 
     id: str
     ids: list[int]
@@ -30,7 +30,7 @@ class PromptRow(NamedTuple):
 
 
 class PreparedPrompts(NamedTuple):
-    """Prompts ready to be answered."""
+    """Prompts to answer, those held out, and the report on the data."""
 
     train: list[PromptRow]
     validation: list[PromptRow]
@@ -41,7 +41,7 @@ def prepare_prompts(
     data: Data, chat: ChatFormat, *, seed: int, max_prompt_tokens: int,
     evaluation_prompts: Collection[str], validation: float = 0.0,
 ) -> PreparedPrompts:  # fmt: skip
-    """Render prompts; a share may be held out. Raises DataError for files that cannot be read, and where no prompt is left."""
+    """Render prompts; a share may be held out. Raises DataError for files that cannot be read, and if no prompt is left."""
     loaded = load(data)
     read: Demonstrations | Preferences
     read = (
@@ -51,8 +51,8 @@ def prepare_prompts(
     )
     problems = list(read.problems)
     contamination = Contamination(evaluation_prompts)
-    found: dict[tuple[int, ...], PromptRow] = {}
-    kept: set[tuple[int, ...]] = set()
+    unique: dict[tuple[int, ...], PromptRow] = {}
+    held_out_ids: set[tuple[int, ...]] = set()
     contaminated, repeated, long = 0, 0, 0
     for name, source, messages in _beginnings(read):
         if contamination.found(messages):
@@ -65,20 +65,20 @@ def prepare_prompts(
             continue
         if len(ids) > max_prompt_tokens:
             long += 1
-        elif tuple(ids) in found:
+        elif tuple(ids) in unique:
             repeated += 1
         else:
-            found[tuple(ids)] = PromptRow(name, ids, "\n\n".join(message.content for message in messages))
-            kept |= {tuple(ids)} if in_validation(messages, validation) else set()
-    if len(found) == len(kept):
+            unique[tuple(ids)] = PromptRow(name, ids, "\n\n".join(message.content for message in messages))
+            held_out_ids |= {tuple(ids)} if in_validation(messages, validation) else set()
+    if len(unique) == len(held_out_ids):
         where = "data " + ", ".join(f'"{s.path}"' for s in read.sources)
-        lost = {"longer": long, "asked by an evaluation": contaminated, "held out": len(kept)} | reasons(problems)
+        lost = {"longer": long, "evaluation prompts": contaminated, "held out": len(held_out_ids)} | reasons(problems)
         why = ", ".join(f"{count} {what}" for what, count in lost.items() if count) or "none could be read"
         raise DataError(
             where, f"no prompt of at most {max_prompt_tokens} tokens ({why})", do="raise max_prompt_tokens or give other data"
         )
-    rows = [row for ids, row in found.items() if ids not in kept]
-    held_out = [row for ids, row in found.items() if ids in kept]
+    rows = [row for ids, row in unique.items() if ids not in held_out_ids]
+    held_out = [row for ids, row in unique.items() if ids in held_out_ids]
     dropped = {f"longer than max_prompt_tokens = {max_prompt_tokens}": long} if long else {}
     dropped |= reasons(problems)
     warnings = unread_warnings(problems, read)
@@ -107,7 +107,7 @@ def check_room(rows: Sequence[PromptRow], *, max_new_tokens: int, context: int, 
 
 
 def _beginnings(read: Demonstrations | Preferences) -> Iterator[tuple[str, str, tuple[Message, ...]]]:
-    """Name, source, and what stands before the first answer of a demonstration, or before the two answers of a pair."""
+    """Name, source, and the messages before the first answer of a demonstration, or before the two answers of a pair."""
     if isinstance(read, Preferences):
         yield from ((record.id, record.source, record.prompt) for record in read.records)
         return

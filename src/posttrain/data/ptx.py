@@ -1,8 +1,8 @@
-"""Rows that PPO keeps in mind while it learns (PPO-ptx): demonstrations, or plain text of which every token is trained.
+"""Rows of the pretraining mix of PPO (PPO-ptx): demonstrations, or plain text of which every token is trained.
 
-Where it stands: the ppo stage mixes their likelihood into its update. A source whose rows have the column `text`, and not those
-of demonstrations, is plain text: it is rendered with the model's BOS and without a template, as in pretraining, and has no end
-token, since it may be a part of a document. Everything else is what an sft stage would make of it.
+The ppo stage adds their likelihood to its update. A source whose rows have the column `text`, and not those of demonstrations,
+is plain text. It is rendered with the model's BOS and without a template, as in pretraining. It has no end token, because it
+may be a part of a document. Other sources are rendered as an sft stage would render them.
 """
 
 import sys
@@ -25,7 +25,7 @@ from posttrain.records import Message
 from posttrain.settings import as_sources
 from posttrain.stages.ppo import PpoStage
 
-# Share of the rows that may be dropped before it is an error, as an sft stage has it by default.
+# Share of the rows that may be dropped before it is an error, equal to the default of an sft stage.
 ALLOW_DROPPED = 0.01
 
 
@@ -40,20 +40,20 @@ def prepare_ptx(
         loaded = load((source,))
         if "text" in loaded.columns and content_of(loaded.columns) != "demonstrations":
             texts = read_texts(loaded, seed=seed)
-            found = prepare_texts(
+            prepared = prepare_texts(
                 texts, chat, max_tokens=min(stage.ptx_max_tokens, context), allow_dropped=allow_dropped,
                 evaluation_prompts=evaluation_prompts,
             )  # fmt: skip
         else:
-            found = prepare_demonstrations(
+            prepared = prepare_demonstrations(
                 read_demonstrations(loaded, seed=seed), chat, max_tokens=stage.ptx_max_tokens, validation=0.0,
                 allow_dropped=allow_dropped, evaluation_prompts=evaluation_prompts, context=context,
             )  # fmt: skip
-        rows += found.train
-        reports.append(found.report)
+        rows += prepared.train
+        reports.append(prepared.report)
     report = {
         "rows": len(rows), "tokens": sum(len(r.ids) for r in rows), "trained_tokens": sum(sum(r.trained) for r in rows),
-        "sources": [one for report in reports for one in report["sources"]],
+        "sources": [source for report in reports for source in report["sources"]],
         **{name: sum(report[name] for report in reports) for name in ("truncated", "contaminated")},
         "dropped": sum(sum(report["dropped"].values()) for report in reports),
         "warnings": [f"ptx_data: {warning}" for report in reports for warning in report["warnings"]],
@@ -62,14 +62,14 @@ def prepare_ptx(
 
 
 def with_ptx(report: dict[str, Any], mix: dict[str, Any]) -> dict[str, Any]:
-    """The report of a stage's prompts with that of its mix."""
+    """The report on the prompts of a stage, with the report on its pretraining mix added."""
     return {**report, "ptx": mix, "warnings": [*report["warnings"], *mix["warnings"]]}
 
 
 def prepare_texts(
     read: Texts, chat: ChatFormat, *, max_tokens: int, allow_dropped: float, evaluation_prompts: Collection[str]
 ) -> PreparedRows:
-    """Encode and cut plain texts. Raises DataError when too many are dropped or none is left."""
+    """Encode and cut plain texts. Raises DataError if too many are dropped or none is left."""
     contamination = Contamination(evaluation_prompts)
     rows: list[TrainRow] = []
     contaminated, truncated = 0, 0

@@ -1,7 +1,7 @@
-"""Where rows come from: JSON lines, JSON, CSV, Parquet, a `save_to_disk` folder, a hub dataset id, or the starter data.
+"""Read rows from JSON lines, JSON, CSV, Parquet, a `save_to_disk` folder, a hub dataset id, or the starter data.
 
-The only file that knows `datasets`, which is imported only for what the standard library cannot read. Rows leave here as
-plain dicts with a number that a person can find again in the file. Remote code is never run.
+This is the only module that imports `datasets`, and only for formats that the standard library cannot read. Rows are plain
+dicts, each with its number in the file. Remote code is never run.
 """
 
 import csv
@@ -24,7 +24,7 @@ MAX_FIELD_BYTES = 10 * 2**20
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]:%-]+)?")
 
 
-# The columns that are read; whatever else a file has may hold anything.
+# The columns that are read. Other columns may have any content.
 COLUMNS = meaning.COLUMNS | {
     "messages", "prompt", "completion", "conversations", "instruction", "input", "output", "history", "text", "chosen",
     "rejected", "output_1", "output_2", "label", "id", "reason", "margin", "probability", "category", "subset",
@@ -32,14 +32,14 @@ COLUMNS = meaning.COLUMNS | {
 
 
 class RawRow(NamedTuple):
-    """One row as it stands in its file; `number` counts from 1, lines for JSON lines."""
+    """One row as it is in its file. `number` counts from 1; for JSON lines it is the line."""
 
     number: int
     value: dict[str, Any]
 
 
 class SourceRows(NamedTuple):
-    """The rows of one source, and the sha256 of the bytes that they were read from."""
+    """The rows of one source, and the sha256 of the bytes that they come from."""
 
     rows: list[RawRow]
     sha256: str
@@ -57,15 +57,15 @@ class Loaded(NamedTuple):
 
 
 def locate(path: str) -> Path | None:
-    """The file or folder that a path names; None for a hub id. Raises DataError where there is neither."""
+    """The file or folder that a path names, or None for a hub id. Raises DataError if it is neither."""
     if path.startswith("starter/"):
-        found = STARTER / path.removeprefix("starter/")
-        if not found.resolve().is_relative_to(STARTER) or not found.is_file():
+        file = STARTER / path.removeprefix("starter/")
+        if not file.resolve().is_relative_to(STARTER) or not file.is_file():
             there = ", ".join(sorted(f"starter/{p.name}" for p in STARTER.glob("*.jsonl")))
             raise DataError(f'data "{path}"', "no such starter file", allowed=f"there is: {there}")
-        return found
+        return file
     if path.startswith(ROWS_OF):
-        raise DataError(f'data "{path}"', "rows of a stage outside of its run", do="name the file rows.jsonl in the run folder")
+        raise DataError(f'data "{path}"', "rows of a stage outside of a run", do="name the file rows.jsonl in the run folder")
     local = expand_home(path)
     if local.exists():
         return local
@@ -78,17 +78,17 @@ def locate(path: str) -> Path | None:
 
 
 def data_hashes(data: Data, known: dict[str, str] | None = None) -> dict[str, str]:
-    """sha256 of every source's bytes by path; a hub id stands for itself, since its bytes are not here yet.
-    Rows of an earlier stage are left out: the fingerprint of that stage stands for them.
+    """sha256 of the bytes of every source by path. For a hub id it is the id, because its bytes are not local yet.
+    Rows of an earlier stage are left out, because the fingerprint of that stage covers them.
 
-    What is in `known` is not hashed again; the rest is added to it. Raises DataError for a file that cannot be opened.
+    Paths in `known` are not hashed again; new hashes are added to it. Raises DataError for a file that cannot be opened.
     """
-    found = {} if known is None else known
+    hashes = {} if known is None else known
     paths = [source.path for source in as_sources(data) if source.stage is None]
     for path in paths:
-        if path not in found:
-            found[path] = _hash(path, locate(path))
-    return {path: found[path] for path in paths}
+        if path not in hashes:
+            hashes[path] = _hash(path, locate(path))
+    return {path: hashes[path] for path in paths}
 
 
 def _hash(path: str, place: Path | None) -> str:
@@ -105,35 +105,35 @@ def _hash(path: str, place: Path | None) -> str:
 
 
 def hashes_in(report: Mapping[str, Any]) -> dict[str, str]:
-    """sha256 by path of the sources that a data report is about."""
+    """sha256 by path of the sources in a data report."""
     sources = [*report["sources"], *report.get("ptx", {}).get("sources", [])]
     return {source["path"]: source["sha256"] for source in sources}
 
 
 def refuse_changed(read: Mapping[str, str], planned: Mapping[str, str]) -> None:
-    """Compare the hashes of what was read with those that a run was planned with. Raises DataError where they differ."""
+    """Compare the hashes of the data that was read with those in the plan. Raises DataError if they differ."""
     for path, digest in read.items():
         if planned.get(path, digest) != digest:
             raise DataError(
-                f'data "{path}"', "was changed while the run was under way: it is not what the run was planned with",
-                do="run the same command again; what depends on the file is made anew",
+                f'data "{path}"', "was changed during the run: it differs from the data in the plan",
+                do="run the same command again; steps that depend on the file are run again",
             )  # fmt: skip
 
 
 def load(data: Data) -> Loaded:
-    """Every source of a stage, read once. Raises DataError, with the place, for whatever cannot be read."""
+    """Read every source of a stage once. Raises DataError, with the place, for data that cannot be read."""
     return Loaded(tuple((source, read_source(source.path, file=source.file)) for source in as_sources(data)))
 
 
 def read_rows(path: str) -> list[RawRow]:
-    """Every row of one source. Raises DataError, with the place, for whatever cannot be read."""
+    """Every row of one source. Raises DataError, with the place, for data that cannot be read."""
     return read_source(path).rows
 
 
 def read_source(path: str, *, file: Path | None = None) -> SourceRows:
-    """Every row of one source, with the hash of the bytes that they were read from. `file` is what `stage:NAME` stands for.
+    """Every row of one source, with the hash of the bytes that they come from. `file` is the file of a source `stage:NAME`.
 
-    Raises DataError, with the place, for whatever cannot be read.
+    Raises DataError, with the place, for data that cannot be read.
     """
     place = locate(path) if file is None else file
     digest = _hash(path, None)
@@ -177,17 +177,17 @@ def _check_sizes(path: str, row: RawRow) -> None:
 
 
 def _characters(value: Any) -> int:
-    """Characters of a text, or of all texts inside a value."""
+    """Number of characters of a text, or of all texts inside a value."""
     total = 0
-    waiting = [value]
-    while waiting:
-        part = waiting.pop()
+    pending = [value]
+    while pending:
+        part = pending.pop()
         if isinstance(part, str):
             total += len(part)
         elif isinstance(part, list):
-            waiting += part
+            pending += part
         elif isinstance(part, dict):
-            waiting += part.values()
+            pending += part.values()
     return total
 
 
@@ -249,20 +249,20 @@ def _csv(path: str, data: bytes) -> Iterator[RawRow]:
 
 
 def _refuse_twice(path: str, columns: Sequence[str]) -> None:
-    """Two columns of one name that is read: nobody can say which of the two is meant."""
+    """Raises DataError if two columns that are read have the same name, which is ambiguous."""
     twice = [name for name in dict.fromkeys(columns) if name in COLUMNS and columns.count(name) > 1]
     if twice:
         raise DataError(f'data "{path}"', f'two columns named "{twice[0]}"', do="rename or remove one of them")
 
 
 def _maybe_messages(value: str) -> Any:
-    """A cell that holds a JSON list of objects (messages) is that list; every other cell is its text."""
+    """Parse a cell that contains a JSON list of objects (messages). Other cells are returned as text."""
     if value.lstrip()[:1] == "[":
         try:
-            found = parse_json(value)
+            turns = parse_json(value)
         except Unreadable:
             return value
-        return found if found and all(isinstance(turn, dict) for turn in found) else value
+        return turns if turns and all(isinstance(turn, dict) for turn in turns) else value
     return value
 
 
@@ -280,7 +280,7 @@ def _parquet(path: str, data: bytes) -> Iterator[RawRow]:
 
 
 def _of_table(table: Any) -> Iterator[RawRow]:
-    """Rows of an Arrow table. A column that nobody reads is there by name alone: its values may be what Python cannot hold."""
+    """Rows of an Arrow table. Columns that are not read get None, because Python may be unable to represent their values."""
     columns = {
         name: _cells(table.column(index)) if name in COLUMNS else [None] * table.num_rows
         for index, name in enumerate(table.column_names)
@@ -290,7 +290,7 @@ def _of_table(table: Any) -> Iterator[RawRow]:
 
 
 def _cells(column: Any) -> list[Any]:
-    """The values of a column; times and dates, which may be beyond what Python can hold, are their numbers."""
+    """The values of a column. Times and dates are converted to numbers, because they may be out of the range of Python."""
     import pyarrow
 
     try:
@@ -309,11 +309,11 @@ def _cell(scalar: Any) -> Any:
 
 
 class _NoPython:
-    """A value that Python cannot hold: whoever reads the cell as a text or a number refuses the row."""
+    """A value that Python cannot represent. A row is refused if this cell is read as a text or a number."""
 
 
 def _without_times(kind: Any) -> Any:
-    """The type with a whole number for every time in it."""
+    """The type with an integer in place of every time or date."""
     import pyarrow
 
     if pyarrow.types.is_struct(kind):

@@ -1,4 +1,4 @@
-"""The data of each kind of stage, rendered as it will be trained on: what `stages/` names as `prepare`."""
+"""Render the data of each kind of stage for training. `stages/` refers to these functions as `prepare`."""
 
 from typing import Any
 
@@ -28,14 +28,13 @@ def preference_rows_with_margins(stage: TrainingSettings, chat: ChatFormat, how:
 
 
 def ppo_prompts(stage: PpoStage, chat: ChatFormat, how: Preparation) -> PreparedPrompts:
-    """Prompts with room for their completions, and the report of the rows that are mixed in. Raises DataError as the stage
-    would."""
+    """Prompts with room for their completions, and the report on the pretraining mix. Raises DataError as the stage would."""
     prompts = prepare_prompts(
         stage.data, chat, seed=how.seed, max_prompt_tokens=stage.max_prompt_tokens,
         evaluation_prompts=how.evaluation_prompts, validation=stage.validation if stage.gold else 0.0,
     )  # fmt: skip
-    everything = [*prompts.train, *prompts.validation]
-    check_room(everything, max_new_tokens=stage.max_new_tokens, context=how.context, where=f'stage "{stage.name}"')
+    rows = [*prompts.train, *prompts.validation]
+    check_room(rows, max_new_tokens=stage.max_new_tokens, context=how.context, where=f'stage "{stage.name}"')
     if not stage.ptx_data:
         return prompts
     mix = prepare_ptx(stage, chat, seed=how.seed, evaluation_prompts=how.evaluation_prompts, context=how.context).report

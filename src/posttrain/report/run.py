@@ -12,13 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from posttrain.artifacts import partial_folder, read_jsonl, read_manifest
+from posttrain.artifacts import EVALUATIONS, partial_folder, read_jsonl, read_manifest
 from posttrain.errors import ArtifactError
 from posttrain.evaluate.gain import GOLD, PUBLISHED
 from posttrain.file_types import check_metrics, check_scorecard
 from posttrain.stages import makes
 
-EVALUATIONS = "evaluate"
 # The report reads the output of `posttrain evaluate --best-of … --out RUN/best-of/NAME`.
 BEST_OF = "best-of"
 _BEST_OF_KEYS = frozenset(["prompts", "samples", "policy", "reward"])

@@ -1,6 +1,6 @@
-"""Every kind of stage, one file each: its settings, what it reads and makes, how it is checked, estimated, run and drawn.
+"""The table of the kinds of stage. A file for each kind has its settings, inputs, artifact, checks, estimate, work and charts.
 
-A new kind is a file here, a line of `KINDS`, and a file where its work is (docs/extending.md).
+A new kind needs a file here, a line of `KINDS`, and a file that does its work (docs/extending.md).
 """
 
 from pathlib import Path
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 else:
     Stage = Annotated[Union[tuple(kind.settings for kind in KINDS.values())], Field(discriminator="kind")]  # noqa: UP007
 
-# The file that a stage which makes rows leaves in its folder.
+# The file in the folder of a stage that makes rows.
 ROWS_FILE = "rows.jsonl"
 
 
 def makes(kind: str) -> Artifact:
-    """What a stage of this kind leaves. A kind that this version does not know is taken for one of a policy."""
+    """The artifact of this kind of stage. A kind that this version does not know counts as making a policy."""
     return KINDS[kind].makes if kind in KINDS else "policy"
 
 
@@ -46,7 +46,7 @@ def row_stages(stage: StageSettings) -> tuple[str, ...]:
 
 
 def with_rows_of(stage: StageSettings, run: Path) -> StageSettings:
-    """A stage whose sources `stage:NAME` know their file in the run folder."""
+    """The stage, with the file in the run folder set for each source `stage:NAME`."""
     if not row_stages(stage):
         return stage
     located = {

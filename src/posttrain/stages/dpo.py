@@ -10,7 +10,7 @@ from posttrain.settings import Name
 from posttrain.stages.kind import Chart, Earlier, Input, Reads, Sizes, StageKind, Work, training_work
 from posttrain.stages.shared_settings import TrainingSettings
 
-# The names of the table, so that a variant is added in one file.
+# The names come from the table, so that one file adds a variant.
 if TYPE_CHECKING:
     LossName = str
 else:
@@ -23,11 +23,11 @@ class DpoStage(TrainingSettings):
     kind: Literal["dpo"]
     """Stage kind."""
     reference: Name | Literal["init", "base"] = "init"
-    """The policy that the log-ratios are taken against; `init` is the policy that training starts from."""
+    """The policy in the denominator of the log-ratios; `init` is the policy that training starts from."""
     loss: LossName = "sigmoid"
     """`sigmoid` (DPO, and cDPO with label smoothing), `robust` (rDPO), `ipo` or `hinge` (SLiC)."""
     beta: Annotated[float, Field(gt=0)] = 0.1
-    """How strongly the policy is held to the reference; its unit depends on the loss."""
+    """How strongly the loss keeps the policy near the reference; its unit depends on the loss."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Assumed share of flipped labels (`sigmoid` and `robust` only)."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-5
@@ -50,10 +50,10 @@ def _check(stage: DpoStage, earlier: Earlier) -> None:
 
 
 def _estimate(stage: DpoStage, report: dict[str, Any], sizes: Sizes) -> Work:
-    """Training, and the reference's log-probabilities once for each pair that is seen."""
+    """Training, and the log-probabilities of the reference once for each pair in training."""
     work = training_work(stage, report, sizes)
-    once = report["tokens"] * 2 * sizes.body + report["trained_tokens"] * 2 * sizes.head
-    return work._replace(operations=work.operations + min(1.0, stage.epochs) * once)
+    reference = report["tokens"] * 2 * sizes.body + report["trained_tokens"] * 2 * sizes.head
+    return work._replace(operations=work.operations + min(1.0, stage.epochs) * reference)
 
 
 KIND = StageKind(

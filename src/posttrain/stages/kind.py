@@ -1,7 +1,8 @@
-"""What the rest of the program knows of a kind of stage: a record that each file of `stages/` fills in.
+"""The interface of a kind of stage: a record that each file of `stages/` fills in.
 
-`pipeline.py`, `plan.py`, `recipe.py`, `estimate.py`, `data/doctor.py` and the report work on these records alone. What loads
-torch or reads data is named as "module:function" and imported when it is called, so that a recipe is checked in a second.
+`pipeline.py`, `plan.py`, `recipe.py`, `estimate.py`, `data/doctor.py` and the report use only these records. Functions that
+load torch or read data are written as "module:function" and imported when they are called, so that a recipe is checked in a
+second.
 """
 
 import importlib
@@ -11,9 +12,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 from posttrain.errors import RecipeError, nearest
 from posttrain.stages.shared_settings import StageSettings
 
-# What a stage leaves behind: something that answers, something that scores answers, or a data file.
+# The artifact of a stage: a model that answers, a model that scores answers, or a data file.
 Artifact = Literal["policy", "reward model", "rows"]
-# What the rows of a data file hold.
+# The content of the rows of a data file.
 Content = Literal["demonstrations", "preferences"]
 
 
@@ -25,14 +26,14 @@ class RewardFunction(NamedTuple):
 
 
 class Input(NamedTuple):
-    """A setting that names data, with the contents that it may have."""
+    """A setting that names data, with the contents that the data may have."""
 
     field: str
     contents: tuple[Content, ...]
 
 
 class Reads(NamedTuple):
-    """Names of the earlier stages, and the functions, that a stage reads beside its data."""
+    """Names of the earlier stages, and the functions, that a stage reads in addition to its data."""
 
     policies: tuple[str, ...] = ()
     reward_models: tuple[str, ...] = ()
@@ -40,7 +41,7 @@ class Reads(NamedTuple):
 
 
 class Earlier(NamedTuple):
-    """What stands before a stage in its recipe. `place` begins its errors, `full` says that full weights are trained."""
+    """The earlier stages of a recipe. `place` begins the errors of the stage; `full` means that full weights are trained."""
 
     place: str
     full: bool
@@ -49,7 +50,7 @@ class Earlier(NamedTuple):
     rows: Mapping[str, Content]
 
     def check_policy(self, field: str, name: str, *words: str) -> None:
-        """Raises RecipeError where `name` is neither an earlier policy nor one of `words`."""
+        """Raises RecipeError if `name` is neither an earlier policy nor one of `words`."""
         if name not in words and name not in self.policies:
             there = [*words, *self.policies]
             found = f'{field} = "{name}" is not an earlier policy stage'
@@ -57,7 +58,7 @@ class Earlier(NamedTuple):
 
 
 class Preparation(NamedTuple):
-    """How data is rendered: the run's seed, the prompts of its evaluations, the tokens that the base can hold.
+    """How data is rendered: the run's seed, the prompts of its evaluations, and the context of the base in tokens.
 
     `allow_dropped` replaces the stage's own limit on dropped rows.
     """
@@ -69,14 +70,14 @@ class Preparation(NamedTuple):
 
 
 class Prepared(Protocol):
-    """Data as a stage will use it, with a report about it."""
+    """Data as a stage will use it, with a report on it."""
 
     @property
     def report(self) -> dict[str, Any]: ...
 
 
 class Outcome(Protocol):
-    """What the work of a stage returns: what its manifest says of it, and warnings."""
+    """The result of a stage: fields of its manifest, and warnings."""
 
     @property
     def manifest(self) -> dict[str, Any]: ...
@@ -93,7 +94,7 @@ class Result(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Operations that an estimate counts with: parameters of the body and of the head, and what a token and a target cost in
+    """Figures for an estimate: parameters of the body and of the head, and the operations of a token and of a target in
     training (forward and backward)."""
 
     body: int
@@ -104,7 +105,7 @@ class Sizes(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What one step will compute."""
+    """The computation of one step."""
 
     rows: int
     tokens: int
@@ -113,7 +114,7 @@ class Work(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """Curves of the report: metrics by their whole name or by the part after the slash. `open` ones are seen without a tap."""
+    """A chart of the report: metrics by their full name or the part after the slash. `open` charts are expanded at first."""
 
     title: str
     names: tuple[str, ...]
@@ -121,10 +122,11 @@ class Chart(NamedTuple):
 
 
 class Iterations(NamedTuple):
-    """How metrics of single steps tell of iterations.
+    """How the metrics of steps are grouped into iterations.
 
-    A new iteration begins where one of `marks` changes. `once` are measured once an iteration. Names that begin with one of
-    `parts` end in a name of the recipe's; they share the chart that `parts` names, and are measured once too.
+    A new iteration begins at a step where one of `marks` changes. Metrics in `once` are measured once an iteration. Metrics
+    whose names begin with a key of `parts` end in a name from the recipe. They share the chart in `parts` and are measured once
+    too.
     """
 
     marks: tuple[str, ...] = ()
@@ -147,8 +149,8 @@ def _nothing(*_: Any) -> tuple[()]:
 class StageKind(NamedTuple):
     """One kind of stage.
 
-    `run(context, stage) -> Outcome` does the work and `prepare(stage, chat, preparation) -> Prepared` renders the data; both
-    are "module:function". Raise `code` when the code would make something else of the same input.
+    `run(context, stage) -> Outcome` does the work and `prepare(stage, chat, preparation) -> Prepared` renders the data. Both
+    are written as "module:function". Increase `code` when the code gives another result for the same input.
     """
 
     settings: type[StageSettings]
@@ -158,13 +160,13 @@ class StageKind(NamedTuple):
     prepare: str
     run: str
     reads: Callable[[Any], Reads]
-    # Raises RecipeError for settings that contradict each other or what stands before.
+    # Raises RecipeError for settings that contradict each other or the earlier stages.
     check: Callable[[Any, Earlier], object]
-    # Work from the stage, the report of its prepared data, and the sizes of the base.
+    # The work, from the stage, the report on its prepared data, and the sizes of the base.
     estimate: Callable[[Any, dict[str, Any], Sizes], Work]
-    # What the rows hold that it makes.
+    # The content of the rows that it makes.
     content: Content | None = None
-    # Warnings that the settings alone give.
+    # Warnings about the settings alone.
     warnings: Callable[[Any], tuple[str, ...]] = _nothing
     charts: tuple[Chart, ...] = ()
     iterations: Iterations = Iterations()
@@ -174,12 +176,12 @@ class StageKind(NamedTuple):
 def load_function(name: str) -> Callable[..., Any]:
     """The function that "module:function" names."""
     module, _, function = name.partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    return found
+    loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return loaded
 
 
 def training_work(stage: Any, report: dict[str, Any], sizes: Sizes) -> Work:
-    """Passes over fixed rows, each target's loss computed by the head."""
+    """The work of passes over fixed rows. The head computes the loss of each target."""
     tokens, targets = round(report["tokens"] * stage.epochs), round(report["trained_tokens"] * stage.epochs)
     operations = float(tokens * sizes.token + targets * sizes.target)
     return Work(round(report["train_rows"] * stage.epochs), tokens, targets, operations)

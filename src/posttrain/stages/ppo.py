@@ -1,4 +1,4 @@
-"""The kind `ppo`: a policy learns from what scores its own completions. `train/ppo.py` does the work."""
+"""The kind `ppo`: a policy learns from the scores of its own completions. `train/ppo.py` does the work."""
 
 from typing import Annotated, Any, Literal
 
@@ -30,26 +30,26 @@ class PpoStage(OptimisedSettings):
     reward: str | tuple[RewardPart, ...]
     """What scores completions: a reward stage, a function `package.module:function` (it is run), or a list of parts."""
     gold: str | tuple[RewardPart, ...] = ()
-    """What the policy should be good at and is not trained on, written as `reward` is: it is measured on held-out prompts,
-    stops the run where it falls while the score rises, and chooses the policy that is published. None measures nothing."""
+    """A scorer that the policy is not trained on, written like `reward`. It is measured on held-out prompts, stops the run if
+    it falls while the score rises, and chooses the policy that is published. Without it nothing is measured."""
     gold_every: Annotated[int, Field(ge=1)] = 1
     """Iterations between evaluations by gold."""
     gold_prompts: Annotated[int, Field(ge=2)] = 64
-    """Held-out prompts that the policy answers at an evaluation, at most."""
+    """The largest number of held-out prompts that the policy answers in an evaluation."""
     gold_patience: Annotated[int, Field(ge=0)] = 1
-    """Last evaluations whose mean must have fallen below the best one for the run to be stopped; 0 never stops."""
+    """The run stops if the mean of this number of last evaluations is below the best one; 0 never stops."""
     gold_compare: tuple[Name, ...] = ()
-    """Earlier policies, such as one of a dpo stage, that are evaluated beside this one, to be compared at equal KL."""
+    """Earlier policies, such as that of a dpo stage, that are evaluated too, for a comparison at equal KL."""
     validation: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
-    """Share of the prompts (by a hash of the first user turn) that is kept for `gold`; without gold none is kept."""
+    """Share of the prompts (by a hash of the first user turn) that is held out for `gold`; without gold none is held out."""
     reference: Name | Literal["init", "base"] = "init"
-    """The policy that the KL is taken against; `init` is the policy that training starts from."""
+    """The reference policy of the KL; `init` is the policy that training starts from."""
     estimator: Literal["gae", "rloo", "grpo"] = "gae"
     """Advantages: `gae` with a value function, or `rloo` or `grpo` from several completions a prompt."""
     iterations: Annotated[int, Field(ge=1)] = 20
     """How often the policy samples and learns."""
     prompts: Annotated[int, Field(ge=1)] = 32
-    """Prompts of an iteration."""
+    """Prompts in an iteration."""
     completions: Annotated[int, Field(ge=1)] = 1
     """Completions of each prompt; `rloo` and `grpo` need at least 2."""
     max_prompt_tokens: Annotated[int, Field(ge=1)] = 256
@@ -57,53 +57,53 @@ class PpoStage(OptimisedSettings):
     max_new_tokens: Annotated[int, Field(ge=1, le=8192)] = 64
     """Longest completion in tokens."""
     temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
-    """Temperature of the samples, of the reference and of the update alike."""
+    """Temperature of the samples, of the reference and of the update."""
     ppo_epochs: Annotated[int, Field(ge=1)] = 2
     """Passes over an iteration's completions."""
     minibatch: Annotated[int, Field(ge=1)] = 16
-    """Prompts of one optimiser step; where it is more than there are, a pass is one step."""
+    """Prompts in one optimiser step; if there are fewer prompts, a pass is one step."""
     clip_range: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """How far a token's probability ratio counts before it is clipped."""
+    """How far the probability ratio of a token may be from 1 before it is clipped."""
     value_clip: Annotated[float, Field(ge=0)] = 0.0
     """How far a value may move in an iteration before it is clipped, in units of the score; 0 does not clip."""
     value_coef: Annotated[float, Field(ge=0)] = 0.1
     """Weight of the value function's loss."""
     value_learning_rate: Annotated[float, Field(gt=0, lt=1)] = 5e-4
-    """Peak learning rate of what only the value function has; its gradient is clipped by itself."""
+    """Peak learning rate of the weights that only the value function has; their gradient is clipped separately."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Discount of later rewards."""
     lam: Annotated[float, Field(ge=0, le=1)] = 0.95
     """GAE's lambda."""
     value: Literal["auto", "own", "shared"] = "auto"
-    """The value function: `own` (an adapter of its own) or `shared` (a head on the policy). `auto` is `own`; `shared` with full
-    weights, where there is no other."""
+    """The value function: `own` (a separate adapter) or `shared` (a head on the policy). `auto` is `own`, and `shared` with
+    full weights, which allow no other."""
     value_init: Literal["auto", "reward", "policy"] | Name = "auto"
     """Where the value function starts: `reward` (the reward model with its head), another reward stage, or `policy` (the init
-    policy's adapter, a head of zeros). `auto` is `reward`; `policy` where no model scores, or with `value = "shared"`."""
+    policy's adapter, a head of zeros). `auto` is `reward`, and `policy` if no model scores or with `value = "shared"`."""
     kl_coef: Annotated[float, Field(ge=0)] = 0.05
-    """What a nat of KL from the reference costs of the reward; with `target_kl` where it starts."""
+    """The cost in reward of one nat of KL from the reference; with `target_kl` the start of this cost."""
     target_kl: Annotated[float, Field(ge=0)] = 0.0
-    """KL of a completion, in nats, that the coefficient is moved towards; 0 keeps it fixed."""
+    """KL of a completion, in nats, that the adaptive coefficient aims at; 0 keeps the coefficient fixed."""
     kl_horizon: Annotated[int, Field(ge=1)] = 10_000
     """Completions over which the coefficient follows `target_kl`."""
     max_kl: Annotated[float, Field(ge=0)] = 50.0
-    """KL of a completion, in nats, at which the stage stops; 0 never does."""
+    """KL of a completion, in nats, at which the stage stops; 0 never stops."""
     max_update_kl: Annotated[float, Field(ge=0)] = 0.0
-    """Approximate KL from the policy that sampled, in nats a token, above which no further pass is taken; 0 takes all."""
+    """Approximate KL from the sampling policy, in nats a token, above which the remaining passes are skipped; 0 skips none."""
     min_entropy: Annotated[float, Field(ge=0)] = 0.01
-    """Entropy of the samples, in nats a token, below which the stage stops: they are all the same; 0 never does."""
+    """Entropy of the samples, in nats a token, below which the stage stops, because all samples are alike; 0 never stops."""
     max_mismatch: Annotated[float, Field(gt=0, le=1)] = 0.4
     """Share of sampled tokens whose probability in training may be more than a tenth off before the stage stops."""
     entropy_coef: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the policy's entropy, in nats a token, that every optimiser step raises; 0 raises none."""
+    """Weight of the bonus for the policy's entropy, in nats a token; 0 gives none."""
     missing_eos_penalty: Annotated[float, Field(ge=0)] = 1.0
-    """What a completion that does not end loses of its score."""
+    """What is subtracted from the score of a completion that does not end."""
     whiten_rewards: bool = False
     """Whether rewards are divided by their standard deviation over the iteration (`gae` only)."""
     ptx_coef: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the log-likelihood of `ptx_data`, the mean over its tokens, in every optimiser step (PPO-ptx); 0 has none."""
+    """Weight of the mean log-likelihood of the tokens of `ptx_data` in every optimiser step (PPO-ptx); 0 turns it off."""
     ptx_data: Data = ""
-    """Demonstrations, or rows of plain text (`text`), that are mixed into the update: `minibatch` of them a step."""
+    """Demonstrations, or rows of plain text (`text`), that are mixed into the update: `minibatch` rows a step."""
     ptx_max_tokens: Annotated[int, Field(ge=8)] = 512
     """Longest row of `ptx_data` in tokens; longer rows are cut, counted and shown."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 5e-5
@@ -112,7 +112,7 @@ class PpoStage(OptimisedSettings):
     """How the learning rate falls after the warm-up."""
 
 
-# What `value_init` says without naming a stage.
+# The values of `value_init` that are not names of stages.
 VALUE_WORDS = frozenset({"auto", "reward", "policy"})
 # Settings that only the value function reads.
 _OF_GAE = frozenset(
@@ -131,7 +131,7 @@ def _reads(stage: PpoStage) -> Reads:
 def _check(stage: PpoStage, earlier: Earlier) -> None:
     place = earlier.place
     if earlier.full and (stage.value == "own" or stage.value_init not in ("auto", "policy")):
-        # One set of weights is in memory: what is trained beside the policy must stand on it.
+        # Only one set of weights is in memory, so the value function must be a head on it.
         found = f'value = "{stage.value}", value_init = "{stage.value_init}" with [adapter] kind = "full"'
         raise RecipeError(place, found, allowed='value = "shared", a head on the policy', do="remove both settings")
     earlier.check_policy("reference", stage.reference, "init", "base")
@@ -162,10 +162,10 @@ def _check_estimator(place: str, stage: PpoStage) -> None:
 
 def _check_coefficients(place: str, stage: PpoStage) -> None:
     if stage.target_kl and not stage.kl_coef:
-        found = f"target_kl = {stage.target_kl:g} with kl_coef = 0, which no factor moves"
-        raise RecipeError(place, found, allowed="kl_coef above 0", do="set kl_coef to where it starts")
+        found = f"target_kl = {stage.target_kl:g} with kl_coef = 0, which a factor cannot change"
+        raise RecipeError(place, found, allowed="kl_coef above 0", do="set kl_coef to its start value")
     if "kl_horizon" in stage.model_fields_set and not stage.target_kl:
-        found = "kl_horizon without target_kl, which it follows"
+        found = "kl_horizon without target_kl"
         raise RecipeError(place, found, allowed="target_kl above 0", do="set target_kl, or remove kl_horizon")
     if bool(stage.ptx_coef) != bool(stage.ptx_data):
         found = f"ptx_coef = {stage.ptx_coef:g} without ptx_data" if stage.ptx_coef else "ptx_data with ptx_coef = 0"
@@ -175,7 +175,7 @@ def _check_coefficients(place: str, stage: PpoStage) -> None:
 def _check_value(place: str, stage: PpoStage, reward_models: tuple[str, ...]) -> None:
     if stage.value == "shared" and stage.value_init not in ("auto", "policy"):
         found = f'value_init = "{stage.value_init}" with value = "shared"'
-        raise RecipeError(place, found, allowed="auto or policy: it stands on the policy's adapter", do="remove it")
+        raise RecipeError(place, found, allowed="auto or policy: the head is on the policy's adapter", do="remove it")
     models = [name for part in reward_parts(stage.reward) for name in part.models]
     there = ["auto", *(["reward"] if models else []), "policy", *reward_models]
     if stage.value_init not in there:
@@ -183,23 +183,24 @@ def _check_value(place: str, stage: PpoStage, reward_models: tuple[str, ...]) ->
         raise RecipeError(place, found, allowed=f"there is: {', '.join(there)}", do=nearest(stage.value_init, there))
     written, meant = "value_init" in stage.model_fields_set, models[:1] if stage.value_init == "reward" else []
     if written and stage.value_init in VALUE_WORDS and stage.value_init in reward_models and meant != [stage.value_init]:
-        found = f'value_init = "{stage.value_init}" is a word of its own and a reward stage'
+        found = f'value_init = "{stage.value_init}" is a keyword and also a reward stage'
         raise RecipeError(place, found, do="give the stage another name")
 
 
 def gold_that_pays(stage: PpoStage) -> tuple[str, ...]:
-    """A warning where gold, or a part of it, is what the policy is paid by as well."""
-    paid, gold = (
+    """A warning if gold, or a part of it, is also part of the reward."""
+    reward, gold = (
         {name for part in reward_parts(written) for name in (*part.models, part.function) if name}
         for written in (stage.reward, stage.gold)
     )
-    both = ", ".join(sorted(paid & gold))
-    return (f"gold pays as well: {both}; it cannot show what is wrong with the score, so give another one",) if both else ()
+    both = ", ".join(sorted(reward & gold))
+    warning = f"gold is also part of the reward: {both}; it cannot show faults of the score, so give another gold scorer"
+    return (warning,) if both else ()
 
 
 def _estimate(stage: PpoStage, report: dict[str, Any], sizes: Sizes) -> Work:
     """Sampling, forwards to judge (policy, reference, value, reward models), the passes of policy and value, and gold."""
-    # Whether a value function has an adapter, and so a forward and passes, of its own.
+    # Whether the value function has a separate adapter, and so separate forward and training passes.
     own_value = stage.estimator == "gae" and stage.value != "shared" and not sizes.full
     models = sum(len(part.models) for part in reward_parts(stage.reward))
     rows = stage.iterations * min(stage.prompts, report["train_rows"]) * stage.completions
@@ -207,7 +208,7 @@ def _estimate(stage: PpoStage, report: dict[str, Any], sizes: Sizes) -> Work:
     tokens = round(rows * report["tokens"] / report["train_rows"]) + targets
     a_pass = tokens * sizes.token * (1 + own_value) + targets * sizes.target
     operations = tokens * 2.0 * (3 + own_value + models) * sizes.body + targets * 6 * sizes.head + stage.ppo_epochs * a_pass
-    if "ptx" in report:  # as many rows as the passes see prompts
+    if "ptx" in report:  # one row for each prompt of a pass
         seen = stage.ppo_epochs * rows / stage.completions / report["ptx"]["rows"]
         operations += seen * (report["ptx"]["tokens"] * sizes.token + report["ptx"]["trained_tokens"] * sizes.target)
     if stage.gold:

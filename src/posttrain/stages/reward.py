@@ -14,15 +14,15 @@ class RewardStage(TrainingSettings):
     kind: Literal["reward"]
     """Stage kind."""
     center: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the squared sum of a pair's scores in the loss, which keeps scores near 0; 0.01 is usual where it is used."""
+    """Weight of the squared sum of a pair's scores in the loss, which keeps scores near 0; 0.01 is usual, 0 turns it off."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-4
     """Peak learning rate."""
     validation: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
-    """Share of the prompts (by a hash of the first user turn) that is kept for measuring the reward model."""
+    """Share of the prompts (by a hash of the first user turn) that is held out to measure the reward model."""
 
 
 def _estimate(stage: RewardStage, report: dict[str, Any], sizes: Sizes) -> Work:
-    """Training without the head over the vocabulary: a score is one product a completion."""
+    """Training without the head over the vocabulary: a score is one product for each completion."""
     return training_work(stage, report, sizes._replace(target=0))
 
 

@@ -1,4 +1,4 @@
-"""What a score is made of: reward models and functions, written as a name or as a list of parts."""
+"""The parts of a score: reward models and functions, written as a name or as a list of parts."""
 
 from collections.abc import Sequence
 from typing import Annotated, Literal
@@ -10,18 +10,18 @@ from posttrain.settings import Name, Settings
 
 
 class RewardPart(Settings):
-    """One part of what a ppo stage is paid by; the parts are added."""
+    """One part of the reward of a ppo stage; the parts are added."""
 
     models: tuple[Name, ...] = ()
     """Reward stages whose models score a completion; several are an ensemble."""
     function: str = ""
     """A Python function `package.module:function` of `(prompts, completions)` instead of models. It is run."""
     combine: Literal["mean", "min", "mean_minus_variance"] = "mean"
-    """How the scores of an ensemble become one."""
+    """How the scores of an ensemble are combined."""
     variance_weight: Annotated[float, Field(ge=0)] = 0.1
-    """What the ensemble's variance costs with `mean_minus_variance`."""
+    """The factor of the ensemble's variance in `mean_minus_variance`."""
     weight: float = 1.0
-    """What the part is multiplied by; a negative one makes it a cost."""
+    """The factor of the part; a negative factor makes it a cost."""
     timeout: Annotated[float, Field(gt=0)] = 60.0
     """Seconds that a call of the function, or importing it, may take."""
 
@@ -34,12 +34,12 @@ def reward_parts(written: str | tuple[RewardPart, ...]) -> tuple[RewardPart, ...
 
 
 def part_name(part: RewardPart) -> str:
-    """What a part is called in metrics: its models or its function, in letters that every tracker takes."""
+    """The name of a part in metrics: its models or its function, in characters that every tracker accepts."""
     return part.function.replace(":", ".") or "-".join(part.models)
 
 
 def check_parts(place: str, field: str, parts: Sequence[RewardPart], reward_models: Sequence[str]) -> None:
-    """Earlier reward stages and functions, each once. Raises RecipeError."""
+    """Check that the parts name earlier reward stages and functions, each once. Raises RecipeError."""
     seen: list[str] = []
     for part in parts:
         _check_part(place, field, part, reward_models)
@@ -50,14 +50,14 @@ def check_parts(place: str, field: str, parts: Sequence[RewardPart], reward_mode
     names = [part_name(part) for part in parts]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        found = f'{field} has two parts that metrics call "{twice}"'
-        raise RecipeError(place, found, allowed="a name of its own each", do="give a reward stage another name")
+        found = f'{field} has two parts with the name "{twice}" in metrics'
+        raise RecipeError(place, found, allowed="different names", do="give a reward stage another name")
 
 
 def _check_part(place: str, field: str, part: RewardPart, reward_models: Sequence[str]) -> None:
     if bool(part.models) == bool(part.function):
         found = f"a part of {field} with {'both models and function' if part.function else 'neither models nor function'}"
-        raise RecipeError(place, found, allowed="either of them", do="make it two parts" if part.function else "name one")
+        raise RecipeError(place, found, allowed="one of the two", do="make it two parts" if part.function else "name one")
     for name in part.models:
         if name not in reward_models:
             there = f"there is: {', '.join(reward_models)}" if reward_models else "there is none"
@@ -70,7 +70,8 @@ def _check_part(place: str, field: str, part: RewardPart, reward_models: Sequenc
             raise RecipeError(place, found, allowed=there, do=do)
     module, colon, function = part.function.partition(":")
     if part.function and not (colon and all(map(str.isidentifier, [*module.split("."), function]))):
-        raise RecipeError(place, f'{field} = "{part.function}" names no function', allowed="package.module:function")
+        found = f'{field} = "{part.function}" is not the name of a function'
+        raise RecipeError(place, found, allowed="package.module:function")
     if len(part.models) < 2 and part.combine != "mean":
         found = f'combine = "{part.combine}" of {len(part.models)} models'
         raise RecipeError(place, found, allowed="two or more", do="remove it")

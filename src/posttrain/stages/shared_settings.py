@@ -8,7 +8,7 @@ from posttrain.settings import Data, Name, Settings
 
 
 class StageSettings(Settings):
-    """What every stage has."""
+    """Settings of every stage."""
 
     kind: str
     """Stage kind."""
@@ -21,10 +21,10 @@ class StageSettings(Settings):
 
 
 class OptimisedSettings(StageSettings):
-    """What every stage that trains has."""
+    """Settings of every stage that trains."""
 
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
-    """Peak learning rate. LoRA wants about ten times the rate of full fine-tuning."""
+    """Peak learning rate. LoRA needs about ten times the rate of full fine-tuning."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up (cosine and linear end at a tenth of the peak)."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -34,29 +34,29 @@ class OptimisedSettings(StageSettings):
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of the whole gradient; 0 turns clipping off."""
     checkpoint_every: Annotated[int, Field(ge=0)] = 0
-    """Optimiser steps between checkpoints; 0 leaves it to `checkpoint_minutes`."""
+    """Optimiser steps between checkpoints; with 0 only `checkpoint_minutes` counts."""
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 2.0
     """Minutes between checkpoints."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    """Seed of a new adapter or head, of dropout, of the order of the data and of samples; none takes the recipe's. Members of
-    an ensemble, and repetitions of a stage, differ in it."""
+    """Seed of a new adapter or head, of dropout, of the order of the data and of samples; the default is the recipe's seed.
+    Give each member of an ensemble, and each repetition of a stage, a different seed."""
 
 
 class TrainingSettings(OptimisedSettings):
-    """What every stage has that trains on fixed rows."""
+    """Settings of every stage that trains on fixed rows."""
 
     epochs: Annotated[float, Field(gt=0, le=1e9)] = 1.0
     """Passes over the data; fractions are allowed."""
     batch: Annotated[int, Field(ge=1)] = 16
-    """Rows (conversations or pairs) of one optimiser step."""
+    """Rows (conversations or pairs) in one optimiser step."""
     max_tokens: Annotated[int, Field(ge=8)] = 1024
     """Longest row in tokens; longer rows are cut (SFT) or dropped (pairs), counted and shown."""
     validation: Annotated[float, Field(ge=0, lt=0.5)] = 0.05
-    """Share of the prompts (by a hash of the first user turn) that is kept for the validation loss."""
+    """Share of the prompts (by a hash of the first user turn) that is held out for the validation loss."""
     keep: Literal["best", "last"] = "last"
-    """Which weights are published: of the lowest validation loss, or of the last step."""
+    """Which weights are published: those with the lowest validation loss, or those of the last step."""
     patience: Annotated[int, Field(ge=0)] = 0
-    """Stop after so many validations without a new best; 0 never stops early."""
+    """Stop after this number of validations without a new best loss; 0 never stops early."""
     validate_every: Annotated[int, Field(ge=0)] = 0
     """Optimiser steps between validations; 0 validates at the end only (with patience: four times an epoch)."""
     allow_dropped: Annotated[float, Field(ge=0, le=1)] = 0.01
