@@ -74,7 +74,7 @@ class Extras(NamedTuple):
         return self.softcap is None and self.sinks_H is None
 
 
-class Shelf(Protocol):
+class CacheShelf(Protocol):
     """Keys and values of rows, in tensors [blocks, places, K, block, D] a layer."""
 
     places: int
@@ -100,7 +100,7 @@ class Reading(NamedTuple):
     Rows that see keys of block b stand on its first `rows_B[b]` places.
     """
 
-    shelf: Shelf
+    shelf: CacheShelf
     start: int
     rows: int
     place_N: Tensor

@@ -20,7 +20,7 @@ from posttrain.kernels.cpu import bindings, bounds
 from posttrain.kernels.cpu.linear import tileable
 from posttrain.kernels.cpu.record import NotRecordedError, Program, Recorder
 from posttrain.kernels.interfaces import AdapterSlots, Forward, Replay, StepTokens
-from posttrain.kernels.segments import DecodingSegments, Reading, Shelf
+from posttrain.kernels.segments import CacheShelf, DecodingSegments, Reading
 
 # Programs that are kept; the longest unused leave.
 MOST = 64
@@ -181,7 +181,7 @@ def _check(found: Tensor, wanted: Tensor) -> None:
         raise NotRecordedError("other numbers than the forward's")
 
 
-def _shelved(recorder: Recorder, program: Program, shelf: Shelf, where: list[Tensor]) -> _Shelved:
+def _shelved(recorder: Recorder, program: Program, shelf: CacheShelf, where: list[Tensor]) -> _Shelved:
     arrays = {ctypes.addressof(array): array for array in recorder.sizes}
     # The first of an attention's arguments is its numbers, the seventh where its rows stand.
     own = [call.args[0] for call in recorder.calls if call.kind == "attend" and call.args[6] == where[0].data_ptr()]
