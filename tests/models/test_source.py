@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from posttrain.cache_folder import cache_folder
 from posttrain.cli import main
 from posttrain.errors import ModelError, PosttrainError
-from posttrain.models.base_model import BaseModel, _new_folder, load_base, load_chat
+from posttrain.models.base_model import BaseModel, load_base, load_chat
+from posttrain.models.obtain import _new_folder
 from posttrain.models.source import PACKAGES, locate_base
 
 
