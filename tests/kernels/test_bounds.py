@@ -109,7 +109,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "fill, inputs": (lambda: filled(inputs=9), "the place of A"),
     "fill, type": (lambda: filled(dtype=torch.bfloat16), "A .*bfloat16"),
     "run": (lambda: bindings.run(torch.zeros(16), 2, 0), "2 calls in 16 numbers"),
-    "run, kind": (lambda: bindings.run((ctypes.c_int64 * 16)(13), 1, 0), "a call of no kind"),
+    "run, kind": (lambda: bindings.run((ctypes.c_int64 * 16)(13), 1, 0), "a call of an unknown kind"),
 }  # fmt: skip
 
 

@@ -184,16 +184,16 @@ def test_programs_that_were_recorded_still_run_when_no_other_is_tried_any_more()
     assert both_ways(base, 1, ["base"], serving=True) > 10
     base.programs._failed |= set(range(replay.FAILURES))
     assert both_ways(base, 1, ["base"], serving=True) > 10
-    recorded = sum(kept is not None for kept in base.programs._kept.values())
+    recorded = sum(step is not None for step in base.programs._steps.values())
     both_ways(base, 2, ["base"], serving=True)
-    assert sum(kept is not None for kept in base.programs._kept.values()) == recorded
+    assert sum(step is not None for step in base.programs._steps.values()) == recorded
 
 
 def test_a_module_that_reads_what_no_step_brings_is_refused() -> None:
     module, recorder = nn.Embedding(8, 4), Recorder([torch.arange(3)])
     with torch.inference_mode(), recorder.watching([module]):
         found = module(torch.arange(3) + 1)
-    with pytest.raises(NotRecordedError, match="Embedding reads what is not brought"):
+    with pytest.raises(NotRecordedError, match="Embedding reads a tensor that is not an input of the step"):
         recorder.program(found)
 
 
@@ -217,17 +217,17 @@ def test_another_thread_does_not_wait_for_a_step_and_gets_its_own(monkeypatch: p
     base = load_base("random:tiny", template="plain", dtype="bfloat16")
     wanted = [answers(base, 1, ["base"], serving=True) for _ in range(3)][-1]
     beside: list[Any] = []
-    own = replay._Kept.run
+    original = replay._RecordedStep.run
 
-    def run(kept: Any, *args: Any) -> Tensor:
+    def run(step: Any, *args: Any) -> Tensor:
         if not beside:
             beside.append(None)
             other = threading.Thread(target=lambda: beside.append(answers(base, 1, ["base"], serving=True)))
             other.start()
             other.join(60)
-        return own(kept, *args)
+        return original(step, *args)
 
-    monkeypatch.setattr(replay._Kept, "run", run)
+    monkeypatch.setattr(replay._RecordedStep, "run", run)
     assert answers(base, 1, ["base"], serving=True)[0].model_logprobs == wanted[0].model_logprobs
     assert beside[1][0].model_logprobs == wanted[0].model_logprobs
 
@@ -238,7 +238,7 @@ def test_the_longest_unused_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     base = load_base("random:tiny", template="plain", dtype="bfloat16")
     for count in (1, 2, 1):
         assert both_ways(base, count, ["base"], serving=True) > 10
-        assert len(base.programs._kept) == 1
+        assert len(base.programs._steps) == 1
 
 
 @TILED

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from posttrain.generate.requests import Row
-from posttrain.models.cache import BLOCK, Kept, Shapes, Shelf, zeros
+from posttrain.models.cache import BLOCK, CachedTokens, Shapes, Shelf, zeros
 
 # Bytes allocated at once for blocks.
 ALLOCATION_BYTES = 4 * 2**20
@@ -28,7 +28,7 @@ class PrefixCache:
 
     def __init__(self, budget: int) -> None:
         self._budget, self._bytes = budget, 0
-        self._blocks: OrderedDict[bytes, Kept] = OrderedDict()
+        self._blocks: OrderedDict[bytes, CachedTokens] = OrderedDict()
         # Memory of evicted blocks, by size.
         self._free: defaultdict[int, list[Tensor]] = defaultdict(list)
         # The shapes of blocks, stored once because most are equal.
@@ -74,7 +74,7 @@ class PrefixCache:
             if size > self._budget:
                 return
             shapes = self._shapes.setdefault(block.layers, block.layers)
-            self._blocks[name] = Kept(self._placed(block.numbers_X), shapes)
+            self._blocks[name] = CachedTokens(self._placed(block.numbers_X), shapes)
             self._bytes += size
 
     def _placed(self, numbers_X: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class PrefixCache:
         return free.pop().copy_(numbers_X)
 
 
-def _size(block: Kept) -> int:
+def _size(block: CachedTokens) -> int:
     return block.numbers_X.nbytes + BLOCK_OVERHEAD_BYTES
 
 

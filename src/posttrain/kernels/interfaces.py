@@ -1,4 +1,4 @@
-"""The objects that `kernels/__init__.py` hands out and takes: what each must offer, whoever implements it.
+"""Protocols and types of the objects that `kernels/__init__.py` returns and accepts.
 
 T: tokens, n: slots, R: rank, C: columns of several layers' or slots' A.
 """
@@ -13,24 +13,25 @@ from posttrain.kernels.head_rows import HeadRows
 from posttrain.kernels.reference_head import HeadSlopes, HeadValues
 from posttrain.kernels.segments import DecodingSegments, Extras, Reading, SegmentTable
 
-# A forward of the model: token ids [T], positions [T] and its segments to last hidden states [T, D].
+# A forward of the model: (token ids [T], positions [T], segments) -> last hidden states [T, D].
 Forward = Callable[[Tensor, Tensor, Any], Tensor]
-# Logits [R, V], of each row (a number in [0, 1), temperature or 0 for the likeliest, whether log-probabilities are wanted) and
-# the tokens that it goes without, to (token, its log-probability under softmax(z / temperature) of the others, the one under
-# softmax(z), whether the logits are finite).
+# Chooses one token per row. Arguments: logits [R, V]; per row (a uniform number in [0, 1), temperature or 0 for greedy, whether
+# to compute log-probabilities); per row the excluded tokens. Result per row: (token, its log-probability under
+# softmax(z / temperature) over the tokens that are not excluded, its log-probability under softmax(z), whether the logits are
+# finite).
 Choose = Callable[
     [Tensor, Sequence[tuple[float, float, bool]], Sequence[Sequence[int]]], list[tuple[float, float, float, float]]
 ]
 
 
 class EngineLinear(Protocol):
-    """Products with weights that stay as they are while an engine lives."""
+    """Products with weights that do not change during an engine's lifetime."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [..., T, inputs], weight [outputs, inputs] -> [..., T, outputs]. A weight of another type is narrowed each time."""
+        """x [..., T, inputs], weight [outputs, inputs] -> [..., T, outputs]. A weight of another dtype is cast in each call."""
 
     def logits(self, x_RD: Tensor, head_VD: Tensor) -> Tensor:
-        """Logits [R, V], valid until the next ones."""
+        """Logits [R, V]. The next call may overwrite them."""
 
 
 class Stack(NamedTuple):
@@ -38,38 +39,38 @@ class Stack(NamedTuple):
 
     a: Tensor
     b: Tensor
-    # The memory of both, where all tokens are multiplied with it: [C, inputs] and [outputs, C]. Its numbers must be finite.
+    # The memory of both as [C, inputs] and [outputs, C], if one product covers the slots of all tokens. It must be finite.
     wide: tuple[Tensor, Tensor] | None = None
 
 
 class TokenRuns(NamedTuple):
-    """The slots of one batch: runs of (tokens, slot or -1 for the base) in order; of slots how many there are, and those
-    whose adapters the caller adds by itself where a layer's stack is wide."""
+    """The slots of one batch's tokens: runs of (number of tokens, slot or -1 for the base) in order, the number of slots, and
+    the slots of non-finite adapters, whose products the caller adds if a layer's stack is wide."""
 
     runs: Sequence[tuple[int, int]]
     slots: int
-    apart: frozenset[int]
+    unstacked: frozenset[int]
 
 
 class AdapterSlots(Protocol):
-    """What products with the adapters of slots read of them."""
+    """The slots of an engine's adapters, as products read them."""
 
     # Products with the base's weights.
     product: EngineLinear
     # Columns of a slot.
     rank: int
-    # Another number where the tensors are others.
+    # Changes whenever the tensors are replaced.
     address: int
 
     @property
     def form(self) -> Hashable | None:
-        """What the slots are but for their numbers, where every layer's stack is wide; else None."""
+        """The rank and the layers of the slots if every layer's stack is wide; otherwise None."""
 
     def readers(self, first: str) -> tuple[list[str], Tensor]:
-        """Layers that read what this one is the first to read, itself among them, and their A [n, layers x R, inputs]."""
+        """The layers that read the same input as `first`, itself included, and their concatenated A [n, layers x R, inputs]."""
 
     def join(self, first: str, layer: str) -> None:
-        """Put the A of `layer` beside those of the layers that read what `first` reads."""
+        """Concatenate the A of `layer` with those of the layers that read the same input as `first`."""
 
     def wide(self) -> dict[str, tuple[Tensor, Tensor]]:
         """The matrices of the layers whose stack is wide."""
@@ -83,67 +84,67 @@ class TokenProducts(Protocol):
 
     @property
     def form(self) -> Hashable | None:
-        """What a recorded step depends on beside `numbers`; None for one that cannot be recorded."""
+        """The key of a recorded step, apart from `numbers`; None for a step that cannot be recorded."""
 
     @property
     def numbers(self) -> list[Tensor]:
-        """What says which adapter each token has."""
+        """The tensors that assign an adapter to each token."""
 
 
 class SlotLayout(Protocol):
-    """How the slots of an engine lie in memory, and are multiplied with."""
+    """The memory layout of an engine's slots, and the products that use it."""
 
     def rank(self, rank: int) -> int:
         """Columns of a slot for adapters of this rank."""
 
     def columns(self, columns: int) -> int:
-        """Columns in memory for so many columns of slots."""
+        """Allocated columns for this number of slot columns."""
 
     def new_stack(self, slots: int, rank: int, a: Tensor, b: Tensor) -> Stack:
-        """Zeros for a layer with matrices like these."""
+        """A stack of zeros for a layer whose matrices have the shapes of `a` and `b`."""
 
     def write(self, slot: int, stacks: Mapping[str, Stack], weights: Mapping[str, tuple[Tensor, Tensor]], scale: float) -> bool:
-        """Copy A and s B of an adapter into a slot of all layers, with zeros where it has none. False where a number is not
-        finite: then wide stacks got zeros."""
+        """Copy A and s B of an adapter into its slot of all layers; layers that it does not cover get zeros. Returns False if a
+        number is not finite: wide stacks then hold zeros."""
 
     def tokens(self, runs: TokenRuns, slots: AdapterSlots) -> TokenProducts:
         """The products of one batch."""
 
 
 class StepTokens(Protocol):
-    """What a recorded step reads of the adapters of its tokens."""
+    """The adapters of a recorded step's tokens."""
 
     @property
     def form(self) -> Hashable | None:
-        """What a recorded step depends on beside `numbers`; None for one that cannot be recorded."""
+        """The key of a recorded step, apart from `numbers`; None for a step that cannot be recorded."""
 
     @property
     def numbers(self) -> list[Tensor]:
-        """What says which adapter each token has."""
+        """The tensors that assign an adapter to each token."""
 
     @property
     def slots(self) -> AdapterSlots:
-        """The slots that the adapters are in."""
+        """The slots of the adapters."""
 
 
 class Replay(Protocol):
-    """The forwards of one base, of which decoding steps may be recorded and run again as one call."""
+    """The forwards of one base. Decoding steps may be recorded and replayed as one call."""
 
-    # Whether new steps are recorded, and recorded ones run.
+    # Whether new steps are recorded, and recorded steps replayed.
     recording: bool
-    # Steps that ran as recorded.
+    # Number of replayed steps.
     replayed: int
 
     @property
     def wants_decoding_alone(self) -> bool:
-        """Whether steps of many rows are recorded, so that prompts should have a forward of their own."""
+        """Whether steps of many rows are recorded, so that prompts should run in a separate forward."""
 
     def forward(self, ids_T: Tensor, positions_T: Tensor, segments: DecodingSegments, tokens: StepTokens) -> Tensor:
-        """Last hidden states [T, D], valid until the next ones."""
+        """Last hidden states [T, D]. The next call may overwrite them."""
 
 
 class Backend(Protocol):
-    """One implementation of every operation, `reference.py`, `cpu` or `cuda`; `kernels/__init__.py` says what each computes."""
+    """One implementation of every operation: `reference.py`, `cpu` or `cuda`. `kernels/__init__.py` defines the operations."""
 
     def rms_norm(self, x: Tensor, weight_D: Tensor, offset: float, scale_D: Tensor, eps: float) -> Tensor: ...
 

@@ -1,4 +1,4 @@
-"""What every operation of `kernels/__init__.py` means, in plain PyTorch. Other implementations agree up to rounding.
+"""The reference implementation of every operation of `kernels/__init__.py`, in PyTorch. The others agree up to rounding.
 
 T: tokens, H: query heads, K: key/value heads, G = H / K, D: width, E: head width, I: inputs, O: outputs, R: rank, S: keys seen,
 N: rows that decode.
@@ -20,21 +20,21 @@ from posttrain.kernels.segments import DecodingSegments, Extras, Reading, Segmen
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, offset: float, scale_D: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) (weight + offset), in float32, given back as x came (Zhang and Sennrich 2019)."""
+    """x / sqrt(mean(x^2) + eps) (weight + offset), computed in float32, in the dtype of x (Zhang and Sennrich 2019)."""
     wide = x.float()
     root = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * root * (weight_D.float() + offset)).to(x.dtype)
 
 
 def rotate(x_HTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    """Rotary position embedding by halves (Su et al. 2021): x cos + (-x_2, x_1) sin, each product as x came."""
+    """Rotary position embedding by halves (Su et al. 2021): x cos + (-x_2, x_1) sin, each product in the dtype of x."""
     half = x_HTE.shape[-1] // 2
     turned = torch.cat([-x_HTE[..., half:], x_HTE[..., :half]], -1)
     return (x_HTE * cos_TE) + (turned * sin_TE)
 
 
 def gated(gate: Tensor, up: Tensor, *, gelu: bool) -> Tensor:
-    """silu(gate) up, or gelu(gate) up by its tanh form (Shazeer 2020)."""
+    """silu(gate) up, or gelu(gate) up with the tanh form of gelu (Shazeer 2020)."""
     return (functional.gelu(gate, approximate="tanh") if gelu else functional.silu(gate)) * up
 
 
@@ -49,14 +49,14 @@ Adapted = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], tuple
 def adapted(
     x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """W x + b + scale B A x [T, O], and A x [T, R], in the type of x; A and B are float32."""
+    """W x + b + scale B A x [T, O], and A x [T, R], in the dtype of x; A and B are float32."""
     p_TR = x_TI @ a_RI.to(x_TI.dtype).T
     y_TO = functional.linear(x_TI, weight_OI, bias_O)
     return y_TO.addmm_(p_TR, b_OR.to(x_TI.dtype).T, alpha=scale), p_TR
 
 
 class LoraProduct(torch.autograd.Function):
-    """The adapted product with a frozen weight: saves the input and its projection, and nothing of width `outputs`."""
+    """The product with an adapter and a frozen weight. Saves the input and its projection for backward, but no output."""
 
     @staticmethod
     def forward(
@@ -88,7 +88,7 @@ def lora_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tenso
 
 
 def softmax_with_sinks(scores: Tensor, sinks_H: Tensor | None) -> Tensor:
-    """Softmax over the last dimension of scores [H, ..., S], sinks among them, which take their share away."""
+    """Softmax over the last dimension of scores [H, ..., S] and the sinks; returns the weights without those of the sinks."""
     if sinks_H is None:
         return torch.softmax(scores, -1)
     sinks = sinks_H.to(scores.dtype).view(-1, *[1] * (scores.dim() - 1)).expand(*scores.shape[:-1], 1)
@@ -117,7 +117,7 @@ def segment_attention(
 def cache_attention(
     q: Tensor, k: Tensor, v: Tensor, layer: int, readings: Sequence[Reading], rows: int, *, scale: float, extra: Extras
 ) -> Tensor:
-    """One new token a row: append its key and value, attend to the row's cache. q [H, T, E] -> [H, rows, E]."""
+    """Append the key and value of one new token per row, then attend to the row's cache. q [H, T, E] -> [H, rows, E]."""
     parts = []
     for reading in readings:
         shelf, count = reading.shelf, reading.rows
@@ -128,15 +128,15 @@ def cache_attention(
 
 
 def _attend(q_NKGE: Tensor, keys: Tensor, values: Tensor, reading: Reading, scale: float, extra: Extras) -> Tensor:
-    """Plain products over the blocks [blocks, places, K, block, E] that hold the keys seen.
+    """Batched products over the blocks [blocks, places, K, block, E] that contain the keys seen.
 
-    The keys stand on the left: only the right side of a product is packed, and here it is the small one. The first places of
-    a block are one piece of memory; of pieces of them, products would make copies.
+    The keys are the left factor, because the library packs only the right one, which is small here. A product covers the first
+    places of one block, because these are contiguous; other slices would be copied.
     """
     rows, heads, groups, width = q_NKGE.shape
     size = keys.shape[3]
     turned = q_NKGE.reshape(rows * heads, groups, width).transpose(1, 2)
-    # Keys of blocks that a row does not reach are not computed, and masked with the others below.
+    # Scores of blocks that a row does not reach stay 0; the mask below hides them.
     scores = q_NKGE.new_zeros((rows * heads, groups, len(reading.rows_B) * size), dtype=torch.float32)
     for b, reached in enumerate(reading.rows_B):
         count = reached * heads
@@ -145,7 +145,7 @@ def _attend(q_NKGE: Tensor, keys: Tensor, values: Tensor, reading: Reading, scal
     if extra.softcap is not None:
         scores, scale = torch.tanh(scores * (scale / extra.softcap)), extra.softcap
     scores = scores.view(rows, heads * groups, -1)[..., : reading.seen]
-    # Adding the mask takes a sixth of the time of filling it in.
+    # Adding the mask takes a sixth of the time of `masked_fill`.
     scores = torch.add(reading.bias(extra.window, torch.float32)[:, None], scores, alpha=scale)
     if extra.sinks_H is None:
         weights = torch.softmax(scores, -1)
@@ -161,46 +161,46 @@ def _attend(q_NKGE: Tensor, keys: Tensor, values: Tensor, reading: Reading, scal
 
 
 def attends_by_row(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `cache_attention` reads of each row no more keys than it has, whatever stands beside it."""
+    """Whether `cache_attention` reads only each row's own keys: no."""
     return False
 
 
 class PlainLinear:
-    """Products with weights that stay as they are."""
+    """Products without packed copies of weights."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """W x + b; a weight of another type is narrowed each time."""
+        """W x + b; a weight of another dtype is cast in each call."""
         return functional.linear(x, weight.to(x.dtype), bias)
 
     def logits(self, x_RD: Tensor, head_VD: Tensor) -> Tensor:
-        """Logits [R, V], valid until the next ones."""
+        """Logits [R, V]."""
         return self(x_RD, head_VD)
 
 
 def engine_linear(dtype: torch.dtype, device: torch.device, *, serving: bool) -> EngineLinear:
-    """Products of an engine's forwards."""
+    """The products of an engine's forwards."""
     return PlainLinear()
 
 
 def packed_bytes(weight_OI: Tensor, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes of the copy of a weight that `engine_linear` keeps: none."""
+    """Bytes of the packed copy of a weight: none."""
     return 0
 
 
 def token_chooser(logits_RV: Tensor) -> Choose | None:
-    """None: the reference of a choice, with every setting, is `generate/sampling.py`."""
+    """None: the reference implementation of sampling is `generate/sampling.py`."""
     return None
 
 
 class PlainReplay:
-    """Every step runs as it stands."""
+    """Forwards without recordings."""
 
     def __init__(self, forward: Forward) -> None:
         self._forward, self.recording, self.replayed = forward, True, 0
 
     @property
     def wants_decoding_alone(self) -> bool:
-        """Nothing is recorded."""
+        """False: nothing is recorded."""
         return False
 
     def forward(self, ids_T: Tensor, positions_T: Tensor, segments: DecodingSegments, tokens: StepTokens) -> Tensor:
@@ -209,10 +209,10 @@ class PlainReplay:
 
 
 def replay(model: nn.Module, forward: Forward) -> Replay:
-    """The forwards of one base, none of which is recorded."""
+    """The forwards of one base, without recordings."""
     return PlainReplay(forward)
 
 
 def advice(dtype: torch.dtype, device: torch.device) -> str | None:
-    """What would make everything faster here."""
+    """How to make this machine faster: nothing is known."""
     return None

@@ -2,9 +2,9 @@
 
     y_t = W x_t + s_a B_a A_a x_t,   a: the adapter of token t
 
-The base's product runs once over all tokens. A long run of tokens of one adapter, of a prompt for instance, is computed just
-as in training. The other tokens of each of n adapters are gathered into a table [n, M], and the low-rank products of all
-adapters are two batched ones; layers that read the same input share the first.
+The base's product runs once over all tokens. A long run of tokens of one adapter, such as a prompt, is computed as in
+training. The other tokens are gathered by adapter into a table [n, M], and two batched products compute the low-rank products
+of all n adapters. Layers that read the same input share the first one.
 
 T: tokens, M: most tokens of one adapter in the table, R: rank, n: slots, C: columns.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from posttrain.kernels.interfaces import AdapterSlots, SlotLayout, Stack, TokenProducts, TokenRuns
 
-# A run of so many tokens needs no table.
+# A run of at least this number of tokens is computed without a table.
 LONG = 32
 
 
@@ -27,24 +27,24 @@ class Grouping(Protocol):
     numbers: list[Tensor]
 
     def gather(self, x: Tensor) -> Tensor:
-        """The grouped tokens of x [1, T, inputs], as `project` takes them."""
+        """The grouped tokens of x [1, T, inputs], in the layout of `project`."""
 
     def project(self, gathered: Tensor, a: Tensor) -> Tensor:
-        """A x of every grouped token by its slot's A [n, C, inputs]."""
+        """A x of every grouped token with its slot's A [n, C, inputs]."""
 
     def add(self, projected: Tensor, first: int, stack: Stack, y: Tensor) -> None:
         """Add B p to y [1, T, outputs] for every grouped token, with the columns of p from `first`."""
 
 
 class TableGrouping:
-    """Tokens of each slot in a table [n, M], filled up with the first token, and batched products over it."""
+    """The tokens of each slot in a table [n, M], padded with token 0, and batched products over it."""
 
     def __init__(self, tokens: Sequence[Sequence[int]], device: torch.device) -> None:
         self.numbers: list[Tensor] = []
         self._most = most = max(map(len, tokens))
-        self._table_nM = torch.tensor([[*own, *[0] * (most - len(own))] for own in tokens], device=device)
-        places = {token: slot * most + place for slot, own in enumerate(tokens) for place, token in enumerate(own)}
-        # Tokens between them that stand in no table find zeros behind it.
+        self._table_nM = torch.tensor([[*group, *[0] * (most - len(group))] for group in tokens], device=device)
+        places = {token: slot * most + place for slot, group in enumerate(tokens) for place, token in enumerate(group)}
+        # Other tokens between the first and the last one get the row of zeros after the table.
         self._covered = slice(min(places), max(places) + 1)
         self._place_C = torch.tensor(
             [places.get(token, len(tokens) * most) for token in range(self._covered.start, self._covered.stop)], device=device
@@ -60,24 +60,24 @@ class TableGrouping:
         return torch.bmm(gathered, a.transpose(1, 2))
 
     def add(self, projected: Tensor, first: int, stack: Stack, y: Tensor) -> None:
-        """B p of the table added to the tokens that stand in it."""
+        """Add B p of the table to its tokens."""
         slots, outputs, rank = stack.b.shape
         if outputs not in self._added:
             self._added[outputs] = y.new_zeros(slots * self._most + 1, outputs)
         added = self._added[outputs]
-        own = projected[..., first : first + rank]
-        torch.bmm(own, stack.b.transpose(1, 2), out=added[:-1].view(slots, self._most, outputs))
+        layer_projected = projected[..., first : first + rank]
+        torch.bmm(layer_projected, stack.b.transpose(1, 2), out=added[:-1].view(slots, self._most, outputs))
         y[0, self._covered].add_(added[self._place_C])
 
 
 class MixedTokens:
-    """Tokens of few gathered by slot, and long runs one by one."""
+    """Products that compute long runs of one adapter separately and group all other tokens by slot."""
 
     def __init__(
         self, runs: TokenRuns, slots: AdapterSlots, grouping: Callable[[list[list[int]]], Grouping], *, joins: bool,
         recorded: int = 0,
     ) -> None:  # fmt: skip
-        """`joins` puts the A of layers with one input side by side. Batches of at most `recorded` tokens can be recorded."""
+        """`joins` concatenates the A of layers with the same input. Batches of at most `recorded` tokens can be recorded."""
         self._slots, self._joins, self._recorded = slots, joins, recorded
         tokens: list[list[int]] = [[] for _ in range(runs.slots)]
         self._total = total = sum(count for count, _ in runs.runs)
@@ -91,19 +91,19 @@ class MixedTokens:
                 tokens[slot] += range(rows.start, rows.stop)
             start += count
         self._grouping = grouping(tokens) if any(tokens) else None
-        # What the layers before found for the same input, which several of them have.
+        # The last input: layers that read the same one share its projection.
         self._input: Tensor | None = None
 
     @property
     def form(self) -> Hashable | None:
-        """As of TokenProducts. The tensors of stacks that are not wide are part of it."""
+        """As in TokenProducts. The tensors of stacks that are not wide are part of it."""
         if self._long or self._total > self._recorded:
             return None
         return "base" if self._grouping is None else ("grouped", self._slots.address, len(self.numbers[0]))
 
     @property
     def numbers(self) -> list[Tensor]:
-        """As of TokenProducts."""
+        """As in TokenProducts."""
         return [] if self._grouping is None else self._grouping.numbers
 
     def apply(self, layer: str, x: Tensor, weight: Tensor, bias: Tensor | None, stack: Stack) -> Tensor:
@@ -117,8 +117,8 @@ class MixedTokens:
         return y
 
     def _project(self, grouping: Grouping, layer: str, x: Tensor, stack: Stack) -> tuple[Tensor, int]:
-        """Projections of the grouped tokens, and the column from which they are this layer's; the first layer that reads an
-        input does it for all that do."""
+        """Projections of the grouped tokens, and the first column of this layer. The first layer that reads an input projects
+        it for all layers that read it."""
         if x is not self._input:
             self._input, self._first = x, layer
             self._gathered = grouping.gather(x)
@@ -132,52 +132,52 @@ class MixedTokens:
 
 
 def all_finite(matrices: Sequence[Tensor]) -> bool:
-    """Whether all numbers are; a sum beyond all numbers says no of some that are."""
+    """Whether all numbers are finite. An overflowing sum gives False although all numbers are finite."""
     return bool(torch.stack([matrix.sum(dtype=torch.float32) for matrix in matrices]).sum().isfinite())
 
 
 def fill(stack: Stack, slot: int, pair: tuple[Tensor, Tensor] | None, scale: float) -> None:
-    """Copy A and s B into a slot, with zeros behind them; zeros alone where there is no pair."""
+    """Copy A and s B into a slot and fill the rest with zeros; without a pair, fill all of it."""
     rank, room = 0 if pair is None else len(pair[0]), stack.a.shape[1]
     if pair is not None:
         stack.a[slot, :rank] = pair[0].detach()
         torch.mul(pair[1].detach(), scale, out=stack.b[slot, :, :rank])
-    if rank < room:  # what the adapter before it had beyond, which need not be finite
+    if rank < room:  # numbers of the slot's previous adapter, which may not be finite
         stack.a[slot, rank:], stack.b[slot, :, rank:] = 0, 0
 
 
 class PlainLayout:
-    """A slot after the other in each layer. With `one_matrix` B lies as [n, R, outputs], so that all slots side by side are
+    """One slot after another in each layer. With `one_matrix` B is stored as [n, R, outputs], so that all slots together form
     one matrix, and layers are not joined."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device, *, one_matrix: bool = False) -> None:
         self._dtype, self._device, self._one_matrix = dtype, device, one_matrix
 
     def rank(self, rank: int) -> int:
-        """As it is."""
+        """Unchanged."""
         return rank
 
     def columns(self, columns: int) -> int:
-        """As they are."""
+        """Unchanged."""
         return columns
 
     def new_stack(self, slots: int, rank: int, a: Tensor, b: Tensor) -> Stack:
-        """As of SlotLayout."""
+        """As in SlotLayout."""
         turned = b.new_zeros((slots, rank, len(b)), dtype=self._dtype).transpose(1, 2)
         by_slot = a.new_zeros(slots, rank, a.shape[1], dtype=self._dtype)
         return Stack(by_slot, turned if self._one_matrix else turned.contiguous())
 
     def write(self, slot: int, stacks: Mapping[str, Stack], weights: Mapping[str, tuple[Tensor, Tensor]], scale: float) -> bool:
-        """As of SlotLayout; no stack is wide, so nothing need be finite."""
+        """As in SlotLayout. No stack is wide, so the numbers may be infinite or NaN."""
         for layer, stack in stacks.items():
             fill(stack, slot, weights.get(layer), scale)
         return True
 
     def tokens(self, runs: TokenRuns, slots: AdapterSlots) -> TokenProducts:
-        """As of SlotLayout."""
+        """As in SlotLayout."""
         return MixedTokens(runs, slots, lambda tokens: TableGrouping(tokens, self._device), joins=not self._one_matrix)
 
 
 def slot_layout(dtype: torch.dtype, device: torch.device, *, serving: bool) -> SlotLayout:
-    """How slots of adapters lie in memory."""
+    """The memory layout of adapter slots."""
     return PlainLayout(dtype, device)

@@ -1,4 +1,4 @@
-"""What attention reads beside numbers: the spans of a packed batch, and the rows of a cache.
+"""The data structures of attention: the spans of a packed batch, and the rows of a cache.
 
 L: segment length, S: keys seen, R: rows computed, N: rows that decode, B: blocks with keys seen, K: key/value heads, D: width.
 """
@@ -21,35 +21,35 @@ class Span(NamedTuple):
 
     @property
     def keys(self) -> int:
-        """How many keys the last token of the span sees."""
+        """Number of keys that the last token of the span sees."""
         return self.length + sum(length for _, length in self.ancestors)
 
 
 class SegmentTable(Protocol):
-    """The spans of one packed batch, and a store for what a kernel derives from them, which all layers share."""
+    """The spans of one packed batch, and a store for the tables that kernels derive from them, shared by all layers."""
 
     @property
     def spans(self) -> tuple[Span, ...]:
         """The spans, in the order of their tokens."""
 
     def cached(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What `make` returned when this key was first asked for."""
+        """The result of `make()` for this key, computed once."""
 
 
 def pieces(span: Span) -> tuple[tuple[int, int], ...]:
-    """(start, length) of a span's ancestors and of itself, in the order in which their tokens follow each other."""
+    """(start, length) of a span's ancestors and of itself, in the order of their tokens."""
     return (*span.ancestors, (span.start, span.length))
 
 
 def gather(x: Tensor, span: Span) -> Tensor:
-    """Rows of the span and its ancestors [K, S, D]."""
+    """The rows of x that belong to the span's ancestors and to the span [K, S, D]."""
     if not span.ancestors:
         return x[:, span.start : span.start + span.length]
     return torch.cat([x[:, start : start + length] for start, length in pieces(span)], dim=1)
 
 
 def invisible(segments: SegmentTable, length: int, keys: int, window: int, device: torch.device) -> Tensor:
-    """Which of `keys` keys each of the last `length` of their tokens must not see [L, S]; made once a batch and shape."""
+    """Mask [L, S] of the keys that each of the last `length` of `keys` tokens must not see; cached per batch and shape."""
 
     def make() -> Tensor:
         query_L = torch.arange(keys - length, keys, device=device)[:, None]
@@ -61,8 +61,8 @@ def invisible(segments: SegmentTable, length: int, keys: int, window: int, devic
 
 
 class Extras(NamedTuple):
-    """What some models add to plain attention: a sliding window (0 for none), a soft cap of the scores, and sinks: for each
-    head the score [H] of a key whose value is zero."""
+    """Extensions of attention that some models have: a sliding window (0: none), a soft cap of the scores, and sinks: for
+    each head the score [H] of a key whose value is zero."""
 
     window: int = 0
     softcap: float | None = None
@@ -70,37 +70,37 @@ class Extras(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether there is nothing but a window."""
+        """Whether there is no extension other than a window."""
         return self.softcap is None and self.sinks_H is None
 
 
-class Shelf(Protocol):
+class CacheShelf(Protocol):
     """Keys and values of rows, in tensors [blocks, places, K, block, D] a layer."""
 
     places: int
     block: int
-    # Another number where the tensors are others.
+    # Changes whenever the tensors are replaced.
     address: int
 
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer; made at the first use, with heads and width as of `like` [K, T, D]."""
+        """Keys and values of one layer, allocated at first use with the heads and width of `like` [K, T, D]."""
 
     def layers(self) -> list[tuple[int, tuple[Tensor, Tensor]]]:
-        """The tensors of all layers that there are."""
+        """The tensors of all allocated layers."""
 
     def write(self, layer: int, k: Tensor, v: Tensor, place_N: Tensor, position_N: Tensor, token_N: Tensor | slice) -> None:
-        """Packed token `token_N` of k and v [K, T, D] becomes token `position_N` of the row at `place_N`."""
+        """Write packed token `token_N` of k and v [K, T, D] as token `position_N` of the row at `place_N`."""
 
 
 class Reading(NamedTuple):
-    """Decoding rows of one shelf: tokens [start, start + rows) of the batch stand for its first places.
+    """Decoding rows of one shelf: tokens [start, start + rows) of the batch correspond to its first places.
 
-    Of these only the places `place_N` hold a row, `length_N` tokens long before this one, which is `token_N` of the batch.
-    (In a step of fixed form all of them do; `generate/graph_decoding.py`.)
-    Rows that see keys of block b stand on its first `rows_B[b]` places.
+    Only the places `place_N` hold a row. The row has `length_N` tokens before this one, which is `token_N` of the batch.
+    (In a step of fixed form all places hold a row; `generate/graph_decoding.py`.)
+    The rows that see keys of block b are on the first `rows_B[b]` places.
     """
 
-    shelf: Shelf
+    shelf: CacheShelf
     start: int
     rows: int
     place_N: Tensor
@@ -108,16 +108,16 @@ class Reading(NamedTuple):
     token_N: Tensor | slice
     seen: int
     rows_B: tuple[int, ...]
-    # Which keys each row sees, by window; kept for the other layers.
-    kept: dict[int, Tensor]
+    # The mask of the keys that each row sees, by window; shared by all layers.
+    masks: dict[int, Tensor]
 
     def bias(self, window: int, dtype: torch.dtype) -> Tensor:
-        """[R, S]: 0 where a key is seen, -inf where not. A place without a row sees its first key."""
-        if window not in self.kept:
+        """[R, S]: 0 where a key is seen, otherwise -inf. A place without a row sees its first key."""
+        if window not in self.masks:
             mask_RS = self._seen(window)
             zeros_RS = torch.zeros(mask_RS.shape, dtype=dtype, device=mask_RS.device)
-            self.kept[window] = zeros_RS.masked_fill_(~mask_RS, float("-inf"))
-        return self.kept[window]
+            self.masks[window] = zeros_RS.masked_fill_(~mask_RS, float("-inf"))
+        return self.masks[window]
 
     def _seen(self, window: int) -> Tensor:
         device = self.place_N.device
@@ -129,11 +129,11 @@ class Reading(NamedTuple):
 
 
 class DecodingSegments(SegmentTable, Protocol):
-    """Segments of a step that may also read a cache."""
+    """The segments of a step that may also read a cache."""
 
     @property
     def readings(self) -> tuple[Reading, ...]:
-        """The decoding rows, shelf by shelf; none without a cache."""
+        """The decoding rows by shelf; empty without a cache."""
 
     def with_readings(self, readings: tuple[Reading, ...]) -> "DecodingSegments":
-        """The same step without spans, reading these rows."""
+        """A copy of this step without spans that reads these rows."""

@@ -1,4 +1,4 @@
-"""One low-rank adapter (Hu et al. 2021): its settings, its matrices, and what else was trained beside them.
+"""One low-rank adapter (Hu et al. 2021): its settings, its matrices, trained embedding rows and a reward model's head.
 
 R: rank.
 """
@@ -14,7 +14,7 @@ from posttrain.models.heads import SCORE_NAME, ScoreHead
 
 
 class LoraSettings(NamedTuple):
-    """The shape of an adapter."""
+    """Hyperparameters of an adapter."""
 
     rank: int
     alpha: float
@@ -24,15 +24,12 @@ class LoraSettings(NamedTuple):
 
     @property
     def scale(self) -> float:
-        """What the low-rank product is multiplied by."""
+        """The factor of the low-rank product."""
         return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
 
 
 class LoraAdapter:
-    """One adapter: for each adapted layer its A and B, float32, and what else was trained beside them.
-
-    That is the embedding rows of some tokens, and the head of a reward model.
-    """
+    """One adapter: A and B of each adapted layer, float32; optionally embedding rows of some tokens and a score head."""
 
     def __init__(
         self, name: str, settings: LoraSettings, weights: dict[str, tuple[nn.Parameter, nn.Parameter]],
@@ -40,7 +37,7 @@ class LoraAdapter:
     ) -> None:  # fmt: skip
         self.name, self.settings, self.weights, self.tokens, self.head = name, settings, weights, tokens, head
         self.training = False
-        # A hash of what it was read from; None for one that is made or trained here.
+        # Hash of the files that it was read from; None for an adapter that was made or trained in this process.
         self.fingerprint: str | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -57,15 +54,15 @@ class LoraAdapter:
 
     @property
     def drops(self) -> bool:
-        """Whether dropout is in force: while gradients are recorded, and so not in validation."""
+        """Whether dropout is active: only while gradients are recorded, so never in validation."""
         return self.training and self.settings.dropout > 0 and torch.is_grad_enabled()
 
     def requires_grad_(self, on: bool) -> None:
-        """Make the adapter trainable, or freeze it."""
+        """Make the adapter trainable (`on`) or freeze it."""
         self.training = on
         for parameter in self.parameters().values():
             parameter.requires_grad_(on)
 
     def without_dropout(self) -> None:
-        """A policy that drops inputs while it learns is not the one that sampled."""
+        """Switch dropout off, so that the trained policy is the one that sampled."""
         self.settings = self.settings._replace(dropout=0.0)

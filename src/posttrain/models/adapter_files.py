@@ -1,7 +1,7 @@
-"""Policies on disk: adapters in PEFT's format, full weights as safetensors; both carry the hash of their base.
+"""Policies on disk: adapters in PEFT's format, full weights as safetensors; both contain the hash of their base.
 
-`adapter_config.json` and `adapter_model.safetensors` are what PEFT and vLLM read. The base's hash lies in the safetensors
-metadata; an adapter of another base is refused, since it would load without a complaint and answer nonsense.
+PEFT and vLLM read `adapter_config.json` and `adapter_model.safetensors`. The base's hash is in the safetensors metadata. An
+adapter of another base is refused, because it would load without an error and give nonsense.
 """
 
 import hashlib
@@ -34,9 +34,9 @@ FULL_WEIGHTS = "model.safetensors"
 PREFIX = "base_model.model."
 FULL_SCORE = "score.weight"
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
-# Types of the numbers of an adapter; those of others are packed, or not weights.
+# Supported dtypes of an adapter's tensors; others are quantised, or not weights.
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# No config of an adapter is longer.
+# Upper limit of an adapter's config in bytes.
 CONFIG_BYTES = 2**22
 
 
@@ -49,7 +49,8 @@ def save_adapter(folder: Path, adapter: LoraAdapter, base: BaseModel) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write safetensors whose bytes depend on nothing but the content: the library puts metadata in random order."""
+    """Write safetensors whose bytes depend only on the content: the library writes metadata in random order, here it is
+    sorted."""
     save_file(tensors, str(path), metadata=metadata)
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -91,7 +92,7 @@ def _peft_config(adapter: LoraAdapter, base: BaseModel) -> dict[str, Any]:
 
 
 class AdapterFiles(NamedTuple):
-    """The two files of an adapter, read once: what is hashed is what is used, whatever happens on disk meanwhile.
+    """The two files of an adapter, read once, so that the hashed bytes are the used bytes even if the files change.
 
     The fingerprint is the sha256 over the sha256 of the config and that of the weights, all in hex.
     """
@@ -102,14 +103,14 @@ class AdapterFiles(NamedTuple):
 
 
 def load_adapter(folder: Path, name: str, base: BaseModel, *, require_hash: bool = True) -> LoraAdapter:
-    """Read an adapter and keep it in memory under `name`. Raises as `read_adapter` and `make_adapter` do."""
+    """Read an adapter and add it to the base under `name`. Raises as `read_adapter` and `make_adapter` do."""
     where = f"adapter {folder}"
     files = read_adapter(folder, where=where)
     return base.adapters.add(make_adapter(name, files, base, where=where, require_hash=require_hash))
 
 
 def read_adapter(folder: Path, *, where: str, limit: int | None = None) -> AdapterFiles:
-    """The files of an adapter, weights of at most `limit` bytes. Raises AdapterError where they are not there or too large."""
+    """Read the files of an adapter, weights of at most `limit` bytes. Raises AdapterError if they are missing or too large."""
     files = _read_file(folder / ADAPTER_CONFIG, where, CONFIG_BYTES), _read_file(folder / ADAPTER_WEIGHTS, where, limit)
     hashes = [hashlib.sha256(data).hexdigest() for data in files]
     return AdapterFiles(*files, hashlib.sha256("".join(hashes).encode()).hexdigest())
@@ -117,7 +118,7 @@ def read_adapter(folder: Path, *, where: str, limit: int | None = None) -> Adapt
 
 def _read_file(path: Path, where: str, limit: int | None) -> bytes:
     try:
-        # A pipe is opened without waiting for who writes into it, and then refused.
+        # O_NONBLOCK: opening a pipe does not wait for its writer; it is refused below.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
@@ -136,10 +137,10 @@ def _read_file(path: Path, where: str, limit: int | None) -> bytes:
 def make_adapter(
     name: str, files: AdapterFiles, base: BaseModel, *, where: str, require_hash: bool = True
 ) -> LoraAdapter:  # fmt: skip
-    """An adapter of files that were read, not yet among those of the base.
+    """Make an adapter of its files, without adding it to the base.
 
-    Raises AdapterError when it is damaged, has other shapes, or belongs to another base; with `require_hash` also when it
-    does not say which base it belongs to (as an adapter written by another tool does not).
+    Raises AdapterError if it is damaged, has wrong shapes, or belongs to another base; with `require_hash` also if it does not
+    name its base, as adapters written by other tools.
     """
     config = read_settings(files.config, where)
     settings = LoraSettings(
@@ -154,7 +155,7 @@ def make_adapter(
     head = _take_head(tensors, metadata, base, where) if is_reward_model(config) else None
     try:
         shapes = LoraShape.select(base.model, settings.targets)
-    except RecipeError as error:  # it speaks of a recipe, and there is none
+    except RecipeError as error:  # its text names a recipe, and there is none
         raise AdapterError(where, f"target_modules: {error.found}", allowed=error.allowed) from None
     weights = _match(tensors, shapes, settings.rank, where, base.device)
     adapter = LoraAdapter(name, settings, weights, tokens, head)
@@ -165,7 +166,7 @@ def make_adapter(
 def _take_head(
     tensors: dict[str, torch.Tensor], metadata: dict[str, str], base: BaseModel, where: str, name: str = SCORE_NAME
 ) -> ScoreHead:
-    """The head of a reward model, taken out of `tensors`. One of another tool has no shift."""
+    """Remove the head of a reward model from `tensors` and return it. A head of another tool has no shift."""
     weight = tensors.pop(name, None)
     width = base.model.get_input_embeddings().weight.shape[1]
     if weight is None or tuple(weight.shape) != (1, width):
@@ -181,7 +182,7 @@ def _take_head(
 
 
 def _take_token_rows(tensors: dict[str, torch.Tensor], indices: Any, base: BaseModel, where: str) -> TokenRows | None:
-    """The trained embedding rows, taken out of `tensors`. PEFT writes a list of ids, or {layer: ids}."""
+    """Remove the trained embedding rows from `tensors` and return them. PEFT writes a list of ids, or {layer: ids}."""
     layer = base.adapters.embedding_name
     if not indices:
         return None
@@ -201,9 +202,9 @@ def _parse_tensors(data: bytes, where: str) -> tuple[dict[str, torch.Tensor], di
         tensors = load(data)
         for name, tensor in tensors.items():
             if tensor.dtype not in TYPES:
-                found = str(tensor.dtype).removeprefix("torch.")
-                raise AdapterError(where, f"{name} is of type {found}", allowed="float32, bfloat16, float16 or float64")
-        length = int.from_bytes(data[:8], "little")  # of the header, which the library has found to be well formed
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                raise AdapterError(where, f"{name} is of type {dtype}", allowed="float32, bfloat16, float16 or float64")
+        length = int.from_bytes(data[:8], "little")  # of the header, which the library has checked
         return tensors, json.loads(data[8 : 8 + length]).get("__metadata__") or {}
     except (SafetensorError, ValueError) as error:
         raise _damaged(where, ADAPTER_WEIGHTS, error) from None
@@ -213,12 +214,12 @@ def _damaged(where: str, name: str, error: Exception) -> AdapterError:
     return AdapterError(where, f"{name} is damaged ({str(error)[:80]})", do="fetch or train the adapter again")
 
 
-def check_base(found: str | None, base: BaseModel, where: str, *, require_hash: bool) -> None:
-    """Refuse weights that were trained on another base. Raises AdapterError."""
-    if found is None and not require_hash:
+def check_base(base_hash: str | None, base: BaseModel, where: str, *, require_hash: bool) -> None:
+    """Raises AdapterError for weights that were trained on another base (`base_hash`)."""
+    if base_hash is None and not require_hash:
         return
-    if found != base.source.weights_hash:
-        trained_on = f"was trained on base {found[:12]}" if found else "does not say which base it was trained on"
+    if base_hash != base.source.weights_hash:
+        trained_on = f"was trained on base {base_hash[:12]}" if base_hash else "does not say which base it was trained on"
         raise AdapterError(
             where,
             f"{trained_on}, not on {base.source.model} ({base.source.weights_hash[:12]})",
@@ -249,19 +250,19 @@ def _match(
 
 
 def full_state(base: BaseModel) -> dict[str, nn.Parameter]:
-    """Every parameter by transformers' own name; tied weights once."""
+    """Every parameter by its name in transformers; tied weights once."""
     return {name: tensor for name, tensor in whole_state(base).items() if isinstance(tensor, nn.Parameter)}
 
 
 def whole_state(base: BaseModel) -> dict[str, torch.Tensor]:
-    """Everything in memory that a model's file holds, by transformers' own name: parameters and persistent buffers (such as
-    the bias by which some architectures choose experts). Tied weights once.
+    """All tensors of a model's file by their names in transformers: parameters and persistent buffers (such as the bias by
+    which some architectures choose experts). Tied weights once.
     """
     return {name.replace(".base.", "."): tensor for name, tensor in untied(base.model.state_dict(keep_vars=True)).items()}
 
 
 def untied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A model's state with each tensor under its first name only: a file holds tied weights once."""
+    """A model's state with each tensor under its first name only, because a file contains tied weights once."""
     first: dict[int, str] = {}
     for name, tensor in state.items():
         first.setdefault(id(tensor), name)
@@ -269,9 +270,9 @@ def untied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def save_full(folder: Path, base: BaseModel, head: ScoreHead | None = None) -> None:
-    """Write all weights, the head of a reward model among them, and the model's config: the folder loads in transformers.
+    """Write all weights, the head of a reward model, and the model's config, so that transformers can load the folder.
 
-    The file has the names of the base's own checkpoint.
+    Tensors have the names of the base's original checkpoint.
     """
     tensors = checkpoint_tensors(base.model, whole_state(base))
     extra = {"format": "pt", **_identity(base)}
@@ -284,9 +285,9 @@ def save_full(folder: Path, base: BaseModel, head: ScoreHead | None = None) -> N
 
 
 def load_full(path: Path, base: BaseModel) -> ScoreHead | None:
-    """Put the weights of a finished full stage into the model in place; returns the head of a reward model.
+    """Copy the weights of a finished full fine-tuning stage into the model; returns the head of a reward model.
 
-    Raises AdapterError on another base, ModelError where the folder is not whole.
+    Raises AdapterError if they belong to another base, ModelError if the folder is incomplete.
     """
     where = f"weights {path}"
     try:
@@ -303,37 +304,37 @@ def load_full(path: Path, base: BaseModel) -> ScoreHead | None:
 
 
 def read_base(base: BaseModel, *, dtype: torch.dtype = torch.float32) -> Any:
-    """transformers' own model of the base's files. Raises ModelError where they were changed since they were loaded."""
+    """transformers' model of the base's files. Raises ModelError if the files changed since they were loaded."""
     verify_source(base.source)
     return read_model(base.source.folder, f"base {base.source.folder}", dtype=dtype)
 
 
 def reload_base(base: BaseModel) -> None:
-    """Put the base's own weights back into the model in place."""
+    """Copy the base's original weights back into the model."""
     _copy_into(base, read_base(base, dtype=base.model.dtype), f"base {base.source.folder}")
     base.weights_hash = base.source.weights_hash
 
 
 def _copy_into(base: BaseModel, model: Any, where: str) -> None:
-    state, own = model.state_dict(), whole_state(base)
-    for name, tensor in own.items():
+    state, target = model.state_dict(), whole_state(base)
+    for name, tensor in target.items():
         if name not in state or state[name].shape != tensor.shape:
             raise AdapterError(where, f"{name} is missing or has another shape", do="load it on its own base")
     with torch.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in target.items():
             tensor.copy_(state[name])
 
 
 class Policies:
-    """The policies of a run by name. Adapters share the memory of the base; full weights take its place in turn."""
+    """The policies of a run by name. Adapters share the memory of the base; full weights replace it."""
 
     def __init__(self, base: BaseModel, run: Path) -> None:
         self.base, self.run = base, run
         self._in_place = "base"
 
     def activate(self, name: str) -> str:
-        """Make a policy answer; returns the adapter name to route to: "base" for full weights, now in place, or the name of
-        their head.
+        """Load a policy and return the adapter name to route to. For full weights, which replace the base's weights, that is
+        "base" or the name of their head.
         """
         if name == "base" or (self.run / name / FULL_WEIGHTS).exists():
             if self._in_place != name:
@@ -353,12 +354,13 @@ class Policies:
 
     @contextmanager
     def instead(self, name: str) -> Iterator[str]:
-        """Another policy answers inside, under the name that is given; full weights in training come back after it."""
+        """Activate another policy inside the context, and yield the adapter name to route to. Full weights in training are
+        restored afterwards."""
         if name != "base" and not (self.run / name / FULL_WEIGHTS).exists():
             yield self.activate(name)
             return
         trained = [p for p in full_state(self.base).values() if p.requires_grad]
-        kept = [p.detach().clone() for p in trained]
+        saved = [p.detach().clone() for p in trained]
         if not trained:
             yield self.activate(name)
             return
@@ -367,16 +369,16 @@ class Policies:
             yield self.activate(name)
         finally:
             with torch.no_grad():
-                for parameter, value in zip(trained, kept, strict=True):
+                for parameter, value in zip(trained, saved, strict=True):
                     parameter.copy_(value)
             self._changed()
 
     def forget(self, name: str) -> None:
-        """A stage has trained or replaced this policy: what is in memory is not what is on disk."""
+        """Drop the copy of a policy in memory, because a stage has trained or replaced it."""
         self.base.adapters.remove(name)
-        if name == "base":  # full fine-tuning moved the weights themselves
+        if name == "base":  # full fine-tuning changed the base's weights in memory
             self._changed()
 
     def _changed(self) -> None:
-        """The weights in memory are those of no stage."""
+        """Record that the weights in memory belong to no stage."""
         self._in_place, self.base.weights_hash = "", None

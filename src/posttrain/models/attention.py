@@ -1,10 +1,10 @@
-"""Attention over packed segments: each token sees its own segment up to itself and the whole of its segment's ancestors.
+"""Attention over packed segments: each token sees its own segment up to itself, and all tokens of the segment's ancestors.
 
-One function is registered with transformers' attention interface, so every causal model that the interface serves works,
-sliding windows included. On a CPU it runs once a segment: no work between segments, no padding, cost the sum of squares.
-On a GPU the same table becomes the sequences of the variable-length flash kernel. With a cache (`models/cache.py`),
-the first tokens of the batch are those of decoding rows and see their rows' cached keys. An argument that is not known is
-refused: what it would have changed could not be seen in the result.
+One function is registered with transformers' attention interface, so it serves every causal model that uses the interface,
+sliding windows included. On a CPU it runs once per segment: without padding, at the cost of the sum of squared lengths.
+On a GPU the same table becomes the sequences of the variable-length flash kernel. With a cache (`models/cache.py`), the
+first tokens of the batch belong to decoding rows and attend to the cached keys of their rows. Unknown arguments are refused,
+because ignoring one could change the result silently.
 
 T: packed tokens, H: query heads, K: key/value heads, D: head width, E: width of the values, at most D.
 """
@@ -22,18 +22,18 @@ from posttrain.models.cache import Extras, fill, with_pasts
 from posttrain.models.segments import Segments
 
 ATTENTION_NAME = "posttrain_segments"
-# Arguments that say again what the segments say, or ask for further outputs.
+# Arguments that repeat what the segments contain, or that request further outputs.
 HARMLESS = frozenset({"position_ids", "cache_position", "position_embeddings", "use_cache", "output_attentions"})
 
 
 def register_attention() -> None:
-    """Make the packed-segment attention known to transformers under ATTENTION_NAME."""
+    """Register the packed-segment attention with transformers under ATTENTION_NAME."""
     transformers.AttentionInterface.register(ATTENTION_NAME, segment_attention)
     AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
-    """The segment table is the mask."""
+    """Build no mask: the segment table replaces it."""
     return None
 
 
@@ -44,29 +44,31 @@ def segment_attention(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """transformers' attention signature: query [1, H, T, D], key [1, K, T, D], value [1, K, T, E] -> ([1, T, H, E], None).
 
-    `s_aux` [H] are attention sinks: for each head a logit of a key without a value. Raises NotImplementedError for anything
-    else that could change the result.
+    `s_aux` [H]: attention sinks, one logit per head for a key without a value. Raises NotImplementedError for any other
+    argument that could change the result.
     """
     assert dropout == 0.0, "attention dropout would make a policy differ from its own samples"
-    segments = _known(segments, attention_mask, is_causal, others)
+    segments = _require_segments(segments, attention_mask, is_causal, others)
     extra = Extras(sliding_window or 0, softcap, s_aux)
     q, k, v = query[0], key[0], value[0]
     width = v.shape[-1]
-    if width != q.shape[-1]:  # of latent attention; zeros add nothing to a sum of values
+    if width != q.shape[-1]:  # latent attention; padding with zeros does not change the weighted sum of the values
         if width > q.shape[-1]:
             raise NotImplementedError("its values are wider than its keys")
         v = functional.pad(v, (0, q.shape[-1] - width))
     if segments.step is None:
         out = kernels.segment_attention(q, k, v, segments, scale=scaling, extra=extra)
     else:
-        out = _cached(q, k, v, int(module.layer_idx), scaling, segments, extra)  # type: ignore[arg-type]
+        out = _attend_with_cache(q, k, v, int(module.layer_idx), scaling, segments, extra)  # type: ignore[arg-type]
     if width != q.shape[-1]:
         out = out[..., :width]
     return out.transpose(0, 1)[None], None
 
 
-def _known(segments: Segments | None, mask: Tensor | None, is_causal: bool | None, others: dict[str, Any]) -> Segments:
-    """The segments, where nothing else was given that could change the result."""
+def _require_segments(
+    segments: Segments | None, mask: Tensor | None, is_causal: bool | None, others: dict[str, Any]
+) -> Segments:
+    """Return the segments. Raises NotImplementedError if they are missing or another argument could change the result."""
     unknown = [name for name, argument in others.items() if argument is not None and name not in HARMLESS]
     if mask is not None:
         unknown.append("attention_mask")
@@ -79,9 +81,10 @@ def _known(segments: Segments | None, mask: Tensor | None, is_causal: bool | Non
     return segments
 
 
-def _cached(q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, segments: Segments, extra: Extras) -> Tensor:
-    """Decoding rows first, then the packed prompts of rows that join. Their places are filled after the rows are read:
-    until then a place without a row is filler."""
+def _attend_with_cache(q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, segments: Segments, extra: Extras) -> Tensor:
+    """Attend first for the decoding rows, then for the packed prompts of rows that join the batch.
+
+    The prompts are written to the cache last: until then their places hold filler."""
     step = segments.step
     assert step is not None
     segments.calls += 1

@@ -1,8 +1,8 @@
 """Base models in memory.
 
-A base is loaded from safetensors, frozen, its linear layers wrapped so that adapters can be named per segment, and its
-attention replaced by the packed-segment function of `models/attention.py`. Remote code is never run, pickles are never
-read. Full logits never exist in training: `hidden` stops before the head, `models/logprobs.py` goes on from there.
+`load_base` reads safetensors, freezes the weights, wraps the linear layers so that an adapter can be chosen per token, and
+replaces attention with the packed-segment function of `models/attention.py`. It never runs remote code and never reads
+pickles. Training never materialises full logits: `hidden` stops before the head, and `models/logprobs.py` continues there.
 
 T: packed tokens, D: width, V: vocabulary.
 """
@@ -38,7 +38,7 @@ transformers.logging.disable_progress_bar()
 
 
 def load_tokenizer(folder: Path) -> HuggingFaceTokenizer:
-    """A model's own."""
+    """The tokenizer of a model's folder."""
     return HuggingFaceTokenizer(
         transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     )
@@ -54,11 +54,11 @@ class BaseModel:
         self.source, self.model, self.tokenizer, self.chat = source, model, tokenizer, chat
         weight = next(model.parameters())
         self.device: torch.device = weight.device
-        # What products are computed in. Wider weights are narrowed anew for each forward, and their gradients widened.
+        # The dtype of matrix products. Weights in a wider dtype are cast for each forward, and their gradients cast back.
         self.dtype: torch.dtype = dtype or weight.dtype
         self.narrow = NarrowWeights(model.base_model, self.dtype) if self.dtype != weight.dtype else None
         self.adapters = AdapterSet(model)
-        # What the weights in memory are known by: those of a full stage may take their place. None while they change.
+        # Hash of the weights in memory, which may be those of a full fine-tuning stage. None while they are trained.
         self.weights_hash: str | None = source.weights_hash
         self.vocabulary: int = len(model.get_output_embeddings().weight)
         self.tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -68,7 +68,7 @@ class BaseModel:
         self.cache_bytes: int = bytes_per_token(self.settings, self.dtype)
         sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
         plain = not sinks and not self.settings.get("attn_logit_softcapping")
-        # Whether attention over the cache reads of each row no more than it has, or rows should stand by their lengths.
+        # Whether cache attention reads only each row's own keys. If not, the engine orders the rows by length.
         self.attends_by_row = plain and attends_by_row(self.dtype, self.device)
         self.programs = replay(model, self.forward)
 
@@ -85,11 +85,11 @@ class BaseModel:
         return None if bias is None else bias.to(self.dtype)
 
     def _scaled(self, hidden_ND: Tensor) -> Tensor:
-        """Hidden states as the head takes them: z = s W h is computed as W (s h)."""
+        """Hidden states scaled for the head: z = s W h is computed as W (s h)."""
         return hidden_ND if self.head_scale == 1 else hidden_ND * self.head_scale
 
     def logits(self, hidden_ND: Tensor, policy: str) -> Tensor:
-        """Logits [N, V] under a policy: with its trained rows, where head and embedding are one weight."""
+        """Logits [N, V] under a policy. Its trained embedding rows apply if the head shares the embedding's weight."""
         rows = self._head_rows(policy)
         return capped(head_logits(self._scaled(hidden_ND), self.head_VD, rows, self.head_bias_V), self.softcap)
 
@@ -101,44 +101,45 @@ class BaseModel:
         return None if tokens is None else head_rows(tokens, self.head_VD)
 
     def logprobs(self, hidden_ND: Tensor, target_N: Tensor, policy: str) -> Tensor:
-        """log p of each target [N] under a policy, float32, differentiable in whatever of it is trained."""
+        """log p of each target [N] under a policy, float32, differentiable in the policy's trained parameters."""
         head_VD, tokens, rows = self.head_VD, self._head_tokens(policy), self._head_rows(policy)
         hidden_ND, bias_V = self._scaled(hidden_ND), self.head_bias_V
         logprobs_N = target_logprobs(hidden_ND, head_VD, target_N, softcap=self.softcap, rows=rows, bias_V=bias_V)
         if tokens is None or rows is None or not tokens.rows.requires_grad or not torch.is_grad_enabled():
             return logprobs_N
-        found: Tensor = RowGradient.apply(  # type: ignore[no-untyped-call]
+        with_gradient_N: Tensor = RowGradient.apply(  # type: ignore[no-untyped-call]
             logprobs_N, hidden_ND, head_VD, tokens.rows, rows.ids_K, target_N, self.softcap, bias_V
         )
-        return found
+        return with_gradient_N
 
     def row_logits(self, hidden_RD: Tensor, adapters: Sequence[LoraAdapter | None], product: EngineLinear) -> Tensor:
-        """Logits [R, V] of rows with adapters of their own, soft-capped where the model is, without gradient, valid
-        until the next ones."""
+        """Logits [R, V] of rows, each with its own adapter, soft-capped if the model is, without gradient.
+
+        The next call overwrites them."""
         hidden_RD, bias_V = self._scaled(hidden_RD), self.head_bias_V
         logits_RV = product.logits(hidden_RD, self.model.get_output_embeddings().weight)
         for adapter in dict.fromkeys(adapters):
             if adapter is not None and adapter.tokens is not None and self.tied:
-                own = torch.tensor([r for r, a in enumerate(adapters) if a is adapter], device=logits_RV.device)
-                rows = head_rows(adapter.tokens, self.head_VD)
-                logits_RV[own[:, None], rows.ids_K] = linear(hidden_RD[own], rows.rows_KD)
+                batch_rows = torch.tensor([r for r, a in enumerate(adapters) if a is adapter], device=logits_RV.device)
+                trained = head_rows(adapter.tokens, self.head_VD)
+                logits_RV[batch_rows[:, None], trained.ids_K] = linear(hidden_RD[batch_rows], trained.rows_KD)
         if bias_V is not None:
             logits_RV += bias_V
         return logits_RV if self.softcap is None else capped(logits_RV.float(), self.softcap)
 
     def scores(self, hidden_ND: Tensor, adapter: str) -> Tensor:
-        """The score of each completion [N] by the head of a reward model's adapter, float32."""
+        """Score of each completion [N] by the head of a reward model's adapter, float32."""
         head = self.adapters.get(adapter).head
         assert head is not None, f"{adapter} has no head"
         return head.score(hidden_ND)
 
     def hidden(self, ids_T: Tensor, positions_T: Tensor, segments: Segments, adapter: str) -> Tensor:
-        """Last hidden states [T, D] of a packed batch, all segments with one adapter ("base" for none)."""
+        """Last hidden states [T, D] of a packed batch; every segment uses the same adapter ("base": none)."""
         with self.adapters.use(adapter):
             return self.forward(ids_T, positions_T, segments)
 
     def forward(self, ids_T: Tensor, positions_T: Tensor, segments: Segments) -> Tensor:
-        """Last hidden states [T, D] with whatever adapter routing is in force."""
+        """Last hidden states [T, D] under the current adapter routing."""
         run = self.model.base_model if self.narrow is None else self.narrow
         ids, positions = ids_T[None].to(self.device), positions_T[None].to(self.device)
         out = run(input_ids=ids, position_ids=positions, use_cache=False, segments=segments)
@@ -146,7 +147,7 @@ class BaseModel:
         return hidden
 
     def identity(self) -> dict[str, str]:
-        """What a manifest says about the base."""
+        """The base's entry of a manifest."""
         return {
             "model": self.source.model,
             "weights_hash": self.source.weights_hash,
@@ -161,12 +162,12 @@ def native_bfloat16() -> bool:
     """Whether this processor multiplies bf16 matrices in hardware (AVX512-BF16, AMX or ARM BF16)."""
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    found = torch.cpu.get_capabilities()
-    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device a recipe asks for. Raises ModelError for cuda where there is none."""
+    """The device that a recipe names. Raises ModelError if it names cuda and there is no CUDA device."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ModelError('[base] device = "cuda"', "no CUDA device here", allowed="auto or cpu")
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
@@ -175,10 +176,10 @@ def choose_device(wanted: str) -> torch.device:
 def load_base(
     model: str, *, template: str = "auto", dtype: str = "auto", device: str = "auto", full: bool = False
 ) -> BaseModel:
-    """Load a base model, frozen, with its renderer. `full` keeps float32 weights that can be trained; on a GPU products are
-    still computed in the dtype that is asked for.
+    """Load a frozen base model with its chat renderer. `full` loads trainable float32 weights; on a GPU, products still use
+    `dtype`.
 
-    Raises ModelError for anything that cannot be loaded, naming what to do.
+    Raises ModelError if the model cannot be loaded or is not supported.
     """
     source = locate_base(model, careful=True)
     where = f'[base] model = "{model}"'
@@ -196,8 +197,8 @@ def load_base(
             use_safetensors=True, local_files_only=True, output_loading_info=True,
         )  # fmt: skip
         tokenizer = load_tokenizer(source.folder)
-    except Exception as error:  # noqa: BLE001 - damaged files break their readers anywhere
-        if error.args[:1] == (ATTENTION_NAME,):  # a table of attention classes, as older architectures have
+    except Exception as error:  # noqa: BLE001 - damaged files can raise any exception
+        if error.args[:1] == (ATTENTION_NAME,):  # older architectures look attention up in a table of classes
             raise refusal(where, source.folder, NotImplementedError("its attention cannot be replaced")) from None
         if "Unrecognized configuration class" in str(error):
             raise refusal(where, source.folder, NotImplementedError("it is no causal text model")) from None
@@ -212,30 +213,30 @@ def load_base(
     refuse_beyond(tokenizer, {*chat.template_ids, *chat.end_ids}, len(inner.get_input_embeddings().weight), where)
     proof = proof_path(source.weights_hash, products_dtype, kind, full=full)
     try:
-        own = None if proof.exists() else by_itself(inner, chat, kind)
-        # On a CPU a trained weight needs the gradient of the model's own module.
+        expected = None if proof.exists() else by_itself(inner, chat, kind)
+        # The CPU norm has no gradient for its weight, so a trained weight keeps the model's own module.
         if not full or kind.type == "cuda":
             replace_norms(inner, text_settings(inner.config).get("rms_norm_eps"))
         replace_mlps(inner)
         replace_rotary(inner)
         inner.to(kind)
         base = BaseModel(source, inner, tokenizer, chat, products_dtype)
-        if own is not None:
-            compare(base, *own)
-    except Exception as error:  # noqa: BLE001 - an architecture that does not fit breaks anywhere
+        if expected is not None:
+            compare(base, *expected)
+    except Exception as error:  # noqa: BLE001 - an unsupported architecture can raise any exception
         raise refusal(where, source.folder, error) from None
-    if own is not None:
+    if expected is not None:
         keep_proof(proof, type(inner).__name__, products_dtype)
     return base
 
 
 def load_chat(source: BaseModelFolder, template: str) -> ChatFormat:
-    """Only the renderer of a base, without its weights: enough to check data. Raises ModelError."""
+    """Load the chat renderer of a base without its weights, to check data. Raises ModelError."""
     where = f'[base] model = "{source.model}"'
     _refuse_remote_code(source.folder, where)
     try:
         tokenizer = load_tokenizer(source.folder)
-    except Exception as error:  # noqa: BLE001 - damaged files break their readers anywhere
+    except Exception as error:  # noqa: BLE001 - damaged files can raise any exception
         raise ModelError(where, f"the tokenizer cannot be loaded: {first_line(error)}", do="fetch the model again") from None
     chat = load_chat_format(tokenizer, template)
     refuse_beyond(tokenizer, {*chat.template_ids, *chat.end_ids}, source.vocabulary(), where)

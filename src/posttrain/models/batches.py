@@ -1,6 +1,6 @@
-"""From rows to packed batches on the device, and what is read off them: log-probabilities of targets, scores of completions.
+"""Packed batches of rows on the device, and their results: log-probabilities of targets, scores of completions.
 
-Shared by the training stages, by reference log-probabilities, and by whatever measures a policy or a reward model.
+Used by the training stages, for reference log-probabilities, and to measure policies and reward models.
 
 B: rows, N: targets, C: completions.
 """
@@ -16,15 +16,15 @@ from posttrain.data.prepare import PairRow, TrainRow
 from posttrain.models.base_model import BaseModel
 from posttrain.models.segments import Segments, Span
 
-# Tokens computed at once: memory grows with this number. Narrow layers reach their speed on two cores only from about two
-# thousand rows on (1.5 against 2.9 TFLOP/s at width 576).
+# Tokens of one forward. Memory grows with this number, but narrow layers need about 2,000 rows to reach full speed on two
+# cores (at width 576: 2.9 TFLOP/s, and 1.5 with fewer rows).
 MICRO_TOKENS = {"cpu": 2048, "cuda": 16384}
-# Tokens from which on a common beginning is worth a segment: attention below an ancestor gathers its keys.
+# Shortest common prefix that becomes a segment. Sharing has a cost: attention gathers the keys of ancestors.
 WORTH_SHARING = 16
 
 
 class DeviceBatch(NamedTuple):
-    """A packed batch as tensors."""
+    """A packed batch as tensors on a device."""
 
     ids_T: Tensor
     positions_T: Tensor
@@ -38,7 +38,7 @@ class DeviceBatch(NamedTuple):
 
 
 def to_device(batch: PackedBatch, device: torch.device) -> DeviceBatch:
-    """Tensors of a packed batch."""
+    """Copy a packed batch to a device."""
     segments = Segments(tuple(Span(*span) for span in batch.spans))
     numbers = [
         torch.tensor(x, dtype=torch.long, device=device)
@@ -49,8 +49,8 @@ def to_device(batch: PackedBatch, device: torch.device) -> DeviceBatch:
 
 
 def pack_rows(rows: Sequence[TrainRow], device: torch.device) -> DeviceBatch:
-    """Conversations side by side; what all of them begin with, such as a system prompt, is computed once."""
-    shared = _shared_beginning(rows)
+    """Pack conversations. Their common prefix, such as a system prompt, is computed once."""
+    shared = _shared_prefix(rows)
     if shared < WORTH_SHARING:
         segments = [segment for index, row in enumerate(rows) for segment in row_segments(row.ids, row.trained, index)]
     else:
@@ -59,8 +59,8 @@ def pack_rows(rows: Sequence[TrainRow], device: torch.device) -> DeviceBatch:
     return to_device(pack(segments, len(rows)), device)
 
 
-def _shared_beginning(rows: Sequence[TrainRow]) -> int:
-    """How many tokens all rows begin with before their first target; each keeps at least one token of its own."""
+def _shared_prefix(rows: Sequence[TrainRow]) -> int:
+    """Length of the common prefix of all rows, up to the first target; at least one token of each row stays outside."""
     if len(rows) < 2:
         return 0
     limit = min(min(row.trained.index(True) if True in row.trained else len(row.ids), len(row.ids) - 1) for row in rows)
@@ -69,12 +69,12 @@ def _shared_beginning(rows: Sequence[TrainRow]) -> int:
 
 
 def pack_pairs(pairs: Sequence[PairRow], device: torch.device) -> DeviceBatch:
-    """Pairs as trees: row 2i is the chosen completion of pair i, row 2i + 1 the rejected one."""
+    """Pack pairs as trees: row 2i is the chosen completion of pair i, row 2i + 1 the rejected one."""
     return pack_trees(((pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in pairs), device)
 
 
 def pack_trees(trees: Iterable[tuple[Sequence[int], Sequence[Sequence[int]]]], device: torch.device) -> DeviceBatch:
-    """Prompts with their completions below them; every completion is a row."""
+    """Pack prompts with their completions as children; every completion is a row."""
     return to_device(pack(*forest_segments(trees)), device)
 
 
@@ -90,6 +90,6 @@ def sum_by_row(logprobs_N: Tensor, batch: DeviceBatch) -> Tensor:
 
 
 def row_scores(base: BaseModel, batch: DeviceBatch, adapter: str) -> Tensor:
-    """The score of every row of the batch [B] by a reward model, read at the row's last token, float32."""
+    """Score of every row of the batch [B] by a reward model, at the row's last token, float32."""
     hidden_TD = base.hidden(batch.ids_T, batch.positions_T, batch.segments, adapter)
     return base.scores(hidden_TD[batch.last_B], adapter)

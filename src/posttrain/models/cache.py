@@ -1,14 +1,14 @@
-"""Attention of decoding rows over a cache of keys and values that is written in place and never copied as a whole.
+"""The cache of keys and values for decoding, which is written in place and never copied as a whole.
 
-Rows with similar needs stand on one shelf: a tensor [blocks, places, K, block, D] a layer. One forward may hold decoding
-rows, one token each, and behind them the packed prompts of rows that join: the first read their shelf, the second fill it.
+Rows of similar capacity share a shelf: one tensor [blocks, places, K, block, D] per layer. The batch of a forward holds the
+decoding rows first, one token each, then the packed prompts of rows that join. Decoding rows read their shelf; prompts fill it.
 
-    o_r = softmax(scale K_r q_r) V_r     over the tokens of row r, on a CPU by `kernels/cpu/bindings.py`, or else as two batched
-                                         products with K_r and V_r as they lie
+    o_r = softmax(scale K_r q_r) V_r     over the tokens of row r; on a CPU by `kernels/cpu/bindings.py`, otherwise as two
+                                         batched products that read K_r and V_r in place
 
-On a CPU a block holds 64 tokens. By batched products, where the longest rows stand first, only the places of rows that reach
-it are computed. The G query heads of a key/value head stand side by side in one product, so no key is repeated. Keys seen and
-rows computed are rounded up to few sizes, since a new shape costs more than spare numbers.
+On a CPU a block holds 64 tokens. Batched products need the longest rows first, and compute in each block only the places of
+rows that reach it. The G query heads of a key/value head form one product, so keys are not repeated. The numbers of keys and
+rows are rounded up to a few sizes, because a new shape costs more than padding.
 
 R: rows computed, B: blocks with keys seen, K: key/value heads, G: query heads of each, D: head width, S: keys seen,
 N: tokens written.
@@ -33,90 +33,91 @@ _addresses = itertools.count()
 
 
 def new_address() -> int:
-    """A number for tensors that a recorded forward reads: no others ever have it, as they may have an address in memory."""
+    """A process-wide unique number for the tensors that a recorded forward reads. Memory addresses are reused; it is not."""
     return next(_addresses)
 
 
 def bytes_per_token(config: dict[str, Any], dtype: torch.dtype) -> int:
-    """What the keys and values of one token take in all layers, by a model's configuration."""
+    """Bytes of the keys and values of one token in all layers, by a model's configuration."""
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
     layers = config.get("num_hidden_layers") or config["num_layers"]
     return int(2 * layers * (config.get("num_key_value_heads") or heads) * width * dtype.itemsize)
 
 
-# Of each layer its index and the shapes of its keys and values.
+# The index of each layer, and the shapes of its keys and values.
 Shapes = tuple[tuple[int, tuple[torch.Size, ...]], ...]
 
 
-class Kept(NamedTuple):
-    """Keys and values [K, tokens, D] of some tokens of a row: the numbers of all layers one after the other, since many small
-    tensors take more memory than their numbers."""
+class CachedTokens(NamedTuple):
+    """A copy of keys and values [K, tokens, D] of some tokens of a row. All layers lie in one flat tensor, because many small
+    tensors would waste memory."""
 
     numbers_X: Tensor
     layers: Shapes
 
 
 class Shelf:
-    """Keys and values of rows that need at most `capacity` tokens, in blocks of `block` of them."""
+    """Keys and values of rows of at most `capacity` tokens, in blocks of `block` tokens."""
 
     def __init__(self, places: int, capacity: int, device: torch.device) -> None:
         self.places, self.capacity = places, capacity
-        # The first places, in which a row has ever stood.
+        # Number of leading places that a row has ever used.
         self.used = 0
         self.block = capacity if device.type == "cuda" else min(capacity, BLOCK)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-        # Another one where the tensors are others.
+        # Changes whenever the tensors are replaced.
         self.address = new_address()
 
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The tensors of one layer; made at the first use, when the shapes are known. Zeros: a masked key must be finite."""
+        """The tensors of one layer, allocated at first use, when the shapes are known. They start as zeros, because a masked
+        key must be finite."""
         if index not in self._layers:
             shape = (self.capacity // self.block, self.places, like.shape[0], self.block, like.shape[-1])
             self._layers[index] = (zeros(shape, like), zeros(shape, like))
         return self._layers[index]
 
     def layers(self) -> list[tuple[int, tuple[Tensor, Tensor]]]:
-        """The tensors of all layers that there are."""
+        """The tensors of all allocated layers."""
         return list(self._layers.items())
 
     def write(self, layer: int, k: Tensor, v: Tensor, place_N: Tensor, position_N: Tensor, token_N: Tensor | slice) -> None:
-        """Packed token `token_N` of k and v [K, T, D] becomes token `position_N` of the row at `place_N`."""
+        """Write packed token `token_N` of k and v [K, T, D] as token `position_N` of the row at `place_N`."""
         block_N: Tensor | int = 0
         if self.block < self.capacity:
             block_N = position_N // self.block
             position_N = position_N - block_N * self.block
-        for kept, new in zip(self.layer(layer, k), (k, v), strict=True):
-            kept[block_N, place_N, :, position_N] = new[:, token_N].transpose(0, 1)
+        for cache, new in zip(self.layer(layer, k), (k, v), strict=True):
+            cache[block_N, place_N, :, position_N] = new[:, token_N].transpose(0, 1)
 
-    def put(self, place: int, position: int, kept: Kept) -> None:
-        """Write tokens of one row, from `position` on and all in one block."""
+    def put(self, place: int, position: int, cached: CachedTokens) -> None:
+        """Write cached tokens to one row, starting at `position`. They must fit into one block."""
         block, inside = divmod(position, self.block)
         start = 0
-        for layer, shapes in kept.layers:
+        for layer, shapes in cached.layers:
             parts = []
             for shape in shapes:
-                parts.append(kept.numbers_X[start : start + math.prod(shape)].view(shape))
+                parts.append(cached.numbers_X[start : start + math.prod(shape)].view(shape))
                 start += math.prod(shape)
             for tensor, part in zip(self.layer(layer, parts[0]), parts, strict=True):
                 tensor[block, place, :, inside : inside + part.shape[1]] = part
 
-    def take(self, place: int, position: int, length: int) -> Kept:
-        """A copy of tokens of one row, all in one block."""
+    def take(self, place: int, position: int, length: int) -> CachedTokens:
+        """Copy tokens of one row. They must lie in one block."""
         block, inside = divmod(position, self.block)
-        found = [
+        slices = [
             (layer, [tensor[block, place, :, inside : inside + length] for tensor in pair])
             for layer, pair in self._layers.items()
         ]
-        numbers_X = torch.cat([part.reshape(-1) for _, parts in found for part in parts])
-        return Kept(numbers_X, tuple((layer, tuple(part.shape for part in parts)) for layer, parts in found))
+        numbers_X = torch.cat([part.reshape(-1) for _, parts in slices for part in parts])
+        return CachedTokens(numbers_X, tuple((layer, tuple(part.shape for part in parts)) for layer, parts in slices))
 
     def clear(self, places: Sequence[int], length: int) -> None:
-        """Zeros for the first tokens of rows whose keys or values may not be finite: a masked key must be."""
+        """Set the first tokens of rows to zero if their keys or values may not be finite: a masked key must be finite."""
         blocks = -(-length // self.block)
         for pair in self._layers.values():
-            for kept in pair:
-                kept[:blocks, list(places)] = 0
+            for tensor in pair:
+                tensor[:blocks, list(places)] = 0
 
     def beginning(self, layer: int, place: int, length: int) -> tuple[Tensor, Tensor]:
         """The first tokens of one row in one layer [K, length, D]."""
@@ -125,7 +126,7 @@ class Shelf:
         return keys, values
 
     def grow(self, places: int, length: int) -> None:
-        """Make room for more rows; those that are there, of at most `length` tokens, are copied once."""
+        """Allocate more places, and copy the existing rows, of at most `length` tokens each."""
         blocks = -(-length // self.block)
         grown = {}
         for index, pair in self._layers.items():
@@ -133,11 +134,11 @@ class Shelf:
             for new, old in zip((keys, values), pair, strict=True):
                 new[:blocks, : self.used] = old[:blocks, : self.used]
             grown[index] = (keys, values)
-        # All layers or none, where memory is not enough.
+        # Assigned at the end, so that running out of memory leaves the shelf unchanged.
         self._layers, self.places, self.address = grown, places, new_address()
 
     def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
-        """Put rows, of at most `length` tokens, into other places."""
+        """Copy rows of at most `length` tokens to other places."""
         blocks = -(-length // self.block)
         for keys, values in self._layers.values():
             for tensor in (keys[:blocks], values[:blocks]):
@@ -146,16 +147,16 @@ class Shelf:
 
 
 def zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Zeros of the type of another tensor, at its device. On a CPU the system gives memory only where they are written."""
+    """Zeros with the dtype and device of `like`. On a CPU the pages are mapped only when they are written."""
     if like.device.type != "cpu":
         return like.new_zeros(shape)
-    # torch would write them, and so would an allocator that gives memory again which it had before.
+    # torch.zeros may write every page, because the allocator reuses memory.
     memory = mmap.mmap(-1, max(1, math.prod(shape) * like.itemsize))
     return torch.frombuffer(memory, dtype=like.dtype, count=math.prod(shape)).view(shape)
 
 
 class Filling(NamedTuple):
-    """Prompts that move in: packed token `source_N` becomes token `position_N` of the row at `place_N`."""
+    """Prompts to write to the cache: packed token `source_N` becomes token `position_N` of the row at `place_N`."""
 
     shelf: Shelf
     place_N: Tensor
@@ -164,7 +165,7 @@ class Filling(NamedTuple):
 
 
 class Past(NamedTuple):
-    """The first `length` tokens of a row, which are cached and which the rest of its prompt sees."""
+    """The first `length` tokens of a row, which are cached and visible to the rest of its prompt."""
 
     shelf: Shelf
     place: int
@@ -172,9 +173,9 @@ class Past(NamedTuple):
 
 
 class CacheStep(NamedTuple):
-    """What one forward does with the cache; its first `rows` tokens are those of decoding rows.
+    """Cache reads and writes of one forward, whose first `rows` tokens belong to decoding rows.
 
-    The tokens of `pasts` stand behind all others, where spans name them as ancestors.
+    The tokens of `pasts` follow all others of the batch; spans name them as ancestors.
     """
 
     rows: int
@@ -184,7 +185,7 @@ class CacheStep(NamedTuple):
 
 
 def with_pasts(step: CacheStep, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values [K, T, D] with those of the pasts behind them."""
+    """Keys and values [K, T, D], followed by those of the pasts."""
     if not step.pasts:
         return k, v
     pairs = [past.shelf.beginning(layer, past.place, past.length) for past in step.pasts]
@@ -192,6 +193,6 @@ def with_pasts(step: CacheStep, layer: int, k: Tensor, v: Tensor) -> tuple[Tenso
 
 
 def fill(step: CacheStep, layer: int, k: Tensor, v: Tensor) -> None:
-    """Keep the keys and values [K, T, D] of packed prompts; a prompt that several rows share is written for each."""
+    """Write the keys and values [K, T, D] of packed prompts; a prompt that several rows share is written to each row."""
     for filling in step.fillings:
         filling.shelf.write(layer, k, v, filling.place_N, filling.position_N, filling.source_N)

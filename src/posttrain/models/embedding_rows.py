@@ -1,7 +1,7 @@
-"""Embedding rows trained beside an adapter, for template tokens that the base never saw.
+"""Embedding rows trained together with an adapter, for template tokens that the base never saw in training.
 
-The rows take the places of the base's own (they are no differences), as PEFT's `trainable_token_indices` has it: in the
-input embedding, and where the head shares its weight with the embedding, in the head as well:
+The rows replace the base's rows (they are not differences), as with PEFT's `trainable_token_indices`: in the input embedding,
+and also in the head if it shares its weight with the embedding:
 
     e(t) = s r_k   for t = id_k, s the model's embedding scale;      z_k = r_k . h
 
@@ -9,7 +9,7 @@ input embedding, and where the head shares its weight with the embedding, in the
 
 A head with a bias adds it to z.
 
-The head's part is formed here from the log-probabilities that are there anyway: no gradient of the whole head is made.
+The gradient from the head is computed from the existing log-probabilities, without a gradient of the whole head.
 
 T: tokens, N: targets, K: trained rows, D: width.
 """
@@ -23,19 +23,19 @@ from posttrain.kernels import HeadRows
 
 
 class TokenRows(NamedTuple):
-    """Rows [K, D], float32, that stand for those of `ids` in the embedding layer named `layer`."""
+    """Rows [K, D], float32, that replace the rows `ids` of the embedding layer named `layer`."""
 
     layer: str
     ids: tuple[int, ...]
     rows: nn.Parameter
 
     def copy(self) -> "TokenRows":
-        """The same rows, with a life of their own."""
+        """An independent copy."""
         return self._replace(rows=nn.Parameter(self.rows.detach().clone()))
 
 
 def replace_rows(embedded: Tensor, ids: Tensor, tokens: TokenRows, scale: Tensor | None) -> Tensor:
-    """Embedded tokens [..., D] of ids [...] with the trained rows in their places."""
+    """Embedded tokens [..., D] of ids [...], with trained rows in place of the base's."""
     match = ids[..., None] == torch.tensor(tokens.ids, device=ids.device)
     rows_KD = tokens.rows.to(embedded.dtype)
     if scale is not None:
@@ -44,12 +44,12 @@ def replace_rows(embedded: Tensor, ids: Tensor, tokens: TokenRows, scale: Tensor
 
 
 def head_rows(tokens: TokenRows, head_VD: Tensor) -> HeadRows:
-    """The trained rows as the head sees them."""
+    """The trained rows as rows of the head."""
     return HeadRows(torch.tensor(tokens.ids, device=head_VD.device), tokens.rows.detach().to(head_VD.dtype))
 
 
 class RowGradient(torch.autograd.Function):
-    """log p [N] as it is, with its gradient in the trained rows of the head."""
+    """Identity on log p [N] that adds its gradient with respect to the trained rows of the head."""
 
     @staticmethod
     def forward(
@@ -77,5 +77,5 @@ class RowGradient(torch.autograd.Function):
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """Logits, soft-capped where the model is."""
+    """Logits, soft-capped unless `softcap` is None."""
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap

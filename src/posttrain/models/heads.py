@@ -1,9 +1,9 @@
-"""The scalar head of a reward model, beside an adapter on the frozen base.
+"""The scalar head of a reward model, used with an adapter on the frozen base.
 
     score = w . h - shift,   h: the last hidden state at the last real token of a completion
 
-The shift is no parameter: it is set after training, so that what the scores are measured against has mean 0. In PEFT's format
-the head is the module `score` of a sequence classifier with one label (`modules_to_save`), which knows no shift.
+The shift is not a parameter: it is set after training, so that the scores of the reference completions have mean 0. In PEFT's
+format the head is the module `score` of a sequence classifier with one label (`modules_to_save`), which has no shift.
 
 D: width, N: completions.
 """
@@ -28,7 +28,7 @@ class ScoreHead(NamedTuple):
         return hidden_ND.float() @ self.weight[0] - self.shift
 
     def copy(self) -> "ScoreHead":
-        """The same head, with a life of its own."""
+        """An independent copy."""
         return self._replace(weight=nn.Parameter(self.weight.detach().clone()))
 
 

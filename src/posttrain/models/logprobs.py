@@ -1,15 +1,15 @@
-"""Log-probabilities of target tokens, without ever holding logits for more than a few rows.
+"""Log-probabilities of target tokens, with the logits of only a few rows in memory at a time.
 
     log p(t | h) = z_t - log sum_v exp z_v,   z = W h + b          d log p / d h = W_t - sum_v p_v W_v
 
-The head runs only at positions that predict a target, in chunks of rows. With a frozen head the gradient with respect to
-the hidden state is formed in the forward pass, while the chunk's logits are there: backward is a multiplication by a
-number a row. With a trained head the chunk is computed again in backward.
+The head runs only at positions that predict a target, in chunks of rows. With a frozen head the forward pass computes the
+gradient with respect to the hidden state while the chunk's logits are in memory; backward multiplies each row by a number. With
+a trained head backward computes the chunk again.
 
-On a CPU with bfloat16 weights the sum over v takes, for each row, the tokens with a probability of at least 1e-5: gathering a
-thousand rows of W costs a tenth of a product with all of them. What is left out is 1 % of the mass before fine-tuning and less
-after, about what rounding p to bfloat16 changes (Wijmans et al. 2024, "Cut your losses", filter at 2.4e-4). The log-probability
-itself and all of float32 are exact.
+On a CPU with bfloat16 weights the sum over v of the gradient includes, for each row, only tokens with a probability of at least
+1e-5: gathering a thousand rows of W costs a tenth of a product with all of them. The rest is 1 % of the mass before fine-tuning
+and less after, about the effect of rounding p to bfloat16 (Wijmans et al. 2024, "Cut your losses", filter at 2.4e-4). The
+log-probability itself is exact, and so is everything in float32.
 
 N: targets, D: width, V: vocabulary. Log-sum-exp in float32.
 """
@@ -28,14 +28,14 @@ def target_logprobs(
     hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, *, softcap: float | None = None, rows: HeadRows | None = None,
     bias_V: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """log p of each target [N], float32, differentiable in the hidden states and, where they are trained, in head and bias.
+    """log p of each target [N], float32, differentiable in the hidden states, and in head and bias if they are trained.
 
-    `rows` take the places of some rows of a frozen head; they get no gradient here.
+    `rows` replace some rows of a frozen head; they get no gradient here.
     """
     if softcap is not None:
         return _plain(hidden_ND, head_VD, target_N, softcap, rows, bias_V)
     if head_VD.requires_grad:
-        assert rows is None, "a head that is trained whole has no rows of its own"
+        assert rows is None, "a trained head has no replaced rows"
         return _TrainedHead.apply(hidden_ND, head_VD, target_N, bias_V)  # type: ignore[no-any-return, no-untyped-call]
     return _FrozenHead.apply(hidden_ND, head_VD, target_N, rows, bias_V)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -43,7 +43,7 @@ def target_logprobs(
 def _plain(
     hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, softcap: float, rows: HeadRows | None, bias_V: Tensor | None
 ) -> Tensor:
-    """For soft-capped heads: chunks by plain operations."""
+    """Chunks by PyTorch operations, for soft-capped heads."""
     parts = []
     for chunk in kernels.head_chunks(target_N, head_VD):
         logits = capped(kernels.head_logits(hidden_ND[chunk], head_VD, rows, bias_V).float(), softcap)

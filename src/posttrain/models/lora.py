@@ -1,11 +1,11 @@
-"""Low-rank adapters (Hu et al. 2021): several by name on one base, chosen for a whole batch or per token of it.
+"""Low-rank adapters (Hu et al. 2021): several named adapters on one base, chosen per batch or per token.
 
     y = x W^T + scale * (x A^T) B^T,   A: [R, inputs],  B: [outputs, R],  scale = alpha / R  (rsLoRA: alpha / sqrt(R))
 
-A starts uniform in +-1/sqrt(inputs), B at zero, so a new adapter is the base exactly. Adapter weights are float32; the
-products run in the type of the activations. Files are PEFT's format to the letter (`adapter_model.safetensors`,
-`adapter_config.json`); the metadata carries the hash of the base, and another base is refused.
-Embedding rows trained beside: `models/embedding_rows.py`.
+A is initialised uniform in +-1/sqrt(inputs) and B to zero, so a new adapter leaves the base's output unchanged. Adapter
+weights are float32; the products run in the dtype of the activations. Files use PEFT's format unchanged
+(`adapter_model.safetensors`, `adapter_config.json`). Their metadata holds the hash of the base; loading on another base fails.
+Trained embedding rows: `models/embedding_rows.py`.
 
 T: tokens, R: rank.
 """
@@ -33,13 +33,13 @@ MLP_PARENTS = ("mlp", "feed_forward", "ffn")
 
 
 class LoraShape:
-    """Which linear layers of a model an adapter covers."""
+    """The linear layers of a model that an adapter covers."""
 
     @staticmethod
     def select(model: Any, targets: str | tuple[str, ...]) -> dict[str, tuple[int, int]]:
-        """Names and (inputs, outputs) of the selected layers; the head is never one of them.
+        """Names and (inputs, outputs) of the selected layers, never the head.
 
-        Raises RecipeError when nothing, or a name that is not there, is selected.
+        Raises RecipeError if no layer matches, or if a target names no layer.
         """
         layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLinear)} or _linears(model)
         chosen = {n: m for n, m in layers.items() if _matches(n, targets)}
@@ -55,8 +55,8 @@ class LoraShape:
 
 
 def _linears(model: Any) -> dict[str, nn.Linear]:
-    """The linear layers of a model by name that are not wrapped yet, without its head. A subclass, a router for instance, may
-    compute more, and is left as it is."""
+    """The linear layers of a model that are not wrapped yet, by name, without the head. Subclasses of nn.Linear, such as
+    routers, are left out: they may compute something else."""
     head = model.get_output_embeddings()
     layers = {name: module for name, module in model.named_modules() if type(module) is nn.Linear and module is not head}
     return {name: module for name, module in layers.items() if not name.endswith(".base")}
@@ -76,7 +76,7 @@ def count_parameters(shapes: dict[str, tuple[int, int]], rank: int) -> int:
 
 
 class Routing:
-    """Which adapter each token of the batch in flight uses; every wrapped layer looks here."""
+    """The adapter of each token of the current batch. Every wrapped layer reads it."""
 
     def __init__(self) -> None:
         self.whole: LoraAdapter | None = None
@@ -84,7 +84,7 @@ class Routing:
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer that adds the product of whatever adapter is routed to."""
+    """A frozen linear layer that adds the low-rank product of the routed adapter."""
 
     def __init__(self, base: nn.Linear, name: str, routing: Routing) -> None:
         super().__init__()
@@ -97,9 +97,9 @@ class LoraLinear(nn.Module):
         return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., inputs] -> [..., outputs]; with an adapter for each token, all tokens of the batch in order."""
+        """x [..., inputs] -> [..., outputs]. With per-token adapters, x holds all tokens of the batch in order."""
         if self.routing.tokens is not None:
-            # Some layers, such as an expert that all tokens share, are given the tokens without a batch around them.
+            # Some layers, such as an expert that all tokens share, get the tokens without a batch dimension.
             routed = self.routing.tokens.apply(self.name, x if x.dim() == 3 else x[None], self.base.weight, self.base.bias)
             return routed if x.dim() == 3 else routed[0]
         adapter = self.routing.whole
@@ -119,10 +119,10 @@ def _low_rank(x: Tensor, pair: tuple[nn.Parameter, nn.Parameter], scale: float) 
 
 
 class AdapterSet:
-    """The named adapters on one base, and the routing that chooses among them.
+    """The named adapters on one base, and the routing that selects them.
 
-    One thread may add, retire and remove adapters while another computes: a name is looked up once, by one operation on a
-    dict, and what is computed holds the adapter itself. An adapter is frozen before it has a name.
+    One thread may add, retire and remove adapters while another computes: a forward looks a name up once, with one dict
+    operation, and then keeps a reference to the adapter. `add` freezes an adapter before it registers the name.
     """
 
     def __init__(self, model: Any) -> None:
@@ -141,11 +141,11 @@ class AdapterSet:
         return name == "base" or name in self._adapters
 
     def names(self) -> tuple[str, ...]:
-        """The adapters in memory, without the base."""
+        """Names of the adapters in memory, without "base"."""
         return tuple(self._adapters)
 
     def get(self, name: str) -> LoraAdapter:
-        """An adapter by name. Raises AdapterError where it is not loaded."""
+        """An adapter by name. Raises AdapterError if it is not loaded."""
         adapter = self._adapters.get(name) or self._retired.get(name)
         if adapter is None:
             raise AdapterError(
@@ -156,7 +156,8 @@ class AdapterSet:
         return adapter
 
     def create(self, name: str, settings: LoraSettings, *, seed: int, token_ids: tuple[int, ...] = ()) -> LoraAdapter:
-        """A new adapter that equals the base: A uniform in +-1/sqrt(inputs), B zero, the base's rows for `token_ids`."""
+        """Add a new adapter that does not change the base's output: A uniform in +-1/sqrt(inputs), B zero, and for
+        `token_ids` copies of the base's embedding rows."""
         generator = torch.Generator().manual_seed(seed)
         weights = {}
         for layer, (inputs, outputs) in LoraShape.select(self._model, settings.targets).items():
@@ -173,17 +174,17 @@ class AdapterSet:
         return self.add(LoraAdapter(name, settings, weights, tokens))
 
     def add(self, adapter: LoraAdapter) -> LoraAdapter:
-        """Keep an adapter under its name, frozen."""
+        """Freeze an adapter and register it under its name."""
         adapter.requires_grad_(False)
         self._adapters[adapter.name] = adapter
         return adapter
 
     def add_head(self, name: str, head: ScoreHead) -> LoraAdapter:
-        """A head alone under a name, on the model's own weights: a reward model of full fine-tuning."""
+        """Register a score head without matrices: a fully fine-tuned reward model uses the model's own weights."""
         return self.add(LoraAdapter(name, LoraSettings(1, 1.0, 0.0, (), "standard"), {}, head=head))
 
     def copy(self, source: str, name: str) -> LoraAdapter:
-        """A copy of an adapter under another name."""
+        """Copy an adapter under another name."""
         original = self.get(source)
         weights = {
             n: (nn.Parameter(a.detach().clone()), nn.Parameter(b.detach().clone())) for n, (a, b) in original.weights.items()
@@ -193,17 +194,17 @@ class AdapterSet:
         return self.add(LoraAdapter(name, original.settings, weights, tokens, head))
 
     def remove(self, name: str) -> None:
-        """Forget an adapter."""
+        """Remove an adapter from memory."""
         self._adapters.pop(name, None)
 
     def retire(self, name: str) -> None:
-        """Forget an adapter once nothing holds it any more; until then `get` still finds it, and nothing else does."""
-        self._retired[name] = self._adapters[name]  # first, so that no look-up falls between the two
+        """Remove an adapter as soon as nothing references it. Until then only `get` still finds it."""
+        self._retired[name] = self._adapters[name]  # before the deletion, so that a concurrent look-up always finds it
         del self._adapters[name]
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
-        """Everything inside runs with one adapter ("base" for none)."""
+        """Route all tokens to one adapter ("base": none) inside the context."""
         before = self.routing.whole
         self.routing.whole = None if name == "base" else self.get(name)
         try:
@@ -213,7 +214,7 @@ class AdapterSet:
 
     @contextmanager
     def use_tokens(self, tokens: TokenAdapters | SlotAdapters) -> Iterator[None]:
-        """Tokens of the batch use different adapters, without gradients: for generation."""
+        """Route each token to its own adapter inside the context, without gradients: for generation."""
         before, self.routing.tokens = self.routing.tokens, tokens
         try:
             yield
@@ -221,12 +222,12 @@ class AdapterSet:
             self.routing.tokens = before
 
     def embed(self, ids_T: Tensor, runs: Sequence[tuple[int, LoraAdapter | None]]) -> Tensor:
-        """What the model takes tokens for [1, T, D], with the trained rows of these runs of adapters."""
+        """Embeddings of tokens [1, T, D], with the trained rows of the adapter of each run."""
         embedded: Tensor = self._embedding(ids_T[None])
         return self._with_rows(ids_T[None], embedded, runs)
 
     def _embed(self, module: nn.Module, inputs: tuple[Tensor], embedded: Tensor) -> Tensor | None:
-        """After the embedding: trained rows of the adapters in force replace the base's. None leaves the output as it is."""
+        """Forward hook of the embedding: replace rows that the current adapters trained. None keeps the output."""
         ids, tokens = inputs[0], self.routing.tokens
         if isinstance(tokens, SlotAdapters):
             return tokens.embedded

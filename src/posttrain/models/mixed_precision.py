@@ -1,7 +1,7 @@
-"""Mixed precision of full fine-tuning: float32 weights that a forward pass sees in bfloat16.
+"""Mixed precision of full fine-tuning: float32 weights that a forward pass casts to bfloat16.
 
-The optimiser moves float32 weights, so that small steps are not rounded away; products run in bfloat16. The narrow weights are
-functions of the wide ones, so gradients reach these in float32 and nothing has to be kept in step (Micikevicius et al. 2018).
+The optimiser updates float32 weights, so that small steps are not lost to rounding; products run in bfloat16. The cast is part
+of the forward, so gradients reach the float32 weights without separate copies to synchronise (Micikevicius et al. 2018).
 """
 
 from typing import Any
@@ -17,13 +17,13 @@ class NarrowWeights:
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         self._module, self._dtype = module, dtype
-        self._kept: dict[str, Tensor] = {}
+        self._cast: dict[str, Tensor] = {}
         self._versions: list[int] = []
         self._address = new_address()
 
     @property
     def address(self) -> int:
-        """A number of the weights that a forward without gradients sees; another one once a weight has moved."""
+        """A unique number of the cast weights of forwards without gradients. It changes after an update of a weight."""
         self._weights()
         return self._address
 
@@ -34,12 +34,12 @@ class NarrowWeights:
     def _weights(self) -> dict[str, Tensor]:
         wide = dict(self._module.named_parameters())
         if torch.is_grad_enabled():
-            self._kept = {}
+            self._cast = {}
             return {name: weight.to(self._dtype) for name, weight in wide.items()}
-        # Without gradients, as in decoding, they are made once for as long as no weight moves.
+        # Without gradients, as in decoding, the cast weights are cached until a weight is updated.
         versions = [weight._version for weight in wide.values()]
-        if not self._kept or versions != self._versions:
+        if not self._cast or versions != self._versions:
             with torch.inference_mode(False), torch.no_grad():
-                self._kept = {name: weight.to(self._dtype) for name, weight in wide.items()}
+                self._cast = {name: weight.to(self._dtype) for name, weight in wide.items()}
             self._versions, self._address = versions, new_address()
-        return self._kept
+        return self._cast

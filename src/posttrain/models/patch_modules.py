@@ -1,7 +1,7 @@
-"""Puts the operations of `kernels/` in the places of a model's own code: norms, gated MLPs and rotary embeddings.
+"""Replaces a model's norms, gated MLPs and rotary embeddings by the operations of `kernels/`.
 
-They are recognised by what they compute: where a small probe gives another result, the model's own code stays. A GPU step of
-Qwen3-0.6B spends a fifth of its time in these chains when each operation runs by itself.
+Each module is tested with a small probe: if the replacement gives another result, the model's own code stays. On a GPU a step
+of Qwen3-0.6B spends a fifth of its time in these chains of operations when each runs as a separate kernel.
 
 T: packed tokens, H: heads, D: width.
 """
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from posttrain.kernels import gated, rms_norm, rotate
 
-# What the architectures of transformers call their rotation.
+# The name of the rotation function in the architectures of transformers.
 ROTARY = "apply_rotary_pos_emb"
 
 
 class GatedMlp(nn.Module):
-    """down(act(gate(x)) * up(x)) with the model's own layers, under their own names."""
+    """down(act(gate(x)) * up(x)) with the model's own layers, under their original names."""
 
     def __init__(self, mlp: Any, *, gelu: bool) -> None:
         super().__init__()
@@ -47,9 +47,9 @@ class RmsNorm(nn.Module):
 
 
 def replace_norms(model: nn.Module, eps: float | None) -> int:
-    """Replace a model's RMS norms; returns how many. One that computes something else is left as it is.
+    """Replace a model's RMS norms and return their number. A norm that computes something else is left unchanged.
 
-    On a CPU only the norms of a frozen model may be replaced.
+    On a CPU call it for a frozen model only.
     """
     replaced = 0
     for name, module in list(model.named_modules()):
@@ -57,17 +57,17 @@ def replace_norms(model: nn.Module, eps: float | None) -> int:
         if type(module).__name__.endswith("RMSNorm") and eps is not None and weight is not None:
             equal = _equal_norm(module, weight, eps)
             if equal is not None:
-                _put(model, name, equal)
+                _replace(model, name, equal)
                 replaced += 1
     return replaced
 
 
 @torch.no_grad()
 def _equal_norm(module: nn.Module, weight: nn.Parameter, eps: float) -> RmsNorm | None:
-    """The same norm, scaled by its weight (Llama) or by one more than its weight (Gemma), or None where neither fits."""
+    """An equal `RmsNorm`, scaled by the weight (Llama) or by the weight plus one (Gemma); None if neither is equal."""
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(4, len(weight), generator=generator).to(weight.device, weight.dtype)
-    # Small inputs show an eps that differs.
+    # Small inputs detect a different eps.
     probe = torch.cat([probe, probe * eps**0.5])
     wanted = module(probe).float()
     close = 2e-2 if weight.dtype == torch.bfloat16 else 1e-5
@@ -78,15 +78,15 @@ def _equal_norm(module: nn.Module, weight: nn.Parameter, eps: float) -> RmsNorm 
     return None
 
 
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """A module in the place of another one."""
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Replace the submodule of this name."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
 
 @torch.no_grad()
 def replace_mlps(model: nn.Module) -> int:
-    """Replace the gated MLPs of a model that lies on the CPU; returns how many."""
+    """Replace the gated MLPs of a model in CPU memory and return their number."""
     replaced = 0
     for name, module in list(model.named_modules()):
         parts = {child for child, _ in module.named_children()}
@@ -97,63 +97,63 @@ def replace_mlps(model: nn.Module) -> int:
             continue
         gelu = _is_gelu(module)
         if gelu is not None:
-            _put(model, name, GatedMlp(module, gelu=gelu))
+            _replace(model, name, GatedMlp(module, gelu=gelu))
             replaced += 1
     return replaced
 
 
 def _is_gelu(mlp: Any) -> bool | None:
-    """Whether a gated MLP has a gelu (by its tanh form) or a silu; None for anything else."""
+    """Whether a gated MLP uses gelu (tanh form; True) or silu (False); None for anything else."""
     weight = mlp.gate_proj.weight
     probe = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
     wanted = mlp(probe).float()
     close = 2e-2 if weight.dtype == torch.bfloat16 else 1e-4
     points = torch.linspace(-6, 6, 49)
     for gelu in (False, True):
-        found = mlp.down_proj(gated(mlp.gate_proj(probe), mlp.up_proj(probe), gelu=gelu)).float()
+        output = mlp.down_proj(gated(mlp.gate_proj(probe), mlp.up_proj(probe), gelu=gelu)).float()
         same = torch.allclose(mlp.act_fn(points), gated(points, torch.ones(49), gelu=gelu), atol=1e-6)
-        if same and (found - wanted).norm() <= close * wanted.norm():
+        if same and (output - wanted).norm() <= close * wanted.norm():
             return gelu
     return None
 
 
 @torch.no_grad()
 def replace_rotary(model: nn.Module) -> bool:
-    """Let the attention layers of this model rotate by one kernel; other models in the process keep their own rotation.
+    """Make the attention layers of this model rotate with one kernel. Other models in the process are not affected.
 
-    A layer's rotation is a global of the module that defines its class: the layer gets copies of the methods that call it,
-    which see another function under that name. Returns whether any layer rotates so.
+    The rotation is a global of the Python module that defines a layer's class. The layer gets copies of the methods that call
+    it, in which that global is another function. Returns whether any layer was changed.
     """
     methods = {kind: _rotating(kind) for kind in {type(module) for module in model.modules()}}
     for module in model.modules():
         for name, method in methods[type(module)]:
             if name not in vars(module):
-                fast = _with_global(method, ROTARY, _fast(method.__globals__[ROTARY]))
-                setattr(module, name, types.MethodType(fast, module))
+                patched = _with_global(method, ROTARY, _kernel_rotation(method.__globals__[ROTARY]))
+                setattr(module, name, types.MethodType(patched, module))
     return any(methods.values())
 
 
 def _rotating(kind: type[nn.Module]) -> list[tuple[str, types.FunctionType]]:
-    """Methods of a class that call a rotation by halves of their module."""
+    """Methods of a class that call their module's rotation, if it rotates by halves."""
     methods = [(name, getattr(kind, name)) for name in dir(kind)]
     calling = [(n, m) for n, m in methods if isinstance(m, types.FunctionType) and ROTARY in m.__code__.co_names]
     return [(n, m) for n, m in calling if ROTARY in m.__globals__ and _rotates_by_halves(m.__globals__[ROTARY])]
 
 
 def _with_global(function: types.FunctionType, name: str, value: Callable[..., Any]) -> types.FunctionType:
-    """A copy of a function that finds another object under the name of one global."""
+    """A copy of a function with one global replaced."""
     changed = {**function.__globals__, name: value}
     copy = types.FunctionType(function.__code__, changed, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
 
 
-def _rotates_by_halves(own: Callable[..., Any]) -> bool:
+def _rotates_by_halves(rotation: Callable[..., Any]) -> bool:
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, heads, 3, 8, generator=generator) for heads in (4, 2))
     cos, sin = (torch.randn(1, 3, 8, generator=generator) for _ in range(2))
     try:
-        wanted = own(q, k, cos, sin)
+        wanted = rotation(q, k, cos, sin)
     except (TypeError, RuntimeError, ValueError):  # another signature
         return False
     return all(torch.allclose(a, _rotated(x, cos, sin), atol=1e-5) for a, x in zip(wanted, (q, k), strict=True))
@@ -164,11 +164,13 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotate(x[0], cos[0], sin[0])[None]
 
 
-def _fast(own: Callable[..., Any]) -> Callable[..., Any]:
+def _kernel_rotation(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A rotation that uses the kernel where it applies, and otherwise the model's original function."""
+
     def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
-        # Some models turn only a part of the width.
+        # Some models rotate only a part of the width.
         if len(q) == 1 and unsqueeze_dim == 1 and cos.shape[-1] == q.shape[-1]:
             return _rotated(q, cos, sin), _rotated(k, cos, sin)
-        return own(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+        return original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
 
     return apply

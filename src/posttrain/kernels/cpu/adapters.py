@@ -137,7 +137,7 @@ class TiledTokens:
 
     def __init__(self, runs: TokenRuns, slots: AdapterSlots, *, serving: bool) -> None:
         self._runs, self._slots, self._serving = runs, slots, serving
-        own = [-1 if slot in runs.apart else slot for _, slot in runs.runs]
+        own = [-1 if slot in runs.unstacked else slot for _, slot in runs.runs]
         counts = torch.tensor([count for count, _ in runs.runs])
         self._slot_T = torch.tensor(own, dtype=torch.int32).repeat_interleave(counts)
         self._order = None

@@ -1,7 +1,7 @@
-"""What compiled functions are given, checked before they read or write memory: types, shapes, gaps, and ranges of indices.
+"""Checks of the arguments of compiled functions: dtypes, shapes, strides, and ranges of indices.
 
-A mistake of ours is then an error in Python that names the argument, not a write into another tensor. The checks read sizes and
-small tensors of indices alone. What each function takes stands in SIGNATURES: p an address, n a number, f a float32.
+They turn a bug in our code into a Python error that names the argument, instead of a write to foreign memory. The checks read
+only sizes and small index tensors. SIGNATURES lists the arguments of each function: p an address, n an int64, f a float32.
 """
 
 import ctypes
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Numbers of one vector (c/vectors.h), and tokens of one tile (native/tiles.c).
+# Numbers of one vector (c/vectors.h), and tokens of one tile (c/tiles.c).
 LANES = 16
-# Numbers of a row of a tile: inputs, and columns of adapters, come in as many.
+# Numbers of a row of a tile. Inputs and columns of adapters are multiples of it.
 DEEP = 32
 # Numbers of a call in a program: its kind, whether it waits, and its arguments (c/program.c).
 CALL = 16
@@ -25,29 +25,29 @@ SIGNATURES = {
     "expand": "ppppnnnnp", "run": "pnn",
 }  # fmt: skip
 _TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float}
-# Those that give nothing back.
-_SILENT = ("rms_norm", "rms_norm_backward", "rotate", "gated", "gated_backward", "expand")
+# Functions without a return value.
+_VOID = ("rms_norm", "rms_norm_backward", "rotate", "gated", "gated_backward", "expand")
 
 
 @functools.cache
-def typed(found: Any) -> Any:
-    """The library, whose functions refuse other kinds of arguments."""
+def typed(functions: Any) -> Any:
+    """The library with argument and result types set, so that ctypes rejects arguments of other types."""
     for name, kinds in SIGNATURES.items():
-        if name != "products" or found.tiles():
-            function = getattr(found, name)
+        if name != "products" or functions.tiles():
+            function = getattr(functions, name)
             function.argtypes = [_TYPES[kind] for kind in kinds]
-            function.restype = None if name in _SILENT else ctypes.c_int
-    return found
+            function.restype = None if name in _VOID else ctypes.c_int
+    return functions
 
 
-def require(fine: bool, what: str) -> None:
-    """Raise ValueError unless it is fine; unlike an assertion, always."""
-    if not fine:
+def require(valid: bool, what: str) -> None:
+    """Raise ValueError unless `valid`. Unlike an assertion this also works under `python -O`."""
+    if not valid:
         raise ValueError(f"a compiled function was given {what}")
 
 
 def shaped(name: str, x: Tensor, *shape: int, dtype: torch.dtype = torch.bfloat16, gaps: bool = False) -> None:
-    """A tensor on the CPU of this type and shape (-1: any), without gaps; with `gaps` its last dimension has none."""
+    """Require a contiguous CPU tensor of this dtype and shape (-1: any). With `gaps` only the last dimension must be dense."""
     fits = len(shape) == x.dim() and all(wanted in (-1, size) for wanted, size in zip(shape, x.shape, strict=True))
     if not fits or x.dtype != dtype or x.device.type != "cpu":
         raise ValueError(f"a compiled function was given {name} {_about(x)} for {list(shape)} {dtype}")
@@ -56,7 +56,7 @@ def shaped(name: str, x: Tensor, *shape: int, dtype: torch.dtype = torch.bfloat1
 
 
 def within(name: str, x: Tensor, least: int, limit: int) -> None:
-    """Indices of at least `least` and below `limit`."""
+    """Require indices of at least `least` and below `limit`."""
     if x.numel():
         low, high = (int(value) for value in torch.aminmax(x))
         if low < least or high >= limit:
@@ -64,19 +64,19 @@ def within(name: str, x: Tensor, least: int, limit: int) -> None:
 
 
 def alike(*tensors: Tensor) -> None:
-    """Dense tensors of one shape, which are read number by number."""
+    """Require contiguous tensors of equal shape, which are read element by element."""
     for x in tensors:
         shaped("a factor", x, *tensors[0].shape)
 
 
 def biased(bias: Tensor | None, outputs: int) -> None:
-    """A bias of so many outputs, or none."""
+    """Require a bias of this number of outputs, or none."""
     if bias is not None:
         shaped("bias", bias, outputs)
 
 
 def check_segments(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, spans: int, seen: int, window: int) -> None:
-    """Heads of packed segments, whose spans end before these tokens and see keys before these."""
+    """Check the heads of packed segments; `spans` and `seen` are upper limits of their indices of tokens and keys."""
     heads, width = len(q), q.shape[2]
     require(len(k) > 0 and heads % len(k) == 0 and window >= 0, f"{heads} heads over {len(k)}, a window of {window}")
     for name, x in (("q", q), ("grad", grad)):
@@ -92,7 +92,7 @@ def check_segments(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, spans: int, se
 def check_cached(
     q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, keys: Tensor, values: Tensor, window: int, out_THD: Tensor
 ) -> None:
-    """Heads of rows that decode, and their cache [blocks, places, K, block, D]."""
+    """Check the heads of decoding rows and their cache [blocks, places, K, block, D]."""
     (heads, tokens, width), kv_heads = q_HTD.shape, len(k_KTD)
     require(kv_heads > 0 and heads % kv_heads == 0 and window >= 0, f"{heads} heads over {kv_heads}, a window of {window}")
     shaped("q", q_HTD, heads, tokens, width, gaps=True)
@@ -104,27 +104,27 @@ def check_cached(
 
 
 def check_places(where: tuple[Tensor, ...], keys: Tensor, tokens: int) -> None:
-    """Rows of an attention over the cache have places in it, room for one token more, and a token of so many."""
+    """Check the rows of an attention over the cache: each place exists, has room for one more token, and each token exists."""
     names, limits = ("a place", "a length", "a token"), (keys.shape[1], keys.shape[0] * keys.shape[3], tokens)
     for name, x, limit in zip(names, where, limits, strict=True):
         shaped(name, x, len(where[0]), dtype=torch.int64)
         within(name, x, 0, limit)
 
 
-def check_copy(a: Tensor, b: Tensor, own_a: Tensor, own_b: Tensor) -> None:
-    """A [r, inputs] and B [outputs, r] in float32, and where they go, R rows and columns."""
+def check_copy(a: Tensor, b: Tensor, slot_a: Tensor, slot_b: Tensor) -> None:
+    """Check A [r, inputs] and B [outputs, r], float32, and their slots of R rows and columns."""
     rank, inputs = a.shape
     shaped("A", a, rank, inputs, dtype=torch.float32)
     shaped("B", b, -1, rank, dtype=torch.float32)
-    shaped("the place of A", own_a, -1, inputs)
-    shaped("the place of B", own_b, len(b), len(own_a), gaps=True)
-    require(rank <= len(own_a) <= own_b.stride(0), f"rank {rank} for {len(own_a)} columns, {own_b.stride(0)} apart")
+    shaped("the place of A", slot_a, -1, inputs)
+    shaped("the place of B", slot_b, len(b), len(slot_a), gaps=True)
+    require(rank <= len(slot_a) <= slot_b.stride(0), f"rank {rank} for {len(slot_a)} columns, {slot_b.stride(0)} apart")
 
 
 def check_slots(
     a: Tensor, b: Tensor, rank: int, slot_T: Tensor | None, order: Tensor | None, *, shape: tuple[int, int, int]
 ) -> None:
-    """Adapters side by side (`bindings.Slots`) for so many tokens, inputs and outputs."""
+    """Check concatenated adapters (`bindings.Slots`) for `shape`: (tokens, inputs, outputs)."""
     tokens, inputs, outputs = shape
     require(len(a) % DEEP == 0, f"{len(a)} columns, no multiple of {DEEP}")
     require(rank > 0 and (DEEP % rank == 0 or rank % DEEP == 0) and rank <= len(a), f"rank {rank} in {len(a)} columns")
@@ -140,7 +140,7 @@ def check_slots(
 
 
 def check_expand(p_TC: Tensor, b: Tensor, slots: int, limit: int, first: int, y_TO: Tensor) -> None:
-    """Projections, of which a slot's columns begin at `first`, for tokens below this limit."""
+    """Check projections whose columns of a slot begin at `first`, for tokens below `limit`."""
     shaped("p", p_TC, -1, -1, dtype=torch.float32)
     shaped("B", b, slots, -1, -1)
     shaped("y", y_TO, -1, b.shape[2])

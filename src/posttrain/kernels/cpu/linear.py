@@ -1,12 +1,12 @@
 """Products with the weights of linear layers.
 
-Where the processor has matrix tiles (AMX), a product of the library adds up in an order that depends on how many tokens it has.
-There training and decoding use our own (`c/tiles.c`), whose sums have one order; elsewhere the library's have one too.
+On processors with matrix tiles (AMX), the summation order of a library (oneDNN) product depends on the number of tokens.
+There training and decoding use our own products (`c/tiles.c`), whose summation order is fixed. On other processors the
+library's order is fixed too.
 
-A decoding step reads each weight for a few tokens, and wants it in the order in which the processor's products read it. Ours
-read it as it lies. The library's would turn it at each call, a third of a step's time, so for them an engine
-keeps a packed copy, as large as the weights, as long as it lives; but where a server has one or two tokens, whose products are
-compiled ones (`kernels/cpu/bindings.py`).
+A decoding step uses each weight for a few tokens only. Our products read the weight in its original layout. The library would
+reorder it in every call, a third of a step's time, so an engine keeps a packed copy for it, as large as the weights. A server
+with one or two tokens uses compiled products without a packed copy (`kernels/cpu/bindings.py`).
 
 T: tokens, R: rank, C: columns of the slots of adapters.
 """
@@ -22,7 +22,7 @@ from posttrain.kernels.cpu import bindings
 from posttrain.kernels.cpu.autograd import Product
 from posttrain.kernels.interfaces import EngineLinear
 
-# From so many tokens on a plain product is as fast as a packed one.
+# With more tokens, an unpacked product is as fast as a packed one.
 MOST_TOKENS = 512
 
 
@@ -32,7 +32,7 @@ def tiled(x: Tensor, weight: Tensor) -> bool:
 
 
 def tileable(inputs: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """The same, before there is a weight."""
+    """The same condition for a weight that is not loaded yet."""
     return dtype == torch.bfloat16 and device.type == "cpu" and inputs % bindings.DEEP == 0 and bindings.tiles()
 
 
@@ -65,50 +65,50 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Te
 
 
 class EngineProducts:
-    """Products with weights that stay as they are, as an engine has them."""
+    """Products with weights that do not change, for an engine."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device, *, serving: bool = False) -> None:
-        """`serving` lets few rows be computed as they are quickest, with last bits that differ from those of many."""
+        """`serving` selects the fastest product for few rows, whose last bits differ from those of many rows."""
         self._serving = serving
         self._packs = _packing(dtype, device)
-        # The weight itself is kept too: no other can then have its identity.
+        # By id of the weight: the weight, its version and the packed copy. The reference to the weight keeps the id unique.
         self._packed: dict[int, tuple[Tensor, int, Tensor]] = {}
-        self._room: Tensor | None = None
+        self._logits_buffer: Tensor | None = None
 
     def logits(self, x_RD: Tensor, head_VD: Tensor) -> Tensor:
-        """Logits [R, V], valid until the next ones: where the products are ours they lie in memory that is kept, since fresh
-        memory for so many numbers takes half as long as the product."""
+        """Logits [R, V]. The next call may overwrite them: our products write to a reused buffer, because allocating memory of
+        this size takes half as long as the product."""
         if not tiled(x_RD, head_VD):
             return self(x_RD, head_VD)
         size = len(x_RD) * len(head_VD)
-        if self._room is None or len(self._room) < size:
-            self._room = x_RD.new_empty(size)
-        return bindings.products(x_RD, head_VD, None, into=self._room[:size].view(len(x_RD), -1))[0]
+        if self._logits_buffer is None or len(self._logits_buffer) < size:
+            self._logits_buffer = x_RD.new_empty(size)
+        return bindings.products(x_RD, head_VD, None, into=self._logits_buffer[:size].view(len(x_RD), -1))[0]
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [..., T, inputs], weight [outputs, inputs] -> [..., T, outputs]. A weight of another type is narrowed each time."""
+        """x [..., T, inputs], weight [outputs, inputs] -> [..., T, outputs]. A weight of another dtype is cast in each call."""
         if tiled(x, weight):
             return linear(x, weight, bias)
         if not self._packs or x.shape[-2] > MOST_TOKENS or weight.dtype != x.dtype:
             return functional.linear(x, weight.to(x.dtype), bias)
         if self._serving and x.numel() <= bindings.FEW_ROWS * x.shape[-1] and weight.is_contiguous() and bindings.able(x):
             return bindings.multiply(x, weight, bias)
-        kept = self._packed.get(id(weight))
-        if kept is None or kept[1] != weight._version:
+        entry = self._packed.get(id(weight))
+        if entry is None or entry[1] != weight._version:
             # Packed at its first use.
-            kept = weight, weight._version, torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-            self._packed[id(weight)] = kept
-        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, kept[2], bias, "none", [], "")
+            entry = weight, weight._version, torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+            self._packed[id(weight)] = entry
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, entry[2], bias, "none", [], "")
         return y
 
 
 def packs(inputs: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether engines that compute in this type keep a packed copy of a weight."""
+    """Whether engines with this dtype keep a packed copy of a weight."""
     return _packing(dtype, device) and not tileable(inputs, dtype, device)
 
 
 def engine_linear(dtype: torch.dtype, device: torch.device, *, serving: bool) -> EngineLinear:
-    """Products of an engine's forwards."""
+    """The products of an engine's forwards."""
     return EngineProducts(dtype, device, serving=serving)
 
 
@@ -123,7 +123,7 @@ def _packing(dtype: torch.dtype, device: torch.device) -> bool:
 
 @functools.cache
 def _packing_works() -> bool:
-    """Whether this build of torch has the operations, and this processor products in bfloat16."""
+    """Whether this build of torch has the operations, and this processor supports bfloat16 products."""
     try:
         if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return False

@@ -1,11 +1,11 @@
-"""One forward recorded as the compiled functions that it calls, and run again as one call.
+"""Records one forward as a list of compiled function calls, and replays the list as one call.
 
-A forward of one token calls some four hundred small functions from Python, which takes longer than what they compute. It is
-recorded as it runs: every call of a compiled function (`bindings.py`), and of torch's own operations the sums and the
-zeros; views leave no trace. Then its intermediate tensors get places in memory that is kept, and one team of threads runs the
-list in C (`c/program.c`). What embeds tokens and makes the angles of rotations runs from Python each time.
+A forward of one token makes about 400 small calls from Python, whose overhead exceeds their computation. The recorder notes
+every call of a compiled function (`bindings.py`), and the additions and zero fills of torch; views need no call. Then each
+intermediate tensor gets a place in one buffer, and one team of threads runs the list in C (`c/program.c`). The modules that
+embed tokens and compute the angles of rotations run from Python in every step.
 
-A forward that does anything else with numbers is not recorded. `kernels/cpu/replay.py` says which forwards are.
+A forward with any other operation on numbers cannot be recorded. `kernels/cpu/replay.py` chooses which forwards to record.
 """
 
 import bisect
@@ -23,14 +23,14 @@ from torch.utils._pytree import tree_leaves
 from posttrain.kernels.cpu import bindings
 from posttrain.kernels.cpu.bindings import DEEP, LANES
 
-# Bytes of a line of memory: places begin at one.
+# Bytes of a cache line; places are aligned to it.
 LINE = 64
-# Where the numbers of a product (c/tiles.h) tell the columns of adapters.
+# Index of the number of adapter columns in the sizes of a product (c/tiles.h).
 COLUMNS = 4
 # Arguments of a call in c/program.c.
 ARGUMENTS = bindings.CALL - 2
-# What a call does with each argument: it reads what lies at the address, writes it or both ("u"), or does not look; or the
-# argument is a number, or a float. In the order of c/program.c.
+# The role of each argument of a call: an address that the call reads (r), writes (w), reads and writes (u) or ignores (-), an
+# integer (n) or a float (f). In the order of c/program.c.
 KINDS = {
     "zero": "wn", "add": "rrnw", "rms_norm": "rrnnfw", "rotate": "rnnrrnnnnw", "gated": "rrnnw", "attend": "rrrruurrrfu",
     "multiply": "rrrnnnw", "project": "rrrrnnnw", "expand": "rrrrnnnnu", "tile blocks": "r-----rr----ww",
@@ -41,25 +41,25 @@ _EMPTY = ("aten::empty.memory_format", "aten::new_empty", "aten::empty_like", "a
 
 
 class NotRecordedError(Exception):
-    """A forward that does what no program does; it is only slower."""
+    """The forward cannot be recorded. It still runs from Python, slower."""
 
 
-class Brought(NamedTuple):
-    """What a module makes from the inputs in each step, from Python."""
+class ModuleCall(NamedTuple):
+    """A module that runs from Python in each step, with its arguments and the outputs of the recording."""
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: list[Tensor]
 
-    def again(self) -> list[Tensor]:
-        """Its outputs for what now lies in the inputs."""
+    def rerun(self) -> list[Tensor]:
+        """The outputs for the current contents of the inputs."""
         return _tensors(self.module(*self.args, **self.kwargs))
 
 
-def _tensors(found: Any) -> list[Tensor]:
-    """Those that lie in memory that can be named; the library's packed weights do not."""
-    return [x for x in tree_leaves(found) if isinstance(x, Tensor) and x.layout == torch.strided]
+def _tensors(tree: Any) -> list[Tensor]:
+    """The tensors of a tree that have an address; the library's packed weights have none."""
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor) and x.layout == torch.strided]
 
 
 def _storage(x: Tensor) -> int:
@@ -75,19 +75,19 @@ class _Call(NamedTuple):
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """What one forward does, in order. Everything that it makes is kept, so that an address means one tensor."""
+    """The calls of one forward, in order. All tensors that it creates stay referenced, so that each address is unique."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
-        """`inputs` are what a step brings, and what later ones write over."""
+        """`inputs`: the inputs of the step, which later steps overwrite."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._inputs = {_storage(x) for x in inputs}
-        # What no program does, where the forward did it.
+        # Why the forward cannot be recorded; None if it can.
         self._refused: str | None = None
         self.calls: list[_Call] = []
-        self.brought: list[Brought] = []
-        # Arrays of numbers that calls read.
+        self.module_calls: list[ModuleCall] = []
+        # Arrays of sizes that calls read.
         self.sizes: list[Any] = []
-        # Those of products that add adapters, and the most inputs of a product by tiles.
+        # Sizes of the products that add adapters, and the largest number of inputs of a tiled product.
         self.wide_sizes: list[Any] = []
         self.most_inputs = 0
         self._made: list[Tensor] = []
@@ -97,7 +97,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def watching(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        """Record the calls of this thread; what these modules do is left to them."""
+        """Record the calls of this thread, except those inside of these modules."""
         with ExitStack() as stack:
             for module in modules:
                 stack.callback(module.register_forward_pre_hook(self._enter).remove)
@@ -109,40 +109,40 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _enter(self, *_: Any) -> None:
         self._inside = True
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any) -> None:
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._inside = False
-        self.brought.append(Brought(module, args, kwargs, _tensors(found)))
-        self._made += self.brought[-1].outputs
-        # Numbers of others are only asked what they are like, as rotations do.
+        self.module_calls.append(ModuleCall(module, args, kwargs, _tensors(output)))
+        self._made += self.module_calls[-1].outputs
+        # A floating-point argument may be any tensor: rotary embeddings read only its dtype and device.
         if any(not x.is_floating_point() and _storage(x) not in self._inputs for x in _tensors((args, kwargs))):
-            self._refused = f"{type(module).__name__} reads what is not brought"
+            self._refused = f"{type(module).__name__} reads a tensor that is not an input of the step"
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """One of torch's own operations."""
-        found = function(*args, **(kwargs or {}))
-        given, outputs = _tensors((args, kwargs)), _tensors(found)
+        """Run and record one operation of torch."""
+        output = function(*args, **(kwargs or {}))
+        arguments, outputs = _tensors((args, kwargs)), _tensors(output)
         if self._inside:
             self._others += outputs
         elif function._schema.is_mutable:
-            self._others += given
-        elif not {_storage(x) for x in outputs} <= {_storage(x) for x in given}:
-            self._operation(function.name(), given, args, kwargs or {}, outputs)
-        return found
+            self._others += arguments
+        elif not {_storage(x) for x in outputs} <= {_storage(x) for x in arguments}:
+            self._operation(function.name(), arguments, kwargs or {}, outputs)
+        return output
 
-    def _operation(self, name: str, given: list[Tensor], args: Any, kwargs: Any, outputs: list[Tensor]) -> None:
+    def _operation(self, name: str, arguments: list[Tensor], kwargs: Any, outputs: list[Tensor]) -> None:
         out = outputs[0]
         if name in _EMPTY or name == "aten::new_zeros":
             self._made.append(out)
             if name == "aten::new_zeros":
                 self._add("zero", out.data_ptr(), out.nbytes)
-        elif name == "aten::add.Tensor" and not kwargs and len(given) == 2 and all(_alike(x, out) for x in given):
+        elif name == "aten::add.Tensor" and not kwargs and len(arguments) == 2 and all(_alike(x, out) for x in arguments):
             self._made.append(out)
-            self._add("add", *(x.data_ptr() for x in given), out.numel(), out.data_ptr())
+            self._add("add", *(x.data_ptr() for x in arguments), out.numel(), out.data_ptr())
         else:
             self._others += outputs
 
     def _note(self, name: str, args: tuple[Any, ...]) -> None:
-        """One call of a compiled function."""
+        """Record one call of a compiled function."""
         numbers = [self._number(arg) for arg in args]
         if name == "products":
             self._tiles(args[0], numbers)
@@ -164,36 +164,36 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.calls.append(_Call(kind, list(args)))
 
     def _tiles(self, sizes: Any, args: list[int]) -> None:
-        """A product in its parts; what one product needs prepared and another had already is not prepared again."""
+        """Record a tiled product as several calls. Preparations are shared with earlier products that need the same ones."""
         tokens, inputs, _, along, columns, rank, across, tiles = sizes
         if across or args[8]:
-            self._refused = "a product as training has it"
+            self._refused = "a product in its training form"
             return
         self.most_inputs = max(self.most_inputs, inputs)
         x, order, slot = args[1], *args[6:8]
-        # Of any number of slots: another step may have more (`Program.widen`).
+        # Enough for any number of slots, because a later step may have more (`Program.widen`).
         most = LANES * max(rank // DEEP, 1) if columns else 0
-        own = [*args, 0, 0, 0, 0]
+        call_args = [*args, 0, 0, 0, 0]
         if columns:
             self.wide_sizes.append(sizes)
-        self._prepare("tile blocks", (order, slot, columns, rank, tokens), own, {12: 4 * tiles * most, 13: 8 * tiles})
-        self._prepare("tile turn", (x, along, inputs, tokens, order), own, {10: 2 * tiles * inputs * LANES})
+        self._prepare("tile blocks", (order, slot, columns, rank, tokens), call_args, {12: 4 * tiles * most, 13: 8 * tiles})
+        self._prepare("tile turn", (x, along, inputs, tokens, order), call_args, {10: 2 * tiles * inputs * LANES})
         if columns:
-            self._prepare("tile project", (len(self.calls),), own, {11: 4 * tiles * most * LANES**2})
-        self._add("tile multiply", *own)
+            self._prepare("tile project", (len(self.calls),), call_args, {11: 4 * tiles * most * LANES**2})
+        self._add("tile multiply", *call_args)
 
-    def _prepare(self, kind: str, key: tuple[int, ...], own: list[int], rooms: dict[int, int]) -> None:
-        """Let these arguments be places of so many bytes that a call of this kind has filled."""
+    def _prepare(self, kind: str, key: tuple[int, ...], call_args: list[int], sizes: dict[int, int]) -> None:
+        """Set arguments (index to size in bytes) to the buffers that a call of this kind fills; add that call if it is new."""
         new = (kind, key) not in self._prepared
         if new:
-            self._prepared[kind, key] = {place: torch.empty(size, dtype=torch.uint8) for place, size in rooms.items()}
-        for place, room in self._prepared[kind, key].items():
-            own[place] = room.data_ptr()
+            self._prepared[kind, key] = {index: torch.empty(size, dtype=torch.uint8) for index, size in sizes.items()}
+        for index, buffer in self._prepared[kind, key].items():
+            call_args[index] = buffer.data_ptr()
         if new:
-            self._add(kind, *own)
+            self._add(kind, *call_args)
 
     def program(self, output: Tensor) -> "Program":
-        """The list of calls, with the intermediate tensors in memory of its own. Raises NotRecordedError."""
+        """The recorded calls as a program. Raises NotRecordedError if the forward cannot be recorded."""
         if self._refused is not None:
             raise NotRecordedError(self._refused)
         return Program(self, _Ranges(self._made), _Ranges(self._others), output)
@@ -204,21 +204,21 @@ def _alike(x: Tensor, other: Tensor) -> bool:
 
 
 class _Ranges:
-    """Memory of tensors, by address."""
+    """The address ranges of tensors, sorted; a tensor's number is its index."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        found = {_storage(x): x.untyped_storage().nbytes() for x in tensors}
-        self.starts = sorted(start for start, size in found.items() if size)
-        self.sizes = [found[start] for start in self.starts]
+        size_of = {_storage(x): x.untyped_storage().nbytes() for x in tensors}
+        self.starts = sorted(start for start, size in size_of.items() if size)
+        self.sizes = [size_of[start] for start in self.starts]
 
     def find(self, address: int) -> int | None:
-        """The number of the tensor that this address lies in."""
+        """The number of the tensor that contains this address, or None."""
         at = bisect.bisect_right(self.starts, address) - 1
         return at if at >= 0 and address < self.starts[at] + self.sizes[at] else None
 
 
 class Program:
-    """Calls whose intermediate tensors have places in `memory`. Those that live at the same time have different ones."""
+    """Calls whose intermediate tensors have places in one buffer. Tensors with overlapping lifetimes do not share a place."""
 
     def __init__(self, recorder: Recorder, made: _Ranges, others: _Ranges, output: Tensor) -> None:
         self._made, self._sizes, self._wide_sizes = made, recorder.sizes, recorder.wide_sizes
@@ -226,10 +226,10 @@ class Program:
         self._most_inputs = recorder.most_inputs
         self.widen(max((sizes[COLUMNS] for sizes in recorder.wide_sizes), default=0))
         if any(others.find(at) is not None and made.find(at) is None for call in calls for at in call.addresses("rwu")):
-            raise NotRecordedError("an operation that no program has")
+            raise NotRecordedError("an operation that cannot be recorded")
         waits, stages = self._stages(calls)
         first, last = {}, {}
-        for tensor in (x for brought in recorder.brought for x in brought.outputs):
+        for tensor in (x for module_call in recorder.module_calls for x in module_call.outputs):
             first[self._place_of(tensor)] = 0
         for call, stage in zip(calls, stages, strict=True):
             for number in self._tensors(call, "rwu"):
@@ -243,19 +243,19 @@ class Program:
             args = [arg if role in "nf" else self._moved(arg) for role, arg in zip(KINDS[call.kind], call.args, strict=True)]
             start = index * (2 + ARGUMENTS)
             self._calls[start : start + 2 + len(args)] = [_NUMBERS[call.kind], wait, *args]
-        # Where an address that is not one of these tensors stands among the calls.
-        self._stands: dict[int, list[int]] = {}
+        # The positions in `_calls` of each address outside of the buffer.
+        self._positions: dict[int, list[int]] = {}
         for index, call in enumerate(calls):
             for place, (role, arg) in enumerate(zip(KINDS[call.kind], call.args, strict=True)):
                 if role not in "nf" and arg and made.find(arg) is None:
-                    self._stands.setdefault(arg, []).append(index * (2 + ARGUMENTS) + 2 + place)
+                    self._positions.setdefault(arg, []).append(index * (2 + ARGUMENTS) + 2 + place)
         self.output = self._view(output)
-        self.brought = [(brought, [self._view(x) for x in brought.outputs]) for brought in recorder.brought]
+        self.module_calls = [(call, [self._view(x) for x in call.outputs]) for call in recorder.module_calls]
 
     def _place_of(self, tensor: Tensor) -> int:
         number = self._made.find(tensor.data_ptr())
         if number is None or not tensor.is_contiguous():
-            raise NotRecordedError("a tensor that no call makes")
+            raise NotRecordedError("a tensor that no recorded call creates")
         return number
 
     def _tensors(self, call: _Call, roles: str) -> set[int]:
@@ -263,19 +263,19 @@ class Program:
         return {number for at in call.addresses(roles) if (number := self._made.find(at)) is not None}
 
     def _early(self, calls: Sequence[_Call]) -> list[_Call]:
-        """Projections of all layers that read an input before the first product with it, so that threads wait once for them."""
-        found: list[_Call] = []
+        """Move projections as early as their inputs allow, so that the threads wait once for all projections of an input."""
+        ordered: list[_Call] = []
         for call in calls:
-            at = len(found)
+            at = len(ordered)
             if call.kind == "tile project":
                 reads = self._tensors(call, "r")
-                while at and not reads & self._tensors(found[at - 1], "wu"):
+                while at and not reads & self._tensors(ordered[at - 1], "wu"):
                     at -= 1
-            found.insert(at, call)
-        return found
+            ordered.insert(at, call)
+        return ordered
 
     def _stages(self, calls: Sequence[_Call]) -> tuple[list[bool], list[int]]:
-        """Which calls wait for those before them, and after how many waits each comes."""
+        """Whether each call waits for the calls before it, and the number of waits before each call (its stage)."""
         waits, stages, stage, read, written = [], [], 0, set[int](), set[int]()
         for call in calls:
             reads, writes = self._tensors(call, "ru"), self._tensors(call, "wu")
@@ -288,18 +288,18 @@ class Program:
         return waits, stages
 
     def _lay_out(self, first: dict[int, int], last: dict[int, int]) -> None:
-        """A place for each tensor from its first stage to its last."""
+        """Assign each tensor a place that is free from its first stage to its last."""
         self._at: dict[int, int] = {}
         self.bytes = 0
-        held: list[tuple[int, int, int]] = []
+        occupied: list[tuple[int, int, int]] = []
         for number in sorted(first, key=first.__getitem__):
             size, place = -(-self._made.sizes[number] // LINE) * LINE, 0
-            held = [(start, end, until) for start, end, until in held if until >= first[number]]
-            for start, end, _ in sorted(held):
+            occupied = [(start, end, until) for start, end, until in occupied if until >= first[number]]
+            for start, end, _ in sorted(occupied):
                 if place + size <= start:
                     break
                 place = max(place, end)
-            held.append((place, place + size, last.get(number, 0)))
+            occupied.append((place, place + size, last.get(number, 0)))
             self._at[number] = place
             self.bytes = max(self.bytes, place + size)
         self._memory = torch.empty(self.bytes + LINE, dtype=torch.uint8)
@@ -316,25 +316,25 @@ class Program:
         return self._memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
     def widen(self, columns: int) -> None:
-        """Let adapters have so many columns in all (`bindings.Slots`)."""
+        """Set the total number of adapter columns (`bindings.Slots`)."""
         for sizes in self._wide_sizes:
             sizes[COLUMNS] = columns
-        # Bytes of rows that a thread copies for a tile.
+        # Bytes of a thread's buffer for the rows of a tile.
         self._room = 2 * DEEP * (self._most_inputs + columns)
 
-    def stands(self, address: int) -> list[int]:
-        """Where this address, of what the forward did not make, stands among the calls."""
-        return self._stands.get(address, [])
+    def positions(self, address: int) -> list[int]:
+        """The positions of an address in the calls, for `patch`."""
+        return self._positions.get(address, [])
 
-    def put(self, places: Sequence[int], address: int) -> None:
-        """Let what stands at these places be another address."""
-        for place in places:
-            self._calls[place] = address
+    def patch(self, positions: Sequence[int], address: int) -> None:
+        """Replace the addresses at these positions."""
+        for position in positions:
+            self._calls[position] = address
 
     def run(self) -> Tensor:
-        """The output for what lies in the inputs, valid until the next run."""
-        for brought, places in self.brought:
-            for place, found in zip(places, brought.again(), strict=True):
-                place.copy_(found)
+        """The output for the current contents of the inputs. The next run overwrites it."""
+        for call, places in self.module_calls:
+            for place, output in zip(places, call.rerun(), strict=True):
+                place.copy_(output)
         bindings.run(self._calls, self.count, self._room)
         return self.output

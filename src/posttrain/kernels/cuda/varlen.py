@@ -1,8 +1,9 @@
-"""Attention over packed segments on a GPU: torch's variable-length flash kernel, one sequence a segment.
+"""Attention over packed segments on a GPU with torch's variable-length flash kernel, one sequence per segment.
 
-The keys of a segment are its ancestors' and its own, laid end to end, and the kernel aligns the causal triangle with the last
-key: the last query sees every key, the one before it all but one. That is what a segment sees. Segments without ancestors need
-no copy; of a shared prompt the keys are gathered once a completion, and their gradients summed in float32.
+The keys of a sequence are the concatenated keys of the segment's ancestors and of the segment. The kernel aligns the causal
+triangle with the last key: the last query sees every key, the query before it all but one, as a segment requires. Segments
+without ancestors need no copy. The keys of a shared prompt are gathered once per completion, and their gradients are summed in
+float32.
 
 T: packed tokens, H: query heads, K: key/value heads, D: head width, S: keys of all segments, N: segments.
 """
@@ -17,14 +18,14 @@ from torch import Tensor
 
 from posttrain.kernels.segments import SegmentTable, Span, pieces
 
-# What the kernel takes: 16-bit numbers, heads of up to 256 in steps of 8.
+# The kernel supports 16-bit numbers and head widths up to this, in steps of 8.
 WIDEST_HEAD = 256
 
 
 class VarlenTable(NamedTuple):
-    """Where each sequence's queries and keys begin [N + 1], the longest of them, and the packed token of each key [S].
+    """The offsets of each sequence's queries and keys [N + 1], the longest lengths, and the packed token of each key [S].
 
-    `key_S` is None where the keys are the packed tokens as they lie.
+    `key_S` is None if the keys are the packed tokens in their order.
     """
 
     query_N: Tensor
@@ -35,12 +36,12 @@ class VarlenTable(NamedTuple):
 
 
 def takes(q: Tensor) -> bool:
-    """Whether the kernel takes these heads."""
+    """Whether the kernel supports these heads."""
     return q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= WIDEST_HEAD
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: SegmentTable, window: int) -> Tensor:
-    """q [H, T, D], k and v [K, T, D] -> [H, T, D]; a window of 0 sees everything before."""
+    """q [H, T, D], k and v [K, T, D] -> [H, T, D]; a window of 0 is unlimited."""
     table = segments.cached("varlen", lambda: varlen_table(segments.spans, q.shape[1], q.device))
     keys, values = k.transpose(0, 1), v.transpose(0, 1)
     if table.key_S is not None:
@@ -55,15 +56,15 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Se
 
 @functools.cache
 def _kernel() -> Callable[..., Any]:
-    """The kernel, which has always taken fewer key heads than query heads; from torch 2.12 on it wants to be told."""
+    """The kernel with grouped-query attention, which torch 2.12 and later enable by an argument, and earlier ones always."""
     from torch.nn.attention.varlen import varlen_attn
 
-    told: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    return functools.partial(varlen_attn, **told)
+    options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    return functools.partial(varlen_attn, **options)
 
 
 def varlen_table(spans: tuple[Span, ...], total: int, device: torch.device) -> VarlenTable:
-    """The kernel's table of a packed batch of `total` tokens; filler behind the last span is a sequence of its own."""
+    """The kernel's table for a packed batch of `total` tokens. Padding after the last span forms a separate sequence."""
     used = spans[-1].start + spans[-1].length if spans else 0
     sequences = [*spans, Span(used, total - used)] if used < total else list(spans)
     queries, keys = [0], [0]
@@ -83,9 +84,9 @@ def varlen_table(spans: tuple[Span, ...], total: int, device: torch.device) -> V
 
 
 def gather_keys(x_TKD: Tensor, key_S: Tensor) -> Tensor:
-    """Rows of x by index [S, K, D]; the gradient of a row that is taken several times is summed in float32."""
-    found: Tensor = _GatherKeys.apply(x_TKD, key_S)  # type: ignore[no-untyped-call]
-    return found
+    """Rows of x by index [S, K, D]; the gradients of a row that is gathered several times are summed in float32."""
+    rows: Tensor = _GatherKeys.apply(x_TKD, key_S)  # type: ignore[no-untyped-call]
+    return rows
 
 
 class _GatherKeys(torch.autograd.Function):
