@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from posttrain.cli import main
 from posttrain.errors import AdapterError, ArtifactError
 from posttrain.models.adapter_files import full_state
-from posttrain.models.base_model import BaseModel, _new_folder, load_base
+from posttrain.models.base_model import BaseModel, load_base
 from posttrain.models.merge import merge_target
+from posttrain.models.obtain import _new_folder
 from posttrain.models.target import open_target
 from posttrain.records import Message
 
