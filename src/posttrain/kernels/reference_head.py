@@ -1,4 +1,4 @@
-"""Log-probabilities of targets under a head, and their slopes in the hidden states, by plain PyTorch and in chunks of rows.
+"""Log-probabilities of targets under a head, and their gradients with respect to the hidden states, in chunks of rows.
 
     log p(t | h) = z_t - log sum_v exp z_v,   z = W h + b          d log p / d h = W_t - sum_v p_v W_v
 
@@ -17,10 +17,10 @@ from torch.nn import functional
 
 from posttrain.kernels.head_rows import HeadRows, head_logits, target_rows
 
-# Logits held at once: 32 Mi float32 numbers, 128 MiB; a chunk then still fills the cores at a vocabulary of 262k. On a GPU
-# 512 MiB of bfloat16 fill it.
+# Logits in memory at a time: 32 Mi float32 numbers, 128 MiB, enough to use all cores at a vocabulary of 262k. A GPU needs
+# 512 MiB of bfloat16.
 CHUNK_LOGITS = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
-# Rows whose logits are in float32 at the same time: they stay in the cache for all passes over them.
+# Rows converted to float32 at a time, so that they stay in the processor's cache for all passes over them.
 BLOCK_ROWS = 4
 SMALLEST_PROBABILITY = 1e-5
 
@@ -40,7 +40,7 @@ class HeadSlopes(NamedTuple):
 
 
 def head_chunks(target_N: Tensor, head_VD: Tensor) -> list[slice]:
-    """Targets whose logits are there at once."""
+    """Slices of the targets whose logits are computed together."""
     size, total = max(16, CHUNK_LOGITS[head_VD.device.type] // head_VD.shape[0]), len(target_N)
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
@@ -51,7 +51,7 @@ def log_sum_exp(logits_NV: Tensor) -> Tensor:
 
 
 def logit_gradient(logits_NV: Tensor, total_N: Tensor, target_N: Tensor, grad_N: Tensor) -> Tensor:
-    """d sum_n g_n log p_n / d z = g (onehot - p) [N, V] as the logits came."""
+    """d sum_n g_n log p_n / d z = g (onehot - p) [N, V], in the dtype of the logits."""
     hit = torch.arange(logits_NV.shape[1], device=logits_NV.device)[None] == target_N[:, None]
     slope = hit.float() - torch.exp(logits_NV.float() - total_N[:, None])
     return (slope * grad_N[:, None].float()).to(logits_NV.dtype)
@@ -65,7 +65,7 @@ def at_target(logits_nV: Tensor, target_n: Tensor, total_n: Tensor) -> Tensor:
 def head_values(
     hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, rows: HeadRows | None, bias_V: Tensor | None
 ) -> HeadValues:
-    """log p of each target and the logarithm of its sum, no gradient."""
+    """log p of each target and log sum exp of its logits, without gradient."""
     logprobs_N = hidden_ND.new_empty(len(target_N), dtype=torch.float32)
     total_N = torch.empty_like(logprobs_N)
     for chunk in head_chunks(target_N, head_VD):
@@ -78,7 +78,7 @@ def head_values(
 def head_slopes(
     hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, rows: HeadRows | None, bias_V: Tensor | None
 ) -> HeadSlopes:
-    """log p of each target and its slope in the hidden state; no gradient of the head."""
+    """log p of each target and its gradient with respect to the hidden state; no gradient of the head."""
     logprobs_N, slope_ND = hidden_ND.new_empty(len(target_N), dtype=torch.float32), torch.empty_like(hidden_ND)
     chunk_of = _filtered_chunk if head_VD.dtype == torch.bfloat16 else _whole_chunk
     for chunk in head_chunks(target_N, head_VD):
@@ -89,20 +89,20 @@ def head_slopes(
 def _filtered_chunk(
     hidden_nD: Tensor, head_VD: Tensor, target_n: Tensor, rows: HeadRows | None, bias_V: Tensor | None
 ) -> HeadSlopes:
-    """Of a chunk with bfloat16 weights; see the filter in the module's docstring."""
+    """The slopes of a chunk with bfloat16 weights, filtered as the module's docstring says."""
     logits_nV = head_logits(hidden_nD, head_VD, rows, bias_V)
-    logprobs, places, tokens, kept, shares = [], [], [], [], []
+    logprobs, places, tokens, filtered, shares = [], [], [], [], []
     for start in range(0, len(target_n), BLOCK_ROWS):
         block = torch.log_softmax(logits_nV[start : start + BLOCK_ROWS], -1, dtype=torch.float32)
         logprobs.append(block.gather(1, target_n[start : start + BLOCK_ROWS, None])[:, 0])
         place, token = (block > math.log(SMALLEST_PROBABILITY)).nonzero(as_tuple=True)
         places.append(place + start)
         tokens.append(token)
-        kept.append(block[place, token])
+        filtered.append(block[place, token])
         if rows is not None:
             shares.append(block[:, rows.ids_K])
     first_n = torch.searchsorted(torch.cat(places), torch.arange(len(target_n)))
-    probability = torch.cat(kept).exp_().to(head_VD.dtype)
+    probability = torch.cat(filtered).exp_().to(head_VD.dtype)
     mean_nD = functional.embedding_bag(torch.cat(tokens), head_VD, first_n, mode="sum", per_sample_weights=probability)
     if rows is not None:
         share_nK = torch.cat(shares)
@@ -113,7 +113,7 @@ def _filtered_chunk(
 def _whole_chunk(
     hidden_nD: Tensor, head_VD: Tensor, target_n: Tensor, rows: HeadRows | None, bias_V: Tensor | None
 ) -> HeadSlopes:
-    """Of a chunk, by whole products."""
+    """The slopes of a chunk, with products over the whole vocabulary."""
     share_nV = head_logits(hidden_nD, head_VD, rows, bias_V).float()
     logprobs_n = _log_softmax_(share_nV, target_n)
     share_nV = share_nV.to(head_VD.dtype)

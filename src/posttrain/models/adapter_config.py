@@ -1,8 +1,8 @@
-"""The settings of an adapter in PEFT's format (`adapter_config.json`): each is either followed, without effect, or refused.
+"""The settings of an adapter in PEFT's format (`adapter_config.json`): each is supported, without effect, or refused.
 
-An adapter is plain LoRA here: y = W x + scale B A x. A setting that changes this, or that says that W was changed too, is
-refused by name, since the adapter would load without a complaint and answer something else. So is a setting that PEFT adds
-one day: an unknown one must have an empty value.
+An adapter is plain LoRA here: y = W x + scale B A x. A setting that changes this equation, or that says that W was changed too,
+is refused by name, because the adapter would load without an error and give other numbers. An unknown setting, such as one of a
+later PEFT, must have an empty value.
 """
 
 import json
@@ -13,16 +13,16 @@ from posttrain.errors import AdapterError
 
 ADAPTER_CONFIG = "adapter_config.json"
 
-# What `read_settings` and its callers follow.
+# Settings that `read_settings` and its callers support.
 _FOLLOWED = frozenset({"peft_type", "r", "lora_alpha", "target_modules", "trainable_token_indices"})
-# What matters in training only, or says how values that stand in the file came about.
+# Settings that matter in training only, or that describe the origin of other values.
 _WITHOUT_EFFECT = frozenset({
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout",
     "megatron_core", "layers_pattern", "runtime_config", "qalora_group_size", "ensure_weight_tying",
     "eva_config", "loftq_config", "corda_config", "lora_ga_config",
 })  # fmt: skip
-# Starting values that leave the base as it is. The others (pissa, olora, corda, loftq, lora_ga) take a part out of it, so that
-# A and B as they are saved belong to a base that is not in any file.
+# Initialisations that leave the base unchanged. The others (pissa, olora, corda, loftq, lora_ga) subtract a part from it, so
+# that the saved A and B belong to a base that is not in any file.
 _STARTS = (True, False, "gaussian", "orthogonal", "eva")
 _PLAIN: dict[str, Callable[[Any], bool]] = {
     "bias": lambda value: value == "none",
@@ -42,7 +42,7 @@ def read_settings(data: bytes, where: str) -> dict[str, Any]:
         raise AdapterError(where, f"peft_type {kind!r}", allowed="a LoRA adapter of PEFT's format")
     rank, alpha, layers = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
     named = isinstance(layers, list) and bool(layers) and all(isinstance(name, str) and name.isprintable() for name in layers)
-    # Written so that NaN and numbers that no float holds are refused as well.
+    # Written so that NaN and integers too large for a float are refused as well.
     a_number = isinstance(alpha, int | float) and not isinstance(alpha, bool) and abs(alpha) < 1e9
     if type(rank) is not int or rank < 1 or not a_number or not named:
         raise AdapterError(
@@ -54,7 +54,7 @@ def read_settings(data: bytes, where: str) -> dict[str, Any]:
 
 
 def is_reward_model(config: dict[str, Any]) -> bool:
-    """Whether the adapter has the head of a reward model beside it."""
+    """Whether the adapter's file also contains the head of a reward model."""
     return config.get("task_type") == "SEQ_CLS" and config.get("modules_to_save") == ["score"]
 
 

@@ -1,9 +1,9 @@
-"""What a model's configuration says of its shape and of its head, whatever the architecture calls it. No torch here.
+"""Context length, head scale and text settings from a model's configuration, for all architectures. Does not import torch.
 
     z = s W h + b,   then softcap tanh(z / softcap) where the model is soft-capped
 
-The scale s has a name and a direction of its own in each family. A family that is not known here is not scaled, and the check
-at load (`models/verify.py`) refuses it.
+The scale s has a different name in each family, and some divide by it. Unknown families are not scaled, and the check at load
+(`models/verify.py`) refuses them.
 """
 
 import sys
@@ -13,19 +13,19 @@ CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx
 
 
 def text_settings(config: Any) -> dict[str, Any]:
-    """A configuration's values of the text model, under the common names of transformers and under its own."""
+    """A configuration's values of the text model, under transformers' common names and under the architecture's names."""
     text = config.get_text_config()
     values: dict[str, Any] = text.to_dict()
-    return values | {common: values[own] for common, own in text.attribute_map.items() if own in values}
+    return values | {common: values[name] for common, name in text.attribute_map.items() if name in values}
 
 
 def context_of(settings: dict[str, Any]) -> int:
-    """Tokens that the model can hold; very many where its configuration does not say."""
+    """Context length in tokens; sys.maxsize if the configuration has none."""
     return next((settings[name] for name in CONTEXT_NAMES if isinstance(settings.get(name), int)), sys.maxsize)
 
 
 def head_scale(settings: dict[str, Any]) -> float:
-    """What the logits of the head are multiplied by."""
+    """The factor of the head's logits."""
     kind, scale = settings.get("model_type"), 1.0
     if settings.get("logit_scale") is not None:  # Cohere
         scale *= settings["logit_scale"]

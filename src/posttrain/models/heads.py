@@ -2,7 +2,7 @@
 
     score = w . h - shift,   h: the last hidden state at the last real token of a completion
 
-The shift is not a parameter: it is set after training, so that the scores of the reference completions have mean 0. In PEFT's
+The shift is not a parameter: it is set after training, so that the scores of demonstrations have mean 0. In PEFT's
 format the head is the module `score` of a sequence classifier with one label (`modules_to_save`), which has no shift.
 
 D: width, N: completions.

@@ -40,10 +40,10 @@ NARROW = 0.02
 
 
 def merge_target(target: Target, out: Path) -> Path:
-    """Write the target's policy as a whole model into the new folder `out`; whole or not at all.
+    """Write the target's policy as a whole model into the new folder `out`, atomically.
 
-    Raises ArtifactError for the base itself, for a folder that exists and for weights that answer otherwise once they are
-    written; AdapterError for an adapter of another base.
+    Raises ArtifactError for the base itself, for an existing folder, and if the written weights give other log-probabilities;
+    AdapterError for an adapter of another base.
     """
     if target.policy == "base":
         raise ArtifactError("merge", "the base itself has nothing to merge", do="name a trained stage, RUN/STAGE")
@@ -53,9 +53,9 @@ def merge_target(target: Target, out: Path) -> Path:
 
 
 def write_merged(folder: Path, target: Target) -> None:
-    """Write the target's policy as a whole model into a folder that is there, and check it.
+    """Write the target's policy as a whole model into an existing folder, and check it.
 
-    Raises AdapterError for an adapter of another base, ArtifactError where the disk refuses or where the check fails.
+    Raises AdapterError for an adapter of another base, ArtifactError if the disk cannot be written or the check fails.
     """
     routing = target.policies.activate(target.policy)
     base = target.base
@@ -63,13 +63,13 @@ def write_merged(folder: Path, target: Target) -> None:
     model = read_base(base)
     rounding = 0.05
     if routing != "base" and not exact:
-        rounding = float(_apart(plain_logprobs(model, probe), our_logprobs(base, probe, "base")).mean())
+        rounding = float(_distance(plain_logprobs(model, probe), our_logprobs(base, probe, "base")).mean())
     put_weights(model, base, None if routing == "base" else base.adapters.get(routing))
     expected, unmerged = plain_logprobs(model, probe), our_logprobs(base, probe, routing)
     try:
         tensors = checkpoint_tensors(model, untied(model.state_dict(keep_vars=True)))
         save_tensors(folder / FULL_WEIGHTS, tensors, {"format": "pt"})
-    except SafetensorError as error:  # it tells what the disk said only in words
+    except SafetensorError as error:  # it contains the OS error only as text
         raise ArtifactError(str(folder), str(error)[:200], do="make room or choose another folder with --out") from None
     config = copy.deepcopy(base.model.config)
     config.dtype = torch.float32
@@ -78,24 +78,24 @@ def write_merged(folder: Path, target: Target) -> None:
     generation.eos_token_id = sorted(base.chat.end_ids)
     generation.save_pretrained(folder)
     write_tokenizer(folder, base)
-    del model, tensors  # before the same weights are in memory once more
+    del model, tensors  # frees memory before the weights are read again
     written = plain_logprobs(read_model(folder, f"merged {folder}"), probe)
-    _refuse_beyond(READ_AGAIN, _apart(written, expected).max(), "read again, the weights")
+    _refuse_beyond(READ_AGAIN, _distance(written, expected).max(), "read again, the weights")
     if exact:
-        _refuse_beyond(UNMERGED, _apart(written, unmerged).max(), "the merged weights")
+        _refuse_beyond(UNMERGED, _distance(written, unmerged).max(), "the merged weights")
     else:
-        _refuse_beyond(2 * rounding + NARROW, _apart(written, unmerged).mean(), "the merged weights")
+        _refuse_beyond(2 * rounding + NARROW, _distance(written, unmerged).mean(), "the merged weights")
 
 
 def write_tokenizer(folder: Path, base: BaseModel) -> None:
-    """Write the tokenizer and the chat template that was trained with."""
+    """Write the tokenizer and the chat template that training used."""
     base.tokenizer.inner.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(base.chat.template, encoding="utf-8")
 
 
 @torch.no_grad()
 def put_weights(model: Any, base: BaseModel, adapter: LoraAdapter | None) -> None:
-    """Put base and adapter together, or else what is in memory, into transformers' float32 model of the base."""
+    """Add the adapter to transformers' float32 model of the base; without an adapter, copy the weights in memory to it."""
     state = model.state_dict()
     if adapter is None:
         for name, tensor in whole_state(base).items():
@@ -108,13 +108,13 @@ def put_weights(model: Any, base: BaseModel, adapter: LoraAdapter | None) -> Non
 
 
 def probe_ids(base: BaseModel) -> list[int]:
-    """Ids of a few conversations, as the base's template writes them."""
+    """Ids of a few conversations in the base's template."""
     return [i for messages in CONVERSATIONS for i in base.chat.encode(messages).ids][: base.context]
 
 
 @torch.no_grad()
 def plain_logprobs(model: Any, ids: list[int]) -> Tensor:
-    """log p of every token of a row but the first, by a model of transformers, float32."""
+    """log p of every token of a row except the first, by a model of transformers, float32."""
     logits_TV = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
     return torch.log_softmax(logits_TV, -1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
 
@@ -126,8 +126,8 @@ def our_logprobs(base: BaseModel, ids: list[int], routing: str) -> Tensor:
     return batch_logprobs(base, to_device(batch, base.device), routing).float().cpu()
 
 
-def _apart(found: Tensor, wanted: Tensor) -> Tensor:
-    return (found - wanted).abs() / wanted.abs().clamp(min=1)  # float32 has seven digits
+def _distance(logprobs: Tensor, expected: Tensor) -> Tensor:
+    return (logprobs - expected).abs() / expected.abs().clamp(min=1)  # float32 has seven digits
 
 
 def _refuse_beyond(limit: float, off: Tensor, what: str) -> None:

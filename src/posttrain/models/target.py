@@ -1,7 +1,7 @@
-"""What a command is pointed at: a stage of a run (`runs/quickstart/dpo`, `runs/quickstart/base`) or any base model.
+"""The target of a command: a stage of a run (`runs/quickstart/dpo`, `runs/quickstart/base`) or any base model.
 
-A run folder knows its base, template and adapters, so it needs no options and works wherever it is copied; the base
-itself is found again by its name and verified by its hash.
+A run folder records its base, template and adapters, so a command needs no further options, and the folder can be copied. The
+base is located by its name and verified by its hash.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ class Target(NamedTuple):
 
 
 def split_target(target: str) -> tuple[Path, str] | None:
-    """Run folder and stage where `target` names them, or None where it names a model."""
+    """The run folder and stage that `target` names, or None if it names a model."""
     path = Path(target)
     if ":" in path.name:  # a scheme; no stage has such a name
         return None
@@ -40,7 +40,7 @@ def split_target(target: str) -> tuple[Path, str] | None:
         recipe = load_recipe(path.parent / "recipe.toml")
         names = _finished(path.parent, recipe)
         if path.name not in (s.name for s in recipe.stage) and (path / "config.json").is_file():
-            return None  # a model that somebody put beside the stages
+            return None  # a model in the run's folder
         if path.name in (s.name for s in recipe.stage if makes(s.kind) == "reward model"):
             raise ArtifactError(
                 str(path), "is a reward model: it scores answers and writes none", allowed=f"there is: {', '.join(names)}",
@@ -55,7 +55,7 @@ def split_target(target: str) -> tuple[Path, str] | None:
 
 
 def finished_policies(run: Path) -> list[str]:
-    """The policies of a run in the order of its recipe, the base first. Raises ArtifactError where there is no run."""
+    """The policies of a run in the order of its recipe, after the base. Raises ArtifactError if `run` is not a run folder."""
     if not (run / "recipe.toml").is_file():
         raise ArtifactError(str(run), "not a run folder", do="give a folder that `posttrain run` made")
     return _finished(run, load_recipe(run / "recipe.toml"))
@@ -67,7 +67,7 @@ def _finished(run: Path, recipe: Recipe) -> list[str]:
 
 
 class RewardTarget(NamedTuple):
-    """A loaded base, the name of the reward model's adapter on it, and the recipe it was made by."""
+    """A loaded base, the name of the reward model's adapter on it, and the recipe and stage that made it."""
 
     base: BaseModel
     adapter: str
@@ -76,7 +76,7 @@ class RewardTarget(NamedTuple):
 
 
 def open_reward_model(target: str) -> RewardTarget:
-    """Load the reward model `RUN/STAGE`. Raises ArtifactError where there is none of that name."""
+    """Load the reward model `RUN/STAGE`. Raises ArtifactError if it does not exist."""
     recipe, stage = _reward_stage(target)
     settings = recipe.base
     full = recipe.adapter.kind == "full"
@@ -119,11 +119,11 @@ def _reward_stage(target: str) -> tuple[Recipe, TrainingSettings]:
 
 def open_target(target: str, *, template: str = "auto") -> Target:
     """Load what `target` names. Raises PosttrainError where it is neither a run's stage nor a model."""
-    found = split_target(target)
-    if found is None:
+    stage = split_target(target)
+    if stage is None:
         base = load_base(target, template=template)
         return Target(base, Policies(base, Path(".")), "base", ("base",), None)
-    run, policy = found
+    run, policy = stage
     recipe = load_recipe(run / "recipe.toml")
     full = recipe.adapter.kind == "full"
     settings = recipe.base

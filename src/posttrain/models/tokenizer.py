@@ -13,7 +13,7 @@ import tokenizers
 
 from posttrain.errors import ModelError
 
-# Texts are tokenised one by one; threads would find nothing to do, and would warn where a process is forked.
+# Texts are tokenised one by one, so threads would be idle, and they print a warning when a process is forked.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
@@ -36,11 +36,11 @@ class HuggingFaceTokenizer:
         # For byte-pair encodings transformers does nothing beside the tokenizer's own function, and takes longer.
         self._byte_pairs = type(backend.model).__name__ == "BPE"
         if self._byte_pairs and len(_words(self._plain, "one two three")) == 1:
-            _keep_no_words(backend)
+            _disable_word_cache(backend)
         self._anchor = self._find_anchor()
 
     def encode(self, text: str, *, plain: bool, middle: bool = False) -> list[int]:
-        """Ids of a text without added tokens. With `middle` it stands inside of a text, and no space is put in front."""
+        """Ids of a text without added tokens. With `middle` the text continues another one, and gets no leading space."""
         if plain:
             return self._letters(text, middle)
         backend = self.inner.backend_tokenizer
@@ -53,7 +53,7 @@ class HuggingFaceTokenizer:
         return [*_ids(self._middle, text[: encoding.offsets[first][0]]), *encoding.ids[first:]]
 
     def _letters(self, text: str, middle: bool) -> list[int]:
-        """Ids of a text without control tokens; a vocabulary may hold their names as words, and those are cut in two."""
+        """Ids of a text without control tokens. A vocabulary may contain their names as words; these are cut in two."""
         ids = _ids(self._middle if middle else self._plain, text)
         if len(text) < 2 or self._control_ids.isdisjoint(ids):
             return ids
@@ -61,7 +61,7 @@ class HuggingFaceTokenizer:
         return self._letters(text[:half], middle) + self._letters(text[half:], True)
 
     def decode(self, ids: Sequence[int], *, special: bool, middle: bool = False) -> str:
-        """Text of ids. With `middle` they stand inside of a text, and a space in front stays."""
+        """Text of ids. With `middle` the ids continue another text, and a leading space is kept."""
         if not middle or self._anchor is None or not ids:
             return self._decode(ids, special)
         before = self._decode([self._anchor], special)
@@ -72,7 +72,7 @@ class HuggingFaceTokenizer:
         return str(decode(list(ids), skip_special_tokens=not special))
 
     def _find_anchor(self) -> int | None:
-        """A token to decode others after; None where a token reads the same wherever it stands."""
+        """A token to put before others when decoding; None if the text of a token does not depend on its position."""
         ids = self._letters("a a", False)
         anchor, word = self._letters("a", True)[-1:], ids[-1:]
         alone = self._decode(word, False)
@@ -81,10 +81,10 @@ class HuggingFaceTokenizer:
 
     def token_id(self, token: str) -> int | None:
         """Id of a whole token."""
-        found: int | None = self._ids.get(token)
-        if found is None:
-            found = self.inner.get_vocab().get(token)
-        return found
+        index: int | None = self._ids.get(token)
+        if index is None:
+            index = self.inner.get_vocab().get(token)
+        return index
 
     @property
     def bos(self) -> str | None:
@@ -177,15 +177,14 @@ def _unprefixed(step: dict[str, Any] | None) -> dict[str, Any] | None:
         return step | {"add_prefix_space": False}
     if step["type"] == "Sequence":
         inside = "normalizers" if "normalizers" in step else "pretokenizers"
-        return step | {inside: [kept for one in step[inside] if (kept := _unprefixed(one)) is not None]}
+        return step | {inside: [part for inner in step[inside] if (part := _unprefixed(inner)) is not None]}
     return step
 
 
 def refuse_beyond(tokenizer: HuggingFaceTokenizer, used: Collection[int], rows: int, where: str) -> None:
-    """Refuse a tokenizer that makes ids of text, or of the template's tokens (`used`), for which the embedding has no row.
+    """Raises ModelError if text, or a token of the template (`used`), can get an id for which the embedding has no row.
 
-    Special tokens beyond the rows that no template uses, such as gemma-3-1b's of images, are never made of text. Raises
-    ModelError.
+    Special tokens beyond the rows that no template uses, such as gemma-3-1b's image tokens, never result from text.
     """
     special = {index for index, token in tokenizer.inner.added_tokens_decoder.items() if token.special}
     vocabulary: dict[str, int] = tokenizer.inner.get_vocab()
@@ -200,14 +199,14 @@ def refuse_beyond(tokenizer: HuggingFaceTokenizer, used: Collection[int], rows: 
 
 
 def _words(tokenizer: tokenizers.Tokenizer, text: str) -> list[str]:
-    """What the encoding treats one by one, and remembers."""
+    """The words that the tokenizer encodes separately and caches."""
     if tokenizer.normalizer is not None:
         text = tokenizer.normalizer.normalize_str(text)
     return [text] if tokenizer.pre_tokenizer is None else [w for w, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
 
 
-def _keep_no_words(tokenizer: tokenizers.Tokenizer) -> None:
-    """The library remembers 10,000 words. Where a word is a whole text, as for Gemma, none comes again, and they take 70 MB."""
+def _disable_word_cache(tokenizer: tokenizers.Tokenizer) -> None:
+    """The library caches 10,000 words. If a word is a whole text, as for Gemma, none repeats, and the cache takes 70 MB."""
     resize = getattr(tokenizer.model, "_resize_cache", None)
     if resize is not None:
         resize(0)

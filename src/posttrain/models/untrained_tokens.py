@@ -1,4 +1,4 @@
-"""Tokens that the base never trained: found before hours are spent, and named so that their rows can be trained.
+"""Detects template tokens that the base never trained, before a run starts, so that their rows can be trained.
 
 A token that pretraining never saw keeps the direction that all unused tokens share: its embedding row lies along their
 mean. In gemma-3-270m's base `<end_of_turn>` has cosine 0.99 with it and `<start_of_turn>` 0.95; `<eos>` has -0.30, and of
@@ -22,9 +22,9 @@ from posttrain.models.base_model import BaseModel
 from posttrain.models.segments import Segments, Span
 from posttrain.records import Message
 
-# Names that vocabularies give to places nobody uses: <unused12>, [unused3], <|reserved_special_token_7|>, <extra_id_1>.
+# Names of unused entries of vocabularies: <unused12>, [unused3], <|reserved_special_token_7|>, <extra_id_1>.
 _UNUSED_NAME = re.compile(r"^[<\[]\|?_*(?:unused|reserved|extra_id|dummy)[a-z_]*_?\d+\|?[>\]]$")
-# A direction needs so many rows before its mean says anything.
+# Fewer unused rows give no reliable mean direction.
 _FEWEST_UNUSED = 8
 _SIMILAR = 0.9
 
@@ -40,20 +40,20 @@ CONVERSATIONS = tuple(
 
 
 def token_ids(base: BaseModel, tokens: Sequence[str]) -> tuple[int, ...]:
-    """Ids of the tokens named in the recipe. Raises RecipeError for one that the vocabulary lacks."""
-    found = {token: base.tokenizer.token_id(token) for token in tokens}
-    missing = [token for token, index in found.items() if index is None]
+    """Ids of the tokens named in the recipe. Raises RecipeError for a token that the vocabulary lacks."""
+    id_of = {token: base.tokenizer.token_id(token) for token in tokens}
+    missing = [token for token, index in id_of.items() if index is None]
     if missing:
         raise RecipeError(
             "recipe · [adapter] train_tokens",
             f"the vocabulary has no token {', '.join(map(repr, missing))}",
             do="name whole tokens, such as <end_of_turn>",
         )
-    return tuple(index for index in found.values() if index is not None)
+    return tuple(index for index in id_of.values() if index is not None)
 
 
 def unused_ids(base: BaseModel) -> list[int]:
-    """Ids whose name says that nothing uses them, and rows beyond the vocabulary; without what the template uses."""
+    """Ids whose names mark them as unused, and rows beyond the vocabulary, without ids that the template uses."""
     taken = {*base.chat.template_ids, *base.chat.end_ids}
     vocabulary: dict[str, int] = base.tokenizer.inner.get_vocab()
     named = {index for token, index in vocabulary.items() if token[:1] in "<[" and _UNUSED_NAME.match(token)}
@@ -87,7 +87,7 @@ def unused_probability(
 
 
 def untrained_tokens(base: BaseModel, train_tokens: Sequence[str] = ()) -> list[str]:
-    """Warnings about template tokens that look untrained, but for those whose rows are trained anyway."""
+    """Warnings about template tokens that look untrained, except those in `train_tokens`."""
     unused = unused_ids(base)
     suspects = {t: c for t, c in untrained_similarity(base, unused).items() if c > _SIMILAR and t not in train_tokens}
     if not suspects:

@@ -1,7 +1,7 @@
-"""Slots of adapters in bfloat16 on a CPU: side by side where the processor has matrix tiles, else grouped by slot in C.
+"""Slots of adapters in bfloat16 on a CPU: concatenated on processors with matrix tiles, otherwise grouped by slot in C.
 
-By tiles (`c/tiles.c`) the product of the base adds to each token what its slot's adapter adds, just as in training and to the
-same bit. Layers whose inputs fill no tiles, and processors without tiles, have the low-rank products of `c/lowrank.c`.
+The tiled product (`c/tiles.c`) of the base also adds each token's low-rank product, bit for bit as in training. Layers whose
+inputs do not fill tiles, and processors without tiles, use the low-rank products of `c/lowrank.c`.
 
 T: tokens, n: slots, R: rank, C: columns of all slots, a multiple of DEEP.
 """
@@ -23,7 +23,7 @@ DECODED = 256
 
 
 def slot_layout(dtype: torch.dtype, device: torch.device, *, serving: bool) -> SlotLayout:
-    """How slots of adapters lie in memory."""
+    """The memory layout of adapter slots."""
     if linear.tileable(bindings.DEEP, dtype, device):
         return TileLayout(serving=serving)
     if dtype == torch.bfloat16 and device.type == "cpu" and library() is not None:
@@ -47,7 +47,7 @@ class CompiledGrouping:
         return bindings.project(gathered, a.contiguous(), self._groups)
 
     def add(self, projected: Tensor, first: int, stack: Stack, y: Tensor) -> None:
-        """B p added to the grouped tokens."""
+        """Add B p to the grouped tokens."""
         bindings.expand(projected, stack.b.transpose(1, 2), self._groups, first, y[0])
 
 
@@ -56,7 +56,7 @@ def _grouped(runs: TokenRuns, slots: AdapterSlots, *, serving: bool) -> MixedTok
 
 
 class GroupedLayout:
-    """A slot after the other in each layer, B as [n, R, outputs], which is how `expand` adds it up."""
+    """One slot after another in each layer, with B stored as [n, R, outputs], the layout of `expand`."""
 
     def __init__(self, *, serving: bool) -> None:
         self._serving, self._plain = serving, PlainLayout(torch.bfloat16, torch.device("cpu"), one_matrix=True)
@@ -83,7 +83,7 @@ class GroupedLayout:
 
 
 class TileLayout:
-    """All slots of a layer side by side in one matrix, where its inputs fill tiles."""
+    """The slots of a layer concatenated in one matrix, if its inputs fill tiles."""
 
     def __init__(self, *, serving: bool) -> None:
         self._serving, self._grouped = serving, GroupedLayout(serving=serving)
@@ -133,15 +133,16 @@ class TileLayout:
 
 
 class TiledTokens:
-    """The slot of each token, and the tokens in the order of their slots: few adapters then meet in a tile."""
+    """The slot of each token, and the tokens sorted by slot, so that few adapters share a tile."""
 
     def __init__(self, runs: TokenRuns, slots: AdapterSlots, *, serving: bool) -> None:
         self._runs, self._slots, self._serving = runs, slots, serving
-        own = [-1 if slot in runs.unstacked else slot for _, slot in runs.runs]
+        slot_of_run = [-1 if slot in runs.unstacked else slot for _, slot in runs.runs]
         counts = torch.tensor([count for count, _ in runs.runs])
-        self._slot_T = torch.tensor(own, dtype=torch.int32).repeat_interleave(counts)
+        self._slot_T = torch.tensor(slot_of_run, dtype=torch.int32).repeat_interleave(counts)
         self._order = None
-        if len(set(own)) > 1 or len(self._slot_T) <= DECODED:  # few tokens have an order anyway, so that steps have one form
+        # Few tokens always have an order, so that decoding steps have one form.
+        if len(set(slot_of_run)) > 1 or len(self._slot_T) <= DECODED:
             order = self._slot_T.argsort(stable=True).int()
             self._order = functional.pad(order, (0, -len(order) % bindings.LANES), value=-1)
 

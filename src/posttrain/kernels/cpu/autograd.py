@@ -1,9 +1,9 @@
-"""Functions on a CPU with a backward of their own: norms, gates, rotations and products. Attention: `attention.py`.
+"""Functions on a CPU with a custom backward: norms, gates, rotations and products. Attention: `attention.py`.
 
     norm    y = x r w,   r = 1 / sqrt(mean(x^2) + eps)      dx = r (g w - x r mean(g w x r))      (Zhang and Sennrich 2019)
 
-A norm by plain operations leaves two float32 copies of every activation for backward, which is most of what a packed step
-keeps in memory; this one keeps the input and one number a token.
+A norm of PyTorch operations saves two float32 copies of every activation for backward, which is most of the memory of a packed
+step. This one saves the input and one number per token.
 
 T: tokens, H: heads, D: width.
 """
@@ -19,7 +19,7 @@ from posttrain.kernels.cpu import bindings
 
 def rms_norm(x: Tensor, weight_D: Tensor, offset: float, scale_D: Tensor, eps: float) -> Tensor:
     """x r w with a frozen weight; `scale_D` is w = weight + offset in float32."""
-    if not torch.is_grad_enabled():  # the call of a function with a backward takes longer than the norm of a few tokens
+    if not torch.is_grad_enabled():  # the overhead of an autograd.Function exceeds the norm of a few tokens
         return _normed(x, scale_D, eps)[0]
     out: Tensor = FrozenNorm.apply(x, scale_D, eps)  # type: ignore[no-untyped-call]
     return out
@@ -40,7 +40,7 @@ def gated(gate: Tensor, up: Tensor, *, gelu: bool) -> Tensor:
 
 
 def _normed(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
-    """y and r; the compiled function makes r again in backward."""
+    """y and r; r is None with the compiled function, which computes it again in backward."""
     if bindings.able(x):
         return bindings.rms_norm(x, weight_D, eps), None
     wide = x.float()
@@ -68,7 +68,7 @@ class FrozenNorm(torch.autograd.Function):
 
 
 class Gate(torch.autograd.Function):
-    """act(gate) up on a CPU; keeps both factors."""
+    """act(gate) up on a CPU; saves both factors."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
@@ -83,7 +83,7 @@ class Gate(torch.autograd.Function):
 
 
 class Rotation(torch.autograd.Function):
-    """x [H, T, D] turned on a CPU; keeps the angles."""
+    """Rotation of x [H, T, D] on a CPU; saves cos and sin."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class Rotation(torch.autograd.Function):
 
 
 class Product(torch.autograd.Function):
-    """The backward's products are the library's: no sampler has to agree with them."""
+    """W x + b with our own product. Backward uses the library's products, because sampling never computes them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

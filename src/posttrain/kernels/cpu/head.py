@@ -1,7 +1,7 @@
 """Log-probabilities under a bfloat16 head on a CPU: the passes over the logits are C (`c/head.c`).
 
-Logits are made as W h^T, so that the product reads the head as it lies; h W^T would bring it into another order first. The sum
-over v is filtered as in `kernels/reference_head.py`, which computes other heads.
+Logits are computed as W h^T, so that the product reads the head in its layout; h W^T would reorder it first. The
+sum over v is filtered as in `kernels/reference_head.py`, which computes heads of other dtypes.
 
 N: targets, n: targets of a chunk, D: width, V: vocabulary.
 """
@@ -28,7 +28,7 @@ def _compiled(head_VD: Tensor) -> bool:
 def head_values(
     hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, rows: HeadRows | None, bias_V: Tensor | None
 ) -> HeadValues:
-    """log p of each target and the logarithm of its sum, no gradient."""
+    """log p of each target and log sum exp of its logits, without gradient."""
     if not _compiled(head_VD):
         return reference_head.head_values(hidden_ND, head_VD, target_N, rows, bias_V)
     return _in_c(hidden_ND, head_VD, target_N, rows, bias_V, None)
@@ -37,7 +37,7 @@ def head_values(
 def head_slopes(
     hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, rows: HeadRows | None, bias_V: Tensor | None
 ) -> HeadSlopes:
-    """log p of each target and its slope in the hidden state; no gradient of the head."""
+    """log p of each target and its gradient with respect to the hidden state; no gradient of the head."""
     if not _compiled(head_VD):
         return reference_head.head_slopes(hidden_ND, head_VD, target_N, rows, bias_V)
     slope_ND = torch.empty_like(hidden_ND)
@@ -48,15 +48,15 @@ def _in_c(
     hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, rows: HeadRows | None, bias_V: Tensor | None,
     slope_ND: Tensor | None,
 ) -> HeadValues:  # fmt: skip
-    """Fills `slope_ND`, where there is one, with d log p / d h."""
+    """Compute the values, and write d log p / d h to `slope_ND` unless it is None."""
     logprobs_N = hidden_ND.new_empty(len(target_N), dtype=torch.float32)
     total_N = torch.empty_like(logprobs_N)
-    room = head_VD.new_empty(0)  # of all chunks: fresh memory each time would cost a quarter of the product
+    buffer = head_VD.new_empty(0)  # shared by all chunks: allocating it per chunk would cost a quarter of the product
     for chunk in head_chunks(target_N, head_VD):
         target_n = target_N[chunk]
         size = len(head_VD) * (len(target_n) + -len(target_n) % bindings.LANES)
-        room = room if len(room) >= size else head_VD.new_empty(size)
-        logits_Vn = room[:size].view(len(head_VD), -1)
+        buffer = buffer if len(buffer) >= size else head_VD.new_empty(size)
+        logits_Vn = buffer[:size].view(len(head_VD), -1)
         _fill_logits(logits_Vn, hidden_ND[chunk], head_VD, rows, bias_V)
         if slope_ND is None:
             total_n = bindings.log_sum_exp(logits_Vn)[: len(target_n)]
@@ -72,7 +72,7 @@ def _in_c(
 
 
 def _fill_logits(logits_Vn: Tensor, hidden_nD: Tensor, head_VD: Tensor, rows: HeadRows | None, bias_V: Tensor | None) -> None:
-    """W h^T + b, with columns for whole vectors of tokens."""
+    """Write W h^T + b, with the tokens padded to whole vectors."""
     count = len(hidden_nD)
     if tiled(hidden_nD, head_VD):
         bindings.turned_products(hidden_nD, head_VD, logits_Vn)

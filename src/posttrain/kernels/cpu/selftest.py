@@ -1,7 +1,7 @@
-"""Every compiled function run once at the start, on a few numbers, against PyTorch in float64.
+"""Runs every compiled function once at start-up on small inputs, and compares it with PyTorch in float64.
 
-A compiler that miscompiles one of them, or a processor that lacks an instruction of the binary's, then costs speed and not
-numbers: the library counts as missing (`build.py`). The sizes are small, so that one thread computes all of it in milliseconds.
+If the compiler miscompiled a function, the library counts as missing (`build.py`): computations are slower, but not wrong. The
+sizes are small, so that one thread computes everything in milliseconds.
 """
 
 import ctypes
@@ -18,15 +18,17 @@ from posttrain.kernels.cpu.bounds import CALL, DEEP, LANES, typed
 RELATIVE, ABSOLUTE = 3 * 2**-8, 5e-2
 
 
-def works(found: ctypes.CDLL) -> bool:
-    """Whether every function gives what it should. Asks for the processor's matrix tiles first: what uses them must know."""
-    tiles = bool(found.tiles())
-    library = typed(found)
+def works(functions: ctypes.CDLL) -> bool:
+    """Whether every function gives the expected numbers. Calls `tiles` first, which requests matrix tiles from the system."""
+    tiles = bool(functions.tiles())
+    library = typed(functions)
     checks = [_rows, _chains, _gradients_of_chains, _attention, _cached, _head, _choice, _slots, _program]
     if tiles:
         checks.append(_tiles)
     return all(
-        torch.allclose(own.double(), wanted.double(), RELATIVE, ABSOLUTE) for check in checks for own, wanted in check(library)
+        torch.allclose(result.double(), expected.double(), RELATIVE, ABSOLUTE)
+        for check in checks
+        for result, expected in check(library)
     )
 
 
