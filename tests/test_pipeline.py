@@ -291,7 +291,7 @@ def test_a_run_folder_that_goes_while_it_works_ends_the_run_by_name(
         assert list(tmp_path.iterdir()) == []
         return
     if "mkdir" in how:
-        assert last.startswith("error: run · was renamed, and another folder is in its place while")
+        assert last.startswith("error: run · was renamed, and another folder has its name while")
         assert list((tmp_path / "run").iterdir()) == []
     else:
         kept = tmp_path / "moved/.sft.partial/checkpoints/step-00000001"
