@@ -16,6 +16,7 @@ from types import ModuleType
 import pytest
 
 import posttrain
+from adapter_sizes import count_parameters
 from posttrain.cli import build_parser
 from posttrain.data.chat import TEMPLATES
 from posttrain.data.formats import read_demonstrations, read_preferences
@@ -24,7 +25,6 @@ from posttrain.evaluate.suites import load_suites
 from posttrain.generate.engine import SamplingSettings, generate
 from posttrain.models.adapter_files import Policies
 from posttrain.models.base_model import load_base
-from posttrain.models.lora import count_parameters
 from posttrain.models.source import locate_base
 from posttrain.pipeline import run_recipe
 from posttrain.recipe import Recipe, parse_recipe, to_toml

@@ -19,7 +19,7 @@ from posttrain.stages import KINDS, Stage, data_of, row_stages, with_rows_of
 from posttrain.train.function_source import source_hash
 
 # Increase a number when the code of that step gives other results for the same input. Stages have version numbers in `stages/`.
-CODE_VERSION = {"evaluate": 1, "measure": 2}
+STEP_VERSIONS = {"evaluate": 1, "measure": 2}
 # The file of a partial folder that records the fingerprint of its step.
 WORKING_ON = "working_on.json"
 # Settings that change the place of the work and when it is saved, but not the result.
@@ -139,7 +139,7 @@ def _evaluation_step(recipe: Recipe, run: Path, suites: str, policy: str, policy
         "sample_tokens": recipe.evaluation.sample_tokens,
         "samples": list(recipe.evaluation.samples),
         "seed": recipe.seed,
-        "code": CODE_VERSION["evaluate"],
+        "code": STEP_VERSIONS["evaluate"],
     }
     mark = fingerprint({"settings": settings, "policy": policy_print})
     folder = run / EVALUATIONS / policy
@@ -150,7 +150,7 @@ def _evaluation_step(recipe: Recipe, run: Path, suites: str, policy: str, policy
 
 def _measuring_step(run: Path, stage: Stage, mark_of_stage: str) -> Step:
     """The step that measures a reward model on the held-out pairs of its stage."""
-    settings = {"code": CODE_VERSION["measure"]}
+    settings = {"code": STEP_VERSIONS["measure"]}
     mark = fingerprint({"settings": settings, "reward": mark_of_stage})
     folder, inputs = run / EVALUATIONS / stage.name, {stage.name: mark_of_stage}
     status, why = _status(folder, mark, settings, inputs, {})

@@ -11,12 +11,13 @@ import transformers
 from logits_of import our_logits, plain_logits
 from torch import nn
 
+from adapter_sizes import count_parameters
 from bases import make_base
 from posttrain.errors import RecipeError
 from posttrain.models.adapter_files import load_adapter, save_adapter
 from posttrain.models.adapter_slots import NarrowAdapters
 from posttrain.models.base_model import BaseModel, load_base
-from posttrain.models.lora import LoraSettings, LoraShape, count_parameters
+from posttrain.models.lora import LoraSettings, LoraShape
 from posttrain.models.segments import Segments, Span
 from posttrain.models.token_adapters import TokenAdapters
 

@@ -30,7 +30,7 @@ from posttrain.reading import Unreadable, decode_text, json_lines, parse_toml, u
 PACKAGE = Path(posttrain.__file__).parent
 BUILT_IN = {"starter": PACKAGE / "starter" / "suites" / "starter.toml"}
 # Increase when the same items give different answers or scores, so that finished evaluations are run again.
-CODE_VERSION = 1
+SUITE_VERSION = 1
 
 Answer = Literal["choices", "generate", "perplexity"]
 Scorer = Literal["choice", "checks", "refusal", "nats"]
@@ -153,7 +153,7 @@ def suite_fingerprint(tasks: Iterable[Task]) -> str:
         ]
         for t in tasks
     ]
-    return fingerprint([CODE_VERSION, refusal.rule_fingerprint(), content])
+    return fingerprint([SUITE_VERSION, refusal.rule_fingerprint(), content])
 
 
 def all_measures(tasks: Iterable[Task]) -> tuple[Measure, ...]:

@@ -70,11 +70,6 @@ def _matches(name: str, targets: str | tuple[str, ...]) -> bool:
     return parents is None or any(part in parents for part in path[:-1])
 
 
-def count_parameters(shapes: dict[str, tuple[int, int]], rank: int) -> int:
-    """Trainable parameters of an adapter: rank times the sum of inputs and outputs over its layers."""
-    return sum(rank * (inputs + outputs) for inputs, outputs in shapes.values())
-
-
 class Routing:
     """The adapter of each token of the current batch. Every wrapped layer reads it."""
 
