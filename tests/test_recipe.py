@@ -57,8 +57,12 @@ MISTAKES = [
         'name = "mine"\nzzz = 1',
         'top level · unknown setting "zzz" · there is: name, seed, base, adapter, stage, evaluation, trackers',
     ),
-    ('kind = "dpo"', 'kind = "dpoo"', 'stage "dpo" · kind = "dpoo" · there is: sft, dpo, reward, ppo · did you mean "dpo"?'),
-    ('kind = "sft"\n', "", 'stage "sft" · "kind" is missing · there is: sft, dpo, reward, ppo · add it'),
+    (
+        'kind = "dpo"',
+        'kind = "dpoo"',
+        'stage "dpo" · kind = "dpoo" · there is: sft, dpo, reward, ppo, contrast · did you mean "dpo"?',
+    ),
+    ('kind = "sft"\n', "", 'stage "sft" · "kind" is missing · there is: sft, dpo, reward, ppo, contrast · add it'),
     ('data = "starter/demonstrations.jsonl"\n', "", 'stage "sft" · "data" is missing · add it'),
     (
         'init = "sft"',

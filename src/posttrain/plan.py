@@ -16,6 +16,7 @@ from posttrain.evaluate.suites import Task, evaluation_prompts, first_items, loa
 from posttrain.models.source import BaseModelFolder, locate_base, pinned
 from posttrain.recipe import Recipe
 from posttrain.stages import KINDS, Stage, data_of, row_stages, with_rows_of
+from posttrain.stages.kind import load_function
 from posttrain.train.function_source import source_hash
 
 # Increase a number when the code of that step gives other results for the same input. Stages have version numbers in `stages/`.
@@ -117,6 +118,8 @@ def _stage_step(
     data: dict[str, str] = {}
     for sources in data_of(stage).values():
         data |= data_hashes(sources, hashes)
+    if kind.documents is not None:
+        data |= load_function(kind.documents)(stage)
     settings = {
         "stage": stage.model_dump(mode="json", exclude=set(_NO_EFFECT), exclude_none=True),
         "adapter": recipe.adapter.model_dump(mode="json"),

@@ -57,7 +57,7 @@ def test_every_route_stands_on_the_page(server: Listening):
 
 def test_every_field_stands_on_the_page_as_what_is_done_with_it():
     text = section("Fields")
-    ignored, refused = (row for row in text.splitlines() if "| ignored" in row or "| refused with 400, unless" in row)
+    ignored, refused = (row for row in text.splitlines() if "| ignored" in row or "| refused with 400, except" in row)
     assert quoted(ignored.split("|")[1]) == IGNORED | MESSAGE_IGNORED
     assert quoted(refused.split("|")[1]) == set(REFUSED) | set(MESSAGE_REFUSED)
     taken = {*ChatRequest.model_fields, *CompletionRequest.model_fields} - {"model", "messages", "prompt", "stream_options"}
@@ -75,7 +75,7 @@ def test_the_limits_are_those_of_the_command():
         name: defaults["shutdown_timeout" if name == "shutdown_seconds" else name] for name in Limits._fields
     }
     assert len(told) == len(Limits._fields)
-    fixed = f"At most {STOPS} stop strings of {STOP_CHARS} characters, {BIASES:,} logit biases, {MESSAGES} messages"
+    fixed = f"at most {STOPS} stop strings of {STOP_CHARS} characters, {BIASES:,} logit biases, {MESSAGES} messages"
     assert fixed in PAGE
 
 

@@ -105,6 +105,11 @@ def load_constitution(name: str) -> Constitution:
     return constitution
 
 
+def fingerprints_of(stage: Any) -> dict[str, str]:
+    """The fingerprint of a stage's constitution. Raises RecipeError as `load_constitution` does."""
+    return {f"constitution {stage.constitution}": load_constitution(stage.constitution).fingerprint}
+
+
 def _read(path: Path, where: str) -> dict[str, Any]:
     try:
         data = path.read_bytes()

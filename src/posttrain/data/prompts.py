@@ -22,11 +22,13 @@ ALLOW_DROPPED = 0.01
 
 
 class PromptRow(NamedTuple):
-    """A prompt as token ids up to the start of the answer, and the texts of its messages, separated by blank lines."""
+    """A prompt as token ids up to the start of the answer, the texts of its messages, separated by blank lines, and the
+    messages."""
 
     id: str
     ids: list[int]
     text: str
+    messages: tuple[Message, ...] = ()
 
 
 class PreparedPrompts(NamedTuple):
@@ -68,7 +70,7 @@ def prepare_prompts(
         elif tuple(ids) in unique:
             repeated += 1
         else:
-            unique[tuple(ids)] = PromptRow(name, ids, "\n\n".join(message.content for message in messages))
+            unique[tuple(ids)] = PromptRow(name, ids, "\n\n".join(message.content for message in messages), messages)
             held_out_ids |= {tuple(ids)} if in_validation(messages, validation) else set()
     if len(unique) == len(held_out_ids):
         where = "data " + ", ".join(f'"{s.path}"' for s in read.sources)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 from pydantic import Field
 
 from posttrain.settings import Data, Source, as_sources
-from posttrain.stages import dpo, ppo, reward, sft
+from posttrain.stages import contrast, dpo, ppo, reward, sft
 from posttrain.stages.kind import Artifact, StageKind
 from posttrain.stages.shared_settings import StageSettings
 
@@ -18,6 +18,7 @@ KINDS: dict[str, StageKind] = {
     "dpo": dpo.KIND,
     "reward": reward.KIND,
     "ppo": ppo.KIND,
+    "contrast": contrast.KIND,
 }
 
 if TYPE_CHECKING:

@@ -164,6 +164,8 @@ class StageKind(NamedTuple):
     check: Callable[[Any, Earlier], object]
     # The work, from the stage, the report on its prepared data, and the sizes of the base.
     estimate: Callable[[Any, dict[str, Any], Sizes], Work]
+    # "module:function" of what else the stage reads: from a stage to fingerprints by name. Raises RecipeError.
+    documents: str | None = None
     # The content of the rows that it makes.
     content: Content | None = None
     # Warnings about the settings alone.

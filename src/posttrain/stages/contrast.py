@@ -1,0 +1,55 @@
+"""The kind `contrast`: preferences from a constitution without a judge. `constitution/contrast.py` does the work."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from posttrain.errors import RecipeError
+from posttrain.stages.kind import Earlier, Input, Reads, Sizes, StageKind, Work
+from posttrain.stages.shared_settings import StageSettings
+
+
+class ContrastStage(StageSettings):
+    """Preference pairs: the answer that a policy gives with principles in its system prompt is chosen over its plain answer."""
+
+    kind: Literal["contrast"]
+    """Stage kind."""
+    constitution: str = "starter"
+    """A constitution that comes with posttrain, or a constitution file (.toml)."""
+    principles: Annotated[int, Field(ge=0)] = 3
+    """Principles in the system prompt of an answer, drawn for each prompt by their weights; 0 takes all."""
+    max_prompt_tokens: Annotated[int, Field(ge=1)] = 256
+    """Longest prompt in tokens, without the principles; longer prompts are left out, counted and shown."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=8192)] = 64
+    """Longest answer in tokens; a prompt with an answer that does not end is dropped, counted and shown."""
+    temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
+    """Temperature of both answers; 0 takes the likeliest token."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """Seed of the draws of principles and of the answers; none takes the recipe's."""
+
+
+def _check(stage: ContrastStage, earlier: Earlier) -> None:
+    if not stage.constitution:
+        raise RecipeError(earlier.place, "constitution is empty", allowed="a built-in name or a file (.toml)", do="name one")
+
+
+def _estimate(stage: ContrastStage, report: dict[str, Any], sizes: Sizes) -> Work:
+    """Two prompts and two answers each; the tokens of the principles are not counted."""
+    new = 2 * report["train_rows"] * stage.max_new_tokens
+    tokens = 2 * report["tokens"] + new
+    return Work(report["train_rows"], tokens, new, 2.0 * (tokens * sizes.body + new * sizes.head))
+
+
+KIND = StageKind(
+    settings=ContrastStage,
+    makes="rows",
+    content="preferences",
+    code=1,
+    inputs=(Input("data", ("demonstrations", "preferences")),),
+    prepare="posttrain.constitution.contrast:prepare_contrast",
+    run="posttrain.constitution.contrast:write_contrast",
+    reads=lambda stage: Reads((stage.init,)),
+    check=_check,
+    estimate=_estimate,
+    documents="posttrain.constitution.principles:fingerprints_of",
+)
