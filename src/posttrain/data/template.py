@@ -97,11 +97,14 @@ class _Deadline:
         self._events = 0
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> Callable[[FrameType, str, Any], Any] | None:
+        # Only the template and the filters contain loops, so other files are not traced. Finalizers that a garbage collection
+        # runs arrive here too: an exception in one of them would be lost.
+        if frame.f_code.co_filename not in _TRACED_FILES:
+            return None
         self._events += 1
         if self._events % _EVENTS_PER_CHECK == 0 and time.thread_time() > self._end:
             raise _OutOfTime(f"took longer than {self._seconds:.1f} s")
-        # Only the template and the filters contain loops, so other files are not traced.
-        return self if frame.f_code.co_filename in _TRACED_FILES else None
+        return self
 
 
 _TRACED_FILES = frozenset({_NAME, jinja2.filters.__file__})
