@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from posttrain.data import template
 from posttrain.data.template import MAX_TEMPLATE_CHARS, RENDER_SECONDS, ChatTemplate
 from posttrain.errors import DataError, ModelError
 from posttrain.records import Message
@@ -388,3 +389,9 @@ def test_a_pause_that_is_not_the_templates_refuses_nothing():
         gc.set_threshold(*before)
         gc.callbacks.remove(pause)
     assert paused
+
+
+def test_the_time_limit_ends_no_frame_outside_of_the_template():
+    """A finalizer that a garbage collection runs during rendering is such a frame; this test's own is another."""
+    ended = template._Deadline(-1.0)
+    assert [ended(sys._getframe(), "call", None) for _ in range(100)] == [None] * 100
