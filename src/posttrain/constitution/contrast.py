@@ -7,6 +7,7 @@ Left out: whether the principles had an effect, which the evaluation of what is 
 """
 
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from posttrain.constitution.principles import Principle, load_constitution
 from posttrain.constitution.prompts import contrast
 from posttrain.data.chat import ChatFormat
 from posttrain.data.made_rows import write_made_rows
-from posttrain.data.prompts import PreparedPrompts, PromptRow, check_room, prepare_prompts
+from posttrain.data.prompts import PromptRow, check_room, prepare_prompts
 from posttrain.generate.engine import SamplingSettings, generate
 from posttrain.progress import Progress
 from posttrain.records import Rollout
@@ -36,8 +37,16 @@ class Drawn(NamedTuple):
     ids: list[int]
 
 
-def prepare_contrast(stage: ContrastStage, chat: ChatFormat, how: Preparation) -> PreparedPrompts:
-    """The prompts. Raises DataError where none is left, or one leaves no room for its answer with or without principles."""
+class PreparedContrast(NamedTuple):
+    """The prompts with their principles, and the report on the data."""
+
+    drawn: list[Drawn]
+    report: dict[str, Any]
+
+
+def prepare_contrast(stage: ContrastStage, chat: ChatFormat, how: Preparation) -> PreparedContrast:
+    """Draw principles for the prompts. Raises DataError if no prompt is left, or one leaves no room for its answer with or
+    without principles."""
     prompts = prepare_prompts(
         stage.data, chat, seed=how.seed, max_prompt_tokens=stage.max_prompt_tokens, evaluation_prompts=how.evaluation_prompts
     )
@@ -45,7 +54,7 @@ def prepare_contrast(stage: ContrastStage, chat: ChatFormat, how: Preparation) -
     longest = [PromptRow(f"{d.row.id} with {len(d.principles)} principles", d.ids, "") for d in drawn]
     where = f'stage "{stage.name}"'
     check_room([*prompts.train, *longest], max_new_tokens=stage.max_new_tokens, context=how.context, where=where)
-    return prompts
+    return PreparedContrast(drawn, prompts.report)
 
 
 def draw_principles(stage: ContrastStage, rows: list[PromptRow], chat: ChatFormat, *, seed: int) -> list[Drawn]:
@@ -64,10 +73,7 @@ def draw_principles(stage: ContrastStage, rows: list[PromptRow], chat: ChatForma
 
 def write_contrast(context: StageContext, stage: ContrastStage) -> Result:
     """Answer every prompt with and without principles and write the pairs. Raises DataError for data that cannot be used."""
-    seed = context.recipe.seed
-    how = Preparation(seed, context.evaluation_prompts, context.base.context)
-    prompts = prepare_contrast(stage, context.base.chat, how)
-    drawn = draw_principles(stage, prompts.train, context.base.chat, seed=seed)
+    drawn, report = prepare_contrast(stage, context.base.chat, context.preparation)
     policy = context.policies.activate(stage.init)
     rows: list[dict[str, Any]] = []
     progress = Progress(stage.name, len(drawn))
@@ -78,15 +84,11 @@ def write_contrast(context: StageContext, stage: ContrastStage) -> Result:
         progress.update(len(part))
         context.stop.check("answering with and without principles")
     usable = [row for row in rows if "dropped" not in row]
-    dropped: dict[str, int] = {}
-    for row in rows:
-        if "dropped" in row:
-            dropped[row["dropped"]] = dropped.get(row["dropped"], 0) + 1
-    where = f'stage "{stage.name}"'
-    result = write_made_rows(context.folder, usable, prompts.report, planned=context.data, where=where)
-    lost = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
-    warnings = (f"{len(rows) - len(usable):,} of {len(rows):,} pairs are dropped: {lost}",) if dropped else ()
-    return Result({**result.manifest, "pairs_dropped": dropped}, (*result.warnings, *warnings))
+    dropped = Counter(row["dropped"] for row in rows if "dropped" in row)
+    result = write_made_rows(context.folder, usable, report, planned=context.data, where=f'stage "{stage.name}"')
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
+    warnings = (f"{dropped.total():,} of {len(rows):,} pairs are dropped: {reasons}",) if dropped else ()
+    return Result({**result.manifest, "pairs_dropped": dict(dropped)}, (*result.warnings, *warnings))
 
 
 def _answer(
