@@ -76,11 +76,8 @@ class AdapterSlots(Protocol):
         """The matrices of the layers whose stack is wide."""
 
 
-class TokenProducts(Protocol):
-    """Products of one batch whose tokens have the adapters of different slots."""
-
-    def apply(self, layer: str, x: Tensor, weight: Tensor, bias: Tensor | None, stack: Stack) -> Tensor:
-        """W x + b + s B A x [1, T, outputs] of x [1, T, inputs], each token with the adapter of its slot."""
+class StepKey(Protocol):
+    """The part of a recorded step that depends on the adapters of its tokens."""
 
     @property
     def form(self) -> Hashable | None:
@@ -89,6 +86,13 @@ class TokenProducts(Protocol):
     @property
     def numbers(self) -> list[Tensor]:
         """The tensors that assign an adapter to each token."""
+
+
+class TokenProducts(StepKey, Protocol):
+    """Products of one batch whose tokens have the adapters of different slots."""
+
+    def apply(self, layer: str, x: Tensor, weight: Tensor, bias: Tensor | None, stack: Stack) -> Tensor:
+        """W x + b + s B A x [1, T, outputs] of x [1, T, inputs], each token with the adapter of its slot."""
 
 
 class SlotLayout(Protocol):
@@ -111,16 +115,8 @@ class SlotLayout(Protocol):
         """The products of one batch."""
 
 
-class StepTokens(Protocol):
+class StepTokens(StepKey, Protocol):
     """The adapters of a recorded step's tokens."""
-
-    @property
-    def form(self) -> Hashable | None:
-        """The key of a recorded step, apart from `numbers`; None for a step that cannot be recorded."""
-
-    @property
-    def numbers(self) -> list[Tensor]:
-        """The tensors that assign an adapter to each token."""
 
     @property
     def slots(self) -> AdapterSlots:

@@ -9,6 +9,7 @@ N: targets, n: targets of a chunk, D: width, V: vocabulary.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -63,9 +64,10 @@ def at_target(logits_nV: Tensor, target_n: Tensor, total_n: Tensor) -> Tensor:
 
 
 def head_values(
-    hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, rows: HeadRows | None, bias_V: Tensor | None
-) -> HeadValues:
-    """log p of each target and log sum exp of its logits, without gradient."""
+    hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, rows: HeadRows | None, bias_V: Tensor | None, *,
+    log_sum_exp: Callable[[Tensor], Tensor] = log_sum_exp,
+) -> HeadValues:  # fmt: skip
+    """log p of each target and log sum exp of its logits, without gradient. A GPU has its own `log_sum_exp`."""
     logprobs_N = hidden_ND.new_empty(len(target_N), dtype=torch.float32)
     total_N = torch.empty_like(logprobs_N)
     for chunk in head_chunks(target_N, head_VD):

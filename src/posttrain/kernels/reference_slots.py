@@ -148,10 +148,13 @@ def fill(stack: Stack, slot: int, pair: tuple[Tensor, Tensor] | None, scale: flo
 
 class PlainLayout:
     """One slot after another in each layer. With `one_matrix` B is stored as [n, R, outputs], so that all slots together form
-    one matrix, and layers are not joined."""
+    one matrix, and the products of this file do not join layers. `products` replaces them."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, *, one_matrix: bool = False) -> None:
-        self._dtype, self._device, self._one_matrix = dtype, device, one_matrix
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, *, one_matrix: bool = False,
+        products: Callable[[TokenRuns, AdapterSlots], TokenProducts] | None = None,
+    ) -> None:  # fmt: skip
+        self._dtype, self._device, self._one_matrix, self._products = dtype, device, one_matrix, products
 
     def rank(self, rank: int) -> int:
         """Unchanged."""
@@ -175,6 +178,8 @@ class PlainLayout:
 
     def tokens(self, runs: TokenRuns, slots: AdapterSlots) -> TokenProducts:
         """As in SlotLayout."""
+        if self._products is not None:
+            return self._products(runs, slots)
         return MixedTokens(runs, slots, lambda tokens: TableGrouping(tokens, self._device), joins=not self._one_matrix)
 
 

@@ -27,7 +27,7 @@ def slot_layout(dtype: torch.dtype, device: torch.device, *, serving: bool) -> S
     if linear.tileable(bindings.DEEP, dtype, device):
         return TileLayout(serving=serving)
     if dtype == torch.bfloat16 and device.type == "cpu" and library() is not None:
-        return GroupedLayout(serving=serving)
+        return _grouped_layout(serving=serving)
     return PlainLayout(dtype, device)
 
 
@@ -55,38 +55,17 @@ def _grouped(runs: TokenRuns, slots: AdapterSlots, *, serving: bool) -> MixedTok
     return MixedTokens(runs, slots, CompiledGrouping, joins=True, recorded=bindings.FEW_ROWS if serving else 0)
 
 
-class GroupedLayout:
-    """One slot after another in each layer, with B stored as [n, R, outputs], the layout of `expand`."""
-
-    def __init__(self, *, serving: bool) -> None:
-        self._serving, self._plain = serving, PlainLayout(torch.bfloat16, torch.device("cpu"), one_matrix=True)
-
-    def rank(self, rank: int) -> int:
-        """As it is."""
-        return rank
-
-    def columns(self, columns: int) -> int:
-        """As they are."""
-        return columns
-
-    def new_stack(self, slots: int, rank: int, a: Tensor, b: Tensor) -> Stack:
-        """As of SlotLayout."""
-        return self._plain.new_stack(slots, rank, a, b)
-
-    def write(self, slot: int, stacks: Mapping[str, Stack], weights: Mapping[str, tuple[Tensor, Tensor]], scale: float) -> bool:
-        """As of SlotLayout."""
-        return self._plain.write(slot, stacks, weights, scale)
-
-    def tokens(self, runs: TokenRuns, slots: AdapterSlots) -> TokenProducts:
-        """As of SlotLayout."""
-        return _grouped(runs, slots, serving=self._serving)
+def _grouped_layout(*, serving: bool) -> PlainLayout:
+    """B is stored as [n, R, outputs], as `expand` reads it."""
+    products = functools.partial(_grouped, serving=serving)
+    return PlainLayout(torch.bfloat16, torch.device("cpu"), one_matrix=True, products=products)
 
 
 class TileLayout:
     """The slots of a layer concatenated in one matrix, if its inputs fill tiles."""
 
     def __init__(self, *, serving: bool) -> None:
-        self._serving, self._grouped = serving, GroupedLayout(serving=serving)
+        self._serving, self._grouped = serving, _grouped_layout(serving=serving)
 
     def rank(self, rank: int) -> int:
         """Slots fill a block of columns, or blocks a slot."""
@@ -97,7 +76,7 @@ class TileLayout:
         return -(-columns // bindings.DEEP) * bindings.DEEP
 
     def new_stack(self, slots: int, rank: int, a: Tensor, b: Tensor) -> Stack:
-        """As of SlotLayout."""
+        """As in SlotLayout."""
         inputs, outputs = a.shape[1], len(b)
         if not linear.tileable(inputs, torch.bfloat16, a.device):
             return self._grouped.new_stack(slots, rank, a, b)
@@ -108,7 +87,7 @@ class TileLayout:
         return Stack(wide[0][:used].view(slots, rank, inputs), by_slot, wide)
 
     def write(self, slot: int, stacks: Mapping[str, Stack], weights: Mapping[str, tuple[Tensor, Tensor]], scale: float) -> bool:
-        """As of SlotLayout; at once where every layer's stack is wide."""
+        """As in SlotLayout; at once where every layer's stack is wide."""
         pairs = {layer: (a.detach(), b.detach()) for layer, (a, b) in weights.items()}
         at_once = all(
             stacks[layer].wide is not None and all(x.dtype == torch.float32 and x.is_contiguous() for x in pair)
@@ -128,7 +107,7 @@ class TileLayout:
         return finite
 
     def tokens(self, runs: TokenRuns, slots: AdapterSlots) -> TokenProducts:
-        """As of SlotLayout."""
+        """As in SlotLayout."""
         return TiledTokens(runs, slots, serving=self._serving)
 
 
@@ -148,12 +127,12 @@ class TiledTokens:
 
     @property
     def form(self) -> Hashable | None:
-        """As of TokenProducts."""
+        """As in TokenProducts."""
         return None if self._order is None else self._slots.form
 
     @property
     def numbers(self) -> list[Tensor]:
-        """As of TokenProducts."""
+        """As in TokenProducts."""
         return [self._slot_T, *([] if self._order is None else [self._order])]
 
     def apply(self, layer: str, x: Tensor, weight: Tensor, bias: Tensor | None, stack: Stack) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from posttrain.kernels import reference_head
 from posttrain.kernels.cuda.compiled import log_sum_exp, probabilities
 from posttrain.kernels.head_rows import HeadRows, head_logits, target_rows
 from posttrain.kernels.reference_head import HeadSlopes, HeadValues, at_target, head_chunks
@@ -11,14 +12,8 @@ from posttrain.kernels.reference_head import HeadSlopes, HeadValues, at_target, 
 def head_values(
     hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, rows: HeadRows | None, bias_V: Tensor | None
 ) -> HeadValues:
-    """log p of each target and the logarithm of its sum, no gradient."""
-    logprobs_N = hidden_ND.new_empty(len(target_N), dtype=torch.float32)
-    total_N = torch.empty_like(logprobs_N)
-    for chunk in head_chunks(target_N, head_VD):
-        logits_nV = head_logits(hidden_ND[chunk], head_VD, rows, bias_V)
-        total_N[chunk] = log_sum_exp(logits_nV)
-        logprobs_N[chunk] = at_target(logits_nV, target_N[chunk], total_N[chunk])
-    return HeadValues(logprobs_N, total_N)
+    """log p of each target and log sum exp of its logits, without gradient."""
+    return reference_head.head_values(hidden_ND, head_VD, target_N, rows, bias_V, log_sum_exp=log_sum_exp)
 
 
 def head_slopes(
