@@ -3,8 +3,8 @@
     git worktree add /tmp/before COMMIT
     python benchmarks/before_after.py /tmp/before . --runs 3
 
-Each run is a process of its own with the checkout's own code. Printed are the units a second of each run and the ratio of the
-medians, after : before. The work: SFT steps, rollouts of one adapter, and requests over 16 adapters, SmolLM2-135M.
+Each run is a separate process that uses the code of its checkout. The output has the units per second of each run and the ratio
+of the medians, after : before. The work is SFT steps, rollouts, and requests over 16 adapters, with SmolLM2-135M.
 """
 
 import argparse
