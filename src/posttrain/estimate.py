@@ -29,7 +29,7 @@ from posttrain.progress import clock
 from posttrain.recipe import Recipe
 from posttrain.records import Message
 from posttrain.stages import KINDS, Stage, row_stages
-from posttrain.stages.kind import Preparation, Sizes, Work
+from posttrain.stages.kind import Sizes, Work
 
 # Share of the measured product speed that a whole step reached in the benchmarks.
 EFFICIENCY = 0.55
@@ -99,7 +99,7 @@ def _speed(recipe: Recipe) -> float:
 
 
 def _stage_work(plan: Plan, stage: Stage, chat: ChatFormat, body: int, head: int) -> Work:
-    report = prepare_stage(stage, chat, Preparation(plan.recipe.seed, plan.evaluation_prompts, plan.source.context())).report
+    report = prepare_stage(stage, chat, plan.preparation).report
     full = plan.recipe.adapter.kind == "full"
     a_token, a_target = (6 * body, 6 * head) if full else (4 * body, 4 * head)
     a_token += 2 * body * plan.recipe.base.recompute

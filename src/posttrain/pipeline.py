@@ -40,7 +40,7 @@ from posttrain.locks import HeldFolder, run_lock
 from posttrain.plan import WORKING_ON, Plan, Step, make_plan, unfinished
 from posttrain.recipe import Recipe
 from posttrain.stages import KINDS, ROWS_FILE, Stage, row_stages
-from posttrain.stages.kind import Outcome, Preparation, load_function
+from posttrain.stages.kind import Outcome, load_function
 from posttrain.stop import StopSignal
 from posttrain.terminal import say
 from posttrain.waiting_threads import sleep_while_waiting
@@ -197,18 +197,13 @@ def _check_data(plan: Plan) -> None:
             continue
         kind = KINDS[step.stage.kind]
         if not due & set(row_stages(step.stage)):  # rows that this run has still to make are checked later
-            report = prepare_stage(step.stage, chat, preparation(plan)).report
+            report = prepare_stage(step.stage, chat, plan.preparation).report
             refuse_changed(hashes_in(report), step.data)
             for warning in (*report["warnings"], *kind.warnings(step.stage)):
                 say(f"warning: {step.name}: {warning}")
         for function in kind.reads(step.stage).functions:
             planned = step.settings["functions"][function.name]
             check_function(function.name, timeout=function.timeout, where=f'stage "{step.name}"', planned=planned)
-
-
-def preparation(plan: Plan) -> Preparation:
-    """How the data of this run is rendered."""
-    return Preparation(plan.recipe.seed, plan.evaluation_prompts, plan.source.context())
 
 
 def _open_partial(step: Step) -> Path:
@@ -277,7 +272,7 @@ def _measure(plan: Plan, step: Step, folder: Path, policies: "Policies", stop: S
 
     (stage,) = (entry.stage for entry in plan.steps if entry.stage is not None and entry.name == step.policy)
     base = policies.base
-    prepared = prepare_stage(stage, base.chat, preparation(plan))
+    prepared = prepare_stage(stage, base.chat, plan.preparation)
     assert isinstance(prepared, PreparedPairs)
     refuse_changed(hashes_in(prepared.report), plan.data)
     adapter = policies.activate(step.policy)

@@ -16,7 +16,7 @@ from posttrain.evaluate.suites import Task, evaluation_prompts, first_items, loa
 from posttrain.models.source import BaseModelFolder, locate_base, pinned
 from posttrain.recipe import Recipe
 from posttrain.stages import KINDS, Stage, data_of, row_stages, with_rows_of
-from posttrain.stages.kind import load_function
+from posttrain.stages.kind import Preparation, load_function
 from posttrain.train.function_source import source_hash
 
 # Increase a number when the code of that step gives other results for the same input. Stages have version numbers in `stages/`.
@@ -64,6 +64,11 @@ class Plan(NamedTuple):
         return {path: digest for step in self.steps for path, digest in step.data.items()}
 
     @property
+    def preparation(self) -> Preparation:
+        """How the data of this run is rendered."""
+        return Preparation(self.recipe.seed, self.evaluation_prompts, self.source.context())
+
+    @property
     def due(self) -> tuple[Step, ...]:
         """The steps that the run will work on."""
         return tuple(step for step in self.steps if step.status != "done")
@@ -74,6 +79,7 @@ def make_plan(recipe: Recipe, run: Path, *, until: str | None = None) -> Plan:
 
     Raises PosttrainError for a base, a suite or data that does not exist.
     """
+    recipe = recipe.model_copy(update={"stage": tuple(with_rows_of(stage, run) for stage in recipe.stage)})
     whole = load_suites(recipe.evaluation.suites)
     tasks = first_items(whole, recipe.evaluation.limit)
     # Training leaves out the prompts of all evaluation items, including items beyond the limit.
@@ -85,8 +91,7 @@ def make_plan(recipe: Recipe, run: Path, *, until: str | None = None) -> Plan:
     hashes: dict[str, str] = {}
     steps = [_evaluation_step(recipe, run, suites, "base", base_print)]
     later = False
-    for written in recipe.stage:
-        stage = with_rows_of(written, run)
+    for stage in recipe.stage:
         step = _stage_step(recipe, run, stage, known, prompts_hash, hashes)
         known[stage.name] = step.fingerprint
         made = [step]

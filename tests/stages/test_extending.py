@@ -85,6 +85,23 @@ def test_the_new_loss_is_the_one_that_was_trained_with(run: Path):
     assert first["dpo/loss"] == pytest.approx(1.0, abs=1e-4)  # (1 - 0)^2 where policy and reference are the same
 
 
+def test_a_reward_model_is_centred_on_rows_that_a_stage_made(run: Path, extended: Extended, tmp_path: Path):
+    """Its scores are shifted by the demonstrations of the sft stage behind it, and those are rows of this run."""
+    reward = """
+[[stage]]
+kind = "reward"
+name = "rm"
+init = "distilled"
+data = "starter/preferences.jsonl"
+epochs = 0.05
+"""
+    recipe = tmp_path / "reward.toml"
+    recipe.write_text((extended.folder / "recipe.toml").read_text(encoding="utf-8") + reward, encoding="utf-8")
+    done = extended.posttrain("run", str(recipe), "--out", str(shutil.copytree(run, tmp_path / "run")))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "run" / "rm" / "manifest.json").read_text())["kind"] == "reward"
+
+
 def test_a_second_run_does_nothing_and_changed_rows_are_made_again(run: Path, extended: Extended):
     again = extended.posttrain("run", "recipe.toml", "--out", "run", "--dry-run", "--json")
     assert {step["status"] for step in json.loads(again.stdout)["steps"]} == {"done"}

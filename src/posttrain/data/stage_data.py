@@ -1,10 +1,10 @@
 """Render the data of each kind of stage for training. `stages/` refers to these functions as `prepare`."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from posttrain.data.chat import ChatFormat
 from posttrain.data.formats import read_demonstrations, read_preferences
-from posttrain.data.prepare import PreparedPairs, PreparedRows, prepare_demonstrations, prepare_pairs
+from posttrain.data.prepare import PreparedPairs, PreparedRows, TrainRow, prepare_demonstrations, prepare_pairs
 from posttrain.data.prompts import PreparedPrompts, check_room, prepare_prompts
 from posttrain.data.ptx import prepare_ptx, with_ptx
 from posttrain.stages.kind import Preparation
@@ -27,8 +27,16 @@ def preference_rows_with_margins(stage: TrainingSettings, chat: ChatFormat, how:
     return prepare_pairs(read_preferences(stage.data, seed=how.seed, margins=True), chat, **_limits(stage, how))
 
 
-def ppo_prompts(stage: PpoStage, chat: ChatFormat, how: Preparation) -> PreparedPrompts:
-    """Prompts with room for their completions, and the report on the pretraining mix. Raises DataError as the stage would."""
+class PpoData(NamedTuple):
+    """Prompts to train on and to measure gold on, the rows of the pretraining mix, and the report on both."""
+
+    prompts: PreparedPrompts
+    ptx: list[TrainRow]
+    report: dict[str, Any]
+
+
+def ppo_data(stage: PpoStage, chat: ChatFormat, how: Preparation) -> PpoData:
+    """Prompts with room for their completions, and the pretraining mix. Raises DataError as the stage would."""
     prompts = prepare_prompts(
         stage.data, chat, seed=how.seed, max_prompt_tokens=stage.max_prompt_tokens,
         evaluation_prompts=how.evaluation_prompts, validation=stage.validation if stage.gold else 0.0,
@@ -36,9 +44,9 @@ def ppo_prompts(stage: PpoStage, chat: ChatFormat, how: Preparation) -> Prepared
     rows = [*prompts.train, *prompts.validation]
     check_room(rows, max_new_tokens=stage.max_new_tokens, context=how.context, where=f'stage "{stage.name}"')
     if not stage.ptx_data:
-        return prompts
-    mix = prepare_ptx(stage, chat, seed=how.seed, evaluation_prompts=how.evaluation_prompts, context=how.context).report
-    return prompts._replace(report=with_ptx(prompts.report, mix))
+        return PpoData(prompts, [], prompts.report)
+    ptx = prepare_ptx(stage, chat, seed=how.seed, evaluation_prompts=how.evaluation_prompts, context=how.context)
+    return PpoData(prompts, ptx.train, with_ptx(prompts.report, ptx.report))
 
 
 def _limits(stage: TrainingSettings, how: Preparation) -> dict[str, Any]:

@@ -160,12 +160,12 @@ class StageKind(NamedTuple):
     prepare: str
     run: str
     reads: Callable[[Any], Reads]
-    # Raises RecipeError for settings that contradict each other or the earlier stages.
-    check: Callable[[Any, Earlier], object]
     # The work, from the stage, the report on its prepared data, and the sizes of the base.
     estimate: Callable[[Any, dict[str, Any], Sizes], Work]
     # "module:function" of what else the stage reads: from a stage to fingerprints by name. Raises RecipeError.
     documents: str | None = None
+    # Raises RecipeError for settings that contradict each other or the earlier stages.
+    check: Callable[[Any, Earlier], object] = _nothing
     # The content of the rows that it makes.
     content: Content | None = None
     # Warnings about the settings alone.

@@ -41,7 +41,7 @@ class PpoStage(OptimisedSettings):
     gold_compare: tuple[Name, ...] = ()
     """Earlier policies, such as that of a dpo stage, that are evaluated too, for a comparison at equal KL."""
     validation: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
-    """Share of the prompts (by a hash of the first user turn) that is held out for `gold`; without gold none is held out."""
+    """Share of prompts held out for `gold`; without gold, none. A hash of the first user turn selects them."""
     reference: Name | Literal["init", "base"] = "init"
     """The reference policy of the KL; `init` is the policy that training starts from."""
     estimator: Literal["gae", "rloo", "grpo"] = "gae"
@@ -265,7 +265,7 @@ KIND = StageKind(
     makes="policy",
     code=2,
     inputs=(Input("data", ("demonstrations", "preferences")), Input("ptx_data", ("demonstrations",))),
-    prepare="posttrain.data.stage_data:ppo_prompts",
+    prepare="posttrain.data.stage_data:ppo_data",
     run="posttrain.train.ppo:train_ppo",
     reads=_reads,
     check=_check,

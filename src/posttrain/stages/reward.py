@@ -18,7 +18,7 @@ class RewardStage(TrainingSettings):
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-4
     """Peak learning rate."""
     validation: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
-    """Share of the prompts (by a hash of the first user turn) that is held out to measure the reward model."""
+    """Share of prompts held out to measure the reward model. A hash of the first user turn selects them."""
 
 
 def _estimate(stage: RewardStage, report: dict[str, Any], sizes: Sizes) -> Work:
@@ -34,7 +34,6 @@ KIND = StageKind(
     prepare="posttrain.data.stage_data:preference_rows_with_margins",
     run="posttrain.train.reward:train_reward",
     reads=lambda stage: Reads((stage.init,)),
-    check=lambda stage, earlier: None,
     estimate=_estimate,
     charts=(
         Chart("loss", ("loss",)),

@@ -21,7 +21,6 @@ KIND = StageKind(
     prepare="posttrain.data.stage_data:sft_rows",
     run="posttrain.train.sft:train_sft",
     reads=lambda stage: Reads((stage.init,)),
-    check=lambda stage, earlier: None,
     estimate=training_work,
     charts=(Chart("loss", ("loss",)), Chart("trained tokens per step", ("targets",), False)),
 )

@@ -52,7 +52,7 @@ class TrainingSettings(OptimisedSettings):
     max_tokens: Annotated[int, Field(ge=8)] = 1024
     """Longest row in tokens; longer rows are cut (SFT) or dropped (pairs), counted and shown."""
     validation: Annotated[float, Field(ge=0, lt=0.5)] = 0.05
-    """Share of the prompts (by a hash of the first user turn) that is held out for the validation loss."""
+    """Share of prompts held out for the validation loss. A hash of the first user turn selects them."""
     keep: Literal["best", "last"] = "last"
     """Which weights are published: those with the lowest validation loss, or those of the last step."""
     patience: Annotated[int, Field(ge=0)] = 0

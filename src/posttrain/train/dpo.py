@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from posttrain.data.formats import read_preferences
 from posttrain.data.packing import split_by_tokens
-from posttrain.data.prepare import PairRow, prepare_pairs
+from posttrain.data.prepare import PairRow
+from posttrain.data.stage_data import preference_rows
 from posttrain.errors import TrainingError
 from posttrain.losses.dpo import PairLogprobs, dpo_loss, log_ratio_divergence
 from posttrain.losses.output import LossOutput
@@ -46,11 +46,7 @@ class ReferencedBatch(NamedTuple):
 def train_dpo(context: StageContext, stage: DpoStage) -> StageResult:
     """Train on preference pairs. Raises DataError for data that cannot be trained on."""
     base = context.base
-    read = read_preferences(stage.data, seed=context.recipe.seed)
-    prepared = prepare_pairs(
-        read, base.chat, max_tokens=stage.max_tokens, validation=stage.validation, allow_dropped=stage.allow_dropped,
-        evaluation_prompts=context.evaluation_prompts, context=base.context,
-    )  # fmt: skip
+    prepared = preference_rows(stage, base.chat, context.preparation)
     name = stage.init if stage.reference == "init" else stage.reference
     # With less than one epoch the reference is not needed for pairs that no step sees.
     settings = loop_settings(stage, seed_of(stage, context.recipe))

@@ -10,14 +10,11 @@ ratio is 1 and the approximate KL 0 exactly, or the stage ends with an error.
 
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from posttrain.data.prepare import TrainRow
-from posttrain.data.prompts import PreparedPrompts, check_room, prepare_prompts
-from posttrain.data.ptx import prepare_ptx, with_ptx
+from posttrain.data.stage_data import PpoData, ppo_data
 from posttrain.losses.kl import adapted, k3
 from posttrain.stages.ppo import PpoStage
 from posttrain.stages.reward_parts import reward_parts
@@ -38,18 +35,10 @@ from posttrain.train.validation import Validation
 from posttrain.train.value import start_value, value_name
 
 
-class PpoData(NamedTuple):
-    """Prompts to train on and to measure gold on, the rows of the pretraining mix, and the report on both."""
-
-    prompts: PreparedPrompts
-    ptx: list[TrainRow]
-    report: dict[str, Any]
-
-
 def train_ppo(context: StageContext, stage: PpoStage) -> StageResult:
     """Train towards what scores. Raises DataError for prompts that cannot be used, TrainingError where PPO cannot go on."""
     base, where = context.base, f'stage "{stage.name}"'
-    data = _read_data(context, stage)
+    data = ppo_data(stage, base.chat, context.preparation)
     reference = stage.init if stage.reference == "init" else stage.reference
     context.policies.activate(reference)  # a reference that cannot be read fails here, before anything is sampled
     scorer = RewardScorer(
@@ -85,22 +74,6 @@ def train_ppo(context: StageContext, stage: PpoStage) -> StageResult:
         scorer.close()
         if gold is not None:
             gold.gold_scorer.close()
-
-
-def _read_data(context: StageContext, stage: PpoStage) -> PpoData:
-    base, seed = context.base, context.recipe.seed
-    prompts = prepare_prompts(
-        stage.data, base.chat, seed=seed, max_prompt_tokens=stage.max_prompt_tokens,
-        evaluation_prompts=context.evaluation_prompts, validation=stage.validation if stage.gold else 0.0,
-    )  # fmt: skip
-    check_room(
-        [*prompts.train, *prompts.validation], max_new_tokens=stage.max_new_tokens, context=base.context,
-        where=f'stage "{stage.name}"',
-    )  # fmt: skip
-    if not stage.ptx_data:
-        return PpoData(prompts, [], prompts.report)
-    ptx = prepare_ptx(stage, base.chat, seed=seed, evaluation_prompts=context.evaluation_prompts, context=base.context)
-    return PpoData(prompts, ptx.train, with_ptx(prompts.report, ptx.report))
 
 
 def ppo_settings(stage: PpoStage, seed: int) -> LoopSettings:

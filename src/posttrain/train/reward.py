@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from posttrain.data.formats import read_demonstrations, read_preferences
 from posttrain.data.packing import split_by_tokens
-from posttrain.data.prepare import TrainRow, prepare_demonstrations, prepare_pairs
+from posttrain.data.prepare import TrainRow
 from posttrain.data.rankings import RankedPrompt, rank_prompts
-from posttrain.data.sources import refuse_changed
+from posttrain.data.sources import hashes_in, refuse_changed
+from posttrain.data.stage_data import preference_rows_with_margins, sft_rows
 from posttrain.losses.output import LossOutput
 from posttrain.losses.reward import ScoredPairs, reward_loss
 from posttrain.models.adapter_files import save_adapter, save_full
@@ -59,11 +59,7 @@ class PairBatch(NamedTuple):
 def train_reward(context: StageContext, stage: RewardStage) -> StageResult:
     """Train on preference pairs. Raises DataError for data that cannot be trained on."""
     base = context.base
-    prepared = prepare_pairs(
-        read_preferences(stage.data, seed=context.recipe.seed, margins=True), base.chat, max_tokens=stage.max_tokens,
-        validation=stage.validation, allow_dropped=stage.allow_dropped, evaluation_prompts=context.evaluation_prompts,
-        context=base.context,
-    )  # fmt: skip
+    prepared = preference_rows_with_margins(stage, base.chat, context.preparation)
     adapter, parameters = _start(context, stage)
     train, held_out = rank_prompts(prepared.train), rank_prompts(prepared.validation)
 
@@ -172,13 +168,10 @@ def _shift_rows(context: StageContext, stage: RewardStage, train: Sequence[Ranke
         name = stages[name].init
     sft = stages.get(name)
     if isinstance(sft, SftStage):
-        read = read_demonstrations(sft.data, seed=context.recipe.seed)
-        rows = prepare_demonstrations(
-            read, context.base.chat, max_tokens=sft.max_tokens, validation=0.0, allow_dropped=1.0,
-            evaluation_prompts=context.evaluation_prompts, context=context.base.context,
-        ).train  # fmt: skip
-        refuse_changed({source.path: source.sha256 for source in read.sources}, context.data)
-        return rows[:SHIFT_ROWS]
+        without_validation = sft.model_copy(update={"validation": 0.0})
+        prepared = sft_rows(without_validation, context.base.chat, context.preparation._replace(allow_dropped=1.0))
+        refuse_changed(hashes_in(prepared.report), context.data)
+        return prepared.train[:SHIFT_ROWS]
     full_rows = [[*p.prompt_ids, *p.completions[p.pairs[0].chosen]] for p in train[:SHIFT_ROWS]]
     return [TrainRow("", ids, [False] * len(ids)) for ids in full_rows]
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
-from posttrain.data.formats import read_demonstrations
 from posttrain.data.packing import split_by_tokens
-from posttrain.data.prepare import TrainRow, prepare_demonstrations
+from posttrain.data.prepare import TrainRow
+from posttrain.data.stage_data import sft_rows
 from posttrain.losses.output import LossOutput
 from posttrain.losses.sft import sft_loss
 from posttrain.models.base_model import BaseModel
@@ -18,11 +18,7 @@ from posttrain.train.stage import StageContext, StageResult, TrainedPolicy, fit_
 
 def train_sft(context: StageContext, stage: SftStage) -> StageResult:
     """Fine-tune on demonstrations. Raises DataError for data that cannot be trained on."""
-    read = read_demonstrations(stage.data, seed=context.recipe.seed)
-    prepared = prepare_demonstrations(
-        read, context.base.chat, max_tokens=stage.max_tokens, validation=stage.validation,
-        allow_dropped=stage.allow_dropped, evaluation_prompts=context.evaluation_prompts, context=context.base.context,
-    )  # fmt: skip
+    prepared = sft_rows(stage, context.base.chat, context.preparation)
     policy = start_policy(context, stage)
     settings = loop_settings(stage, seed_of(stage, context.recipe))
     task = sft_task(context.base, policy, prepared.train, prepared.validation)

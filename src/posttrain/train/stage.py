@@ -16,6 +16,7 @@ from posttrain.models.recompute import recomputed
 from posttrain.models.untrained_tokens import token_ids
 from posttrain.progress import Tracker
 from posttrain.recipe import Recipe
+from posttrain.stages.kind import Preparation
 from posttrain.stages.shared_settings import OptimisedSettings, TrainingSettings
 from posttrain.stop import StopSignal
 from posttrain.train.checkpoint import Owner
@@ -40,6 +41,11 @@ class StageContext(NamedTuple):
     sources: Mapping[str, str] = {}
     # sha256 of every data file when the run was planned.
     data: Mapping[str, str] = {}
+
+    @property
+    def preparation(self) -> Preparation:
+        """How the data of the stage is rendered."""
+        return Preparation(self.recipe.seed, self.evaluation_prompts, self.base.context)
 
 
 class StageResult(NamedTuple):
