@@ -8,7 +8,9 @@
     ├── ArtifactError         a run folder, a manifest, a checkpoint
     │   ├── RunLockedError    another process works on the same run
     │   └── MovedError        a folder that this process works in was renamed or removed
+    ├── JudgeError            a judge that cannot be asked or trusted, or revisions that it does not prefer
     ├── BusyError             a server has no room for a request, or is shutting down
+    ├── EndpointError         a server that is asked over HTTP cannot answer, or a budget for it is used up
     └── TrainingError         training cannot continue
         └── NonFiniteError    a loss or gradient is not finite; no weight was updated
 
@@ -55,8 +57,16 @@ class MovedError(ArtifactError):
     """A folder that this process works in was renamed, removed or replaced."""
 
 
+class JudgeError(PosttrainError):
+    """A judge that cannot be asked or trusted, or revisions that it does not prefer."""
+
+
 class BusyError(PosttrainError):
     """A server that cannot take a request now."""
+
+
+class EndpointError(PosttrainError):
+    """A server that is asked over HTTP and cannot answer, or whose budget is used up. Earlier replies are on disk."""
 
 
 class TrainingError(PosttrainError):

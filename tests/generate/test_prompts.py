@@ -9,7 +9,8 @@ import torch
 from engine_runs import answers, full_logits, lively, ragged_prompts, run
 
 from posttrain.errors import ModelError
-from posttrain.generate.batch import SMALLEST_SHELF
+from posttrain.generate import steps
+from posttrain.generate.batch import SMALLEST_SHELF, StepBatch, lay_out
 from posttrain.generate.engine import Engine, SamplingSettings, generate
 from posttrain.generate.prefix import PrefixCache
 from posttrain.generate.requests import Event, Request, Row
@@ -273,3 +274,26 @@ def test_a_prompt_of_theirs_that_is_given_up_half_way_leaves_nothing(base: BaseM
     engine.cancel(bad)
     after = Request([1, 31], SamplingSettings(12, min_new_tokens=12), "right")
     assert answers(engine, [after])[0].completion_ids == answers(Engine(base), [after])[0].completion_ids
+
+
+def test_prompts_that_begin_alike_are_grouped_where_that_computes_less(base: BaseModel, monkeypatch: pytest.MonkeyPatch):
+    """Two families of worked examples in one batch, and a prompt that belongs to neither."""
+    families, single = long_prompts(2), ragged_prompts(1)
+    prompts = [[*family[:200], 7 + i, 9] for family in families for i in range(4)] + single
+    settings = SamplingSettings(6, 1.0, seed=2)
+    requests = [Request(p, settings, "left", i, 1) for i, p in enumerate(prompts)]
+    computed: list[int] = []
+
+    def counted(*arguments: object) -> StepBatch:
+        batch = lay_out(*arguments)  # type: ignore[arg-type]
+        computed.append(len(batch.ids_T))
+        return batch
+
+    monkeypatch.setattr(steps, "lay_out", counted)
+    found = answers(Engine(base), requests)
+    monkeypatch.undo()
+    needed = 2 * 200 + 8 * 2 + len(single[0])
+    assert needed <= max(computed) < needed + 128
+    assert worst_difference(base, found) <= 1e-5
+    alone = [rollout for request in requests for rollout in answers(Engine(base), [request])]
+    assert [r.completion_ids for r in found] == [r.completion_ids for r in alone]

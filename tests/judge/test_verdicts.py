@@ -1,19 +1,23 @@
 """Two orders make one verdict; a model's reply is read off its next-token distribution."""
 
 from math import exp
+from pathlib import Path
 
 import pytest
 import torch
 
 from posttrain.judge.local import MIN_MASS, LocalJudge
+from posttrain.judge.open import JudgeContext, open_judge
 from posttrain.judge.prompts import comparison, grading
 from posttrain.judge.scorer import RewardJudge
 from posttrain.judge.verdict import ComparisonRequest, GradingRequest, Reply, combine
+from posttrain.models.adapter_files import Policies, save_adapter
 from posttrain.models.base_model import BaseModel
 from posttrain.models.heads import new_head
 from posttrain.models.lora import LoraSettings
 from posttrain.models.segments import Segments, Span
 from posttrain.records import Message
+from posttrain.stages.judge_settings import JudgeSettings
 
 ASKED = [
     ComparisonRequest("Name a colour.", "Red.", "A colour is a property of light that people see.", "Which answer is shorter?"),
@@ -98,6 +102,36 @@ def test_a_reward_model_judges_by_the_difference_of_its_scores(base: BaseModel):
     assert judge.grade([GradingRequest("p", "a", "q")])[0].probability is None
     swapped = judge.compare([one._replace(a=one.b, b=one.a) for one in ASKED])
     assert [v.probability for v in swapped] == pytest.approx([1 - v.probability for v in verdicts], abs=1e-6)
+
+
+@torch.no_grad()
+def test_a_policy_of_the_run_judges_with_its_own_adapter(base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`policy:NAME` and `reward:NAME` are loaded from the run, and activated before each use."""
+    monkeypatch.setattr("posttrain.judge.local.MIN_MASS", 0.0)
+    for name in ("sft", "rm"):
+        adapter = base.adapters.create(name, LoraSettings(4, 8.0, 0.0, "all", "standard"), seed=0)
+        for n, (_, b) in enumerate(adapter.weights.values()):
+            b.copy_(torch.randn(b.shape, generator=torch.Generator().manual_seed(n)) * 0.1)
+        if name == "rm":
+            adapter.head = new_head(base.model.config.hidden_size, seed=0, device=base.device)
+        (tmp_path / name).mkdir()
+        save_adapter(tmp_path / name, adapter, base)
+    wanted = {"policy:sft": LocalJudge(base, "sft", "").compare(ASKED), "reward:rm": RewardJudge(base, "rm", "").compare(ASKED)}
+    for name in ("sft", "rm"):
+        base.adapters.remove(name)
+    context = JudgeContext(base, Policies(base, tmp_path), tmp_path)
+    plain = LocalJudge(base, "base", "").compare(ASKED)
+    for name, verdicts in wanted.items():
+        with open_judge(JudgeSettings(name=name), context) as judge:
+            assert judge.name == name
+            assert [v.first for v in judge.compare(ASKED)] == pytest.approx([v.first for v in verdicts], abs=1e-6)
+            assert [v.first for v in verdicts] != pytest.approx([v.first for v in plain], abs=1e-3)
+            assert len(judge.identity()["policy_hash"]) == 64
+    used: list[str] = []
+    judge = LocalJudge(base, "sft", "", activate=lambda policy: used.append(policy) or "base")
+    assert judge.compare(ASKED) == plain
+    judge.grade([GradingRequest("p", "a", "q")])
+    assert used == ["sft", "sft"], "full weights may have been replaced in between"
 
 
 def test_a_conversation_ends_where_the_judge_begins(base: BaseModel):

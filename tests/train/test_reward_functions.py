@@ -11,9 +11,9 @@ from tiny_stages import preferences, rows_of
 from posttrain.artifacts import hash_file
 from posttrain.cli import main
 from posttrain.errors import Interrupted, RecipeError, TrainingError
+from posttrain.judge.function_source import source_hash
+from posttrain.judge.functions import FunctionWorker, check_function
 from posttrain.stop import StopSignal
-from posttrain.train.function_source import source_hash
-from posttrain.train.functions import FunctionWorker, check_function
 
 
 @pytest.fixture(autouse=True)

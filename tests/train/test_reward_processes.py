@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from posttrain.errors import RecipeError, TrainingError
-from posttrain.train.function_source import read_source, source_hash
-from posttrain.train.functions import FunctionWorker
+from posttrain.judge.function_source import read_source, source_hash
+from posttrain.judge.functions import FunctionWorker
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def test_a_function_that_disturbs_its_pipes_is_ended_by_name(function: str, foun
 
 RUN = """
 import sys
-from posttrain.train.functions import FunctionWorker
+from posttrain.judge.functions import FunctionWorker
 worker = FunctionWorker(sys.argv[1], timeout=600, where="stage")
 print(worker._process.pid, flush=True)
 worker.score(["p"], ["c"], where="here")

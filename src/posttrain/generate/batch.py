@@ -219,14 +219,15 @@ def _reached(blocks: Sequence[int]) -> list[int]:
 def lay_out(places: Places, decoding: Iterable[Row], chunks: Sequence[Chunk]) -> StepBatch:
     """The forward of a step: one token of each `decoding` row, and these chunks of prompts.
 
-    The common prefix of all whole prompts of an adapter is computed once.
+    Whole prompts of an adapter share their common prefix, or those of neighbouring groups, if that computes fewer tokens.
     """
     layout, decoding_ids = _Layout(places), {id(row) for row in decoding}
     for shelf, rows in places.shelves.values():
         layout.decode(shelf, [(place, row) for place, row in enumerate(rows) if row is not None and id(row) in decoding_ids])
     layout.decoded = len(layout.ids)
-    for group in _by_adapter(chunks):
-        layout.fill(group)
+    for by_adapter in _by_adapter(chunks):
+        for group in _sharing(by_adapter):
+            layout.fill(group)
     return layout.finish()
 
 
@@ -353,6 +354,26 @@ def _by_adapter(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
     for chunk in chunks:
         by_adapter.setdefault(chunk.rows[0].adapter, []).append(chunk)
     return list(by_adapter.values())
+
+
+def _sharing(chunks: list[Chunk]) -> list[list[Chunk]]:
+    """One group, or neighbouring prompts that begin alike in groups of their own, whichever computes fewer tokens."""
+    groups: list[list[Chunk]] = [[chunk] for chunk in chunks if not chunk.whole]
+    whole = [chunk for chunk in chunks if chunk.whole]
+    for number, chunk in enumerate(whole):
+        prompt, first = chunk.rows[0].prompt, groups[-1][0].rows[0].prompt if number else ()
+        if number and 2 * _shared_prefix([first, prompt]) >= max(len(first), len(prompt)):
+            groups[-1].append(chunk)
+        else:
+            groups.append([chunk])
+    return groups if sum(map(_computed, groups)) < _computed(chunks) else [chunks]
+
+
+def _computed(chunks: Sequence[Chunk]) -> int:
+    """Tokens that a group of chunks computes."""
+    whole = [chunk for chunk in chunks if chunk.whole]
+    shared = _shared_prefix([chunk.rows[0].prompt for chunk in whole]) if whole else 0
+    return shared + sum(chunk.stop - chunk.start - (shared if chunk.whole else 0) for chunk in chunks)
 
 
 def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:

@@ -3,12 +3,13 @@
 p(A) = sigmoid(score(A) - score(B))        (Bradley and Terry 1952)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import exp
 
 import torch
 
 from posttrain.data.packing import split_by_tokens
+from posttrain.judge.local import weights_in_use
 from posttrain.judge.verdict import ComparisonRequest, GradingRequest, Reply, Verdict
 from posttrain.models.base_model import BaseModel
 from posttrain.models.batches import MICRO_TOKENS, pack_trees, row_scores
@@ -16,14 +17,18 @@ from posttrain.records import Message
 
 
 class RewardJudge:
-    """`adapter` is the name of the reward model in the base. The question of a request is ignored."""
+    """`stage` is the name of a reward model; `activate` gives the name of its adapter in the base, and is called before each
+    use, because full weights replace each other in memory. The question of a request is ignored.
+    """
 
-    def __init__(self, base: BaseModel, adapter: str, name: str) -> None:
-        self.base, self.adapter, self.name = base, adapter, name
+    def __init__(self, base: BaseModel, stage: str, name: str, *, activate: Callable[[str], str] = str) -> None:
+        self.base, self.name = base, name
+        self._stage, self._activate = stage, activate
 
     def identity(self) -> dict[str, str]:
-        """Kind, name and the hashes of the base."""
-        return {"judge": self.name, "kind": "reward", "adapter": self.adapter, **self.base.identity()}
+        """Kind, name, the hashes of the base, and the hash of the reward model's weights."""
+        adapter = self._activate(self._stage)
+        return {"judge": self.name, "kind": "reward", "adapter": adapter, **weights_in_use(self.base, adapter)}
 
     def compare(self, requests: Sequence[ComparisonRequest]) -> list[Verdict]:
         """The sigmoid of the difference of scores, the same for both orders."""
@@ -49,9 +54,10 @@ class RewardJudge:
             trees.append((ids, replies))
         lengths = [len(prompt) + len(replies[0]) for prompt, replies in trees]
         fitting = [n for n, length in enumerate(lengths) if length <= self.base.context]
+        adapter = self._activate(self._stage)
         scores: list[float | None] = [None] * len(trees)
         for group in split_by_tokens([lengths[n] for n in fitting], MICRO_TOKENS[self.base.device.type]):
             batch = pack_trees([trees[fitting[g]] for g in group], self.base.device)
-            for g, score in zip(group, row_scores(self.base, batch, self.adapter).tolist(), strict=True):
+            for g, score in zip(group, row_scores(self.base, batch, adapter).tolist(), strict=True):
                 scores[fitting[g]] = score
         return scores

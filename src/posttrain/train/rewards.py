@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from posttrain.judge.functions import FunctionWorker
 from posttrain.models.adapter_files import Policies
 from posttrain.models.batches import DeviceBatch, row_scores
 from posttrain.stages.reward_parts import RewardPart, part_name
 from posttrain.stop import StopSignal
-from posttrain.train.functions import FunctionWorker
 
 
 class CompletionTexts(NamedTuple):

@@ -1,6 +1,6 @@
-"""The process in which a reward function runs: `python -m posttrain.train.reward_worker package.module:function`.
+"""The process in which a reward function runs: `python -m posttrain.judge.function_worker package.module:function`.
 
-`functions.py` starts it; `reward_guard.py` ends it and all processes that the function started. Messages are JSON, one a line.
+`functions.py` starts it. `function_guard.py` ends it and all processes that the function started. Messages are lines of JSON.
 The function's own prints go to standard error, and its standard input is empty, so that neither mixes with the messages. Every
 answer repeats the number and the length of its call, so that it is not taken for the answer to another call.
 
@@ -22,10 +22,10 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from posttrain.judge.function_guard import start_guarded
+from posttrain.judge.function_source import import_source, read_source
+from posttrain.judge.functions import PIPES_GONE
 from posttrain.streams import keep_writing
-from posttrain.train.function_source import import_source, read_source
-from posttrain.train.functions import PIPES_GONE
-from posttrain.train.reward_guard import start_guarded
 
 Function = Callable[..., Any]
 # Scores become float32.

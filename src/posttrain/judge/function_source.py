@@ -1,6 +1,6 @@
 """The source of a reward function: its files, their hash, and an import of the bytes that were hashed.
 
-`plan.py` puts the hash into the fingerprint of a stage, `reward_worker.py` imports with `import_source`. The source is the
+`plan.py` puts the hash into the fingerprint of a stage, `function_worker.py` imports with `import_source`. The source is the
 function's module, the packages around it, and the modules that these import from the folder beside them by import statements,
 which are read without running anything. Of an installed package only the module itself counts. Left out: modules that are
 imported by a computed name, and data files that a function reads.

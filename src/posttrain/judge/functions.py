@@ -23,7 +23,7 @@ from typing import Any
 from posttrain.errors import Interrupted, RecipeError, TrainingError
 from posttrain.stop import StopSignal
 
-WORKER = "posttrain.train.reward_worker"
+WORKER = "posttrain.judge.function_worker"
 # Seconds between checks whether the run was asked to stop.
 POLL_INTERVAL = 0.2
 # Seconds that the processes of a function have to end; its guard kills them.
