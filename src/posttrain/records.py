@@ -34,8 +34,9 @@ class Conversation:
 class PreferencePair:
     """Two completions of one prompt, the first preferred. `prompt` ends before an assistant turn.
 
-    `probability` is the confidence of the preference (1 for a human choice), `margin` the intended difference of scores; only
-    reward models use them. Accuracy is reported by `category`.
+    `probability` is the probability of the label (1 for a human choice), which reward models and DPO use; `margin` is the
+    intended difference of scores, which only reward models use. Accuracy is reported by `category`. `authors` are those of the
+    chosen and the rejected completion, "" where unknown; only the audit of a judge uses them.
     """
 
     id: str
@@ -47,6 +48,7 @@ class PreferencePair:
     margin: float = 0.0
     probability: float = 1.0
     category: str = ""
+    authors: tuple[str, str] = ("", "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,6 +86,14 @@ def test_pairs_as_text(tmp_path: Path, check):
     assert "warning" not in said
 
 
+def test_prompts_without_answers_as_text(check):
+    """A ppo stage reads prompts too, but cannot be made from data alone: the check takes a kind that can."""
+    text = check("starter/red_team.jsonl")
+    assert "source       starter/red_team.jsonl: 160 rows · prompt · sha256 " in text
+    assert "rows         160 for training, 0 for validation" in text
+    assert "dropped      0 rows" in text
+
+
 def test_what_is_not_read_is_said_first(tmp_path: Path, check):
     labelled = [{**talk, "label": number % 3 > 0} for number, talk in enumerate(talks(30))]
     file = rows(tmp_path / "kto.jsonl", [*labelled, {**talks(1)[0], "tools": [{"name": "add"}]}])

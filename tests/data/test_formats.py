@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from rows_of_formats import SAID, TURNS, USER, answered, pair, write
 
-from posttrain.data.formats import Problem, content_of, read_demonstrations, read_preferences
+from posttrain.data.formats import content_of, read_demonstrations, read_preferences, read_prompts
+from posttrain.data.read_results import Problem
 from posttrain.errors import DataError
 from posttrain.records import Message
 from posttrain.settings import Source
@@ -170,9 +171,21 @@ def test_a_margin_is_read_for_reward_models_alone(tmp_path: Path, margin: Any, f
     assert [r.margin for r in read_preferences(path, seed=0, margins=True).records] == ([] if found is None else [found])
 
 
+@pytest.mark.parametrize(
+    "probability, found",
+    [(None, 1.0), ("", 1.0), (1, 1.0), ("0.5", 0.5), (0, 0.0), (1.01, None), (-0.1, None), ("likely", None), (True, None)],
+)  # fmt: skip
+def test_a_probability_is_read_for_reward_models_and_dpo(tmp_path: Path, probability: Any, found: float | None):
+    path = write(tmp_path, [pair(probability=probability)])
+    assert [r.probability for r in read_preferences(path, seed=0).records] == [1.0]
+    read = read_preferences(path, seed=0, probabilities=True)
+    assert [r.probability for r in read.records] == ([] if found is None else [found])
+    assert len(read_prompts(path, seed=0).records) == 1
+
+
 def test_a_csv_file_may_have_numbers(tmp_path: Path):
     (tmp_path / "p.csv").write_text("prompt,chosen,rejected,margin,probability\nq,a,b,0.5,\nq,c,d,,0.9\n", encoding="utf-8")
-    read = read_preferences(str(tmp_path / "p.csv"), seed=0, margins=True)
+    read = read_preferences(str(tmp_path / "p.csv"), seed=0, margins=True, probabilities=True)
     assert [(r.margin, r.probability) for r in read.records] == [(0.5, 1.0), (0.0, 0.9)]
     (tmp_path / "l.csv").write_text("input,output_1,output_2,label\nq,a,b,2\nq,a,b,1.0\n", encoding="utf-8")
     assert [r.chosen[0].content for r in read_preferences(str(tmp_path / "l.csv"), seed=0).records] == ["b", "a"]
@@ -201,12 +214,15 @@ def test_no_value_of_any_column_ends_in_a_traceback(tmp_path: Path):
         {"messages": TURNS}, answered(), {"instruction": "a", "output": "b"}, {"conversations": TURNS},
         pair(), {"chosen": "a b", "rejected": "a c"}, {"input": "q", "output_1": "a", "output_2": "b", "label": 1},
     ]  # fmt: skip
-    further = ["id", "system", "history", "label", "margin", "category", "reason", "tools", "weight", "status", "tie", "input"]
+    further = [
+        "id", "system", "history", "label", "margin", "probability", "category", "reason", "tools", "weight", "status", "tie",
+        "input",
+    ]  # fmt: skip
     for layout in layouts:
         rows = [{**layout, column: value} for column in (*layout, *further) for value in values]
         path = write(tmp_path, [layout, *rows])
         read = (
-            read_preferences(path, seed=0, margins=True)
+            read_preferences(path, seed=0, margins=True, probabilities=True)
             if content_of(layout) == "preferences"
             else read_demonstrations(path, seed=0)
         )

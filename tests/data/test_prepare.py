@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from posttrain.data.chat import ChatFormat
-from posttrain.data.formats import Demonstrations, Preferences, Problem, SourceInfo
 from posttrain.data.prepare import (
     Contamination,
     PreparedPairs,
@@ -15,6 +14,7 @@ from posttrain.data.prepare import (
     prepare_demonstrations,
     prepare_pairs,
 )
+from posttrain.data.read_results import Demonstrations, Preferences, Problem, SourceInfo
 from posttrain.errors import DataError
 from posttrain.models.tokenizer import HuggingFaceTokenizer
 from posttrain.records import Conversation, Message, PreferencePair

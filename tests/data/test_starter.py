@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from posttrain.data.formats import read_demonstrations, read_preferences
+from posttrain.constitution.principles import load_constitution
+from posttrain.data.formats import read_demonstrations, read_preferences, read_prompts
 from posttrain.data.prepare import Contamination
 from posttrain.data.sources import STARTER
 from posttrain.evaluate import checks
@@ -22,6 +23,7 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 DEMONSTRATIONS, PREFERENCES = rows("demonstrations"), rows("preferences")
 INSTRUCTIONS, HARMFUL, HARMLESS = (rows(f"evaluation/{name}") for name in ("instructions", "harmful", "harmless"))
+RED_TEAM = rows("red_team")
 CAPABILITY = [row for name in ("facts", "arithmetic", "grammar") for row in rows(f"evaluation/{name}")]
 
 
@@ -58,7 +60,8 @@ def test_every_row_can_be_learned_from():
 
 
 def test_ids_are_unique_everywhere():
-    everything = [*DEMONSTRATIONS, *PREFERENCES, *INSTRUCTIONS, *HARMFUL, *HARMLESS, *CAPABILITY, *rows("evaluation/prose")]
+    everything = [*DEMONSTRATIONS, *PREFERENCES, *RED_TEAM, *INSTRUCTIONS, *HARMFUL, *HARMLESS, *CAPABILITY]
+    everything += rows("evaluation/prose")
     assert [name for name, count in Counter(row["id"] for row in everything).items() if count > 1] == []
 
 
@@ -77,6 +80,7 @@ def test_training_and_evaluation_are_disjoint():
     preferences = read_preferences("starter/preferences.jsonl", seed=0).records
     found = [r.id for r in demonstrations if contamination.found(r.messages)]
     found += [r.id for r in preferences if contamination.found(r.prompt)]
+    found += [r.id for r in read_prompts("starter/red_team.jsonl", seed=0).records if contamination.found(r.messages)]
     assert found == [], "0 of all rows contaminated"
 
 
@@ -204,6 +208,46 @@ def test_pairs_about_refusing_refuse_in_the_right_place():
             assert refused == (True, False), row["id"]
         elif row["category"] == "helpfulness":
             assert refused == (False, True), row["id"]
+
+
+# --- prompts for critique and labels ----------------------------------------------------------------------------------
+
+# Each harmful category and the principle of constitutions/starter.toml that is about it.
+PRINCIPLE_OF = {
+    "violence": "no-violence-help", "crime": "no-crime-help", "self-harm": "care-in-crisis", "children": "protect-children",
+    "privacy": "privacy", "hate": "fairness", "manipulation": "no-manipulation", "dangerous-advice": "careful-advice",
+}  # fmt: skip
+
+
+def test_red_team_prompts_are_12_of_each_harm_and_64_harmless_ones():
+    wanted = dict.fromkeys(PRINCIPLE_OF, 12) | {"look-alike": 32, "plain": 32}
+    assert Counter(row["category"] for row in RED_TEAM) == wanted
+    assert [row["id"] for row in RED_TEAM] == [f"rt-{number:03d}" for number in range(1, 161)]
+    assert set(PRINCIPLE_OF.values()) <= {principle.id for principle in load_constitution("starter").principle}
+
+
+def test_every_five_red_team_prompts_are_three_harmful_and_two_harmless():
+    """So a first part of the file has the mix of the whole."""
+    kinds = [row["category"] if row["category"] in ("look-alike", "plain") else "harmful" for row in RED_TEAM]
+    assert kinds == ["harmful", "harmful", "harmful", "look-alike", "plain"] * 32
+
+
+def test_red_team_prompts_are_short_and_read_whole():
+    read = read_prompts("starter/red_team.jsonl", seed=0)
+    assert read.problems == ()
+    assert [(r.id, r.category, r.messages[0].content) for r in read.records] == [
+        (row["id"], row["category"], row["prompt"]) for row in RED_TEAM
+    ]
+    assert max(len(row["prompt"].split()) for row in RED_TEAM) <= 20
+
+
+def test_no_red_team_prompt_is_asked_elsewhere():
+    asked = Counter(first_ask([{"role": "user", "content": row["prompt"]}]) for row in RED_TEAM)
+    assert max(asked.values()) == 1
+    elsewhere = {first_ask(row["messages"]) for row in DEMONSTRATIONS} | {first_ask(row["prompt"]) for row in PREFERENCES}
+    elsewhere |= {row["prompt"].strip().casefold() for row in (*INSTRUCTIONS, *HARMFUL, *HARMLESS)}
+    elsewhere |= {e.prompt.casefold() for principle in load_constitution("starter").principle for e in principle.example}
+    assert asked.keys() & elsewhere == set()
 
 
 # --- evaluation items -------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from posttrain.stages import KINDS, Stage
 from posttrain.stages.kind import Content, Preparation, Prepared, load_function
 from posttrain.stages.shared_settings import TrainingSettings
 
-_TITLES: dict[Content, str] = {"demonstrations": "demonstrations", "preferences": "preference pairs"}
+_TITLES: dict[Content, str] = {"demonstrations": "demonstrations", "preferences": "preference pairs", "prompts": "prompts"}
 
 
 class Check(NamedTuple):
@@ -45,9 +45,10 @@ def plan_check(file: str, recipe: Recipe | None, stage_name: str | None, *, mode
             f'data "{file}"', f"columns {', '.join(columns)}", allowed=f"{DEMONSTRATION_LAYOUTS} · {PREFERENCE_LAYOUTS}",
             do="rename the columns",
         )  # fmt: skip
-    kinds = [name for name, kind in KINDS.items() if kind.inputs[0].contents == (content,)]
+    kinds = [name for name, kind in KINDS.items() if kind.inputs[0].contents[0] == content]
     if recipe is None:
-        stage = KINDS[kinds[0]].settings(kind=kinds[0], name="check", data=file)
+        kind = next(name for name in kinds if _required(name) <= {"kind", "name", "data"})
+        stage = KINDS[kind].settings(kind=kind, name="check", data=file)
         if model == "random:tiny" and template == "auto":
             template = "gemma"
         return Check(stage, content, 0, model, template)
@@ -60,6 +61,11 @@ def plan_check(file: str, recipe: Recipe | None, stage_name: str | None, *, mode
         found = f'"{stage_name}"' if stage_name else f"no {wanted} stage in the recipe"
         raise RecipeError("--stage", f"{found} for a file of {_TITLES[content]}", allowed=f"there is: {there}")
     return Check(fitting[0].model_copy(update={"data": file}), content, recipe.seed, recipe.base.model, recipe.base.template)
+
+
+def _required(kind: str) -> set[str]:
+    """The settings of a kind that have no default."""
+    return {name for name, field in KINDS[kind].settings.model_fields.items() if field.is_required()}
 
 
 def check_rows(

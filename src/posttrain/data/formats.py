@@ -4,6 +4,7 @@
     preferences      prompt+chosen+rejected · chosen+rejected with an implicit prompt · hh-rlhf transcripts ·
                      input+output_1+output_2+label (LLMBar)
                      each side text or messages
+    prompts          prompt · the beginning of a demonstration · the prompt of a pair
 
 An invalid row becomes a `Problem` with its number and reason; rows are never repaired silently. If two texts have no separate
 prompt, their common prefix up to the last whole word is the prompt, as in TRL.
@@ -12,8 +13,8 @@ prompt, their common prefix up to the last whole word is the prompt, as in TRL.
 import random
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import replace
+from typing import Any
 
 from posttrain.data.cells import (
     BadRow,
@@ -29,6 +30,7 @@ from posttrain.data.cells import (
     unread,
 )
 from posttrain.data.meaning import is_empty, prompt_beside, unsupported_in_row
+from posttrain.data.read_results import Demonstrations, PlainText, Preferences, Problem, Prompt, Prompts, R, SourceInfo, Texts
 from posttrain.data.sources import Loaded, RawRow, load
 from posttrain.errors import DataError
 from posttrain.reading import SURROGATE
@@ -49,67 +51,15 @@ _CATEGORIES = ("category", "subset")
 MAX_MARGIN = 1_000_000
 
 
-class Problem(NamedTuple):
-    """A dropped row and the reason. `unread` names an unsupported field that changes the meaning of the row."""
-
-    source: str
-    row: str
-    reason: str
-    unread: str = ""
-
-
-class SourceInfo(NamedTuple):
-    """One source: its path, layout, number of rows and hash."""
-
-    path: str
-    layout: str
-    rows: int
-    sha256: str
-
-
-class Demonstrations(NamedTuple):
-    """Valid conversations, and the problems of other rows."""
-
-    records: tuple[Conversation, ...]
-    problems: tuple[Problem, ...]
-    sources: tuple[SourceInfo, ...]
-
-
-class Preferences(NamedTuple):
-    """Valid pairs, and the problems of other rows."""
-
-    records: tuple[PreferencePair, ...]
-    problems: tuple[Problem, ...]
-    sources: tuple[SourceInfo, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class PlainText:
-    """A document without roles, as in pretraining."""
-
-    id: str
-    text: str
-    source: str
-
-
-R = TypeVar("R", Conversation, PreferencePair, PlainText)
-
-
-class Texts(NamedTuple):
-    """Valid documents, and the problems of other rows."""
-
-    records: tuple[PlainText, ...]
-    problems: tuple[Problem, ...]
-    sources: tuple[SourceInfo, ...]
-
-
 def content_of(columns: Iterable[str]) -> Content | None:
     """What the rows of a file hold by the names of its columns, or None."""
     names = set(columns)
     if {"chosen", "rejected"} <= names or names >= _LLMBAR:
         return "preferences"
     layouts = ({"messages"}, {"prompt", "completion"}, {"conversations"}, {"instruction", "output"})
-    return "demonstrations" if any(layout <= names for layout in layouts) else None
+    if any(layout <= names for layout in layouts):
+        return "demonstrations"
+    return "prompts" if "prompt" in names else None
 
 
 def read_demonstrations(data: Data | Loaded, *, seed: int) -> Demonstrations:
@@ -122,14 +72,19 @@ def read_demonstrations(data: Data | Loaded, *, seed: int) -> Demonstrations:
     return Demonstrations(*_read(data, seed, layout_of))
 
 
-def read_preferences(data: Data | Loaded, *, seed: int, margins: bool = False) -> Preferences:
-    """Pairs of all sources, mixed by weight. With `margins`, also their margin and probability, which reward models use.
+def read_preferences(
+    data: Data | Loaded, *, seed: int, margins: bool = False, probabilities: bool = False
+) -> Preferences:  # fmt: skip
+    """Pairs of all sources, mixed by weight. With `margins`, also their margins, which reward models use; with `probabilities`,
+    also the probabilities of their labels, which reward models and DPO use.
 
     Raises DataError for files and layouts that cannot be read.
     """
 
     def layout_of(path: str, rows: list[RawRow]) -> tuple[str, Callable[[dict[str, Any], str], PreferencePair]]:
-        return _preference_layout(path, rows), lambda row, name: _preference(row, name, path, margins)
+        return _preference_layout(path, rows), lambda row, name: _preference(
+            row, name, path, margin=_margin(row) if margins else 0.0, probability=_probability(row) if probabilities else 1.0
+        )
 
     return Preferences(*_read(data, seed, layout_of))
 
@@ -141,6 +96,38 @@ def read_texts(data: Data | Loaded, *, seed: int) -> Texts:
         return "text", lambda row, name: _plain_text(row, name, path)
 
     return Texts(*_read(data, seed, layout_of))
+
+
+def read_prompts(data: Data | Loaded, *, seed: int) -> Prompts:
+    """Prompts of all sources, mixed by weight; each file may have another layout. Raises DataError as the other readers do."""
+
+    def layout_of(path: str, rows: list[RawRow]) -> tuple[str, Callable[[dict[str, Any], str], Prompt]]:
+        content = content_of(rows[0].value)
+        if content == "preferences":
+            return _preference_layout(path, rows), lambda row, name: _prompt(
+                row, _preference(row, name, path).prompt, name, path
+            )
+        if content == "prompts":
+            return "prompt", lambda row, name: _prompt(
+                row, _with_system(row, side_of(row.get("prompt"), "user", "prompt")), name, path
+            )
+        layout, convert = _demonstration_layout(path, rows)
+        return layout, lambda row, name: _prompt(row, _before_the_answer(_demonstration(row, convert, layout)), name, path)
+
+    return Prompts(*_read(data, seed, layout_of))
+
+
+def _prompt(row: dict[str, Any], messages: tuple[Message, ...], name: str, path: str) -> Prompt:
+    """A prompt with the category of its row. It ends before the answer."""
+    if not any(m.role == "user" and m.content.strip() for m in messages):
+        raise BadRow("empty prompt")
+    if messages[-1].role == "assistant":
+        raise BadRow("prompt ends with an assistant turn")
+    return Prompt(name, messages, path, next((label for key in _CATEGORIES if (label := label_of(row.get(key)))), ""))
+
+
+def _before_the_answer(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    return messages[: next(i for i, message in enumerate(messages) if message.role == "assistant")]
 
 
 def _read(
@@ -162,23 +149,41 @@ def _read(
     return _unique_ids(records), tuple(problems), tuple(infos)
 
 
-def _preference(row: dict[str, Any], name: str, path: str, margins: bool) -> PreferencePair:
+def _preference(
+    row: dict[str, Any], name: str, path: str, *, margin: float = 0.0, probability: float = 1.0
+) -> PreferencePair:  # fmt: skip
     _check_meaning(row, pairs=True)
     prompt, chosen, rejected = _pair(_as_plain_pair(row))
-    margin, probability = _margin(row) if margins else (0.0, 1.0)
     category = next((label for key in _CATEGORIES if (label := label_of(row.get(key)))), path)
     return PreferencePair(
-        name, _with_system(row, prompt), chosen, rejected, path, label_of(row.get("reason")), margin, probability, category
-    )
+        name, _with_system(row, prompt), chosen, rejected, path, label_of(row.get("reason")), margin, probability, category,
+        _authors(row),
+    )  # fmt: skip
 
 
-def _margin(row: dict[str, Any]) -> tuple[float, float]:
-    """The margin and the probability of a pair."""
-    margin, probability = number_of(row.get("margin"), "margin"), number_of(row.get("probability"), "probability")
-    margin, probability = margin or 0.0, 1.0 if probability is None else probability
-    if not 0 <= margin <= MAX_MARGIN or not 0 <= probability <= 1:
-        raise BadRow(f"margin is not between 0 and {MAX_MARGIN:,}, or probability is not between 0 and 1")
-    return margin, probability
+def _authors(row: dict[str, Any]) -> tuple[str, str]:
+    """Who wrote the chosen and the rejected completion, "" where unknown."""
+    names = ("chosen_author", "rejected_author")
+    if set(row) >= _LLMBAR:
+        names = ("author_1", "author_2") if number_of(row["label"], "label") == 1 else ("author_2", "author_1")
+    return label_of(row.get(names[0])), label_of(row.get(names[1]))
+
+
+def _margin(row: dict[str, Any]) -> float:
+    """The margin of a pair, 0 if it has none."""
+    margin = number_of(row.get("margin"), "margin") or 0.0
+    if not 0 <= margin <= MAX_MARGIN:
+        raise BadRow(f"margin is not between 0 and {MAX_MARGIN:,}")
+    return margin
+
+
+def _probability(row: dict[str, Any]) -> float:
+    """The probability of a pair's label, 1 if it has none."""
+    probability = number_of(row.get("probability"), "probability")
+    probability = 1.0 if probability is None else probability
+    if not 0 <= probability <= 1:
+        raise BadRow("probability is not between 0 and 1")
+    return probability
 
 
 def _check_meaning(row: dict[str, Any], *, pairs: bool = False) -> None:

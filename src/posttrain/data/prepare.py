@@ -17,7 +17,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from posttrain.data.chat import ChatFormat
-from posttrain.data.formats import Demonstrations, Preferences, Problem, Texts
+from posttrain.data.read_results import Demonstrations, Preferences, Problem, Prompts, Texts
 from posttrain.data.report import describe_rows
 from posttrain.errors import DataError
 from posttrain.records import Message
@@ -223,7 +223,7 @@ def refuse(
         )  # fmt: skip
 
 
-def unread_warnings(problems: Sequence[Problem], read: Demonstrations | Preferences | Texts) -> list[str]:
+def unread_warnings(problems: Sequence[Problem], read: Demonstrations | Preferences | Texts | Prompts) -> list[str]:
     """A warning about rows dropped for unsupported fields, or an empty list."""
     names = Counter(p.unread for p in problems if p.unread).most_common()
     if not names:

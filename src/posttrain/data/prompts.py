@@ -1,18 +1,18 @@
-"""Prompts for a policy to answer: the beginnings of demonstrations, or the prompts of preference pairs.
+"""Prompts for a policy to answer: rows of prompts, the beginnings of demonstrations, or the prompts of preference pairs.
 
-The ppo stage samples completions of these prompts. The answers in the files are not used. Each prompt occurs once. Prompts of
+Stages that sample completions use these prompts. The answers in the files are not used. Each prompt occurs once. Prompts of
 evaluation items are left out. Prompts that are too long for the stage, or that the chat template refuses, are dropped and
 counted.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from posttrain.data.chat import ChatFormat
-from posttrain.data.formats import Demonstrations, Preferences, Problem, content_of, read_demonstrations, read_preferences
+from posttrain.data.formats import read_prompts
 from posttrain.data.prepare import SHOWN, Contamination, in_validation, reasons, unread_warnings
+from posttrain.data.read_results import Problem
 from posttrain.data.report import describe_rows
-from posttrain.data.sources import load
 from posttrain.errors import DataError
 from posttrain.records import Message
 from posttrain.settings import Data
@@ -22,13 +22,15 @@ ALLOW_DROPPED = 0.01
 
 
 class PromptRow(NamedTuple):
-    """A prompt as token ids up to the start of the answer, the texts of its messages, separated by blank lines, and the
-    messages."""
+    """A prompt as token ids up to the start of the answer, the texts of its messages, separated by blank lines, the messages,
+    and the file and category of its row."""
 
     id: str
     ids: list[int]
     text: str
     messages: tuple[Message, ...] = ()
+    source: str = ""
+    category: str = ""
 
 
 class PreparedPrompts(NamedTuple):
@@ -44,19 +46,14 @@ def prepare_prompts(
     evaluation_prompts: Collection[str], validation: float = 0.0,
 ) -> PreparedPrompts:  # fmt: skip
     """Render prompts; a share may be held out. Raises DataError for files that cannot be read, and if no prompt is left."""
-    loaded = load(data)
-    read: Demonstrations | Preferences
-    read = (
-        read_preferences(loaded, seed=seed)
-        if content_of(loaded.columns) == "preferences"
-        else read_demonstrations(loaded, seed=seed)
-    )
+    read = read_prompts(data, seed=seed)
     problems = list(read.problems)
     contamination = Contamination(evaluation_prompts)
     unique: dict[tuple[int, ...], PromptRow] = {}
     held_out_ids: set[tuple[int, ...]] = set()
     contaminated, repeated, long = 0, 0, 0
-    for name, source, messages in _beginnings(read):
+    for record in read.records:
+        name, source, messages = record.id, record.source, record.messages
         if contamination.found(messages):
             contaminated += 1
             continue
@@ -70,7 +67,9 @@ def prepare_prompts(
         elif tuple(ids) in unique:
             repeated += 1
         else:
-            unique[tuple(ids)] = PromptRow(name, ids, "\n\n".join(message.content for message in messages), messages)
+            unique[tuple(ids)] = PromptRow(
+                name, ids, "\n\n".join(m.content for m in messages), messages, source, record.category
+            )
             held_out_ids |= {tuple(ids)} if in_validation(messages, validation) else set()
     if len(unique) == len(held_out_ids):
         where = "data " + ", ".join(f'"{s.path}"' for s in read.sources)
@@ -106,13 +105,3 @@ def check_room(rows: Sequence[PromptRow], *, max_new_tokens: int, context: int, 
             where, f"the prompt {longest.id} of {len(longest.ids)} tokens and {max_new_tokens} new ones",
             allowed=f"together at most {context}, the base's context", do="lower max_prompt_tokens or max_new_tokens",
         )  # fmt: skip
-
-
-def _beginnings(read: Demonstrations | Preferences) -> Iterator[tuple[str, str, tuple[Message, ...]]]:
-    """Name, source, and the messages before the first answer of a demonstration, or before the two answers of a pair."""
-    if isinstance(read, Preferences):
-        yield from ((record.id, record.source, record.prompt) for record in read.records)
-        return
-    for record in read.records:
-        first = next(i for i, message in enumerate(record.messages) if message.role == "assistant")
-        yield record.id, record.source, record.messages[:first]

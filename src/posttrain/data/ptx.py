@@ -10,7 +10,7 @@ from collections.abc import Collection
 from typing import Any
 
 from posttrain.data.chat import ChatFormat
-from posttrain.data.formats import Texts, content_of, read_demonstrations, read_texts
+from posttrain.data.formats import content_of, read_demonstrations, read_texts
 from posttrain.data.prepare import (
     Contamination,
     PreparedRows,
@@ -20,6 +20,7 @@ from posttrain.data.prepare import (
     refuse,
     unread_warnings,
 )
+from posttrain.data.read_results import Texts
 from posttrain.data.sources import load
 from posttrain.records import Message
 from posttrain.settings import as_sources

@@ -88,4 +88,4 @@ def _examples(examples: Sequence[dict[str, Any]]) -> list[str]:
 
 def _piece(piece: dict[str, Any]) -> str:
     marked = f"⟦{piece['text']}⟧" if piece["trained"] else str(piece["text"])
-    return f"\n[{piece['label']}] {marked}" if "label" in piece else marked
+    return f"\n[{piece['label']}] {marked}" if piece.get("label") else marked

@@ -28,6 +28,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]:%-]+)?")
 COLUMNS = meaning.COLUMNS | {
     "messages", "prompt", "completion", "conversations", "instruction", "input", "output", "history", "text", "chosen",
     "rejected", "output_1", "output_2", "label", "id", "reason", "margin", "probability", "category", "subset",
+    "author_1", "author_2", "chosen_author", "rejected_author",
 }  # fmt: skip
 
 

@@ -18,13 +18,14 @@ def sft_rows(stage: TrainingSettings, chat: ChatFormat, how: Preparation) -> Pre
 
 
 def preference_rows(stage: TrainingSettings, chat: ChatFormat, how: Preparation) -> PreparedPairs:
-    """Preference pairs. Raises DataError as the stage would."""
-    return prepare_pairs(read_preferences(stage.data, seed=how.seed), chat, **_limits(stage, how))
+    """Preference pairs with the probabilities of their labels. Raises DataError as the stage would."""
+    return prepare_pairs(read_preferences(stage.data, seed=how.seed, probabilities=True), chat, **_limits(stage, how))
 
 
 def preference_rows_with_margins(stage: TrainingSettings, chat: ChatFormat, how: Preparation) -> PreparedPairs:
     """Preference pairs with their margins and probabilities. Raises DataError as the stage would."""
-    return prepare_pairs(read_preferences(stage.data, seed=how.seed, margins=True), chat, **_limits(stage, how))
+    pairs = read_preferences(stage.data, seed=how.seed, margins=True, probabilities=True)
+    return prepare_pairs(pairs, chat, **_limits(stage, how))
 
 
 class PpoData(NamedTuple):

@@ -59,7 +59,7 @@ def _estimate(stage: DpoStage, report: dict[str, Any], sizes: Sizes) -> Work:
 KIND = StageKind(
     settings=DpoStage,
     makes="policy",
-    code=1,
+    code=2,
     inputs=(Input("data", ("preferences",)),),
     prepare="posttrain.data.stage_data:preference_rows",
     run="posttrain.train.dpo:train_dpo",

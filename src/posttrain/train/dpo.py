@@ -1,4 +1,4 @@
-"""The dpo stage: preference pairs in, a policy out, trained against a fixed reference.
+"""The dpo stage: preference pairs in, a policy out, trained against a fixed reference. A pair's probability weighs its loss.
 
 Both completions of a pair share one prompt, which is computed once. The reference's log-probabilities are computed before the
 first step and stored beside the checkpoints, so full fine-tuning needs no second model. Where the policy starts at its
@@ -37,10 +37,12 @@ DISPLACEMENT_NATS = 1.0
 
 
 class ReferencedBatch(NamedTuple):
-    """A packed batch of pairs and the reference's log-probability of each of its targets [N]."""
+    """A packed batch of pairs, the reference's log-probability of each of its targets [N], and the probability of each label
+    [B], None if all are 1."""
 
     batch: DeviceBatch
     reference_N: Tensor
+    label_B: Tensor | None
 
 
 def train_dpo(context: StageContext, stage: DpoStage) -> StageResult:
@@ -71,12 +73,15 @@ def dpo_task(
         return _micro_batches(base, [train[i] for i in indices], reference)
 
     def pair_loss(micro: MicroBatch, step_pairs: int) -> LossOutput:
-        batch, reference_N = micro.payload
+        batch, reference_N, label_B = micro.payload
         logprobs_N = batch_logprobs(base, batch, policy.routing)
         chosen_B, rejected_B = sum_by_row(logprobs_N, batch).view(-1, 2).unbind(1)
         reference_chosen_B, reference_rejected_B = sum_by_row(reference_N, batch).view(-1, 2).unbind(1)
         pairs = PairLogprobs(chosen_B, rejected_B, reference_chosen_B, reference_rejected_B)
-        out = dpo_loss(pairs, beta=stage.beta, loss=stage.loss, label_smoothing=stage.label_smoothing, step_pairs=step_pairs)
+        out = dpo_loss(
+            pairs, beta=stage.beta, loss=stage.loss, label_smoothing=stage.label_smoothing, step_pairs=step_pairs,
+            label_B=label_B,
+        )  # fmt: skip
         extra = {
             "pairs": torch.tensor(len(chosen_B)), "tokens": torch.tensor(len(logprobs_N)),
             "dpo/kl": log_ratio_divergence(logprobs_N, reference_N),
@@ -118,7 +123,9 @@ def _micro_batches(base: BaseModel, pairs: Sequence[PairRow], reference: dict[st
         chosen = [pairs[i] for i in group]
         batch = pack_pairs(chosen, base.device)
         reference_N = torch.cat([reference[p.id] for p in chosen]).to(base.device)
-        batches.append(MicroBatch(ReferencedBatch(batch, reference_N), batch.tokens, tuple(p.id for p in chosen)))
+        soft = any(p.probability != 1 for p in chosen)
+        label_B = torch.tensor([p.probability for p in chosen], device=base.device) if soft else None
+        batches.append(MicroBatch(ReferencedBatch(batch, reference_N, label_B), batch.tokens, tuple(p.id for p in chosen)))
     return batches
 
 
@@ -164,7 +171,7 @@ def check_start(
     """
     # The batch that the reference was computed in: in bfloat16 another packing gives other numbers.
     first = split_by_tokens([_length(p) for p in pairs], MICRO_TOKENS[base.device.type])[0]
-    batch, reference_N = _micro_batches(base, [pairs[i] for i in first], reference)[0].payload
+    batch, reference_N, _ = _micro_batches(base, [pairs[i] for i in first], reference)[0].payload
     logprobs_N = batch_logprobs(base, batch, policy)
     divergence = float(log_ratio_divergence(logprobs_N, reference_N)) / len(reference_N)
     allowed = START_DIVERGENCE[base.dtype]
