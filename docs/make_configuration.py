@@ -17,6 +17,7 @@ from posttrain.cli import build_parser
 from posttrain.recipe import Recipe
 from posttrain.settings import Adapter, Base, Evaluation, Source
 from posttrain.stages import KINDS
+from posttrain.stages.judge_settings import JudgeSettings
 from posttrain.stages.reward_parts import RewardPart
 from posttrain.stages.shared_settings import TrainingSettings
 
@@ -51,6 +52,12 @@ SECTIONS: tuple[Section, ...] = (
         "A part of `reward` or `gold`",
         RewardPart,
         'For example `reward = [{models = ["rm1", "rm2"], combine = "min"}, {function = "my_rewards:short", weight = 0.1}]`.',
+        frozenset(),
+    ),
+    (
+        "`judge` as a table",
+        JudgeSettings,
+        'For example `judge = {name = "http://localhost:8000/v1", model = "m", concurrency = 16}`.',
         frozenset(),
     ),
     ("A source in `data`", Source, 'For mixing: `data = ["b.jsonl", {path = "a.jsonl", weight = 0.5}, …]`.', frozenset()),
@@ -130,7 +137,8 @@ def _limits(schema: dict[str, Any]) -> Iterator[str]:
 
 
 def _table_name(model: str) -> str:
-    return "table " + {"Base": "`[base]`", "Adapter": "`[adapter]`", "Evaluation": "`[evaluation]`"}.get(model, model)
+    names = {"Base": "`[base]`", "Adapter": "`[adapter]`", "Evaluation": "`[evaluation]`", "JudgeSettings": "`judge`"}
+    return "table " + names.get(model, model)
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------

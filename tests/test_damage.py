@@ -38,7 +38,9 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize("size", [100, 20_000, pytest.param(2_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "size", [100, pytest.param(20_000, marks=pytest.mark.slow), pytest.param(2_000, marks=pytest.mark.slow)]
+)
 def test_a_disk_that_refuses_is_a_clear_error_and_room_lets_the_run_go_on(tmp_path: Path, size: int):
     run = tmp_path / "run"
     done = subprocess.run([sys.executable, "-c", LIMITED, str(size), *command(run)], capture_output=True, text=True)

@@ -101,7 +101,7 @@ def test_a_dry_run_writes_nothing_and_shows_rows_tokens_and_reasons(tmp_path: Pa
     assert not run.exists()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_run_says_what_a_compiler_would_save_where_there_is_none(dtype: str, tmp_path: Path) -> None:
     more = ("--set", f"base.dtype={dtype}", "--until", "sft")
     for compiler, said in (("/nowhere/cc", dtype == "bfloat16"), (os.environ.get("CC", "cc"), None)):
@@ -206,7 +206,7 @@ sys.exit(main(sys.argv[1:]))
     ("module", "name", "after"),
     [
         ("train.step", "TrainingSteps.optimise", 4),
-        ("evaluate.run", "answer_samples", 2),
+        pytest.param("evaluate.run", "answer_samples", 2, marks=pytest.mark.slow),
         pytest.param("train.step", "TrainingSteps.optimise", 2, marks=pytest.mark.slow),
         pytest.param("train.checkpoint", "fsync_tree", 1, marks=pytest.mark.slow),
         pytest.param("evaluate.run", "write_scores", 0, marks=pytest.mark.slow),
@@ -266,8 +266,8 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.parametrize(
     ("module", "name", "after", "how"),
     [
-        ("train.step", "TrainingSteps.optimise", 1, "os.rename('run', 'moved')"),
-        ("train.step", "TrainingSteps.optimise", 1, "shutil.rmtree('run')"),
+        pytest.param("train.step", "TrainingSteps.optimise", 1, "os.rename('run', 'moved')", marks=pytest.mark.slow),
+        pytest.param("train.step", "TrainingSteps.optimise", 1, "shutil.rmtree('run')", marks=pytest.mark.slow),
         ("evaluate.run", "answer_samples", 1, "os.rename('run', 'moved'); os.mkdir('run')"),
     ],
     ids=["renamed", "removed", "replaced"],

@@ -60,9 +60,13 @@ MISTAKES = [
     (
         'kind = "dpo"',
         'kind = "dpoo"',
-        'stage "dpo" · kind = "dpoo" · there is: sft, dpo, reward, ppo, contrast · did you mean "dpo"?',
+        'stage "dpo" · kind = "dpoo" · there is: sft, dpo, reward, ppo, contrast, critique, label · did you mean "dpo"?',
     ),
-    ('kind = "sft"\n', "", 'stage "sft" · "kind" is missing · there is: sft, dpo, reward, ppo, contrast · add it'),
+    (
+        'kind = "sft"\n',
+        "",
+        'stage "sft" · "kind" is missing · there is: sft, dpo, reward, ppo, contrast, critique, label · add it',
+    ),
     ('data = "starter/demonstrations.jsonl"\n', "", 'stage "sft" · "data" is missing · add it'),
     (
         'init = "sft"',

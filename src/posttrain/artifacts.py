@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import stat
+import tomllib
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from posttrain.file_types import check_manifest
 MANIFEST = "manifest.json"
 # The folder of a run that contains the scores of its policies and reward models.
 EVALUATIONS = "evaluate"
+_STAGE_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 
 
 def fingerprint(value: Any) -> str:
@@ -245,6 +247,25 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     check_manifest(manifest, str(path), do=f"remove {folder} and run the recipe again")
     checked: dict[str, Any] = manifest
     return checked
+
+
+def read_recipe(folder: Path) -> tuple[dict[str, Any], str]:
+    """The recipe of a run as tables and as text. Raises ArtifactError if the folder is not a run."""
+    path = folder / "recipe.toml"
+    try:
+        text = path.read_text(encoding="utf-8")
+        recipe = tomllib.loads(text)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ArtifactError(str(folder), "not a run folder", do="name a folder made by `posttrain run`") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError):
+        raise ArtifactError(str(path), "not readable as TOML", do="run the recipe again") from None
+    tables = recipe.get("stage", [])
+    # A name becomes a path, so a recipe from an untrusted run must not escape its folder.
+    if not isinstance(tables, list) or not all(
+        isinstance(t, dict) and _STAGE_NAME.fullmatch(str(t.get("name"))) for t in tables
+    ):
+        raise ArtifactError(str(path), "stages without a valid name", do="run the recipe again")
+    return recipe, text
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

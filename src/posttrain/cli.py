@@ -18,6 +18,7 @@ from posttrain import __version__
 from posttrain.arguments import integer, number
 from posttrain.artifacts import disk_error, is_disk_error
 from posttrain.constitution import commands as constitution
+from posttrain.constitution import trail_command
 from posttrain.errors import Interrupted, PosttrainError, RecipeError
 from posttrain.judge import commands as judge
 from posttrain.serve import commands
@@ -129,6 +130,7 @@ def _add_reading(verbs: Any) -> None:
     compare.add_argument("a", type=Path, metavar="RUN/STAGE", help="the stage before")
     compare.add_argument("b", type=Path, metavar="RUN/STAGE", help="the stage after")
     compare.add_argument("--json", action="store_true", help="print JSON")
+    trail_command.add_options(_verb(verbs, "audit", trail_command.audit, trail_command.ABOUT, trail_command.EXAMPLE))
 
 
 def _add_models(verbs: Any) -> None:

@@ -187,8 +187,8 @@ def _check_data(plan: Plan) -> None:
     say("checking the data")
     from posttrain.data.doctor import prepare_stage
     from posttrain.data.sources import hashes_in, refuse_changed
+    from posttrain.judge.functions import check_function
     from posttrain.models.base_model import load_chat
-    from posttrain.train.functions import check_function
 
     chat = load_chat(plan.source, plan.recipe.base.template)
     due = {step.name for step in plan.due}

@@ -13,18 +13,21 @@ from posttrain.artifacts import EVALUATIONS, fingerprint, partial_folder, read_m
 from posttrain.data.chat import TEMPLATES
 from posttrain.data.sources import data_hashes
 from posttrain.evaluate.suites import Task, evaluation_prompts, first_items, load_suites, suite_fingerprint
+from posttrain.judge.function_source import source_hash
 from posttrain.models.source import BaseModelFolder, locate_base, pinned
 from posttrain.recipe import Recipe
 from posttrain.stages import KINDS, Stage, data_of, row_stages, with_rows_of
 from posttrain.stages.kind import Preparation, load_function
-from posttrain.train.function_source import source_hash
 
 # Increase a number when the code of that step gives other results for the same input. Stages have version numbers in `stages/`.
 STEP_VERSIONS = {"evaluate": 1, "measure": 2}
 # The file of a partial folder that records the fingerprint of its step.
 WORKING_ON = "working_on.json"
-# Settings that change the place of the work and when it is saved, but not the result.
-_NO_EFFECT = frozenset({"name", "checkpoint_every", "checkpoint_minutes"})
+# Settings that change the place of the work, when it is saved, or whether the run goes on, but not the result.
+_NO_EFFECT = frozenset({"name", "checkpoint_every", "checkpoint_minutes", "gate", "allow_weak_judge"})
+
+# The same of a judge: how a server is asked.
+_NO_EFFECT_OF_JUDGE = frozenset({"key", "concurrency", "timeout", "retries", "max_requests", "max_tokens"})
 
 Status = Literal["done", "resume", "due"]
 
@@ -125,8 +128,11 @@ def _stage_step(
         data |= data_hashes(sources, hashes)
     if kind.documents is not None:
         data |= load_function(kind.documents)(stage)
+    written = stage.model_dump(mode="json", exclude=set(_NO_EFFECT), exclude_none=True)
+    if isinstance(judge := written.get("judge"), dict):
+        written["judge"] = {name: value for name, value in judge.items() if name not in _NO_EFFECT_OF_JUDGE}
     settings = {
-        "stage": stage.model_dump(mode="json", exclude=set(_NO_EFFECT), exclude_none=True),
+        "stage": written,
         "adapter": recipe.adapter.model_dump(mode="json"),
         "seed": recipe.seed,
         "evaluation_prompts": prompts_hash,
@@ -137,6 +143,9 @@ def _stage_step(
     settings |= {"functions": {name: source_hash(name) for name in functions}} if functions else {}
     mark = fingerprint({"settings": settings, "inputs": {**inputs, "base": known["base"]}, "data": data})
     status, why = _status(run / stage.name, mark, settings, inputs, data, work)
+    manifest = read_manifest(run / stage.name) if status == "done" else None
+    if manifest is not None and (refused := kind.refuses(stage, manifest)):
+        status, why = "due", refused
     return Step(stage.name, stage.kind, stage.name, stage, run / stage.name, mark, inputs, data, settings, status, why, work)
 
 

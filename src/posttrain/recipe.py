@@ -19,7 +19,18 @@ from posttrain.stages.shared_settings import StageSettings
 
 # Names that a stage may not have: words with a meaning in references, files and folders of a run, devices of Windows.
 RESERVED_NAMES = frozenset(
-    {"base", "init", "evaluate", "recipe.toml", "scorecard.json", "report.html", "tensorboard", "wandb", "mlruns"}
+    {
+        "base",
+        "init",
+        "evaluate",
+        "recipe.toml",
+        "scorecard.json",
+        "report.html",
+        "tensorboard",
+        "wandb",
+        "mlruns",
+        "judge-cache",
+    }
     | {"con", "nul", "aux", "prn"}
 )
 

@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 
 from posttrain.cli import main
-from posttrain.constitution import contrast as module
-from posttrain.constitution.contrast import draw_principles
+from posttrain.constitution import contrast_pairs as module
+from posttrain.constitution.contrast_pairs import draw_principles
 from posttrain.constitution.principles import load_constitution
 from posttrain.data.prompts import PromptRow
 from posttrain.models.base_model import load_base
 from posttrain.records import Message
-from posttrain.stages.contrast import ContrastStage
 
 # A random model ends an answer once in some hundred tokens.
 RECIPE = """
@@ -76,10 +75,6 @@ def rows(run: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (run / "pairs" / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def stage(**settings: object) -> ContrastStage:
-    return ContrastStage(kind="contrast", name="c", data="d.jsonl", **settings)  # type: ignore[arg-type]
-
-
 def prompts(count: int) -> list[PromptRow]:
     return [PromptRow(f"row-{i}", [1, 2], "Hi", (Message("user", "Hi"),)) for i in range(count)]
 
@@ -87,15 +82,16 @@ def prompts(count: int) -> list[PromptRow]:
 def test_principles_are_drawn_by_weight_and_by_the_seed_and_the_prompt_alone(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text(CONSTITUTION.replace('id = "short"', 'id = "short"\nweight = 3.0'))
     chat = load_base("random:tiny", template="gemma").chat
-    one = stage(constitution=str(tmp_path / "c.toml"), principles=1)
-    drawn = draw_principles(one, prompts(2000), chat, seed=1)
+    two = load_constitution(str(tmp_path / "c.toml"))
+    drawn = draw_principles(two, prompts(2000), chat, count=1, seed=1)
     share = Counter(d.principles[0].id for d in drawn)["short"] / 2000
     assert abs(share - 0.75) < 4 * (0.75 * 0.25 / 2000) ** 0.5
-    again = draw_principles(one, prompts(2000)[1000:], chat, seed=1)
+    again = draw_principles(two, prompts(2000)[1000:], chat, count=1, seed=1)
     assert [d.principles for d in again] == [d.principles for d in drawn[1000:]]
-    assert [d.principles for d in draw_principles(one, prompts(50), chat, seed=2)] != [d.principles for d in drawn[:50]]
-    every = draw_principles(stage(principles=0), prompts(3), chat, seed=1)
-    assert all(len({p.id for p in d.principles}) == len(load_constitution("starter").principle) for d in every)
+    other = draw_principles(two, prompts(50), chat, count=1, seed=2)
+    assert [d.principles for d in other] != [d.principles for d in drawn[:50]]
+    every = draw_principles(two, prompts(3), chat, count=0, seed=1)
+    assert all({p.id for p in d.principles} == {"short", "polite"} for d in every)
     text = chat.decode(drawn[0].ids)
     assert drawn[0].principles[0].title in text
 

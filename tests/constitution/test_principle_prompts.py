@@ -22,13 +22,13 @@ PAIR = "<question>\nQ\n</question>\n\n<answer>\nA\n</answer>\n\n"
 
 
 def test_each_prompt_has_its_exact_wording():
-    system, ask = prompts.detection(BRIEF, "Q", "A")
+    system, ask = prompts.detection(BRIEF, "Q", "A", examples=0)
     assert system.role == "system"
     assert ask == Message("user", f"{PAIR}Is it long?\nIs there anything to point out? Reply with Yes or No.")
-    assert prompts.critique(BRIEF, "Q", "A", examples=False)[1:] == [
+    assert prompts.critique(BRIEF, "Q", "A", examples=0)[1:] == [
         Message("user", f"{PAIR}Is it long?\nIf there is nothing to point out, reply: Nothing to change."),
     ]
-    assert prompts.revision(BRIEF, "Q", "A", "It is.", examples=False)[2:] == [
+    assert prompts.revision(BRIEF, "Q", "A", "It is.", examples=0)[2:] == [
         Message("assistant", "It is."), Message("user", "Shorten it.\nReply with the new answer alone."),
     ]  # fmt: skip
     assert comparison("Which is shorter?", "Q", "one", "two")[1] == Message(
@@ -43,6 +43,9 @@ def test_worked_examples_are_turns_of_the_same_form():
     assert [m.role for m in turns] == ["system", "user", "assistant", "user", "assistant", "user"]
     assert [m.content for m in turns if m.role == "assistant"] == ["It is long.", prompts.NOTHING_FOUND]
     assert turns[1].content.replace("p1", "Q").replace("a1", "A") == turns[-1].content
+    asked = prompts.detection(BRIEF, "Q", "A")
+    assert [m.content for m in asked if m.role == "assistant"] == ["Yes", "No"]
+    assert asked[1].content.replace("p1", "Q").replace("a1", "A") == asked[-1].content
     # A revision follows a critique that found something: the example without one has no place there.
     revised = prompts.revision(BRIEF, "Q", "A", "It is.")
     assert [m.content for m in revised if m.role == "assistant"] == ["It is long.", "r1", "It is."]

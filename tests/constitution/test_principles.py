@@ -5,7 +5,11 @@ from pathlib import Path
 import pytest
 
 from posttrain.constitution.principles import load_constitution, warnings
+from posttrain.constitution.prompts import NOTHING_FOUND
+from posttrain.data.prepare import Contamination
 from posttrain.errors import RecipeError
+from posttrain.evaluate.suites import evaluation_prompts, load_suites
+from posttrain.records import Message
 
 ONE = """name = "mine"
 version = "1"
@@ -32,6 +36,22 @@ def test_the_starter_constitution_has_every_request_of_14_principles_and_no_warn
     tags = {tag for principle in starter.principle for tag in principle.tags}
     assert tags == {"honesty", "harm", "privacy", "fairness", "usefulness", "care"}
     assert warnings(starter) == []
+
+
+def test_the_starter_has_a_short_example_with_a_fault_and_one_without_for_each_principle():
+    contamination = Contamination(evaluation_prompts(load_suites(("starter",), limit=0)))
+    prompts = []
+    for principle in load_constitution("starter").principle:
+        faulty, sound = principle.example
+        assert faulty.revision is not None, principle.id
+        assert faulty.critique != NOTHING_FOUND, principle.id
+        assert (sound.critique, sound.revision) == (NOTHING_FOUND, None), principle.id
+        for example in principle.example:
+            texts = [text for text in example.model_dump().values() if text is not None]
+            assert sum(len(text.split()) for text in texts) < 60, principle.id
+            prompts.append(example.prompt)
+    assert len(set(prompts)) == 28
+    assert [prompt for prompt in prompts if contamination.found([Message("user", prompt)])] == []
 
 
 def test_a_file_is_read_with_its_defaults_and_known_by_its_content(tmp_path: Path):

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from posttrain.artifacts import fingerprint
-from posttrain.errors import RecipeError
+from posttrain.errors import RecipeError, nearest
 from posttrain.file_types import invalid_setting
 from posttrain.reading import Unreadable, decode_text, parse_toml
 
@@ -65,6 +65,21 @@ class Constitution(_ConstitutionTable):
     def fingerprint(self) -> str:
         """A hash of all texts, weights and tags."""
         return fingerprint(self.model_dump(mode="json"))
+
+    def without(self, names: Sequence[str], where: str) -> "Constitution":
+        """The constitution without the principles that have one of these ids or tags.
+
+        Raises RecipeError for a name that no principle has, and if no principle is left.
+        """
+        known = [p.id for p in self.principle] + sorted({tag for p in self.principle for tag in p.tags})
+        for name in names:
+            if name not in known:
+                found, there = f'leave_out = "{name}" is neither an id nor a tag', f"there is: {', '.join(known)}"
+                raise RecipeError(where, found, allowed=there, do=nearest(name, known))
+        left = tuple(p for p in self.principle if not {p.id, *p.tags} & set(names))
+        if not left:
+            raise RecipeError(where, "leave_out removes every principle", do="keep at least one")
+        return self.model_copy(update={"principle": left})
 
     def having(self, request: str, where: str) -> tuple[Principle, ...]:
         """All principles, after checking that each has `request`: "critique", "revision" or "comparison".

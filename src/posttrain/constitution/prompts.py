@@ -18,26 +18,34 @@ from posttrain.judge.prompts import marked
 from posttrain.records import Message
 
 NOTHING_FOUND = "Nothing to change."
+# More worked examples than any principle has.
+ALL = 2**31
 _SYSTEM = "You check answers by one rule at a time and improve them."
 
 
-def detection(principle: Principle, prompt: str, answer: str) -> list[Message]:
-    """Ask whether the answer has the fault; the reply starts with Yes or No."""
-    assert principle.critique is not None
-    request = f"{_pair(prompt, answer)}\n\n{principle.critique}\nIs there anything to point out? Reply with Yes or No."
-    return [Message("system", _SYSTEM), Message("user", request)]
+def detection(principle: Principle, prompt: str, answer: str, *, examples: int = ALL) -> list[Message]:
+    """Ask whether the answer has the fault, after so many worked examples. The reply starts with Yes or No."""
+    shots = [
+        turn
+        for example in principle.example[:examples]
+        for turn in (
+            _detection_request(principle, example.prompt, example.answer),
+            Message("assistant", "No" if example.revision is None else "Yes"),
+        )
+    ]
+    return [Message("system", _SYSTEM), *shots, _detection_request(principle, prompt, answer)]
 
 
-def critique(principle: Principle, prompt: str, answer: str, *, examples: bool = True) -> list[Message]:
-    """Ask what is wrong with an answer. The reply is NOTHING_FOUND if nothing is."""
-    shots = [turn for example in principle.example for turn in _example(principle, example, revise=False)] if examples else []
+def critique(principle: Principle, prompt: str, answer: str, *, examples: int = ALL) -> list[Message]:
+    """Ask what is wrong with an answer, after so many worked examples. The reply is NOTHING_FOUND if nothing is."""
+    shots = [turn for example in principle.example[:examples] for turn in _example(principle, example, revise=False)]
     return [Message("system", _SYSTEM), *shots, _critique_request(principle, prompt, answer)]
 
 
-def revision(principle: Principle, prompt: str, answer: str, critique_text: str, *, examples: bool = True) -> list[Message]:
+def revision(principle: Principle, prompt: str, answer: str, critique_text: str, *, examples: int = ALL) -> list[Message]:
     """Ask for a better answer after a critique."""
     assert principle.revision is not None
-    worked = [example for example in principle.example if example.revision is not None] if examples else []
+    worked = [example for example in principle.example if example.revision is not None][:examples]
     shots = [turn for example in worked for turn in _example(principle, example, revise=True)]
     turns = [_critique_request(principle, prompt, answer), Message("assistant", critique_text), _revision_request(principle)]
     return [Message("system", _SYSTEM), *shots, *turns]
@@ -60,6 +68,12 @@ def _critique_request(principle: Principle, prompt: str, answer: str) -> Message
     return Message(
         "user", f"{_pair(prompt, answer)}\n\n{principle.critique}\nIf there is nothing to point out, reply: {NOTHING_FOUND}"
     )
+
+
+def _detection_request(principle: Principle, prompt: str, answer: str) -> Message:
+    assert principle.critique is not None
+    request = f"{_pair(prompt, answer)}\n\n{principle.critique}\nIs there anything to point out? Reply with Yes or No."
+    return Message("user", request)
 
 
 def _revision_request(principle: Principle) -> Message:

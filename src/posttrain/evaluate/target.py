@@ -47,9 +47,10 @@ def evaluate_pairs(
 
 def _measured_on(target: RewardTarget, file: str, limit: int) -> tuple[Measured, int]:
     """Measure a reward model on the pairs of a file. Also returns how many pairs were dropped."""
+    read = read_preferences(file, seed=target.recipe.seed, margins=True, probabilities=True)
     prepared = prepare_pairs(
-        read_preferences(file, seed=target.recipe.seed, margins=True), target.base.chat, max_tokens=target.stage.max_tokens,
-        validation=0.0, allow_dropped=1.0, evaluation_prompts=(), context=target.base.context,
+        read, target.base.chat, max_tokens=target.stage.max_tokens, validation=0.0, allow_dropped=1.0, evaluation_prompts=(),
+        context=target.base.context,
     )  # fmt: skip
     rows = prepared.train[:limit] if limit else prepared.train
     measured = measure_reward_model(target.base, target.adapter, rank_prompts(rows), label="pairs")

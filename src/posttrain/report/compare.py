@@ -16,14 +16,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from posttrain.artifacts import EVALUATIONS, read_manifest, verify_files
+from posttrain.artifacts import EVALUATIONS, read_manifest, read_recipe, verify_files
 from posttrain.errors import ArtifactError
 from posttrain.evaluate import stats
 from posttrain.evaluate.scorecard import load_scores, measure_values
 from posttrain.evaluate.suites import Measure
 from posttrain.records import Score
 from posttrain.report import formatting
-from posttrain.report.run import read_recipe, read_scorecard, stage_names
+from posttrain.report.run import read_scorecard, stage_names
 
 # Evaluation settings that both sides must share.
 _MUST_MATCH = ("max_new_tokens", "code")

@@ -124,7 +124,7 @@ def _pieces(example: Mapping[str, Any]) -> list[Markup | str]:
     for piece in example.get("pieces", ()):
         text = str(piece.get("text", ""))
         text = text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
-        if "label" in piece:
+        if piece.get("label"):
             parts.append(el("span.label", str(piece["label"])))
         parts.append(el("mark", text) if piece.get("trained") else text)
     return parts

@@ -6,13 +6,12 @@ outside the run folder.
 """
 
 import json
-import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from posttrain.artifacts import EVALUATIONS, partial_folder, read_jsonl, read_manifest
+from posttrain.artifacts import EVALUATIONS, partial_folder, read_jsonl, read_manifest, read_recipe
+from posttrain.constitution.trail_files import RowsStage, UnfinishedStage, read_rows_stage, read_unfinished
 from posttrain.errors import ArtifactError
 from posttrain.evaluate.gain import GOLD, PUBLISHED
 from posttrain.file_types import check_metrics, check_scorecard
@@ -25,7 +24,6 @@ _PAIR = {"id", "chosen_score", "rejected_score", "chosen_tokens", "rejected_toke
 _RERUN = "run the recipe again"
 # Measures of an evaluation by gold: one value per prompt, the mean and the standard error.
 _GOLD_MEASURES = ("kl", "score", "gold")
-_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 
 
 class StageRecord(NamedTuple):
@@ -72,6 +70,9 @@ class RunRecord(NamedTuple):
     notes: tuple[str, ...]
     rewards: tuple[RewardModel, ...] = ()
     best_of: tuple[dict[str, Any], ...] = ()
+    # Stages that make rows, with their records, and stages that asked a judge and were not finished.
+    rows: tuple[RowsStage, ...] = ()
+    unfinished_rows: tuple[UnfinishedStage, ...] = ()
 
     @property
     def base(self) -> str:
@@ -91,24 +92,11 @@ def load_run(folder: Path) -> RunRecord:
     rewards = tuple(model for name in models if (model := _reward(folder / EVALUATIONS / name, name)) is not None)
     notes = _notes(scorecard, stages, policies)
     best_of = tuple(map(_best_of, sorted((folder / BEST_OF).glob("*/best_of.json"))))
-    return RunRecord(str(recipe.get("name", folder.name)), recipe, text, scorecard, stages, policies, notes, rewards, best_of)
-
-
-def read_recipe(folder: Path) -> tuple[dict[str, Any], str]:
-    """The recipe of a run as tables and as text. Raises ArtifactError if the folder is not a run."""
-    path = folder / "recipe.toml"
-    try:
-        text = path.read_text(encoding="utf-8")
-        recipe = tomllib.loads(text)
-    except (FileNotFoundError, NotADirectoryError):
-        raise ArtifactError(str(folder), "not a run folder", do="name a folder made by `posttrain run`") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError):
-        raise ArtifactError(str(path), "not readable as TOML", do=_RERUN) from None
-    tables = recipe.get("stage", [])
-    # A name becomes a path, so a recipe from an untrusted run must not escape its folder.
-    if not isinstance(tables, list) or not all(isinstance(t, dict) and _NAME.fullmatch(str(t.get("name"))) for t in tables):
-        raise ArtifactError(str(path), "stages without a valid name", do=_RERUN)
-    return recipe, text
+    rows = tuple(made for stage in stages if (made := read_rows_stage(folder / stage.name)) is not None)
+    begun = tuple(one for stage in stages if (one := read_unfinished(folder / stage.name, stage.kind)) is not None)
+    return RunRecord(
+        str(recipe.get("name", folder.name)), recipe, text, scorecard, stages, policies, notes, rewards, best_of, rows, begun
+    )
 
 
 def read_scorecard(folder: Path) -> dict[str, Any]:

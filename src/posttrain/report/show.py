@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain.artifacts import EVALUATIONS, lineage, read_manifest
+from posttrain.artifacts import EVALUATIONS, lineage, read_manifest, read_recipe
 from posttrain.errors import ArtifactError
 from posttrain.evaluate.table import format_table, loss_words
 from posttrain.evaluate.tax import shown_losses
 from posttrain.report import formatting
 from posttrain.report.compare import compare
 from posttrain.report.provenance import flat
-from posttrain.report.run import read_recipe, read_scorecard, read_stages, stage_names
+from posttrain.report.run import read_scorecard, read_stages, stage_names
 
 __all__ = ["compare", "show"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 from pydantic import Field
 
 from posttrain.settings import Data, Source, as_sources
-from posttrain.stages import contrast, dpo, ppo, reward, sft
+from posttrain.stages import contrast, critique, dpo, label, ppo, reward, sft
 from posttrain.stages.kind import Artifact, StageKind
 from posttrain.stages.shared_settings import StageSettings
 
@@ -19,6 +19,8 @@ KINDS: dict[str, StageKind] = {
     "reward": reward.KIND,
     "ppo": ppo.KIND,
     "contrast": contrast.KIND,
+    "critique": critique.KIND,
+    "label": label.KIND,
 }
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from posttrain.errors import RecipeError
-from posttrain.stages.kind import Earlier, Input, Reads, Sizes, StageKind, Work
+from posttrain.stages.kind import PROMPTS, Earlier, Input, Reads, Section, Sizes, StageKind, Work
 from posttrain.stages.shared_settings import StageSettings
 
 
@@ -16,6 +16,8 @@ class ContrastStage(StageSettings):
     """Stage kind."""
     constitution: str = "starter"
     """A constitution that comes with posttrain, or a constitution file (.toml)."""
+    leave_out: tuple[str, ...] = ()
+    """Ids or tags of principles that are not used, so that what the others cover can be measured."""
     principles: Annotated[int, Field(ge=0)] = 3
     """Principles in the system prompt of an answer, drawn for each prompt by their weights; 0 takes all."""
     max_prompt_tokens: Annotated[int, Field(ge=1)] = 256
@@ -45,11 +47,12 @@ KIND = StageKind(
     makes="rows",
     content="preferences",
     code=1,
-    inputs=(Input("data", ("demonstrations", "preferences")),),
-    prepare="posttrain.constitution.contrast:prepare_contrast",
+    inputs=(Input("data", PROMPTS),),
+    prepare="posttrain.constitution.contrast_pairs:prepare_contrast",
     run="posttrain.constitution.contrast:write_contrast",
     reads=lambda stage: Reads((stage.init,)),
     check=_check,
     estimate=_estimate,
     documents="posttrain.constitution.principles:fingerprints_of",
+    sections=(Section("contrast", "Contrast", "posttrain.report.constitution:contrasts"),),
 )

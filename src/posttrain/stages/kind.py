@@ -15,7 +15,9 @@ from posttrain.stages.shared_settings import StageSettings
 # The artifact of a stage: a model that answers, a model that scores answers, or a data file.
 Artifact = Literal["policy", "reward model", "rows"]
 # The content of the rows of a data file.
-Content = Literal["demonstrations", "preferences"]
+Content = Literal["demonstrations", "preferences", "prompts"]
+# The contents of data from which prompts are read.
+PROMPTS: tuple[Content, ...] = ("prompts", "demonstrations", "preferences")
 
 
 class RewardFunction(NamedTuple):
@@ -146,6 +148,10 @@ def _nothing(*_: Any) -> tuple[()]:
     return ()
 
 
+def _accepted(*_: Any) -> str:
+    return ""
+
+
 class StageKind(NamedTuple):
     """One kind of stage.
 
@@ -166,6 +172,8 @@ class StageKind(NamedTuple):
     documents: str | None = None
     # Raises RecipeError for settings that contradict each other or the earlier stages.
     check: Callable[[Any, Earlier], object] = _nothing
+    # Why a finished artifact with this manifest may not be used with these settings, or "".
+    refuses: Callable[[Any, Mapping[str, Any]], str] = _accepted
     # The content of the rows that it makes.
     content: Content | None = None
     # Warnings about the settings alone.

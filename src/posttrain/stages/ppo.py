@@ -7,6 +7,7 @@ from pydantic import Field
 from posttrain.errors import RecipeError, nearest
 from posttrain.settings import Data, Name
 from posttrain.stages.kind import (
+    PROMPTS,
     Chart,
     Earlier,
     Input,
@@ -264,7 +265,7 @@ KIND = StageKind(
     settings=PpoStage,
     makes="policy",
     code=2,
-    inputs=(Input("data", ("demonstrations", "preferences")), Input("ptx_data", ("demonstrations",))),
+    inputs=(Input("data", PROMPTS), Input("ptx_data", ("demonstrations",))),
     prepare="posttrain.data.stage_data:ppo_data",
     run="posttrain.train.ppo:train_ppo",
     reads=_reads,
