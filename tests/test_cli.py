@@ -49,7 +49,7 @@ def test_every_verb_has_help_with_an_example_that_parses(path: tuple[str, ...], 
 
 def test_the_verbs_are_those_of_the_design():
     assert {" ".join(path) for path in VERBS} == {
-        "run", "report", "show", "compare", "chat", "serve", "evaluate", "merge", "export", "data", "data check",
+        "run", "report", "show", "compare", "audit", "chat", "serve", "evaluate", "merge", "export", "data", "data check",
         "constitution", "constitution check", "judge", "judge audit", "keys", "keys add", "keys list", "keys revoke",
     }  # fmt: skip
 
