@@ -38,6 +38,18 @@ def test_each_prompt_has_its_exact_wording():
     )
 
 
+@pytest.mark.parametrize(
+    ("critique", "nothing"),
+    [
+        (prompts.NOTHING_FOUND, True), ("nothing to change", True), ("No, nothing to change.", True),
+        ("There is nothing to point out here.", True), ("It leaves nothing to change the mind.", False),
+        ("The answer is wrong. Nothing to change otherwise.", False), ("", False),
+    ],
+)  # fmt: skip
+def test_a_critique_may_find_nothing_in_its_own_words(critique: str, nothing: bool):
+    assert prompts.finds_nothing(critique) == nothing
+
+
 def test_worked_examples_are_turns_of_the_same_form():
     turns = prompts.critique(BRIEF, "Q", "A")
     assert [m.role for m in turns] == ["system", "user", "assistant", "user", "assistant", "user"]

@@ -148,7 +148,7 @@ class CritiqueRounds:
             rows[i]["critique"] = reply.text.strip()
             if not rows[i]["critique"]:
                 rows[i] |= {"outcome": "dropped", "reason": "an empty critique"}
-            elif rows[i]["critique"].rstrip(".").lower() != words.NOTHING_FOUND.rstrip(".").lower():
+            elif not words.finds_nothing(rows[i]["critique"]):
                 revisable.append(i)
         asked = [
             RowRequest(i, words.revision(*self._of(rows[i]), rows[i]["critique"], examples=self.stage.examples))

@@ -11,6 +11,7 @@ Small models confuse critique and revision, so worked examples in the same form 
 marks that they cannot contain, and the request follows them, so that instructions in an answer have less effect.
 """
 
+import re
 from collections.abc import Sequence
 
 from posttrain.constitution.principles import Example, Principle
@@ -18,9 +19,17 @@ from posttrain.judge.prompts import marked
 from posttrain.records import Message
 
 NOTHING_FOUND = "Nothing to change."
+_NOTHING = re.compile(
+    r"\W*(?:no\W+)?(?:there (?:is|was) )?nothing (?:here )?to (?:be )?(?:changed?|point(?:ed)? out)(?! the)", re.IGNORECASE
+)
 # More worked examples than any principle has.
 ALL = 2**31
 _SYSTEM = "You check answers by one rule at a time and improve them."
+
+
+def finds_nothing(critique_text: str) -> bool:
+    """Whether a critique begins by saying that nothing is to be changed, as asked or in a longer sentence."""
+    return _NOTHING.match(critique_text) is not None
 
 
 def detection(principle: Principle, prompt: str, answer: str, *, examples: int = ALL) -> list[Message]:

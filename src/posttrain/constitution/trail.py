@@ -153,6 +153,11 @@ def _constitution(stage: RowsStage) -> dict[str, Any] | None:
 def _chain(stage: RowsStage, names: Sequence[str]) -> list[dict[str, Any]]:
     """The records of the prompt that a name belongs to, in order."""
     titles = constitution_of(stage)
+    # The id itself, or the first that it may be a copy of: another row may have the shorter id.
+    known = {str(row.get("id")) for row in stage.rows} | {row.id for row in stage.contrasts}
+    known |= {name for row in stage.rounds for name in (row.id, row.prompt_id)}
+    known |= {name for row in stage.judged for name in (row.id, row.prompt_id)}
+    names = [name for name in names if name in known][:1]
     if stage.rounds:
         prompts = {row.prompt_id for row in stage.rounds if row.id in names or row.prompt_id in names}
         rounds = sorted((row for row in stage.rounds if row.prompt_id in prompts), key=lambda row: row.round)
