@@ -23,11 +23,6 @@ from posttrain.stages.kind import Preparation, load_function
 STEP_VERSIONS = {"evaluate": 1, "measure": 2}
 # The file of a partial folder that records the fingerprint of its step.
 WORKING_ON = "working_on.json"
-# Settings that change the place of the work, when it is saved, or whether the run goes on, but not the result.
-_NO_EFFECT = frozenset({"name", "checkpoint_every", "checkpoint_minutes", "gate", "allow_weak_judge"})
-
-# The same of a judge: how a server is asked.
-_NO_EFFECT_OF_JUDGE = frozenset({"key", "concurrency", "timeout", "retries", "max_requests", "max_tokens"})
 
 Status = Literal["done", "resume", "due"]
 
@@ -128,11 +123,8 @@ def _stage_step(
         data |= data_hashes(sources, hashes)
     if kind.documents is not None:
         data |= load_function(kind.documents)(stage)
-    written = stage.model_dump(mode="json", exclude=set(_NO_EFFECT), exclude_none=True)
-    if isinstance(judge := written.get("judge"), dict):
-        written["judge"] = {name: value for name, value in judge.items() if name not in _NO_EFFECT_OF_JUDGE}
     settings = {
-        "stage": written,
+        "stage": stage.effective(),
         "adapter": recipe.adapter.model_dump(mode="json"),
         "seed": recipe.seed,
         "evaluation_prompts": prompts_hash,

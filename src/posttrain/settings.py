@@ -5,7 +5,7 @@ from the text under each field.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -22,6 +22,15 @@ class Settings(BaseModel):
     """A table of a recipe: unknown settings are errors, types are strict, numbers have a usual size."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    # Settings of this class that change where, when or whether the work is done, but not its result.
+    no_effect: ClassVar[frozenset[str]] = frozenset()
+
+    def effective(self) -> dict[str, Any]:
+        """The settings that the result depends on, as JSON data, without those that are not set."""
+        ignored = frozenset().union(*(vars(table).get("no_effect", ()) for table in type(self).__mro__))
+        written = self.model_dump(mode="json", exclude=set(ignored), exclude_none=True)
+        tables = {name: value for name in written if isinstance(value := getattr(self, name), Settings)}
+        return written | {name: table.effective() for name, table in tables.items()}
 
     @field_validator("*", mode="after")
     @classmethod

@@ -217,6 +217,11 @@ def test_revisions_that_the_judge_does_not_prefer_stop_the_run_and_finished_roun
     assert main([*run, "--until", "revisions"]) == 0
     assert "did not pass the gate" in capsys.readouterr().err
     assert not json.loads(Path("run/revisions/manifest.json").read_text())["gate"]["passes"]
+    write(rule="critique_rules:same")
+    capsys.readouterr()
+    assert main([*run, "--dry-run", "--json"]) == 0
+    step = {step["step"]: step for step in json.loads(capsys.readouterr().out)["steps"]}["revisions"]
+    assert (step["status"], step["why"]) == ("due", 'its revisions did not pass the gate, and gate is "stop"')
 
 
 @pytest.mark.parametrize(

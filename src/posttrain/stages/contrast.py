@@ -6,28 +6,16 @@ from pydantic import Field
 
 from posttrain.errors import RecipeError
 from posttrain.stages.kind import PROMPTS, Earlier, Input, Reads, Section, Sizes, StageKind, Work
-from posttrain.stages.shared_settings import StageSettings
+from posttrain.stages.shared_settings import AnsweringSettings
 
 
-class ContrastStage(StageSettings):
+class ContrastStage(AnsweringSettings):
     """Preference pairs: the answer that a policy gives with principles in its system prompt is chosen over its plain answer."""
 
     kind: Literal["contrast"]
     """Stage kind."""
-    constitution: str = "starter"
-    """A constitution that comes with posttrain, or a constitution file (.toml)."""
-    leave_out: tuple[str, ...] = ()
-    """Ids or tags of principles that are not used, so that what the others cover can be measured."""
     principles: Annotated[int, Field(ge=0)] = 3
     """Principles in the system prompt of an answer, drawn for each prompt by their weights; 0 takes all."""
-    max_prompt_tokens: Annotated[int, Field(ge=1)] = 256
-    """Longest prompt in tokens, without the principles; longer prompts are left out, counted and shown."""
-    max_new_tokens: Annotated[int, Field(ge=1, le=8192)] = 64
-    """Longest answer in tokens; a prompt with an answer that does not end is dropped, counted and shown."""
-    temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
-    """Temperature of both answers; 0 takes the likeliest token."""
-    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    """Seed of the draws of principles and of the answers; none takes the recipe's."""
 
 
 def _check(stage: ContrastStage, earlier: Earlier) -> None:

@@ -1,7 +1,7 @@
 """The kind `critique`: a policy criticises and revises its answers. `constitution/critique.py` does the work."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -23,6 +23,8 @@ SELF = POLICY + "init"
 class CritiqueStage(JudgedSettings):
     """Demonstrations from self-critique: a policy answers prompts, looks for faults by drawn principles, and revises."""
 
+    no_effect: ClassVar[frozenset[str]] = frozenset({"gate"})
+
     kind: Literal["critique"]
     """Stage kind."""
     judge: str | JudgeSettings = SELF
@@ -39,16 +41,10 @@ class CritiqueStage(JudgedSettings):
     """Probability of a fault, as the policy sees it, from which an answer is criticised and revised; 0 always does."""
     examples: Annotated[int, Field(ge=0, le=64)] = 4
     """Worked examples of the principle before the question for a fault, before a critique and before a revision."""
-    max_prompt_tokens: Annotated[int, Field(ge=1)] = 256
-    """Longest prompt in tokens; longer prompts are left out, counted and shown."""
     max_new_tokens: Annotated[int, Field(ge=1, le=8192)] = 128
     """Longest answer and longest revision in tokens; a revision that does not end is dropped, counted and shown."""
     critique_tokens: Annotated[int, Field(ge=1, le=8192)] = 96
     """Longest critique in tokens."""
-    temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
-    """Temperature of answers, critiques and revisions; 0 takes the likeliest token."""
-    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    """Seed of the draws of principles and of the samples; none takes the recipe's."""
 
 
 def judge_of(stage: CritiqueStage) -> JudgeSettings:

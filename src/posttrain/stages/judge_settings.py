@@ -2,14 +2,14 @@
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from posttrain.errors import RecipeError, nearest
 from posttrain.settings import Settings
 from posttrain.stages.kind import Earlier, Reads, RewardFunction
-from posttrain.stages.shared_settings import StageSettings
+from posttrain.stages.shared_settings import AnsweringSettings
 
 POLICY, REWARD, RULE = "policy:", "reward:", "rule:"
 ENDPOINTS = ("http://", "https://")
@@ -17,6 +17,10 @@ ENDPOINTS = ("http://", "https://")
 
 class JudgeSettings(Settings):
     """A judge: a model, a rule or a server that compares or grades answers."""
+
+    no_effect: ClassVar[frozenset[str]] = frozenset(
+        {"key", "concurrency", "timeout", "retries", "max_requests", "max_tokens"}
+    )  # fmt: skip
 
     name: Annotated[str, Field(min_length=1)]
     """`policy:NAME` or `reward:NAME` of this run, `rule:package.module:function`, the address of an OpenAI-compatible server
@@ -38,15 +42,18 @@ class JudgeSettings(Settings):
     timeout: Annotated[float, Field(gt=0)] = 60.0
     """Seconds for a request to a server, or for a call of a rule."""
     retries: Annotated[int, Field(ge=0, le=20)] = 5
-    """Repetitions of a request that failed for a reason that may pass (no connection, a time-out, 429, 5xx)."""
+    """Repetitions of a request that failed with a temporary error (no connection, a time-out, 429, 5xx, or a reply that
+    is not a chat completion)."""
     max_requests: Annotated[int, Field(ge=0)] = 0
     """Largest number of requests that are sent to a server, repetitions included; 0 sets no limit."""
     max_tokens: Annotated[int, Field(ge=0)] = 0
     """Largest number of tokens that a server may count, prompts and replies together; 0 sets no limit."""
 
 
-class JudgedSettings(StageSettings):
+class JudgedSettings(AnsweringSettings):
     """Settings of a stage that asks a judge."""
+
+    no_effect: ClassVar[frozenset[str]] = frozenset({"allow_weak_judge"})
 
     judge: str | JudgeSettings
     """Who compares answers: a name as in `name` of the table, or the table."""
@@ -54,10 +61,6 @@ class JudgedSettings(StageSettings):
     """Pairs whose better answer is known, for the audit of the judge: a preference file, or `starter`."""
     allow_weak_judge: bool = False
     """Go on with a judge that failed its audit. The manifest and the report say so."""
-    constitution: Annotated[str, Field(min_length=1)] = "starter"
-    """A constitution that comes with posttrain, or a constitution file (.toml)."""
-    leave_out: tuple[str, ...] = ()
-    """Ids or tags of principles that are not used, so that what the others cover can be measured."""
 
 
 def judge_settings(judge: str | JudgeSettings) -> JudgeSettings:

@@ -22,14 +22,6 @@ class LabelStage(JudgedSettings):
     the data, which must be preferences, and measures the agreement with their labels."""
     principles: Annotated[int, Field(ge=0)] = 0
     """Principles that vote on the answers to a prompt, drawn for each prompt by their weights; 0 takes all."""
-    max_prompt_tokens: Annotated[int, Field(ge=1)] = 256
-    """Longest prompt in tokens; longer prompts are left out, counted and shown."""
-    max_new_tokens: Annotated[int, Field(ge=1, le=8192)] = 64
-    """Longest answer in tokens; a pair with an answer that does not end is dropped, counted and shown."""
-    temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
-    """Temperature of the answers; 0 takes the likeliest token."""
-    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    """Seed of the draws of principles and of the answers; none takes the recipe's."""
     if_judge_refused: Literal["stop", "contrast"] = "stop"
     """What to do if the judge fails its audit: `stop`, or make the pairs as a contrast stage does, which needs no judge."""
 

@@ -1,6 +1,6 @@
 """Settings that several kinds of stage share."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -9,6 +9,8 @@ from posttrain.settings import Data, Name, Settings
 
 class StageSettings(Settings):
     """Settings of every stage."""
+
+    no_effect: ClassVar[frozenset[str]] = frozenset({"name"})
 
     kind: str
     """Stage kind."""
@@ -20,8 +22,27 @@ class StageSettings(Settings):
     """A data file, or a list of files or `{path, weight}` to mix."""
 
 
+class AnsweringSettings(StageSettings):
+    """Settings of every stage in which policies answer prompts by a constitution."""
+
+    constitution: str = "starter"
+    """A constitution that comes with posttrain, or a constitution file (.toml)."""
+    leave_out: tuple[str, ...] = ()
+    """Ids or tags of principles that are not used, so that what the others cover can be measured."""
+    max_prompt_tokens: Annotated[int, Field(ge=1)] = 256
+    """Longest prompt in tokens, without principles; longer prompts are left out, counted and shown."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=8192)] = 64
+    """Longest answer in tokens; pairs and revisions with an answer that does not end are dropped, counted and shown."""
+    temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
+    """Sampling temperature; 0 takes the likeliest token."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """Seed of the draws of principles and of the samples; none takes the recipe's."""
+
+
 class OptimisedSettings(StageSettings):
     """Settings of every stage that trains."""
+
+    no_effect: ClassVar[frozenset[str]] = frozenset({"checkpoint_every", "checkpoint_minutes"})
 
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
     """Peak learning rate. LoRA needs about ten times the rate of full fine-tuning."""
@@ -61,3 +82,8 @@ class TrainingSettings(OptimisedSettings):
     """Optimiser steps between validations; 0 validates at the end only (with patience: four times an epoch)."""
     allow_dropped: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of the rows that may be dropped (too long, empty, duplicate sides) before it is an error."""
+
+
+def own_seed(stage: AnsweringSettings | OptimisedSettings, default: int) -> int:
+    """The stage's own seed, or the recipe's, which is the default."""
+    return default if stage.seed is None else stage.seed

@@ -17,7 +17,7 @@ from posttrain.models.untrained_tokens import token_ids
 from posttrain.progress import Tracker
 from posttrain.recipe import Recipe
 from posttrain.stages.kind import Preparation
-from posttrain.stages.shared_settings import OptimisedSettings, TrainingSettings
+from posttrain.stages.shared_settings import OptimisedSettings, TrainingSettings, own_seed
 from posttrain.stop import StopSignal
 from posttrain.train.checkpoint import Owner
 from posttrain.train.loop import TrainTask, fit
@@ -78,7 +78,7 @@ def lora_settings(recipe: Recipe) -> LoraSettings:
 
 def seed_of(stage: OptimisedSettings, recipe: Recipe) -> int:
     """The stage's own seed, as members of an ensemble and repetitions have; else the recipe's, which always reads the data."""
-    return recipe.seed if stage.seed is None else stage.seed
+    return own_seed(stage, recipe.seed)
 
 
 def start_policy(context: StageContext, stage: OptimisedSettings) -> TrainedPolicy:
