@@ -13,12 +13,13 @@ from posttrain.constitution.principles import Constitution, Principle, load_cons
 from posttrain.constitution.prompts import contrast
 from posttrain.constitution.saved_parts import in_parts
 from posttrain.data.chat import ChatFormat
-from posttrain.data.made_rows import write_made_rows
+from posttrain.data.made_rows import reasons_text, turns_of, write_made_rows
 from posttrain.data.prompts import PromptRow, check_room, prepare_prompts
 from posttrain.generate.engine import SamplingSettings, generate
 from posttrain.records import Rollout
 from posttrain.stages.contrast import ContrastStage
 from posttrain.stages.kind import Preparation, Result
+from posttrain.stages.shared_settings import own_seed
 from posttrain.train.stage import StageContext
 
 # Prompts whose answers are saved at once.
@@ -48,7 +49,7 @@ def prepare_contrast(stage: ContrastStage, chat: ChatFormat, how: Preparation) -
     prompts = prepare_prompts(
         stage.data, chat, seed=how.seed, max_prompt_tokens=stage.max_prompt_tokens, evaluation_prompts=how.evaluation_prompts
     )
-    seed = how.seed if stage.seed is None else stage.seed
+    seed = own_seed(stage, how.seed)
     drawn = draw_principles(constitution, prompts.train, chat, count=stage.principles, seed=seed)
     longest = [PromptRow(f"{d.row.id} with {len(d.principles)} principles", d.ids, "") for d in drawn]
     check_room([*prompts.train, *longest], max_new_tokens=stage.max_new_tokens, context=how.context, where=where)
@@ -77,8 +78,7 @@ def make_contrast(context: StageContext, stage: ContrastStage) -> Result:
     usable = [row for row in rows if "dropped" not in row]
     dropped = Counter(row["dropped"] for row in rows if "dropped" in row)
     result = write_made_rows(context.folder, usable, report, planned=context.data, where=f'stage "{stage.name}"')
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
-    warnings = (f"{dropped.total():,} of {len(rows):,} pairs are dropped: {reasons}",) if dropped else ()
+    warnings = (f"{dropped.total():,} of {len(rows):,} pairs are dropped: {reasons_text(dropped)}",) if dropped else ()
     return Result({**result.manifest, "pairs_dropped": dict(dropped)}, (*result.warnings, *warnings))
 
 
@@ -86,7 +86,7 @@ def _answer(
     context: StageContext, stage: ContrastStage, part: Sequence[Drawn], policy: str, number: int
 ) -> list[dict[str, Any]]:
     """The pairs of one part. A pair that cannot be used has a reason under `dropped`."""
-    seed = context.recipe.seed if stage.seed is None else stage.seed
+    seed = own_seed(stage, context.recipe.seed)
     settings = SamplingSettings(stage.max_new_tokens, stage.temperature, 1.0, (seed * 1_000_003 + number) % 2**31)
     # Both answers of a prompt run in one batch; prompts that begin alike share what is computed.
     rollouts = generate(context.base, [ids for d in part for ids in (d.ids, d.row.ids)], settings, policy)
@@ -96,7 +96,7 @@ def _answer(
 def _pair(drawn: Drawn, with_principles: Rollout, plain: Rollout) -> dict[str, Any]:
     chosen, rejected = with_principles.text.strip(), plain.text.strip()
     row = {
-        "id": drawn.row.id, "prompt": [{"role": m.role, "content": m.content} for m in drawn.row.messages], "chosen": chosen,
+        "id": drawn.row.id, "prompt": turns_of(drawn.row.messages), "chosen": chosen,
         "rejected": rejected, "principles": [principle.id for principle in drawn.principles],
     }  # fmt: skip
     if not chosen or not rejected:

@@ -15,15 +15,15 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from posttrain.artifacts import fingerprint, write_jsonl
+from posttrain.artifacts import fingerprint, write_json, write_jsonl
 from posttrain.constitution import prompts as words
-from posttrain.constitution.gate import RevisionGate, gate_revisions
+from posttrain.constitution.gate import GATE_FILE, RevisionGate, gate_revisions, refuse_revisions
 from posttrain.constitution.judging import judging
 from posttrain.constitution.principles import Constitution, Principle, load_constitution
 from posttrain.constitution.revision_faults import fault_of
 from posttrain.constitution.saved_parts import Row, in_parts
 from posttrain.data.chat import ChatFormat
-from posttrain.data.made_rows import write_made_rows
+from posttrain.data.made_rows import messages_of_row, reasons_text, turns_of, write_made_rows
 from posttrain.data.prompts import PromptRow, check_room, prepare_prompts
 from posttrain.generate.engine import SamplingSettings, generate
 from posttrain.judge.local import option_replies, weights_in_use
@@ -31,6 +31,7 @@ from posttrain.judge.prompts import conversation_text
 from posttrain.records import Message, Rollout
 from posttrain.stages.critique import CritiqueStage, judge_of
 from posttrain.stages.kind import Preparation, Result
+from posttrain.stages.shared_settings import own_seed
 from posttrain.train.stage import StageContext
 
 # Prompts that are worked on, and saved, at once.
@@ -81,17 +82,19 @@ def write_revisions(context: StageContext, stage: CritiqueStage) -> Result:
         rounds = CritiqueRounds(context, stage, prepared)
         answers = in_parts(context, prepared.prompts, rounds.answer, name="answers", doing="answering the prompts", size=PART)
         rows = rounds.run([(row["answer"], row["ended"]) for row in answers])
-        write_jsonl(context.folder / ROUNDS_FILE, rows)  # readable after a refusal too
-        gate = gate_revisions(judged, stage, rows, prepared.constitution, seed=rounds.seed, folder=context.folder)
+        gate = gate_revisions(judged.judge, rows, prepared.constitution, pairs=stage.gate_pairs, seed=rounds.seed)
+    # Written before a refusal, so that its reason can be read.
+    write_jsonl(context.folder / ROUNDS_FILE, rows)
+    write_json(context.folder / GATE_FILE, gate._asdict())
+    if stage.gate == "stop":
+        refuse_revisions(gate, f'stage "{stage.name}"')
     revisions = _demonstrations(stage, rows)
     result = write_made_rows(context.folder, revisions, prepared.report, planned=context.data, where=f'stage "{stage.name}"')
-    write_jsonl(context.folder / ROUNDS_FILE, rows)
     counts = _counts(rows)
     manifest = {
         **result.manifest, "rounds": counts, "judge": judged.manifest, "gate": gate._asdict(),
         "prompts_by_source": dict(Counter(row.source for row in prepared.prompts)),
-        "constitution": {"name": prepared.constitution.name, "version": prepared.constitution.version,
-                         "fingerprint": prepared.constitution.fingerprint},
+        "constitution": prepared.constitution.identity,
     }  # fmt: skip
     return Result(manifest, (*result.warnings, *judged.warnings, *_warnings(counts, gate)))
 
@@ -102,7 +105,8 @@ class CritiqueRounds:
     def __init__(self, context: StageContext, stage: CritiqueStage, prepared: PreparedCritique) -> None:
         self.context, self.stage, self.prepared = context, stage, prepared
         self.policy = context.policies.activate(stage.init)
-        self.seed = context.recipe.seed if stage.seed is None else stage.seed
+        self.seed = own_seed(stage, context.recipe.seed)
+        self.principles = {principle.id: principle for principle in prepared.constitution.principle}
         self.fingerprint = fingerprint(weights_in_use(context.base, self.policy))
 
     def answer(self, part: Sequence[PromptRow], number: int) -> list[Row]:
@@ -128,7 +132,7 @@ class CritiqueRounds:
         principle = draw_principle(self.prepared.constitution.principle, row.id, number, self.seed)
         return {
             "id": f"{row.id}/r{number}", "prompt_id": row.id, "category": row.category, "source": row.source, "round": number,
-            "prompt": [{"role": m.role, "content": m.content} for m in row.messages], "answer": answer,
+            "prompt": turns_of(row.messages), "answer": answer,
             "answer_ended": ended,
             "principle": principle.id, "detection": None, "critique": None, "revision": None, "outcome": "nothing found",
             "reason": "", "gate": None, "policy": self.fingerprint, "seed": self.seed,
@@ -160,8 +164,7 @@ class CritiqueRounds:
         return rows
 
     def _of(self, row: Row) -> tuple[Principle, str, str]:
-        principle = next(p for p in self.prepared.constitution.principle if p.id == row["principle"])
-        return principle, conversation_text([Message(m["role"], m["content"]) for m in row["prompt"]]), row["answer"]
+        return self.principles[row["principle"]], conversation_text(messages_of_row(row)), row["answer"]
 
     def _detect(self, rows: list[Row]) -> list[int]:
         """The rows whose answer has the fault, as the policy sees it. An empty answer, or an unreadable reply, has none."""
@@ -221,6 +224,5 @@ def _counts(rows: Sequence[Row]) -> dict[str, Any]:
 def _warnings(counts: dict[str, Any], gate: RevisionGate) -> tuple[str, ...]:
     dropped = sum(counts["dropped"].values())
     total = counts["revised"] + counts["nothing found"] + dropped
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts["dropped"].items())
-    warnings = (f"{dropped:,} of {total:,} rounds are dropped: {reasons}",) if dropped else ()
+    warnings = (f"{dropped:,} of {total:,} rounds are dropped: {reasons_text(counts['dropped'])}",) if dropped else ()
     return warnings if gate.passes else (*warnings, f"the revisions did not pass the gate: {gate.text}")

@@ -9,21 +9,15 @@ worse, and then training makes the policy worse. Nothing trains on revisions tha
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from posttrain.artifacts import write_json
-from posttrain.constitution.judging import Judging
 from posttrain.constitution.principles import Constitution
+from posttrain.data.made_rows import messages_of_row
 from posttrain.errors import JudgeError
 from posttrain.evaluate.stats import wilson
 from posttrain.judge.audit import MIN_DECIDED
 from posttrain.judge.prompts import conversation_text
-from posttrain.judge.verdict import ComparisonRequest
-from posttrain.records import Message
-
-if TYPE_CHECKING:
-    from posttrain.stages.critique import CritiqueStage
+from posttrain.judge.verdict import ComparisonRequest, PairwiseJudge, preference_score
 
 GATE_FILE = "gate.json"
 
@@ -53,37 +47,34 @@ class RevisionGate(NamedTuple):
 
 
 def gate_revisions(
-    judged: Judging, stage: "CritiqueStage", rows: Sequence[dict[str, Any]], constitution: Constitution, *, seed: int,
-    folder: Path,
-) -> RevisionGate:  # fmt: skip
-    """Ask the judge about a random part of the revisions. Writes its probabilities into the rows.
-
-    Raises JudgeError if the revisions do not pass and the stage says `gate = "stop"`.
-    """
+    judge: PairwiseJudge, rows: Sequence[dict[str, Any]], constitution: Constitution, *, pairs: int, seed: int
+) -> RevisionGate:
+    """Ask the judge about at most `pairs` random revisions. Adds its probabilities to the rows."""
     questions = {principle.id: principle.comparison for principle in constitution.principle}
     revised = [row for row in rows if row["outcome"] == "revised" and row["answer_ended"]]
-    asked = random.Random(f"{seed}|gate").sample(revised, min(stage.gate_pairs, len(revised)))
+    asked = random.Random(f"{seed}|gate").sample(revised, min(pairs, len(revised)))
     requests = [
         ComparisonRequest(
-            conversation_text([Message(m["role"], m["content"]) for m in row["prompt"]]), row["revision"], row["answer"],
+            conversation_text(messages_of_row(row)), row["revision"], row["answer"],
             questions[row["principle"]] or "",
         )
         for row in asked
     ]  # fmt: skip
     preferred, decided = 0.0, 0
-    for row, verdict in zip(asked, judged.judge.compare(requests), strict=True):
+    for row, verdict in zip(asked, judge.compare(requests), strict=True):
         if verdict.probability is not None:
             row["gate"] = round(verdict.probability, 6)
             decided += 1
-            preferred += 1.0 if verdict.probability > 0.5 else 0.5 if verdict.probability == 0.5 else 0.0
+            preferred += preference_score(verdict.probability)
     interval = wilson(preferred, decided) if decided else None
     low, high = (round(interval.low, 4), round(interval.high, 4)) if interval else (0.0, 1.0)
-    gate = RevisionGate(len(asked), decided, preferred, low, high, decided >= MIN_DECIDED and low > 0.5)
-    write_json(folder / GATE_FILE, gate._asdict())
-    if not gate.passes and stage.gate == "stop":
+    return RevisionGate(len(asked), decided, preferred, low, high, decided >= MIN_DECIDED and low > 0.5)
+
+
+def refuse_revisions(gate: RevisionGate, where: str) -> None:
+    """Raises JudgeError if the revisions did not pass."""
+    if not gate.passes:
         raise JudgeError(
-            f'stage "{stage.name}"', f"the revisions did not pass the gate: {gate.text}",
-            allowed="the interval above 50 %",
+            where, f"the revisions did not pass the gate: {gate.text}", allowed="the interval above 50 %",
             do='use a stronger policy or judge, a contrast stage, or gate = "report" to go on (rounds are kept)',
         )  # fmt: skip
-    return gate

@@ -22,13 +22,19 @@ class Judging(NamedTuple):
     manifest: dict[str, Any]
 
     @property
+    def failure(self) -> str:
+        """That the judge failed its audit, with the figures."""
+        accuracy = self.trust.figures.get("accuracy")
+        share = (
+            "decided no pair" if accuracy is None
+            else f"accuracy {accuracy['value']:.0%} ({accuracy['low']:.0%}–{accuracy['high']:.0%}) of {accuracy['n']} pairs"
+        )  # fmt: skip
+        return f"the judge {self.judge.name} failed its audit ({share})"
+
+    @property
     def warnings(self) -> tuple[str, ...]:
-        """A warning of a judge that failed its audit and is used all the same."""
-        if self.trust.passes:
-            return ()
-        accuracy = self.trust.figures["accuracy"]
-        share = "decided no pair" if accuracy is None else f"accuracy {accuracy['value']:.0%} of {accuracy['n']} pairs"
-        return (f"the judge {self.judge.name} failed its audit ({share}), and is used all the same",)
+        """A warning if the judge failed its audit and is used anyway."""
+        return () if self.trust.passes else (f"{self.failure}, and is used anyway",)
 
 
 @contextmanager

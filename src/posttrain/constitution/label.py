@@ -21,18 +21,19 @@ from posttrain.artifacts import fingerprint, write_jsonl
 from posttrain.constitution.contrast_pairs import make_contrast
 from posttrain.constitution.judging import Judging, judging
 from posttrain.constitution.label_data import AuthoredAnswer, LabelItem, PreparedLabel, contrast_of, prepare_label
-from posttrain.constitution.principles import Constitution, Principle
+from posttrain.constitution.principles import Principle
 from posttrain.constitution.saved_parts import Row, in_parts
-from posttrain.data.made_rows import write_made_rows
+from posttrain.data.made_rows import reasons_text, turns_of, write_made_rows
 from posttrain.errors import DataError
 from posttrain.evaluate.kappa import cohens_kappa
-from posttrain.evaluate.stats import wilson
+from posttrain.evaluate.stats import weighted_mean, wilson
 from posttrain.generate.engine import SamplingSettings, generate
 from posttrain.judge.prompts import conversation_text
 from posttrain.judge.verdict import ComparisonRequest, PairwiseJudge, Verdict
 from posttrain.stages.judge_settings import judge_settings
 from posttrain.stages.kind import Result
 from posttrain.stages.label import LabelStage, answering
+from posttrain.stages.shared_settings import own_seed
 from posttrain.train.stage import StageContext
 
 # Prompts whose answers are saved at once, and comparisons whose verdicts are.
@@ -68,7 +69,7 @@ def write_label(context: StageContext, stage: LabelStage) -> Result:
 
 def _pairs(context: StageContext, stage: LabelStage, items: list[LabelItem]) -> list[VotedPair]:
     """All pairs of the answers to each prompt."""
-    seed = context.recipe.seed if stage.seed is None else stage.seed
+    seed = own_seed(stage, context.recipe.seed)
     answers = [list(item.answers) for item in items]
     for name in answering(stage):
         for known, row in zip(answers, _sampled(context, stage, name, items, seed), strict=True):
@@ -97,7 +98,7 @@ def pair_rows(item: LabelItem, answers: Sequence[AuthoredAnswer], seed: int) -> 
     """A row of judged.jsonl for each two answers, not judged yet. Rows that must not be judged say why."""
     rows: list[Row] = []
     known: set[frozenset[str]] = set()
-    prompt = [{"role": message.role, "content": message.content} for message in item.row.messages]
+    prompt = turns_of(item.row.messages)
     for (i, a), (j, b) in combinations(enumerate(answers, 1), 2):
         texts = frozenset((a.text, b.text))
         reason = (
@@ -151,11 +152,10 @@ def voted(row: Row, verdicts: Sequence[tuple[Principle, Verdict]]) -> Row:
         }
         for principle, verdict in verdicts
     ]  # fmt: skip
-    decided = [(vote["weight"], vote["probability"]) for vote in votes if vote["probability"] is not None]
-    if not decided:
+    mean = weighted_mean((vote["weight"], vote["probability"]) for vote in votes)
+    if mean is None:
         reason = Counter(str(vote["why"]) for vote in votes).most_common(1)[0][0]
         return {**row, "votes": votes, "outcome": "abstained", "reason": reason}
-    mean = sum(weight * probability for weight, probability in decided) / sum(weight for weight, _ in decided)
     tied = {"outcome": "abstained", "reason": "the votes are tied"} if _rounded(mean) == 0.5 else {}
     return {**row, "votes": votes, "probability": _rounded(mean), **tied}
 
@@ -192,7 +192,7 @@ def _write_judged(
     write_jsonl(context.folder / JUDGED_FILE, rows)
     result = write_made_rows(context.folder, labelled, prepared.report, planned=context.data, where=where)
     manifest = {
-        **result.manifest, "pairs": counts, "judge": judged.manifest, "constitution": _named(prepared.constitution),
+        **result.manifest, "pairs": counts, "judge": judged.manifest, "constitution": prepared.constitution.identity,
         "labelled_by": "judge", **agreement_with_people(rows),
     }  # fmt: skip
     lost = len(rows) - len(labelled)
@@ -202,22 +202,14 @@ def _write_judged(
 
 def _write_contrast(context: StageContext, stage: LabelStage, prepared: PreparedLabel, judged: Judging) -> Result:
     """The pairs of a contrast stage, because the judge failed its audit."""
-    accuracy = judged.trust.figures.get("accuracy")
-    share = (
-        "decided no pair" if accuracy is None
-        else f"accuracy {accuracy['value']:.0%} ({accuracy['low']:.0%}–{accuracy['high']:.0%}) of {accuracy['n']} pairs"
-    )  # fmt: skip
-    why = f"the judge {judged.judge.name} failed its audit ({share})"
     result = make_contrast(context, contrast_of(stage))
     manifest = {
         **result.manifest, "judge": {**judged.manifest, "allowed_weak": False},
-        "constitution": _named(prepared.constitution), "labelled_by": "contrast", "labelled_by_why": why,
+        "constitution": prepared.constitution.identity, "labelled_by": "contrast", "labelled_by_why": judged.failure,
     }  # fmt: skip
-    return Result(manifest, (*result.warnings, f"{why}: contrast labels these pairs, and no judge compared the answers"))
-
-
-def _named(constitution: Constitution) -> dict[str, str]:
-    return {"name": constitution.name, "version": constitution.version, "fingerprint": constitution.fingerprint}
+    return Result(
+        manifest, (*result.warnings, f"{judged.failure}: contrast labels these pairs, and no judge compared the answers")
+    )
 
 
 def _counts(rows: Sequence[Row]) -> dict[str, Any]:
@@ -231,7 +223,7 @@ def _losses(rows: Sequence[Row]) -> str:
         f"abstained: {row['reason']}" if row["outcome"] == "abstained" else row["reason"] for row in rows
         if row["outcome"] != "labelled"
     )  # fmt: skip
-    return ", ".join(f"{count:,} {reason}" for reason, count in lost.items())
+    return reasons_text(lost)
 
 
 def agreement_with_people(rows: Sequence[Row]) -> dict[str, Any]:

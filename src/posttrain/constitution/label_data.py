@@ -14,6 +14,7 @@ from posttrain.errors import DataError
 from posttrain.stages.contrast import ContrastStage
 from posttrain.stages.kind import Preparation
 from posttrain.stages.label import LabelStage, answering
+from posttrain.stages.shared_settings import own_seed
 
 # Who gave the answers that the data has.
 DATA = "data"
@@ -51,7 +52,7 @@ def prepare_label(stage: LabelStage, chat: ChatFormat, how: Preparation) -> Prep
     where = f'stage "{stage.name}"'
     constitution = load_constitution(stage.constitution).without(stage.leave_out, where)
     constitution.having("comparison", f"constitution {stage.constitution}")
-    seed = how.seed if stage.seed is None else stage.seed
+    seed = own_seed(stage, how.seed)
     if stage.answers:
         prompts = prepare_prompts(
             stage.data, chat, seed=how.seed, max_prompt_tokens=stage.max_prompt_tokens,
@@ -62,7 +63,7 @@ def prepare_label(stage: LabelStage, chat: ChatFormat, how: Preparation) -> Prep
     else:
         items, report = _answered(stage, chat, how, seed)
     if stage.if_judge_refused == "contrast":
-        prepare_contrast(contrast_of(stage), chat, how)  # its errors must come before the judge is asked
+        prepare_contrast(contrast_of(stage), chat, how)  # report its errors before asking the judge
     items = [item._replace(principles=_voters(constitution, stage, item.row.id, seed)) for item in items]
     answers = stage.answers * len(answering(stage))
     pairs = answers * (answers - 1) // 2 if answers else 1

@@ -20,6 +20,8 @@ from posttrain.constitution.principles import Constitution
 from posttrain.constitution.revision_figures import Figure, held_out_of, mean_of, share, title_of
 from posttrain.constitution.trail_files import JudgedRecord, RowsStage, VoteRecord
 from posttrain.evaluate.kappa import Kappa, cohens_kappa
+from posttrain.evaluate.stats import weighted_mean
+from posttrain.judge.verdict import preference_score
 
 # Difference to a stored label from which the votes are said not to give it.
 _TOLERANCE = 1e-4
@@ -55,9 +57,7 @@ def label_figures(stage: RowsStage, constitution: Constitution | None = None) ->
 
 def weighted_vote(votes: Sequence[VoteRecord]) -> float | None:
     """The probability that A is better by all votes with a probability; None without one."""
-    decided = [(vote.weight, vote.probability) for vote in votes if vote.probability is not None]
-    total = sum(weight for weight, _ in decided)
-    return sum(weight * p for weight, p in decided) / total if total else None
+    return weighted_mean((vote.weight, vote.probability) for vote in votes)
 
 
 def left_out_labels(name: str, judged: Sequence[JudgedRecord]) -> dict[str, int]:
@@ -121,7 +121,7 @@ def _kappa(kappa: Kappa) -> Figure:
 def _first(votes: Sequence[VoteRecord]) -> Figure | None:
     """How often the answer shown first is preferred, over single orders; a tie counts as half."""
     shown = [p for vote in votes for p in (vote.first, None if vote.second is None else 1 - vote.second) if p is not None]
-    return share(sum(1.0 if p > 0.5 else 0.5 if p == 0.5 else 0.0 for p in shown), len(shown))
+    return share(sum(map(preference_score, shown)), len(shown))
 
 
 def _agreement(judged: Sequence[JudgedRecord]) -> Figure:

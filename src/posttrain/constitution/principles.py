@@ -66,6 +66,11 @@ class Constitution(_ConstitutionTable):
         """A hash of all texts, weights and tags."""
         return fingerprint(self.model_dump(mode="json"))
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """Name, version and fingerprint, for manifests."""
+        return {"name": self.name, "version": self.version, "fingerprint": self.fingerprint}
+
     def without(self, names: Sequence[str], where: str) -> "Constitution":
         """The constitution without the principles that have one of these ids or tags.
 

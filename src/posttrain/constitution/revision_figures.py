@@ -19,6 +19,7 @@ from posttrain.constitution.principles import Constitution
 from posttrain.constitution.trail_files import DROPPED, NOTHING_FOUND, ContrastRecord, RoundRecord, RowsStage
 from posttrain.evaluate import refusal
 from posttrain.evaluate.stats import Interval, mean, paired_shares, wilson
+from posttrain.judge.verdict import preference_score
 
 Figure = dict[str, Any]
 
@@ -118,7 +119,7 @@ def _of_rounds(rows: Sequence[RoundRecord]) -> Figure:
         "dropped": sum(row.outcome == DROPPED for row in rows),
         "length_change": mean_of([len(row.after) - len(row.answer) for row in revised]),
         "refusals": _refusals([row.answer for row in revised], [row.after for row in revised]),
-        "preferred": share(sum(1.0 if p > 0.5 else 0.5 if p == 0.5 else 0.0 for p in asked), len(asked)),
+        "preferred": share(sum(map(preference_score, asked)), len(asked)),
     }
 
 

@@ -33,7 +33,7 @@ _NEAR = 3
 
 
 class RunTrail(NamedTuple):
-    """The stages of a run that make rows, those that were begun, and its recipe."""
+    """The finished and unfinished stages of a run that make rows, and the run's recipe."""
 
     run: Path
     recipe: dict[str, Any]

@@ -207,7 +207,7 @@ class UnfinishedStage(NamedTuple):
 
 
 def read_unfinished(folder: Path, kind: str) -> UnfinishedStage | None:
-    """A stage that was begun and asked a judge, or None. Raises ArtifactError for a damaged file."""
+    """An unfinished stage that has audited a judge, or None. Raises ArtifactError for a damaged file."""
     partial = partial_folder(folder)
     files = {name: partial / name for name in (AUDIT_FILE, GATE_FILE)}
     if read_manifest(folder) is not None or not any(path.is_file() for path in files.values()):

@@ -12,7 +12,7 @@ none of them, so the percentile interval excludes 0, while the exact test gives 
 comparisons, and the variation between training seeds, which is larger than these intervals.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import sqrt
 from statistics import NormalDist
 from typing import Literal, NamedTuple
@@ -100,6 +100,13 @@ def _resampled_means(values: NDArray[numpy.float64], seed: int) -> NDArray[numpy
         for start in range(0, RESAMPLES, rows)
     ]
     return numpy.concatenate(parts)
+
+
+def weighted_mean(weighted: Iterable[tuple[float, float | None]]) -> float | None:
+    """Σ w x / Σ w over pairs (w, x) that have a value x; None without one."""
+    known = [(weight, value) for weight, value in weighted if value is not None]
+    total = sum(weight for weight, _ in known)
+    return sum(weight * value for weight, value in known) / total if total else None
 
 
 def student(freedom: int, z: float = Z) -> float:

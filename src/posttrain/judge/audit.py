@@ -25,7 +25,7 @@ from posttrain.judge.injections import INJECTIONS
 from posttrain.judge.prompts import conversation_text
 from posttrain.judge.self_preference import JudgedOrder, self_preference
 from posttrain.judge.stored_verdicts import StoredPair
-from posttrain.judge.verdict import ComparisonRequest, GradingRequest, PairwiseJudge, Verdict
+from posttrain.judge.verdict import ComparisonRequest, GradingRequest, PairwiseJudge, Verdict, preference_score
 from posttrain.records import PreferencePair
 
 # Written for this project, in LLMBar's layout.
@@ -109,7 +109,7 @@ def _check_own(own: str, authors: Sequence[tuple[str, str]]) -> None:
 def figures(judged: Sequence[JudgedPair], *, own: str = "") -> dict[str, Any]:
     """The figures of verdicts on gold pairs, and whether the judge passes."""
     decided = [pair for pair in judged if pair.verdict.probability is not None]
-    right = sum(_preference_score(pair.verdict.probability) for pair in decided)
+    right = sum(preference_score(pair.verdict.probability) for pair in decided)
     orders = [p for pair in judged for p in (pair.verdict.first, pair.verdict.second) if p is not None]
     two_orders = [pair for pair in judged if pair.verdict.first is not None and pair.verdict.second is not None]
     consistent = [pair for pair in two_orders if _consistent(pair.verdict)]
@@ -121,10 +121,10 @@ def figures(judged: Sequence[JudgedPair], *, own: str = "") -> dict[str, Any]:
     return {
         "pairs": len(judged), "decided": len(decided), "abstained": abstained,
         "accuracy": _interval(accuracy),
-        "each_order": _interval(wilson(sum(map(_preference_score, orders)), len(orders)) if orders else None),
+        "each_order": _interval(wilson(sum(map(preference_score, orders)), len(orders)) if orders else None),
         "consistency": _interval(wilson(len(consistent), len(two_orders)) if two_orders else None),
         "accuracy_if_consistent": _interval(
-            wilson(sum(_preference_score(pair.verdict.first) for pair in consistent), len(consistent)) if consistent else None
+            wilson(sum(preference_score(pair.verdict.first) for pair in consistent), len(consistent)) if consistent else None
         ),
         "first": _interval(_first_share([pair.verdict for pair in judged])),
         **_length_figures(decided),
@@ -137,12 +137,6 @@ def figures(judged: Sequence[JudgedPair], *, own: str = "") -> dict[str, Any]:
 def _comparison(pair: PreferencePair, question: str) -> ComparisonRequest:
     texts = conversation_text(pair.prompt), conversation_text(pair.chosen), conversation_text(pair.rejected)
     return ComparisonRequest(*texts, question)
-
-
-def _preference_score(probability: float | None) -> float:
-    """1 if the gold answer is preferred, 1/2 for a tie, else 0."""
-    assert probability is not None
-    return 1.0 if probability > 0.5 else 0.5 if probability == 0.5 else 0.0
 
 
 def _consistent(verdict: Verdict) -> bool:
@@ -158,7 +152,7 @@ def _longer(request: ComparisonRequest) -> bool | None:
 
 def _first_share(verdicts: Sequence[Verdict]) -> Interval | None:
     shown = [p for verdict in verdicts for p in verdict.shown_first]
-    return wilson(sum(map(_preference_score, shown)), len(shown)) if shown else None
+    return wilson(sum(map(preference_score, shown)), len(shown)) if shown else None
 
 
 def _length_figures(decided: Sequence[JudgedPair]) -> dict[str, Any]:
@@ -167,7 +161,7 @@ def _length_figures(decided: Sequence[JudgedPair]) -> dict[str, Any]:
     if not unequal:
         return {"prefers_longer": None, "gold_longer": None}
     longer = [
-        _preference_score(o.verdict.probability) if o.gold_longer else 1 - _preference_score(o.verdict.probability)
+        preference_score(o.verdict.probability) if o.gold_longer else 1 - preference_score(o.verdict.probability)
         for o in unequal
     ]
     return {
@@ -182,9 +176,9 @@ def _choices(judged: Sequence[JudgedPair], own: str) -> list[JudgedOrder]:
     for number, pair in enumerate(judged):
         mine = (pair.authors[0] == own) - (pair.authors[1] == own)
         if pair.verdict.first is not None:
-            choices.append(JudgedOrder(number, _preference_score(pair.verdict.first), 1, pair.longer, mine))
+            choices.append(JudgedOrder(number, preference_score(pair.verdict.first), 1, pair.longer, mine))
         if pair.verdict.second is not None:
-            choices.append(JudgedOrder(number, 1 - _preference_score(pair.verdict.second), -1, -pair.longer, -mine))
+            choices.append(JudgedOrder(number, 1 - preference_score(pair.verdict.second), -1, -pair.longer, -mine))
     return choices
 
 
@@ -192,7 +186,7 @@ def _by_category(judged: Sequence[JudgedPair]) -> dict[str, Any]:
     by_category: dict[str, Any] = {}
     for name in dict.fromkeys(judged_pair.category for judged_pair in judged):
         decided = [o.verdict.probability for o in judged if o.category == name and o.verdict.probability is not None]
-        by_category[name] = _interval(wilson(sum(map(_preference_score, decided)), len(decided)) if decided else None)
+        by_category[name] = _interval(wilson(sum(map(preference_score, decided)), len(decided)) if decided else None)
     return by_category
 
 

@@ -81,3 +81,9 @@ def combine(a_first: Reply, b_first: Reply) -> Verdict:
     if (first - 0.5) * (second - 0.5) < 0:
         return Verdict(None, first, second, "the orders contradict each other")
     return Verdict((first + second) / 2, first, second)
+
+
+def preference_score(probability: float | None) -> float:
+    """1 if A is preferred, 1/2 for a tie, else 0. The verdict must have a probability."""
+    assert probability is not None
+    return 1.0 if probability > 0.5 else 0.5 if probability == 0.5 else 0.0
