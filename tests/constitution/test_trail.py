@@ -343,7 +343,7 @@ def test_a_weak_judge_is_stamped(tmp_path: Path, capsys: pytest.CaptureFixture[s
     run = hand.write_trail(tmp_path / "run", tmp_path / "files", ai={"judge": weak})
     text = audited(capsys, str(run), "--stage", "ai")
     assert "WEAK JUDGE ALLOWED" in text
-    assert "policy:sft: failed its audit and was used all the same: accuracy 75 % (60–86), n 40" in text
+    assert "policy:sft: failed its audit and was used anyway: accuracy 75 % (60–86), n 40" in text
     assert "WEAK JUDGE ALLOWED" in audited(capsys, str(run), "p1/1-2")
 
 

@@ -62,7 +62,7 @@ def number_words(value: float | None, digits: int = 2) -> str:
 
 
 def weak(judge: Mapping[str, Any] | None) -> bool:
-    """Whether a judge that failed its audit was used all the same."""
+    """Whether a judge that failed its audit was used anyway."""
     return bool(judge and judge.get("allowed_weak"))
 
 
@@ -75,7 +75,7 @@ def judge_words(judge: Mapping[str, Any] | None) -> str:
         return f"{name}: a rule, which is its own definition of better; it has no accuracy"
     figures = f"accuracy {share_words(accuracy, n=True)}" if accuracy else "it decided no gold pair"
     if weak(judge):
-        return f"{name}: failed its audit and was used all the same: {figures}"
+        return f"{name}: failed its audit and was used anyway: {figures}"
     if judge.get("passes"):
         return f"{name}: passed its audit: {figures}"
     return f"{name}: failed its audit and was not used: {figures}"

@@ -41,7 +41,7 @@ def summary_text(data: Mapping[str, Any]) -> str:
 def _stage(figures: Mapping[str, Any]) -> str:
     lines = [f"{figures['stage']} ({figures['kind']}) · {figures['rows']:,} rows · {figures['fingerprint']}"]
     if weak(figures["judge"]):
-        lines.append(f"*** {STAMP}: the labels of this stage come from a judge that failed its audit ***")
+        lines.append(f"*** {STAMP}: this stage used a judge that failed its audit ***")
     if "revisions" in figures:
         lines += _revisions(figures["revisions"])
     elif "labels" in figures:

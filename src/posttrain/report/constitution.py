@@ -102,7 +102,7 @@ def _unfinished(stage: UnfinishedStage) -> Markup:
 def _refused(stage: RowsStage) -> Markup:
     """A stage whose judge was refused, so that its pairs were made without one."""
     judge = tables.narrow(words.judge_words(stage.table("judge")))
-    what = el("p", el("strong", "The judge was refused."), f" {judge}. Its pairs are those of a contrast: see there.")
+    what = el("p", el("strong", "The judge was refused."), f" {judge}. Its pairs were made by contrast (see Contrast).")
     head = el("h3", stage.name, " ", el("span.kind", stage.kind), el("span.small", f"{len(stage.rows):,} rows"))
     return el("div.stage", head, what, *_audit_details(stage.audit))
 
@@ -114,7 +114,7 @@ def _head(stage: RowsStage, figures: Mapping[str, Any], sentence: str) -> list[M
     about = f"{figures['rows']:,} rows · constitution {constitution.get('name', '?')}{version} · answered by {answering}"
     parts = [el("h3", stage.name, " ", el("span.kind", stage.kind), el("span.small", about))]
     if words.weak(figures["judge"]):
-        parts.append(el("p", el("span.stamp", "weak judge allowed"), " This judge failed its audit and was used all the same."))
+        parts.append(el("p", el("span.stamp", "weak judge allowed"), " This judge failed its audit and was used anyway."))
     # The verdict first, then what it rests on.
     verdict, stop, rest = tables.narrow(sentence).partition(". ")
     parts.append(el("p", el("strong", f"{verdict}."), f" {rest}") if stop else el("p", el("strong", verdict)))
