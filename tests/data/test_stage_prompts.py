@@ -43,3 +43,20 @@ def test_rows_that_give_no_prompt_are_named_by_their_reason(tmp_path: Path, gemm
         "empty text": 1, "tools: not supported, and without it the row means something else": 1,
     }  # fmt: skip
     assert report["warnings"] == ["1 of 3 rows are dropped because of unsupported fields (1 with tools)"]
+
+
+def test_prompts_that_are_left_out_are_named(tmp_path: Path, gemma: ChatFormat):
+    rows = [
+        {"id": "kept", "prompt": "Name a colour."},
+        {"id": "again", "prompt": "Name a colour."},
+        {"id": "long", "prompt": "word " * 300},
+        {"id": "known", "prompt": "What is rain?"},
+    ]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    report = prepare_prompts(
+        str(tmp_path / "d.jsonl"), gemma, seed=0, max_prompt_tokens=64, evaluation_prompts=("What is rain?",)
+    ).report
+    assert (report["contaminated"], report["contaminated_rows"]) == (1, ["known"])
+    assert (report["duplicates"], report["duplicate_rows"]) == (1, ["again"])
+    assert report["dropped"] == {"longer than max_prompt_tokens = 64": 1}
+    assert [(row["row"], row["reason"]) for row in report["dropped_rows"]] == [("long", "longer than max_prompt_tokens = 64")]

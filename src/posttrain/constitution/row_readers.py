@@ -181,6 +181,7 @@ class _Uses(NamedTuple):
         report = report if field == "data" else report.get("ptx", {})
         dropped = {str(row.get("row")): f"dropped: {row.get('reason')}" for row in report.get("dropped_rows", ())}
         dropped |= {str(row): "left out: it repeats an evaluation prompt" for row in report.get("contaminated_rows", ())}
+        dropped |= {str(row): "left out: it repeats an earlier prompt" for row in report.get("duplicate_rows", ())}
         verb = "made rows from it" if manifest.get("kind") == "rows" else "trained on it"
         return cls(True, verb, float(held_out), dropped)
 

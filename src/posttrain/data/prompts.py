@@ -51,11 +51,14 @@ def prepare_prompts(
     contamination = Contamination(evaluation_prompts)
     unique: dict[tuple[int, ...], PromptRow] = {}
     held_out_ids: set[tuple[int, ...]] = set()
-    contaminated, repeated, long = 0, 0, 0
+    too_long = f"longer than max_prompt_tokens = {max_prompt_tokens}"
+    contaminated: list[str] = []
+    repeated: list[str] = []
+    long: list[Problem] = []
     for record in read.records:
         name, source, messages = record.id, record.source, record.messages
         if contamination.found(messages):
-            contaminated += 1
+            contaminated.append(name)
             continue
         try:
             ids = chat.encode_prompt(messages)
@@ -63,9 +66,9 @@ def prepare_prompts(
             problems.append(Problem(source, name, f"{refused.where} {refused.found}"))
             continue
         if len(ids) > max_prompt_tokens:
-            long += 1
+            long.append(Problem(source, name, too_long))
         elif tuple(ids) in unique:
-            repeated += 1
+            repeated.append(name)
         else:
             unique[tuple(ids)] = PromptRow(
                 name, ids, "\n\n".join(m.content for m in messages), messages, source, record.category
@@ -73,15 +76,14 @@ def prepare_prompts(
             held_out_ids |= {tuple(ids)} if in_validation(messages, validation) else set()
     if len(unique) == len(held_out_ids):
         where = "data " + ", ".join(f'"{s.path}"' for s in read.sources)
-        lost = {"longer": long, "evaluation prompts": contaminated, "held out": len(held_out_ids)} | reasons(problems)
+        lost = {"longer": len(long), "evaluation prompts": len(contaminated), "held out": len(held_out_ids)} | reasons(problems)
         why = ", ".join(f"{count} {what}" for what, count in lost.items() if count) or "none could be read"
         raise DataError(
             where, f"no prompt of at most {max_prompt_tokens} tokens ({why})", do="raise max_prompt_tokens or give other data"
         )
     rows = [row for ids, row in unique.items() if ids not in held_out_ids]
     held_out = [row for ids, row in unique.items() if ids in held_out_ids]
-    dropped = {f"longer than max_prompt_tokens = {max_prompt_tokens}": long} if long else {}
-    dropped |= reasons(problems)
+    dropped = reasons(long) | reasons(problems)
     warnings = unread_warnings(problems, read)
     total = len(read.records) + len(read.problems)
     if len(problems) > ALLOW_DROPPED * total and not warnings:
@@ -89,8 +91,9 @@ def prepare_prompts(
     report = describe_rows([len(r.ids) for r in rows], 0) | {
         "kind": "ppo", "sources": [s._asdict() for s in read.sources], "formats": sorted({s.layout for s in read.sources}),
         "rows": sum(s.rows for s in read.sources), "mixed_rows": total, "dropped": dropped,
-        "dropped_rows": [p._asdict() for p in problems[:SHOWN]], "warnings": warnings,
-        "contaminated": contaminated, "contaminated_rows": [], "duplicates": repeated,
+        "dropped_rows": [p._asdict() for p in [*problems, *long][:SHOWN]], "warnings": warnings,
+        "contaminated": len(contaminated), "contaminated_rows": contaminated[:SHOWN],
+        "duplicates": len(repeated), "duplicate_rows": repeated[:SHOWN],
         "train_rows": len(rows), "validation_rows": len(held_out), "truncated": 0, "max_tokens": max_prompt_tokens,
         "ends_trained": None, "examples": [],
     }  # fmt: skip

@@ -27,6 +27,7 @@ _SHOWN_FIELDS = frozenset(
         "dropped",
         "dropped_rows",
         "contaminated_rows",
+        "duplicate_rows",
         "mixed_rows",
     }
     | {"kind", "train_rows", "validation_rows", "truncated", "contaminated", "duplicates", "max_tokens", "ends_trained"}
@@ -69,7 +70,8 @@ def _rows(report: Mapping[str, Any]) -> list[tuple[str, Markup | str]]:
     if "train_rows" in report:
         rows.append(("rows", f"{report['train_rows']:,} to train on, {report.get('validation_rows', 0):,} held out"))
     if "tokens" in report:
-        rows.append(("tokens", f"{report['tokens']:,}, of which trained {report.get('share_trained', 0):.0%}"))
+        trained = f", of which trained {report['share_trained']:.0%}" if report.get("share_trained") else ""
+        rows.append(("tokens", f"{report['tokens']:,}{trained}"))
     quantiles = report.get("length_quantiles") or {}
     if {"0.5", "0.95", "1.0"} <= quantiles.keys():
         rows.append(
